@@ -1,0 +1,1 @@
+"""Preference samples: what a sample is, how it is stored, in what order it is used."""

@@ -1,0 +1,386 @@
+"""Indexed binaries: PREFIX.bin and PREFIX.idx as megatron-core's IndexedDataset reads them, and the manifest PREFIX.json.
+
+One document of the index is one sample, one sequence of it a piece, the sequence's mode the piece's role. The writer can
+be broken off at any moment and goes on where it was; the reader refuses, by name, whatever does not fit the manifest.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import struct
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from megatron.core.datasets.indexed_dataset import DType, IndexedDataset
+
+from megatron_longpo.data.preference import Mode, Sample
+from megatron_longpo.errors import DataError
+
+SCHEMA_VERSION = 1
+_HEADER = b"MMIDIDX\x00\x00"
+_HEADER_BYTES = 9 + 8 + 1 + 8 + 8
+_HISTOGRAM_FIRST = 9  # lengths below 2**9 share the first bin
+
+
+@dataclass
+class Manifest:
+    """What PREFIX.json says of the binaries.
+
+    Attributes:
+        vocab_size: ids are below it.
+        tokenizer, tokenizer_hash, template_hash: None where the data came tokenised.
+        samples, turns, tokens: counts; tokens as stored.
+        longest, longest_short: longest long row and longest short row in tokens.
+        length_histogram: long rows by length: upper bound of a power-of-two bin -> count.
+        independent_turns: whether rows of independent turns can be made.
+        rejected: reason -> count of input lines or turns kept aside.
+        source: input files with their hashes; settings: how they were processed.
+        bin_bytes, bin_sha256, idx_sha256: checksums.
+    """
+
+    vocab_size: int
+    dtype: str
+    tokenizer: str | None
+    tokenizer_hash: str | None
+    template_hash: str | None
+    samples: int = 0
+    turns: int = 0
+    tokens: int = 0
+    longest: int = 0
+    longest_short: int = 0
+    length_histogram: dict[str, int] = field(default_factory=dict)
+    independent_turns: bool = False
+    rejected: dict[str, int] = field(default_factory=dict)
+    source: list[dict[str, Any]] = field(default_factory=list)
+    settings: dict[str, Any] = field(default_factory=dict)
+    bin_bytes: int = 0
+    bin_sha256: str = ""
+    idx_sha256: str = ""
+    schema_version: int = SCHEMA_VERSION
+
+    def count(self, sample: Sample) -> None:
+        """Add one sample to the counts."""
+        long = sample.long_length
+        self.samples += 1
+        self.turns += sample.turns
+        self.tokens += sum(len(p.tokens) for p in sample.pieces)
+        self.longest = max(self.longest, long)
+        for turn in sample.turn_pieces():
+            for side in (Mode.SHORT_CHOSEN, Mode.SHORT_REJECTED):
+                self.longest_short = max(self.longest_short, sum(len(p.tokens) for p in turn if p.mode & side))
+        bin_ = str(2 ** max(_HISTOGRAM_FIRST, (long - 1).bit_length()))
+        self.length_histogram[bin_] = self.length_histogram.get(bin_, 0) + 1
+
+
+def path_of(prefix: str | Path, suffix: str) -> Path:
+    """PREFIX with a suffix appended (``with_suffix`` would cut a dot in the prefix)."""
+    return Path(f"{prefix}.{suffix}")
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """The file appears whole under its name, or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as stream:
+        stream.write(content)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(temporary, path)
+
+
+def sha256_of(path: Path) -> str:
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256(stream)
+
+
+def _sha256(stream: BinaryIO) -> str:
+    digest = hashlib.sha256()
+    while block := stream.read(1 << 22):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+class SampleWriter:
+    """Appends samples; killed at any moment, a new writer with the same fingerprint goes on from the last commit.
+
+    Everything is in ``PREFIX.partial/`` until ``finish``.
+
+    Args:
+        prefix: of the outputs.
+        manifest: counts are added to it; its settings and source describe the run.
+        fingerprint: of all that determines the output. A partial output of another fingerprint is refused.
+        restart: throw a partial output away instead of going on from it.
+
+    Raises:
+        DataError: an output is there already, or a partial one of another fingerprint.
+    """
+
+    def __init__(self, prefix: str | Path, manifest: Manifest, fingerprint: str, *, restart: bool = False) -> None:
+        self.prefix = Path(prefix)
+        self.manifest = manifest
+        self.fingerprint = fingerprint
+        self.folder = path_of(prefix, "partial")
+        self.position: dict[str, int] = {}
+        self.resumed = False
+        if restart:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            for suffix in ("json", "bin", "idx", "rejects.jsonl"):
+                path_of(prefix, suffix).unlink(missing_ok=True)
+        if path_of(prefix, "json").exists() and not self.folder.exists():
+            raise DataError(
+                f"{path_of(prefix, 'json')}: is there already; choose another --output-prefix, or --restart to make it anew"
+            )
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._read_progress()
+        self._files = {name: self._open(name) for name in ("bin", "lengths", "modes", "documents", "rejects")}
+        self._pieces = self._size("lengths") // 4
+
+    def _size(self, name: str) -> int:
+        return self._files[name].tell()
+
+    def _open(self, name: str) -> BinaryIO:
+        path = self.folder / name
+        size = self._sizes.get(name, 0)
+        if path.exists() and path.stat().st_size < size:
+            raise DataError(
+                f"{path}: has {path.stat().st_size} bytes and {size} were written; start again with --restart"
+            )
+        stream = open(path, "r+b" if path.exists() else "w+b")  # noqa: SIM115
+        # What was written after the last commit is written again.
+        stream.truncate(size)
+        stream.seek(size)
+        return stream
+
+    def _read_progress(self) -> None:
+        self._sizes: dict[str, int] = {}
+        path = self.folder / "progress.json"
+        if not path.exists():
+            return
+        try:
+            progress = json.loads(path.read_text(encoding="utf-8"))
+            self._sizes = {str(k): int(v) for k, v in progress["sizes"].items()}
+            self.position = {str(k): int(v) for k, v in progress["position"].items()}
+            manifest = Manifest(**progress["manifest"])
+            fingerprint = progress["fingerprint"]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise DataError(f"{path}: cannot be read ({error}); start again with --restart") from None
+        if fingerprint != self.fingerprint:
+            raise DataError(
+                f"{self.folder}: was begun with another input or other settings; give those, or start again with --restart"
+            )
+        self.manifest = manifest
+        self.resumed = True
+
+    def add(self, sample: Sample) -> None:
+        """Append one sample."""
+        dtype = np.dtype(self.manifest.dtype)
+        for piece in sample.pieces:
+            self._files["bin"].write(piece.tokens.astype(dtype).tobytes())
+        self._files["lengths"].write(np.array([len(p.tokens) for p in sample.pieces], np.int32).tobytes())
+        self._files["modes"].write(np.array([int(p.mode) for p in sample.pieces], np.int8).tobytes())
+        self._pieces += len(sample.pieces)
+        self._files["documents"].write(struct.pack("<q", self._pieces))
+        self.manifest.count(sample)
+
+    def reject(self, reason: str, record: dict[str, Any]) -> None:
+        """Keep an input line, or a turn of one, aside."""
+        self.manifest.rejected[reason] = self.manifest.rejected.get(reason, 0) + 1
+        line = json.dumps({"reason": reason, **record}, ensure_ascii=False)
+        self._files["rejects"].write(line.encode("utf-8", errors="backslashreplace") + b"\n")
+
+    def commit(self, position: dict[str, int]) -> None:
+        """Everything up to ``position`` of the input is safe from now on."""
+        self.position = position
+        for stream in self._files.values():
+            stream.flush()
+            os.fsync(stream.fileno())
+        progress = {
+            "fingerprint": self.fingerprint,
+            "position": position,
+            "sizes": {name: stream.tell() for name, stream in self._files.items()},
+            "manifest": dataclasses.asdict(self.manifest),
+        }
+        write_atomically(self.folder / "progress.json", json.dumps(progress).encode())
+
+    def finish(self) -> Manifest:
+        """Write the index and the manifest; all appear under their final names, the manifest last.
+
+        Raises:
+            DataError: there is no sample.
+        """
+        self.commit(self.position)
+        for stream in self._files.values():
+            stream.close()
+        if not self.manifest.samples:
+            rejects = path_of(self.prefix, "rejects.jsonl")
+            shutil.copyfile(self.folder / "rejects", rejects)
+            shutil.rmtree(self.folder)
+            raise DataError(
+                f"no sample is left of the input (kept aside: {_counts(self.manifest.rejected)}); see {rejects}"
+            )
+        self._write_index(self.folder / "idx")
+        self.manifest.bin_bytes = (self.folder / "bin").stat().st_size
+        self.manifest.bin_sha256 = sha256_of(self.folder / "bin")
+        self.manifest.idx_sha256 = sha256_of(self.folder / "idx")
+        content = json.dumps(dataclasses.asdict(self.manifest), indent=2).encode() + b"\n"
+        # Copies by link, so that a finish broken off here can be done again from the partial folder.
+        for name, suffix in (("bin", "bin"), ("idx", "idx"), ("rejects", "rejects.jsonl")):
+            _link(self.folder / name, path_of(self.prefix, suffix))
+        write_atomically(path_of(self.prefix, "json"), content)
+        shutil.rmtree(self.folder)
+        return self.manifest
+
+    def close(self) -> None:
+        """Leave the partial output for another writer."""
+        for stream in self._files.values():
+            stream.close()
+
+    def _write_index(self, path: Path) -> None:
+        dtype = np.dtype(self.manifest.dtype)
+        lengths = np.fromfile(self.folder / "lengths", np.int32)
+        modes = np.fromfile(self.folder / "modes", np.int8)
+        ends = np.fromfile(self.folder / "documents", np.int64)
+        pointers = np.zeros(len(lengths), np.int64)
+        np.cumsum(lengths[:-1].astype(np.int64) * dtype.itemsize, out=pointers[1:])
+        with open(path, "wb") as stream:
+            stream.write(_HEADER)
+            stream.write(struct.pack("<QB", 1, DType.code_from_dtype(dtype.type)))
+            stream.write(struct.pack("<QQ", len(lengths), len(ends) + 1))
+            for array in (lengths, pointers, np.concatenate([[0], ends]).astype(np.int64), modes):
+                stream.write(array.tobytes())
+            stream.flush()
+            os.fsync(stream.fileno())
+
+
+def _link(source: Path, target: Path) -> None:
+    temporary = target.with_name(target.name + ".tmp")
+    temporary.unlink(missing_ok=True)
+    try:
+        os.link(source, temporary)
+    except OSError:
+        # Not every file system has hard links.
+        shutil.copyfile(source, temporary)
+    os.replace(temporary, target)
+
+
+def _counts(counts: dict[str, int]) -> str:
+    return ", ".join(f"{k} {v}" for k, v in sorted(counts.items())) or "nothing"
+
+
+# --------------------------------------------------------------------------------------------------
+# Reading
+# --------------------------------------------------------------------------------------------------
+
+
+def read_manifest(prefix: str | Path) -> Manifest:
+    """Read PREFIX.json.
+
+    Raises:
+        DataError: missing, not JSON, of another schema version, a key missing or of the wrong type.
+    """
+    path = path_of(prefix, "json")
+    try:
+        content = json.loads(path.read_bytes().decode("utf-8"))
+    except FileNotFoundError:
+        raise DataError(
+            f"{path}: there is no such file; --data-path is the prefix that tools/preprocess_preference_data.py wrote"
+        ) from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"{path}: cannot be read as JSON ({error}); preprocess the data again") from None
+    if not isinstance(content, dict):
+        raise DataError(f"{path}: is not a manifest; preprocess the data again")
+    if content.get("schema_version") != SCHEMA_VERSION:
+        raise DataError(
+            f"{path}: schema_version={content.get('schema_version')!r}, this version reads {SCHEMA_VERSION}; preprocess "
+            "the data again"
+        )
+    known = {f.name: f for f in dataclasses.fields(Manifest)}
+    unknown, missing = sorted(set(content) - set(known)), sorted(set(known) - set(content))
+    if unknown or missing:
+        raise DataError(
+            f"{path}: unknown keys {unknown}, missing keys {missing}; it was changed by hand, preprocess the data again"
+        )
+    types = {"int": int, "str": str, "bool": bool, "str | None": (str, type(None))}
+    for name, value in content.items():
+        declared = str(known[name].type)
+        expected = types.get(declared, dict if declared.startswith("dict") else list)
+        if not isinstance(value, expected) or (expected is int and isinstance(value, bool)):
+            raise DataError(f"{path}: {name}={value!r} is not of type {declared}; preprocess the data again")
+    return Manifest(**content)
+
+
+class PreferenceData:
+    """Samples of indexed binaries.
+
+    Args:
+        prefix: of the files.
+        verify: check the checksum of PREFIX.bin (reads it whole; that of PREFIX.idx is always checked).
+
+    Raises:
+        DataError: a file is missing, truncated, corrupted, or does not fit the manifest.
+    """
+
+    def __init__(self, prefix: str | Path, *, verify: bool = True) -> None:
+        self.prefix = str(prefix)
+        self.manifest = read_manifest(prefix)
+        bin_, idx = path_of(prefix, "bin"), path_of(prefix, "idx")
+        for path in (bin_, idx):
+            if not path.is_file():
+                raise DataError(f"{path}: there is no such file; preprocess the data again")
+        size = bin_.stat().st_size
+        if size != self.manifest.bin_bytes:
+            raise DataError(
+                f"{bin_}: has {size} bytes, its manifest says {self.manifest.bin_bytes}; copy it again or preprocess again"
+            )
+        if sha256_of(idx) != self.manifest.idx_sha256:
+            raise DataError(f"{idx}: does not have the checksum of its manifest; copy it again or preprocess again")
+        if verify and sha256_of(bin_) != self.manifest.bin_sha256:
+            raise DataError(f"{bin_}: does not have the checksum of its manifest; copy it again or preprocess again")
+        self._check_index(idx, size)
+        self._dataset = IndexedDataset(self.prefix, multimodal=True)
+        self._ends = self._dataset.document_indices
+
+    def _check_index(self, path: Path, bin_bytes: int) -> None:
+        """The checksum already fits; this catches an index that some other writer made wrong."""
+        content = path.read_bytes()
+        if content[:9] != _HEADER or len(content) < _HEADER_BYTES:
+            raise DataError(f"{path}: does not begin like an index; preprocess the data again")
+        version, code = struct.unpack_from("<QB", content, 9)
+        pieces, documents = struct.unpack_from("<QQ", content, 18)
+        try:
+            itemsize = DType.size(code)
+        except (KeyError, ValueError):
+            raise DataError(f"{path}: dtype code {code} is unknown; preprocess the data again") from None
+        if version != 1 or len(content) != _HEADER_BYTES + pieces * (4 + 8 + 1) + documents * 8 or documents < 2:
+            raise DataError(f"{path}: is truncated or has no modes; preprocess the data again")
+        lengths = np.frombuffer(content, np.int32, pieces, _HEADER_BYTES)
+        if int(lengths.astype(np.int64).sum()) * itemsize != bin_bytes or (len(lengths) and lengths.min() < 0):
+            raise DataError(f"{path}: its lengths do not add up to the .bin file; preprocess the data again")
+        if documents - 1 != self.manifest.samples:
+            raise DataError(
+                f"{path}: has {documents - 1} samples, the manifest {self.manifest.samples}; preprocess the data again"
+            )
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    def __getitem__(self, index: int) -> Sample:
+        first, last = int(self._ends[index]), int(self._ends[index + 1])
+        tokens, modes = self._dataset[first:last]
+        return Sample.from_arrays(tokens, modes)
+
+    def long_lengths(self) -> np.ndarray:
+        """Tokens of the longer chained row of each sample, from the index alone."""
+        lengths = self._dataset.sequence_lengths.astype(np.int64)
+        modes = self._dataset.index.sequence_modes
+        document = np.repeat(np.arange(len(self)), np.diff(self._ends))
+        sides = [
+            np.bincount(document, weights=lengths * ((modes & int(side)) != 0), minlength=len(self))
+            for side in (Mode.CHOSEN, Mode.REJECTED)
+        ]
+        return np.maximum(*sides).astype(np.int64)

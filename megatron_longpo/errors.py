@@ -1,0 +1,23 @@
+"""Errors that a user can act on: each names the value, the rule it breaks and the fix."""
+
+from __future__ import annotations
+
+
+class LongPOError(Exception):
+    """Base of all errors raised for a reason the user can mend. Printed without a traceback."""
+
+
+class ConfigError(LongPOError):
+    """A configuration value, or a combination of values, that cannot work."""
+
+
+class DataError(LongPOError):
+    """An input file, indexed binary, manifest or cache that cannot be used."""
+
+
+class CheckpointError(LongPOError):
+    """A checkpoint, on disk or about to be written, that cannot be used."""
+
+
+class PlatformError(LongPOError):
+    """The machine, or a library on it, cannot do what was asked for."""

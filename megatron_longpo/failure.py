@@ -1,0 +1,67 @@
+"""How a run ends when something fails: the cause named once, every process gone soon."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Callable
+
+import torch.distributed as dist
+
+from megatron_longpo.errors import LongPOError
+
+
+def _first_to_fail() -> bool:
+    """Whether this rank is to name the cause: the first to get here, or rank 0 where ranks cannot ask one another."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return True
+    if not dist.is_initialized():
+        # What fails before the group is made fails on every rank alike.
+        return int(os.environ.get("RANK", "0")) == 0
+    try:
+        store = dist.distributed_c10d._get_default_store()
+        return store.add("megatron_longpo/failed", 1) == 1
+    except Exception:
+        return True
+
+
+def run_or_fail(action: Callable[[], None]) -> None:
+    """Run a program's main function; exit 0, 2 on an error the user can mend, 1 on any other.
+
+    One rank's message is printed. The process ends at once, without waiting for peers that wait for it.
+    """
+    code = 0
+    try:
+        action()
+    except LongPOError as error:
+        code = 2
+        if _first_to_fail():
+            print(f"error: {error}", file=sys.stderr)
+    except KeyboardInterrupt:
+        code = 130
+    except SystemExit:
+        raise
+    except BaseException as error:
+        code = 1
+        if _first_to_fail():
+            rank = os.environ.get("RANK", "0")
+            text = str(error)
+            if _is_lost_peer(text):
+                reason = " ".join(text.split())[:300]
+                print(
+                    f"error: rank {rank} lost a peer process ({reason}); the launcher's report names the process that died",
+                    file=sys.stderr,
+                )
+            else:
+                traceback.print_exc()
+                print(f"error: rank {rank} failed: {type(error).__name__}: {text}", file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if code:
+        os._exit(code)
+
+
+def _is_lost_peer(text: str) -> bool:
+    signs = ("Connection closed by peer", "Connection reset by peer", "NCCL error", "ncclRemoteError", "Broken pipe")
+    return any(sign in text for sign in signs)

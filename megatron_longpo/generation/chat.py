@@ -1,0 +1,365 @@
+"""Chat text as token pieces: fast tokenizers, SentencePiece models and chat templates behind one small class.
+
+A conversation is rendered by its template as text and tokenised in pieces (document, question, answer), so that a
+document is tokenised once and each answer's tokens are known. A piece that continues a text is tokenised as such: a
+SentencePiece tokenizer puts a space before the first word of a text, and must not in the middle of one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_longpo.data.preference import (
+    CHOSEN_RESPONSE,
+    CONTEXT,
+    PROMPT,
+    REJECTED_RESPONSE,
+    SHORT_CHOSEN_RESPONSE,
+    SHORT_PROMPT,
+    SHORT_REJECTED_RESPONSE,
+    BadRow,
+    Mode,
+    Piece,
+    Sample,
+)
+from megatron_longpo.data.vocabulary import sentencepiece_vocabulary, vocabulary_hash
+from megatron_longpo.errors import DataError
+
+Message = dict[str, str]
+
+BUILT_IN_TEMPLATES = {
+    # Mistral v0.1 and v0.2: the tokenizer's .model file has no template. Source: mistral-common's v1 format.
+    "mistral": (
+        "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}"
+        "{{ '[INST] ' + message['content'] + ' [/INST]' }}{% else %}{{ ' ' + message['content'] + eos_token }}"
+        "{% endif %}{% endfor %}"
+    ),
+    # Mistral v0.3, whose [INST] and [/INST] are tokens. Source: mistral-common's v3 format.
+    "mistral-v3": (
+        "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}"
+        "{{ '[INST] ' + message['content'] + '[/INST]' }}{% else %}{{ ' ' + message['content'] + eos_token }}"
+        "{% endif %}{% endfor %}"
+    ),
+    # Llama 2 without a system message. Source: the Llama 2 reference code.
+    "llama-2": (
+        "{% for message in messages %}{% if message['role'] == 'user' %}"
+        "{{ bos_token + '[INST] ' + message['content'] | trim + ' [/INST]' }}{% else %}"
+        "{{ ' ' + message['content'] | trim + ' ' + eos_token }}{% endif %}{% endfor %}"
+    ),
+    # ChatML, for tokenizers that have its two tokens.
+    "chatml": (
+        "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + "
+        "'<|im_end|>' + '\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    ),
+}
+
+
+class ChatTokenizer(ABC):
+    """Tokenizer and chat template.
+
+    Attributes:
+        name: where it came from.
+        vocab_size: ids are below it.
+        vocabulary_hash, template_hash: for the manifest.
+        special_ids: ids of special tokens; one of them ends every answer.
+    """
+
+    name: str
+    vocab_size: int
+    vocabulary_hash: str
+    template_hash: str
+    special_ids: frozenset[int]
+
+    @abstractmethod
+    def encode(self, text: str, *, continues: bool) -> list[int]:
+        """Token ids; special tokens written in the text become their ids, none is added."""
+
+    @abstractmethod
+    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
+        """The conversation as text."""
+
+    @abstractmethod
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of ids, without special tokens."""
+
+    def prompt(self, messages: Sequence[Message]) -> list[int]:
+        """Ids that the model is given to answer the conversation."""
+        return self.encode(self.render(messages, add_generation_prompt=True), continues=False)
+
+
+class FastChatTokenizer(ChatTokenizer):
+    """A tokenizer that transformers loads."""
+
+    def __init__(self, path: Path, template: str | None, trust_remote_code: bool = False) -> None:
+        from transformers import AutoTokenizer
+
+        try:
+            self._tokenizer = AutoTokenizer.from_pretrained(
+                str(path), local_files_only=True, trust_remote_code=trust_remote_code
+            )
+        except Exception as error:
+            detail = " ".join(str(error).split())[:300]
+            raise DataError(f"--tokenizer {path}: transformers cannot load it ({detail}); give a tokenizer folder") from None
+        if template is not None:
+            self._tokenizer.chat_template = template
+        if self._tokenizer.chat_template is None:
+            raise DataError(
+                f"--tokenizer {path}: has no chat template; name one with --chat-template (a file, or one of "
+                f"{', '.join(BUILT_IN_TEMPLATES)})"
+            )
+        self.name = path.name
+        vocabulary = self._tokenizer.get_vocab()
+        self.vocab_size = max(vocabulary.values()) + 1
+        self.vocabulary_hash = vocabulary_hash(vocabulary)
+        self.template_hash = hashlib.sha256(str(self._tokenizer.chat_template).encode()).hexdigest()
+        added = self._tokenizer.added_tokens_decoder
+        self.special_ids = frozenset(self._tokenizer.all_special_ids) | {i for i, t in added.items() if t.special}
+        # Whether the first word of a text gets a space that it must not get in the middle of one.
+        self._anchor = "\n" if self._ids("\nx") != self._ids("\n") + self._ids("x") else None
+
+    def _ids(self, text: str) -> list[int]:
+        return list(self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+    def encode(self, text: str, *, continues: bool) -> list[int]:
+        if not text:
+            return []
+        if not continues or self._anchor is None:
+            return self._ids(text)
+        for anchor in (self._anchor, ":", "a\n"):
+            head, whole = self._ids(anchor), self._ids(anchor + text)
+            # The anchor must not have melted into the text.
+            if whole[: len(head)] == head:
+                return whole[len(head) :]
+        return self._ids(text)
+
+    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
+        return str(
+            self._tokenizer.apply_chat_template(
+                list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
+            )
+        )
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
+
+
+class SentencePieceChatTokenizer(ChatTokenizer):
+    """A bare SentencePiece .model with a named template."""
+
+    def __init__(self, path: Path, template: str) -> None:
+        import jinja2.sandbox
+        import sentencepiece
+
+        try:
+            self._processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
+        except (OSError, RuntimeError) as error:
+            raise DataError(f"--tokenizer {path}: is not a SentencePiece model ({error})") from None
+        self._template = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True).from_string(
+            template
+        )
+        sp = self._processor
+        self.name = path.name
+        self.vocab_size = int(sp.vocab_size())
+        self.vocabulary_hash = vocabulary_hash(sentencepiece_vocabulary(path))
+        self.template_hash = hashlib.sha256(template.encode()).hexdigest()
+        control = {sp.id_to_piece(i): i for i in range(self.vocab_size) if sp.is_control(i)}
+        # Newer models have control tokens beyond the three of SentencePiece as user-defined or control pieces.
+        self._special = control
+        self.special_ids = frozenset(control.values())
+        self._bos, self._eos = sp.id_to_piece(sp.bos_id()), sp.id_to_piece(sp.eos_id())
+        self._split = re.compile("(" + "|".join(map(re.escape, sorted(control, key=len, reverse=True))) + ")")
+
+    def encode(self, text: str, *, continues: bool) -> list[int]:
+        ids: list[int] = []
+        for part in self._split.split(text):
+            if part in self._special:
+                ids.append(self._special[part])
+                continues = False
+            elif part:
+                ids += self._encode_plain(part, continues)
+        return ids
+
+    def _encode_plain(self, text: str, continues: bool) -> list[int]:
+        if not continues:
+            return list(self._processor.encode(text))
+        for anchor in ("\n", ":"):
+            head, whole = self._processor.encode(anchor), self._processor.encode(anchor + text)
+            if whole[: len(head)] == head:
+                return list(whole[len(head) :])
+        return list(self._processor.encode(text))
+
+    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
+        return str(
+            self._template.render(
+                messages=list(messages),
+                add_generation_prompt=add_generation_prompt,
+                bos_token=self._bos,
+                eos_token=self._eos,
+            )
+        )
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return str(self._processor.decode([int(i) for i in ids if i not in self.special_ids]))
+
+
+def load_tokenizer(path: str | Path, chat_template: str | None = None, *, trust_remote_code: bool = False) -> ChatTokenizer:
+    """A tokenizer folder, or a SentencePiece .model file.
+
+    Args:
+        path: folder that transformers loads, or a ``.model`` file.
+        chat_template: a built-in name or a file with a Jinja template; default: the tokenizer's own.
+        trust_remote_code: run code from the tokenizer's folder.
+
+    Raises:
+        DataError: nothing there, not a tokenizer, or no template.
+    """
+    path = Path(path)
+    template = None
+    if chat_template is not None:
+        if chat_template in BUILT_IN_TEMPLATES:
+            template = BUILT_IN_TEMPLATES[chat_template]
+        elif Path(chat_template).is_file():
+            template = Path(chat_template).read_text(encoding="utf-8")
+        else:
+            raise DataError(
+                f"--chat-template {chat_template}: is neither a file nor one of {', '.join(BUILT_IN_TEMPLATES)}"
+            )
+    if not path.exists():
+        raise DataError(f"--tokenizer {path}: there is no such file or folder; give a tokenizer folder or a .model file")
+    if path.is_file():
+        if template is None:
+            raise DataError(
+                f"--tokenizer {path}: a SentencePiece model has no chat template; name one with --chat-template (a file, "
+                f"or one of {', '.join(BUILT_IN_TEMPLATES)})"
+            )
+        return SentencePieceChatTokenizer(path, template)
+    return FastChatTokenizer(path, template, trust_remote_code)
+
+
+# --------------------------------------------------------------------------------------------------
+# Samples
+# --------------------------------------------------------------------------------------------------
+
+QUESTION_SEPARATOR = "\n\n"
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One instruction with its chunk and two answers, as text."""
+
+    instruction: str
+    short_context: str
+    chosen: str
+    rejected: str
+
+
+def user_message(context: str, instruction: str) -> Message:
+    """First user turn: the context, a blank line, the instruction (the released code's form)."""
+    return {"role": "user", "content": context + QUESTION_SEPARATOR + instruction}
+
+
+def encode_sample(tokenizer: ChatTokenizer, context: str, turns: Sequence[Turn]) -> Sample:
+    """Pieces of one document with its turns.
+
+    Raises:
+        BadRow: the template does not render as prompts followed by answers, or an answer has no end-of-turn token.
+    """
+    encoder = _Encoder(tokenizer)
+    head, tail = encoder.first_prompt(context, turns[0].instruction)
+    pieces = [encoder.piece(head, CONTEXT, continues=False)]
+    prompts = {Mode.CHOSEN: tail, Mode.REJECTED: tail}
+    history: dict[Mode, list[Message]] = {
+        side: [user_message(context, turns[0].instruction)] for side in (Mode.CHOSEN, Mode.REJECTED)
+    }
+    for number, turn in enumerate(turns):
+        answers = {Mode.CHOSEN: turn.chosen, Mode.REJECTED: turn.rejected}
+        if prompts[Mode.CHOSEN] != prompts[Mode.REJECTED]:
+            # Only a template that writes answers into later prompts gets here.
+            raise BadRow("template", "the template renders a turn's prompt differently after another answer")
+        pieces.append(encoder.piece(prompts[Mode.CHOSEN], PROMPT, continues=True))
+        if number:
+            own = encoder.first_prompt(context, turn.instruction)[1]
+            pieces.append(encoder.piece(own, Mode.OWN_PROMPT, continues=True))
+        for side, mode in ((Mode.CHOSEN, CHOSEN_RESPONSE), (Mode.REJECTED, REJECTED_RESPONSE)):
+            ids, rest = encoder.answer(history[side], answers[side])
+            pieces.append(Piece(ids, mode))
+            history[side].append({"role": "assistant", "content": answers[side]})
+            if number + 1 < len(turns):
+                history[side].append({"role": "user", "content": turns[number + 1].instruction})
+                prompts[side] = rest + encoder.next_prompt(history[side])
+        short = [user_message(turn.short_context, turn.instruction)]
+        text = tokenizer.render(short, add_generation_prompt=True)
+        pieces.append(encoder.piece(text, SHORT_PROMPT, continues=False))
+        for answer, mode in ((turn.chosen, SHORT_CHOSEN_RESPONSE), (turn.rejected, SHORT_REJECTED_RESPONSE)):
+            pieces.append(Piece(encoder.answer(short, answer)[0], mode))
+    return Sample(tuple(pieces))
+
+
+class _Encoder:
+    def __init__(self, tokenizer: ChatTokenizer) -> None:
+        self._tokenizer = tokenizer
+
+    def piece(self, text: str, mode: Mode, *, continues: bool) -> Piece:
+        return Piece(np.array(self._tokenizer.encode(text, continues=continues), np.int64), mode)
+
+    def first_prompt(self, context: str, instruction: str) -> tuple[str, str]:
+        """Rendered first prompt, cut where the document ends."""
+        text = self._tokenizer.render([user_message(context, instruction)], add_generation_prompt=True)
+        end = text.rfind(QUESTION_SEPARATOR + instruction)
+        if end < 0:
+            # A template may trim the message; the cut then falls before the bare instruction.
+            end = text.rfind(instruction.strip())
+        if end < 0:
+            raise BadRow("template", "the chat template does not render the instruction")
+        return text[:end], text[end:]
+
+    def answer(self, history: Sequence[Message], answer: str) -> tuple[np.ndarray, str]:
+        """Ids of an answer with its end-of-turn token, and the text that the template puts after that token."""
+        prompt = self._tokenizer.render(history, add_generation_prompt=True)
+        whole = self._tokenizer.render([*history, {"role": "assistant", "content": answer}], add_generation_prompt=False)
+        if not whole.startswith(prompt):
+            raise BadRow("template", "the chat template does not render an answer after its prompt")
+        text = whole[len(prompt) :]
+        ids = self._tokenizer.encode(text, continues=True)
+        last = max((i for i, token in enumerate(ids) if token in self._tokenizer.special_ids), default=None)
+        if last is None:
+            raise BadRow("no_end_of_turn", "the chat template ends an answer with no special token")
+        # What follows the end of the turn (a line feed in ChatML) is not the model's to say.
+        rest = text.rstrip()
+        return np.array(ids[: last + 1], np.int64), text[len(rest) :] if last + 1 < len(ids) else ""
+
+    def next_prompt(self, history: Sequence[Message]) -> str:
+        """Text between an answer and the next one."""
+        before = self._tokenizer.render(history[:-1], add_generation_prompt=False)
+        whole = self._tokenizer.render(history, add_generation_prompt=True)
+        if not whole.startswith(before):
+            raise BadRow("template", "the chat template does not render a turn after the one before")
+        return whole[len(before) :]
+
+
+def turn_of(value: Any, context: str) -> Turn:
+    """A turn of the text schema.
+
+    Raises:
+        BadRow: a key is missing, not text or empty, or the chunk is not part of the context.
+    """
+    if not isinstance(value, dict):
+        raise BadRow("wrong_type", "a turn is not an object")
+    for key in ("instruction", "short_context", "chosen", "rejected"):
+        if key not in value:
+            raise BadRow("missing_key", f"the turn has no {key}")
+        if not isinstance(value[key], str):
+            raise BadRow("wrong_type", f"{key} is not text")
+        if not value[key].strip():
+            raise BadRow("empty_turn", f"{key} is empty")
+    if value["short_context"] not in context:
+        raise BadRow("chunk_not_in_context", "short_context is not part of context")
+    return Turn(*(value[k] for k in ("instruction", "short_context", "chosen", "rejected")))

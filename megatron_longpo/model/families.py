@@ -1,0 +1,247 @@
+"""Model families: declarative tables from Hugging Face names to ours. One table serves both directions.
+
+Megatron keeps the layers of a model stacked under one key (``decoder.layers.mlp.linear_fc2.weight`` of [layers, ...]),
+query, key and value fused by key-value group, and gate and up projections one above the other.
+
+Shape legend: H = hidden size, D = head size, Q/K = query/key-value heads, F = MLP width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from megatron_longpo.errors import CheckpointError
+from megatron_longpo.model.shape import ModelShape
+
+Kind = Literal["plain", "qkv", "gate_up"]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of ours and the Hugging Face tensors it is made of.
+
+    Attributes:
+        ours: key in the distributed checkpoint.
+        theirs: names, ``{layer}`` standing for the layer number.
+        kind: how they are put together.
+        stacked: whether ``ours`` has a leading layer dimension.
+    """
+
+    ours: str
+    theirs: tuple[str, ...]
+    kind: Kind = "plain"
+
+    @property
+    def stacked(self) -> bool:
+        return "{layer}" in self.theirs[0]
+
+
+@dataclass(frozen=True)
+class Family:
+    """A family of models.
+
+    Attributes:
+        architecture: name in config.json's ``architectures``.
+        model_type: config.json's ``model_type``.
+        qkv_bias: whether query, key and value have biases.
+        entries: all tensors but the output layer.
+        refused: config.json keys with the values that are understood; any other value is refused.
+    """
+
+    architecture: str
+    model_type: str
+    qkv_bias: bool
+    entries: tuple[Entry, ...]
+    understood: tuple[tuple[str, tuple[Any, ...]], ...] = ()
+
+
+_L = "model.layers.{layer}."
+_COMMON = (
+    Entry("embedding.word_embeddings.weight", ("model.embed_tokens.weight",)),
+    Entry("decoder.layers.self_attention.linear_qkv.layer_norm_weight", (_L + "input_layernorm.weight",)),
+    Entry(
+        "decoder.layers.self_attention.linear_qkv.weight",
+        (_L + "self_attn.q_proj.weight", _L + "self_attn.k_proj.weight", _L + "self_attn.v_proj.weight"),
+        "qkv",
+    ),
+    Entry("decoder.layers.self_attention.linear_proj.weight", (_L + "self_attn.o_proj.weight",)),
+    Entry("decoder.layers.mlp.linear_fc1.layer_norm_weight", (_L + "post_attention_layernorm.weight",)),
+    Entry(
+        "decoder.layers.mlp.linear_fc1.weight", (_L + "mlp.gate_proj.weight", _L + "mlp.up_proj.weight"), "gate_up"
+    ),
+    Entry("decoder.layers.mlp.linear_fc2.weight", (_L + "mlp.down_proj.weight",)),
+    Entry("decoder.final_layernorm.weight", ("model.norm.weight",)),
+)
+_QKV_BIAS = (
+    Entry(
+        "decoder.layers.self_attention.linear_qkv.bias",
+        (_L + "self_attn.q_proj.bias", _L + "self_attn.k_proj.bias", _L + "self_attn.v_proj.bias"),
+        "qkv",
+    ),
+)
+_OUTPUT = Entry("output_layer.weight", ("lm_head.weight",))
+
+FAMILIES: dict[str, Family] = {
+    "llama": Family(
+        "LlamaForCausalLM",
+        "llama",
+        qkv_bias=False,
+        entries=_COMMON,
+        understood=(("attention_bias", (False, None)), ("mlp_bias", (False, None)), ("pretraining_tp", (1, None))),
+    ),
+    "mistral": Family(
+        "MistralForCausalLM", "mistral", qkv_bias=False, entries=_COMMON, understood=(("sliding_window", (None,)),)
+    ),
+    "qwen2": Family(
+        "Qwen2ForCausalLM",
+        "qwen2",
+        qkv_bias=True,
+        entries=_COMMON + _QKV_BIAS,
+        understood=(("use_sliding_window", (False, None)),),
+    ),
+}
+
+
+def entries_of(shape: ModelShape) -> tuple[Entry, ...]:
+    """All tensors of a model, in file order."""
+    entries = FAMILIES[shape.family].entries
+    return (*entries, _OUTPUT) if shape.untie_embeddings_and_output_weights else entries
+
+
+def shape_from_hf(config: dict[str, Any], source: str) -> ModelShape:
+    """Shape of the model that a config.json describes.
+
+    Raises:
+        CheckpointError: unknown architecture, missing key, or a value that is not understood.
+    """
+    architectures = config.get("architectures") or []
+    family_name = next(
+        (n for n, f in FAMILIES.items() if f.architecture in architectures or f.model_type == config.get("model_type")),
+        None,
+    )
+    if family_name is None:
+        known = ", ".join(f.architecture for f in FAMILIES.values())
+        raise CheckpointError(
+            f"{source}: architectures={architectures} with model_type={config.get('model_type')!r} is unknown; known are "
+            f"{known} (docs/adding_a_family.md)"
+        )
+    family = FAMILIES[family_name]
+    for key, values in (*family.understood, ("hidden_act", ("silu",))):
+        if config.get(key, values[0]) not in values:
+            raise CheckpointError(
+                f"{source}: {key}={config[key]!r} is not supported for {family.architecture}; supported: "
+                f"{', '.join(map(repr, values))}"
+            )
+    theta = _rope_theta(config, source)
+
+    def number(key: str, default: Any = None) -> Any:
+        value = config.get(key)
+        if value is None:
+            value = default
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise CheckpointError(f"{source}: {key}={value!r} must be a number; is this the model's config.json?")
+        return value
+
+    heads = int(number("num_attention_heads"))
+    hidden = int(number("hidden_size"))
+    return ModelShape(
+        family=family_name,
+        num_layers=int(number("num_hidden_layers")),
+        hidden_size=hidden,
+        ffn_hidden_size=int(number("intermediate_size")),
+        num_attention_heads=heads,
+        num_query_groups=int(number("num_key_value_heads", heads)),
+        kv_channels=int(number("head_dim", hidden // heads)),
+        vocab_size=int(number("vocab_size")),
+        layernorm_epsilon=float(number("rms_norm_eps", 1e-6)),
+        add_qkv_bias=family.qkv_bias,
+        untie_embeddings_and_output_weights=not config.get("tie_word_embeddings", False),
+        rotary_base=theta,
+        max_position_embeddings=int(number("max_position_embeddings")),
+        init_method_std=float(number("initializer_range", 0.02)),
+    )
+
+
+def _rope_theta(config: dict[str, Any], source: str) -> float:
+    """transformers 5 keeps RoPE in ``rope_parameters``, 4 in ``rope_theta`` and ``rope_scaling``."""
+    parameters = config.get("rope_parameters") or {}
+    scaling = config.get("rope_scaling") or {}
+    kind = parameters.get("rope_type") or scaling.get("rope_type") or scaling.get("type") or "default"
+    if kind != "default":
+        raise CheckpointError(f"{source}: rope_type={kind!r} is not supported yet; supported: 'default'")
+    theta = parameters.get("rope_theta", config.get("rope_theta", 10000.0))
+    if isinstance(theta, bool) or not isinstance(theta, (int, float)):
+        raise CheckpointError(f"{source}: rope_theta={theta!r} must be a number")
+    return float(theta)
+
+
+def config_for_export(config: dict[str, Any], shape: ModelShape, dtype: str) -> dict[str, Any]:
+    """The source's config.json with the RoPE theta, longest context and dtype of the exported model."""
+    config = dict(config)
+    if isinstance(config.get("rope_parameters"), dict):
+        config["rope_parameters"] = {**config["rope_parameters"], "rope_theta": shape.rotary_base}
+    if "rope_theta" in config or "rope_parameters" not in config:
+        config["rope_theta"] = shape.rotary_base
+    config["max_position_embeddings"] = shape.max_position_embeddings
+    config["dtype" if "dtype" in config else "torch_dtype"] = dtype
+    return config
+
+
+# --------------------------------------------------------------------------------------------------
+# Tensors
+# --------------------------------------------------------------------------------------------------
+
+
+def their_shapes(entry: Entry, shape: ModelShape) -> list[tuple[int, ...]]:
+    """Shapes of the Hugging Face tensors of an entry."""
+    h, f, d = shape.hidden_size, shape.ffn_hidden_size, shape.kv_channels
+    q, k = shape.num_attention_heads * d, shape.num_query_groups * d
+    if entry.kind == "qkv":
+        rows = (q, k, k)
+        return [(n,) for n in rows] if entry.ours.endswith("bias") else [(n, h) for n in rows]
+    if entry.kind == "gate_up":
+        return [(f, h), (f, h)]
+    name = entry.ours
+    if name.endswith("linear_proj.weight"):
+        return [(h, q)]
+    if name.endswith("linear_fc2.weight"):
+        return [(h, f)]
+    if name.endswith(("word_embeddings.weight", "output_layer.weight")):
+        return [(shape.vocab_size, h)]
+    return [(h,)]
+
+
+def our_shape(entry: Entry, shape: ModelShape) -> tuple[int, ...]:
+    """Shape of our tensor, of one layer where it is stacked."""
+    shapes = their_shapes(entry, shape)
+    return (sum(s[0] for s in shapes), *shapes[0][1:])
+
+
+def fuse(entry: Entry, tensors: list[Tensor], shape: ModelShape) -> Tensor:
+    """Our tensor from theirs."""
+    if entry.kind == "plain":
+        return tensors[0]
+    if entry.kind == "gate_up":
+        return torch.cat(tensors)
+    query, key, value = tensors
+    groups, d = shape.num_query_groups, shape.kv_channels
+    rest = query.shape[1:]
+    parts = [x.reshape(groups, -1, d, *rest) for x in (query, key, value)]
+    return torch.cat(parts, dim=1).reshape(-1, *rest)
+
+
+def split(entry: Entry, tensor: Tensor, shape: ModelShape) -> list[Tensor]:
+    """Their tensors from ours."""
+    if entry.kind == "plain":
+        return [tensor]
+    if entry.kind == "gate_up":
+        return list(tensor.chunk(2))
+    groups, d = shape.num_query_groups, shape.kv_channels
+    rest = tensor.shape[1:]
+    per_group = shape.num_attention_heads // groups
+    mixed = tensor.reshape(groups, per_group + 2, d, *rest)
+    return [x.reshape(-1, *rest) for x in mixed.split([per_group, 1, 1], dim=1)]

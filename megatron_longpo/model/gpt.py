@@ -1,0 +1,290 @@
+"""The policy: megatron-core's GPTModel by layer specs, returning log-probs of the places that have a loss.
+
+On CUDA with Transformer Engine its fused layers are used; elsewhere megatron-core's local linear layers with the
+RMSNorm below. Both use ``BlockAttention``, so that layouts, context parallelism and numbers are the same. Checkpoint
+keys are those of the Transformer Engine spec in both cases.
+
+Shape legend: s = places on this context-parallel rank, N = places with a loss on this rank, H = hidden size.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import tensor_parallel
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import (
+    TransformerLayer,
+    TransformerLayerSubmodules,
+    get_transformer_layer_offset,
+)
+from torch import Tensor
+
+from megatron_longpo import platform
+from megatron_longpo.config import Config, virtual_pipeline_size
+from megatron_longpo.logprobs import chunk_tokens, token_logprobs
+from megatron_longpo.model.attention import AttentionPlan, BlockAttention, check_ulysses
+from megatron_longpo.model.shape import ModelShape
+from megatron_longpo.parallel import Parallel
+
+
+class _RMSNormFunction(torch.autograd.Function):
+    """Keeps the input and one number a place; the normalised activations are made again in the backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        wide = x.float()
+        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+        ctx.save_for_backward(x, weight, scale)
+        # Rounded to the working precision before the weight, as Hugging Face's Llama does.
+        return weight * (wide * scale).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, weight, scale = ctx.saved_tensors
+        normal = x.float() * scale
+        grad_wide = grad.float()
+        grad_weight = (grad_wide * normal).flatten(0, -2).sum(0)
+        inner = grad_wide * weight.float()
+        # d/dx of x * r(x) with r = (mean x^2 + eps)^(-1/2): r * (g - n * mean(g * n)), n = x * r.
+        grad_x = scale * (inner - normal * (inner * normal).mean(-1, keepdim=True))
+        return grad_x.to(x.dtype), grad_weight.to(weight.dtype), None
+
+
+class RMSNorm(torch.nn.Module):
+    """Root-mean-square norm (arXiv 1910.07467). megatron-core's local one refuses sequence parallelism."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
+        # Each tensor-parallel rank sees its own places: Megatron sums such gradients over the group.
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _RMSNormFunction.apply(x, self.weight, self.eps)
+
+
+def layer_spec(use_transformer_engine: bool) -> ModuleSpec:
+    """Spec of one layer: Transformer Engine's linear layers and norms, or megatron-core's and ours."""
+    if use_transformer_engine:
+        from megatron.core.extensions.transformer_engine import (
+            TELayerNormColumnParallelLinear,
+            TERowParallelLinear,
+        )
+
+        column, row, norm = TELayerNormColumnParallelLinear, TERowParallelLinear, IdentityOp
+        keys_map = {}
+    else:
+        column, row, norm = ColumnParallelLinear, RowParallelLinear, RMSNorm
+        keys_map = {
+            "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
+            "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
+        }
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=norm,
+            self_attention=ModuleSpec(
+                module=SelfAttention,
+                params={"attn_mask_type": AttnMaskType.causal},
+                submodules=SelfAttentionSubmodules(
+                    linear_qkv=column,
+                    core_attention=BlockAttention,
+                    linear_proj=row,
+                    q_layernorm=IdentityOp,
+                    k_layernorm=IdentityOp,
+                ),
+            ),
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=norm,
+            mlp=ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=column, linear_fc2=row)),
+            mlp_bda=get_bias_dropout_add,
+            sharded_state_dict_keys_map=keys_map,
+        ),
+    )
+
+
+def transformer_config(shape: ModelShape, config: Config, *, use_transformer_engine: bool) -> TransformerConfig:
+    """megatron-core's configuration of this model in this run."""
+    p, t = config.parallel, config.training
+    virtual = virtual_pipeline_size(p, shape.num_layers)
+    batch_p2p = platform.use_batched_p2p(virtual is not None)
+    platform.check_p2p(batch_p2p, virtual)
+    check_ulysses(
+        shape.num_attention_heads, shape.num_query_groups, p.context_parallel_size, p.tensor_model_parallel_size
+    )
+    dtype = torch.bfloat16 if t.bf16 else torch.float32
+    recompute: dict[str, Any] = {"recompute_granularity": t.recompute_granularity}
+    if t.recompute_granularity == "full":
+        recompute |= {"recompute_method": t.recompute_method, "recompute_num_layers": t.recompute_num_layers}
+    elif t.recompute_granularity == "selective":
+        recompute |= {"recompute_modules": list(t.recompute_modules)}
+    return TransformerConfig(
+        num_layers=shape.num_layers,
+        hidden_size=shape.hidden_size,
+        ffn_hidden_size=shape.ffn_hidden_size,
+        num_attention_heads=shape.num_attention_heads,
+        num_query_groups=shape.num_query_groups,
+        kv_channels=shape.kv_channels,
+        normalization="RMSNorm",
+        layernorm_epsilon=shape.layernorm_epsilon,
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
+        # Megatron's SwiGLU keeps its input alone for the backward.
+        bias_activation_fusion=True,
+        add_bias_linear=False,
+        add_qkv_bias=shape.add_qkv_bias,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        init_method_std=shape.init_method_std,
+        tensor_model_parallel_size=p.tensor_model_parallel_size,
+        pipeline_model_parallel_size=p.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=virtual,
+        context_parallel_size=p.context_parallel_size,
+        sequence_parallel=p.sequence_parallel,
+        # Every micro batch has the length of its samples; stages tell one another.
+        variable_seq_lengths=True,
+        moe_token_dispatcher_type="alltoall",  # asked for by variable_seq_lengths even of dense models
+        batch_p2p_comm=batch_p2p,
+        pipeline_dtype=dtype,
+        params_dtype=dtype,
+        bf16=t.bf16,
+        gradient_accumulation_fusion=False,
+        # Weights come from a checkpoint, so nothing is gained by filling them with model-parallel random numbers first.
+        use_cpu_initialization=not use_transformer_engine,
+        perform_initialization=False,
+        deallocate_pipeline_outputs=True,
+        **recompute,
+    )
+
+
+class PolicyModel(GPTModel):
+    """One pipeline stage's part of the model. The last stage returns log-probs instead of logits."""
+
+    def __init__(self, config: TransformerConfig, shape: ModelShape, logprob_chunk_bytes: int, **kwargs: Any) -> None:
+        super().__init__(config, position_embedding_type="none", **kwargs)
+        self.shape = shape
+        self.logprob_chunk_bytes = logprob_chunk_bytes
+
+    def forward(  # type: ignore[override]
+        self,
+        tokens_1s: Tensor,
+        positions_1s: Tensor,
+        plan: AttentionPlan,
+        inverse_frequencies: Tensor,
+        loss_places_N: Tensor,
+        targets_N: Tensor,
+    ) -> Tensor:
+        """Run this stage.
+
+        Args:
+            tokens_1s, positions_1s: [1, s] this rank's places.
+            plan: who attends to whom, over the whole sequence.
+            inverse_frequencies: [D/2] of the rotary embedding, the policy's or the reference's.
+            loss_places_N, targets_N: places with a loss among these, and what they predict.
+
+        Returns:
+            Last stage: [N] log-probs in fp32. Other stages: hidden states [s (/TP with sequence parallelism), 1, H].
+        """
+        hidden = self.embedding(input_ids=tokens_1s, position_ids=positions_1s) if self.pre_process else None
+        hidden = self.decoder(
+            hidden_states=hidden,
+            attention_mask=None,
+            rotary_pos_emb=rotary_angles(positions_1s[0], inverse_frequencies),
+            packed_seq_params=plan,
+        )
+        if not self.post_process:
+            return hidden
+        group = self.pg_collection.tp
+        if self.config.sequence_parallel:
+            # All-gather in forward; reduce-scatter in backward, since each rank has its vocabulary's part of the gradient.
+            hidden = tensor_parallel.gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True)
+        else:
+            # Identity in forward; all-reduce in backward, for the same reason.
+            hidden = tensor_parallel.copy_to_tensor_model_parallel_region(hidden)
+        weight = self.shared_embedding_or_output_weight() if self._tied() else self.output_layer.weight
+        return token_logprobs(
+            hidden[:, 0].index_select(0, loss_places_N),
+            weight,
+            targets_N,
+            vocab_size=self.shape.vocab_size,
+            vocab_start=weight.shape[0] * dist.get_rank(group),
+            group=group,
+            chunk=chunk_tokens(weight.shape[0], self.logprob_chunk_bytes),
+        )
+
+    def _tied(self) -> bool:
+        return bool(self.share_embeddings_and_output_weights)
+
+
+def rotary_angles(positions_s: Tensor, inverse_frequencies: Tensor) -> Tensor:
+    """Angles of the rotary embedding (arXiv 2104.09864), [s, 1, 1, D], for any positions: branches, shards, packs."""
+    angles = positions_s.float().unsqueeze(1) * inverse_frequencies
+    return torch.cat([angles, angles], dim=-1)[:, None, None, :]
+
+
+def inverse_frequencies(shape: ModelShape, rotary_base: float) -> Tensor:
+    """[D/2] in fp32, computed as transformers does, so that both models agree to the last bit."""
+    exponents = torch.arange(0, shape.kv_channels, 2, dtype=torch.int64).float() / shape.kv_channels
+    return (1.0 / (rotary_base**exponents)).to(platform.CURRENT.device)
+
+
+def padded_vocab_size(vocab_size: int, divisible_by: int, tensor_parallel_size: int) -> int:
+    """Vocabulary rounded up so that every tensor-parallel rank has as many rows."""
+    multiple = divisible_by * tensor_parallel_size
+    return -(-vocab_size // multiple) * multiple
+
+
+def build_model(shape: ModelShape, config: Config, parallel: Parallel) -> list[PolicyModel]:
+    """This pipeline rank's model chunks (one, or one a virtual stage), weights not yet loaded."""
+    engine = platform.have_transformer_engine()
+    megatron_config = transformer_config(shape, config, use_transformer_engine=engine)
+    spec = layer_spec(engine)
+    chunks = []
+    virtual = parallel.virtual_stages or 1
+    for stage in range(virtual):
+        vp_stage = stage if parallel.virtual_stages else None
+        first = parallel.pipeline_rank == 0 and stage == 0
+        last = parallel.is_last_stage and stage == virtual - 1
+        layers = shape.num_layers // (parallel.pipeline_size * virtual)
+        block = TransformerBlockSubmodules(
+            layer_specs=[spec] * layers,
+            layer_norm=_final_norm(engine),
+        )
+        assert get_transformer_layer_offset(megatron_config, vp_stage=vp_stage) % layers == 0
+        model = PolicyModel(
+            config=megatron_config,
+            shape=shape,
+            logprob_chunk_bytes=config.model.logprob_chunk_bytes,
+            transformer_layer_spec=block,
+            vocab_size=padded_vocab_size(
+                shape.vocab_size, config.model.make_vocab_size_divisible_by, parallel.tensor_size
+            ),
+            max_sequence_length=shape.max_position_embeddings,
+            pre_process=first,
+            post_process=last,
+            share_embeddings_and_output_weights=not shape.untie_embeddings_and_output_weights,
+            vp_stage=vp_stage,
+        )
+        chunks.append(model.to(platform.CURRENT.device))
+    return chunks
+
+
+def _final_norm(use_transformer_engine: bool) -> Any:
+    if use_transformer_engine:
+        from megatron.core.extensions.transformer_engine import TENorm
+
+        return TENorm
+    return RMSNorm

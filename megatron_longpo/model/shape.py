@@ -1,0 +1,82 @@
+"""What a model is, apart from its weights: read from a Hugging Face config at import, kept in every checkpoint."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_longpo.errors import CheckpointError
+
+FILE_NAME = "model.json"
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """Architecture of a decoder, in Megatron-LM's terms.
+
+    Attributes:
+        family: name in ``families.FAMILIES``.
+        ffn_hidden_size: width of the gated MLP.
+        num_query_groups: key-value heads.
+        kv_channels: head size.
+        vocab_size: true vocabulary, without padding.
+        rotary_base: RoPE theta.
+        max_position_embeddings: longest context the model claims.
+        untie_embeddings_and_output_weights: whether the output has a weight of its own.
+        tokenizer_hash: hash of the tokenizer's vocabulary, or None where the checkpoint carried no tokenizer.
+        weights_hash: hash of all weights in file order, as imported; None for a trained checkpoint.
+        dtype: dtype of the imported weights, which export gives back unless told otherwise.
+    """
+
+    family: str
+    num_layers: int
+    hidden_size: int
+    ffn_hidden_size: int
+    num_attention_heads: int
+    num_query_groups: int
+    kv_channels: int
+    vocab_size: int
+    layernorm_epsilon: float
+    add_qkv_bias: bool
+    untie_embeddings_and_output_weights: bool
+    rotary_base: float
+    max_position_embeddings: int
+    init_method_std: float = 0.02
+    dtype: str = "float32"
+    tokenizer_hash: str | None = None
+    weights_hash: str | None = None
+
+    def replace(self, **changes: Any) -> ModelShape:
+        return dataclasses.replace(self, **changes)
+
+    def write(self, folder: Path) -> None:
+        content = {"schema_version": SCHEMA_VERSION, **dataclasses.asdict(self)}
+        (folder / FILE_NAME).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def read(cls, folder: Path) -> ModelShape:
+        """Read ``model.json`` of a checkpoint.
+
+        Raises:
+            CheckpointError: missing, not JSON, of another schema version, or with missing or unknown keys.
+        """
+        path = folder / FILE_NAME
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise CheckpointError(
+                f"{folder}: holds no {FILE_NAME}, so it is not a checkpoint of this project; convert a Hugging Face "
+                "model with tools/convert_checkpoint.py import"
+            ) from None
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{path}: cannot be read ({error}); convert the model again") from None
+        if not isinstance(content, dict) or content.pop("schema_version", None) != SCHEMA_VERSION:
+            raise CheckpointError(f"{path}: schema_version is not {SCHEMA_VERSION}; convert the model again")
+        try:
+            return cls(**content)
+        except TypeError as error:
+            raise CheckpointError(f"{path}: {error}; convert the model again") from None

@@ -1,0 +1,312 @@
+"""CPU + gloo or CUDA + NCCL, resolved once. The only file that touches ``torch.cuda`` or patches megatron-core.
+
+The choice is made when the package is first imported, because the patches below must precede every
+import of megatron-core. ``MEGATRON_LONGPO_PLATFORM`` (``auto``, ``cpu`` or ``cuda``) overrides it.
+
+Each patch says why it is needed and with which versions the need was seen. None is installed where CUDA is used.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import logging
+import os
+import re
+import resource
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from megatron_longpo.errors import PlatformError
+
+_VARIABLE = "MEGATRON_LONGPO_PLATFORM"
+
+
+@dataclass(frozen=True)
+class Platform:
+    """What the process runs on.
+
+    Attributes:
+        name: ``cpu`` or ``cuda``.
+        backend: the torch.distributed back end, ``gloo`` or ``nccl``.
+        reason: why this platform was chosen, for the log.
+    """
+
+    name: Literal["cpu", "cuda"]
+    backend: Literal["gloo", "nccl"]
+    reason: str
+
+    @property
+    def is_cuda(self) -> bool:
+        return self.name == "cuda"
+
+    @property
+    def device(self) -> torch.device:
+        """The device of this process; on CUDA the current one, so ``use_local_rank`` must come first."""
+        return torch.device("cuda", torch.cuda.current_device()) if self.is_cuda else torch.device("cpu")
+
+    def use_local_rank(self, local_rank: int) -> None:
+        """Bind the process to its accelerator.
+
+        Raises:
+            PlatformError: there are fewer accelerators than processes on this node.
+        """
+        if not self.is_cuda:
+            return
+        count = torch.cuda.device_count()
+        if local_rank >= count:
+            raise PlatformError(
+                f"local rank {local_rank} has no GPU: {count} visible on this node; launch at most {count} processes a "
+                f"node (--nproc-per-node {count}) or set {_VARIABLE}=cpu"
+            )
+        torch.cuda.set_device(local_rank)
+
+    def synchronize(self) -> None:
+        """Wait until the device has done what was queued, so that a clock read after it is true."""
+        if self.is_cuda:
+            torch.cuda.synchronize()
+
+    def peak_memory_bytes(self) -> int:
+        """Allocator's peak on CUDA, the process's peak resident set on the CPU."""
+        if self.is_cuda:
+            return int(torch.cuda.max_memory_allocated())
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return int(peak) if sys.platform == "darwin" else int(peak) * 1024
+
+    def available_memory_bytes(self) -> int:
+        """Memory that a new allocation of this process could still take."""
+        if self.is_cuda:
+            return int(torch.cuda.mem_get_info()[0])
+        import psutil
+
+        return int(psutil.virtual_memory().available)
+
+    def rng_state(self) -> dict[str, torch.Tensor]:
+        """State of the generators that model code draws from."""
+        state = {"cpu": torch.get_rng_state()}
+        if self.is_cuda:
+            state["cuda"] = torch.cuda.get_rng_state()
+        return state
+
+    def set_rng_state(self, state: dict[str, torch.Tensor]) -> None:
+        """Restore what ``rng_state`` gave. A state saved on the other platform restores the CPU generator alone."""
+        torch.set_rng_state(state["cpu"])
+        if self.is_cuda and "cuda" in state:
+            torch.cuda.set_rng_state(state["cuda"])
+
+
+def _resolve() -> Platform:
+    wanted = os.environ.get(_VARIABLE, "auto").lower()
+    if wanted not in ("auto", "cpu", "cuda"):
+        raise PlatformError(f"{_VARIABLE}={wanted} is not a platform; set it to auto, cpu or cuda, or unset it")
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise PlatformError(
+            f"{_VARIABLE}=cuda but torch {torch.__version__} sees no GPU; check nvidia-smi and that torch is a CUDA "
+            f"build, or set {_VARIABLE}=cpu"
+        )
+    if wanted != "auto":
+        return Platform(wanted, "nccl" if wanted == "cuda" else "gloo", f"{_VARIABLE}={wanted}")  # type: ignore[arg-type]
+    if torch.cuda.is_available():
+        return Platform("cuda", "nccl", f"torch {torch.__version__} sees {torch.cuda.device_count()} GPU(s)")
+    return Platform("cpu", "gloo", f"torch {torch.__version__} sees no GPU")
+
+
+# --------------------------------------------------------------------------------------------------
+# Patches
+# --------------------------------------------------------------------------------------------------
+
+
+class _NoStream:
+    """Stands for a CUDA stream or event: on the CPU everything is done in program order."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        pass
+
+    def __enter__(self) -> _NoStream:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        pass
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return lambda *_, **__: None
+
+
+def _answering(value: Any) -> Callable[..., Any]:
+    """A new function each time: torch's compiler keeps one rule a function object."""
+    return lambda *_, **__: value
+
+
+def _is_cuda_device(device: Any) -> bool:
+    return (isinstance(device, str) and device.startswith("cuda")) or (
+        isinstance(device, torch.device) and device.type == "cuda"
+    )
+
+
+def _on_cpu(factory: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(factory)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        if _is_cuda_device(kwargs.get("device")):
+            kwargs["device"] = "cpu"
+        return factory(*args, **kwargs)
+
+    return wrapped
+
+
+@contextlib.contextmanager
+def _type_says_cuda() -> Iterator[None]:
+    original = torch.Tensor.type
+
+    def type_(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        answer = original(self, *args, **kwargs)
+        if isinstance(answer, str) and answer.startswith("torch.") and "cuda" not in answer:
+            return answer.replace("torch.", "torch.cuda.", 1)
+        return answer
+
+    torch.Tensor.type = type_  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        torch.Tensor.type = original  # type: ignore[method-assign]
+
+
+def _with_cuda_type_names(function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        with _type_says_cuda():
+            return function(*args, **kwargs)
+
+    return wrapped
+
+
+def _patch_torch_for_cpu() -> None:
+    """Let code that says ``cuda`` run on the CPU. Needed by megatron-core 0.16.1 and 0.19.2 throughout."""
+    # Device of p2p shape buffers, DDP buffers and masters of the optimizer.
+    torch.cuda.current_device = _answering(torch.device("cpu"))
+    for name in ("synchronize", "empty_cache", "set_device", "reset_peak_memory_stats", "ipc_collect"):
+        setattr(torch.cuda, name, _answering(None))
+    for name in ("memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved"):
+        setattr(torch.cuda, name, _answering(0))
+    # The asynchronous checkpoint writer takes a rank's device modulo the count.
+    torch.cuda.device_count = _answering(1)
+    # DDP's overlapped reductions and the async checkpoint open streams and wait on events.
+    for name in ("Stream", "Event"):
+        setattr(torch.cuda, name, _NoStream)
+    for name in ("current_stream", "default_stream"):
+        setattr(torch.cuda, name, _NoStream)
+    torch.cuda.stream = _answering(contextlib.nullcontext())
+    torch.cuda.get_rng_state = lambda *_, **__: torch.get_rng_state()
+    torch.cuda.set_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
+    # torch.manual_seed itself seeds CUDA by manual_seed_all, so that one must do nothing.
+    torch.cuda.manual_seed = lambda seed: torch.default_generator.manual_seed(int(seed))  # type: ignore[assignment]
+    torch.cuda.manual_seed_all = _answering(None)
+    torch.Tensor.cuda = lambda self, *_, **__: self  # type: ignore[method-assign]
+    torch.nn.Module.cuda = lambda self, *_, **__: self  # type: ignore[method-assign,assignment]
+    factories = ("empty", "zeros", "ones", "full", "tensor", "arange", "rand", "randn", "as_tensor")
+    for name in (*factories, "empty_like", "zeros_like", "ones_like", "full_like"):
+        setattr(torch, name, _on_cpu(getattr(torch, name)))
+
+
+def _patch_megatron_for_cpu() -> None:
+    """Patches of megatron-core itself, for the CPU. Each seen needed with 0.16.1 and 0.19.2."""
+    # Fused functions are torch.compile'd as their modules are imported, and compiling them needs a C++ compiler and
+    # minutes. The fuser's switch sits in the very package whose import decorates them, hence the detour.
+    compile_, torch.compile = torch.compile, lambda function=None, **_: function  # type: ignore[assignment]
+    try:
+        with warnings.catch_warnings():
+            # Five warnings that Apex and Transformer Engine are missing: on the CPU they always are.
+            warnings.simplefilter("ignore")
+            importlib.import_module("megatron.core.jit").disable_jit_fuser()
+            importlib.import_module("megatron.core.models.gpt")
+            importlib.import_module("megatron.core.optimizer")
+    finally:
+        torch.compile = compile_  # type: ignore[assignment]
+
+    random = importlib.import_module("megatron.core.tensor_parallel.random")
+    # Both go to torch's CUDA generators by index; model-parallel seeds live in the CPU generator here.
+    random._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
+    random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
+
+    # Both optimizers and the clipping compare Tensor.type() with names that begin with "torch.cuda.".
+    optimizer = importlib.import_module("megatron.core.optimizer.optimizer")
+    float16 = optimizer.Float16OptimizerWithFloat16Params
+    float16.__init__ = _with_cuda_type_names(float16.__init__)
+    distributed = importlib.import_module("megatron.core.optimizer.distrib_optimizer").DistributedOptimizer
+    distributed.__init__ = _with_cuda_type_names(distributed.__init__)
+    clip = importlib.import_module("megatron.core.optimizer.clip_grads")
+    clip.clip_grad_by_total_norm_fp32 = _with_cuda_type_names(clip.clip_grad_by_total_norm_fp32)
+    optimizer.clip_grad_by_total_norm_fp32 = clip.clip_grad_by_total_norm_fp32
+
+
+def _install(platform: Platform) -> Platform:
+    if not platform.is_cuda:
+        _patch_torch_for_cpu()
+        _patch_megatron_for_cpu()
+    return platform
+
+
+def _quiet() -> None:
+    """Pass over what libraries say of one another's deprecations at every start; errors and our own lines remain."""
+    for message in (
+        "full scope is deprecated",
+        "Please use DTensor instead",
+        "`load_state_dict` is deprecated",
+        "`torch.distributed.reduce_op` is deprecated",
+        "torch.distributed is disabled, unavailable or uninitialized",
+        "TypedStorage is deprecated",
+        "no_sync_func",
+    ):
+        warnings.filterwarnings("ignore", message=f".*{re.escape(message)}")
+    for name in ("megatron.core.rerun_state_machine", "megatron.core.models.gpt.gpt_model", "megatron.core.transformer"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+_quiet()
+CURRENT: Platform = _install(_resolve())
+
+
+# --------------------------------------------------------------------------------------------------
+# What a platform cannot do
+# --------------------------------------------------------------------------------------------------
+
+
+def use_batched_p2p(virtual_pipeline: bool) -> bool:
+    """Whether pipeline stages exchange tensors by batched isend/irecv.
+
+    On gloo, interleaved stages with batched sends and receives give silently wrong losses (megatron-core 0.16.1 and
+    0.19.2): two messages between the same pair of ranks have no tag to tell them apart. Plain sends and receives in
+    program order are right, so they are what gloo always gets.
+    """
+    return CURRENT.is_cuda and not virtual_pipeline
+
+
+def check_p2p(batch_p2p_comm: bool, virtual_pipeline_size: int | None) -> None:
+    """Refuse what would go wrong without an error.
+
+    Raises:
+        PlatformError: interleaved pipeline with batched P2P on gloo.
+    """
+    if not CURRENT.is_cuda and batch_p2p_comm and virtual_pipeline_size is not None:
+        raise PlatformError(
+            f"virtual_pipeline_model_parallel_size={virtual_pipeline_size} with batch_p2p_comm=True gives wrong losses "
+            "on gloo, without an error; leave batch_p2p_comm off on the CPU, or run on CUDA with NCCL"
+        )
+
+
+def have_transformer_engine() -> bool:
+    """Whether Transformer Engine can be imported (it supplies the CUDA layer spec)."""
+    if not CURRENT.is_cuda:
+        return False
+    try:
+        importlib.import_module("transformer_engine.pytorch")
+    except ImportError:
+        return False
+    return True

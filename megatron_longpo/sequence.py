@@ -1,0 +1,367 @@
+"""From rows of tokens to one flat sequence: shared prefixes, attention blocks, shards.
+
+Several rows (for LongPO the chosen and the rejected long row of a sample) become ONE sequence in which what they share
+is stored, and computed, once. The rows form a tree of segments::
+
+    rows        t0 t1 t2 t3 | a b c          chosen
+                t0 t1 t2 t3 | x y            rejected
+
+    sequence    [t0 t1 t2] [t3 a b] [t3 x]
+                  trunk     branch   branch
+
+The trunk is the common prefix less its last token; each branch starts with that last common token again, because its
+next token, and with it the loss at its position, differs between the branches. So every position of the sequence
+predicts exactly one next token. A branch attends to its ancestors in full and to itself causally, and its position
+numbers continue its parent's. Trees may be deeper than two levels: turns that share a document share the trunk, and the
+two answers of one turn share its question. Rows with nothing in common are separate roots.
+
+Everything here is numpy on the host; nothing knows a rank but ``shard``.
+
+Shape legend: L = tokens of one row, S = tokens of the flat sequence, N = positions with a loss, E = entries (a position
+of one response; a shared position has one entry for each row that it belongs to).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+IntArray = NDArray[np.int64]
+
+NO_RESPONSE = -1
+# A branch point costs a merge of two attention blocks; below this many tokens, sharing costs more than it saves.
+MINIMUM_SHARED_TOKENS = 16
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of tokens with its losses.
+
+    Attributes:
+        tokens_L: token ids.
+        response_L: for each token, as a target, the slot of the response sum it belongs to, or ``NO_RESPONSE``.
+        nll_L: for each token, as a target, whether it counts in the NLL mean of ``sample``.
+        sample: slot of the NLL mean.
+    """
+
+    tokens_L: IntArray
+    response_L: IntArray
+    nll_L: NDArray[np.bool_]
+    sample: int
+
+    def __post_init__(self) -> None:
+        if len(self.tokens_L) < 2:
+            raise ValueError(f"a row of {len(self.tokens_L)} tokens predicts nothing; rows need at least 2 tokens")
+        if not len(self.tokens_L) == len(self.response_L) == len(self.nll_L):
+            raise ValueError("tokens, responses and NLL mask of a row must have one length")
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A run of the flat sequence: ``[start, start + length)``; ``parent`` is -1 for a root.
+
+    ``position`` is the position number of its first token within the rows it belongs to.
+    """
+
+    start: int
+    length: int
+    parent: int
+    position: int
+
+    @property
+    def end(self) -> int:
+        return self.start + self.length
+
+
+@dataclass(frozen=True)
+class KeyBlock:
+    """Keys ``[start, end)`` for the queries of a ``QueryGroup``; causal blocks have as many keys as queries."""
+
+    start: int
+    end: int
+    causal: bool
+
+
+@dataclass(frozen=True)
+class QueryGroup:
+    """Queries ``[start, end)`` and all the keys they see; several key blocks are merged by log-sum-exp."""
+
+    start: int
+    end: int
+    keys: tuple[KeyBlock, ...]
+
+    @property
+    def pairs(self) -> int:
+        """Query-key pairs that are computed on: the cost of attention is proportional to it."""
+        n = self.end - self.start
+        return sum(n * (n + 1) // 2 if k.causal else n * (k.end - k.start) for k in self.keys)
+
+
+@dataclass(frozen=True)
+class SequenceLayout:
+    """The flat sequence of a set of rows, before sharding. Labels are shifted here, once.
+
+    Attributes:
+        tokens_S, targets_S, positions_S: input token, next token and position number of each place.
+        segments: the tree.
+        response_places_E, response_slots_E: places whose target log-prob is added to a response sum.
+        nll_places, nll_slots: places whose target log-prob counts in an NLL mean; a shared place counts once.
+        nll_tokens: number of NLL places of each sample slot.
+        response_tokens: number of tokens of each response slot.
+        rows: how many rows were laid out.
+    """
+
+    tokens_S: IntArray
+    targets_S: IntArray
+    positions_S: IntArray
+    segments: tuple[Segment, ...]
+    response_places_E: IntArray
+    response_slots_E: IntArray
+    nll_places: IntArray
+    nll_slots: IntArray
+    nll_tokens: IntArray
+    response_tokens: IntArray
+    rows: int
+    groups: tuple[QueryGroup, ...] = field(default=())
+
+    @property
+    def length(self) -> int:
+        return len(self.tokens_S)
+
+    @property
+    def attention_pairs(self) -> int:
+        return sum(group.pairs for group in self.groups)
+
+
+def lay_out(
+    rows: Sequence[Row],
+    *,
+    prefix_sharing: bool,
+    samples: int,
+    responses: int,
+    minimum_shared: int = MINIMUM_SHARED_TOKENS,
+) -> SequenceLayout:
+    """Lay rows out as one sequence.
+
+    Args:
+        rows: the rows; those that share a prefix of at least ``minimum_shared`` tokens share segments.
+        prefix_sharing: off, every row is a root of its own (the oracle of the shared layout).
+        samples: number of NLL slots.
+        responses: number of response slots.
+        minimum_shared: shortest prefix that is worth a branch point; any value gives the same numbers.
+    """
+    builder = _Builder(minimum_shared)
+    if prefix_sharing:
+        builder.grow(list(rows), list(range(len(rows))), 0, -1)
+    else:
+        for index, row in enumerate(rows):
+            builder.add_segment([row], [index], 0, len(row.tokens_L) - 1, -1)
+    return builder.finish(rows, samples, responses)
+
+
+class _Builder:
+    def __init__(self, minimum_shared: int) -> None:
+        self.minimum_shared = max(1, minimum_shared)
+        self.segments: list[Segment] = []
+        self.rows_of_segment: list[list[int]] = []
+        self.length = 0
+
+    def add_segment(self, rows: list[Row], members: list[int], begin: int, end: int, parent: int) -> int:
+        self.segments.append(Segment(self.length, end - begin, parent, begin))
+        self.rows_of_segment.append(members)
+        self.length += end - begin
+        return len(self.segments) - 1
+
+    def grow(self, rows: list[Row], members: list[int], begin: int, parent: int) -> None:
+        """Lay out ``rows[m]`` for m in members, all equal before ``begin``, below segment ``parent``."""
+        if len(members) == 1:
+            row = rows[members[0]]
+            if len(row.tokens_L) - 1 > begin:
+                self.add_segment(rows, members, begin, len(row.tokens_L) - 1, parent)
+            return
+        shared = min(_shared_pairs(rows[members[0]], rows[m], begin) for m in members[1:])
+        if shared >= self.minimum_shared:
+            parent = self.add_segment(rows, members, begin, begin + shared, parent)
+            begin += shared
+        # Rows that end here have nothing left; the others are put together by what comes next. A group may still be
+        # one of many rows (a question shared by two answers below a document shared by all).
+        left = [m for m in members if len(rows[m].tokens_L) - 1 > begin]
+        while left:
+            head, rest = left[0], left[1:]
+            together = [m for m in rest if _shared_pairs(rows[head], rows[m], begin) >= self.minimum_shared]
+            if together:
+                self.grow(rows, [head, *together], begin, parent)
+            else:
+                self.add_segment(rows, [head], begin, len(rows[head].tokens_L) - 1, parent)
+            left = [m for m in rest if m not in together]
+
+    def finish(self, rows: Sequence[Row], samples: int, responses: int) -> SequenceLayout:
+        tokens = np.zeros(self.length, np.int64)
+        targets = np.zeros(self.length, np.int64)
+        positions = np.zeros(self.length, np.int64)
+        places: list[IntArray] = []
+        slots: list[IntArray] = []
+        nll: set[tuple[int, int]] | None = None
+        nll_mask = np.full((self.length,), -1, np.int64)
+        for segment, members in zip(self.segments, self.rows_of_segment, strict=True):
+            here = slice(segment.start, segment.end)
+            first = rows[members[0]].tokens_L
+            tokens[here] = first[segment.position : segment.position + segment.length]
+            targets[here] = first[segment.position + 1 : segment.position + 1 + segment.length]
+            positions[here] = np.arange(segment.position, segment.position + segment.length)
+            as_target = slice(segment.position + 1, segment.position + 1 + segment.length)
+            for member in members:
+                response = rows[member].response_L[as_target]
+                has_loss = np.flatnonzero(response != NO_RESPONSE)
+                places.append(has_loss + segment.start)
+                slots.append(response[has_loss])
+                counted = np.flatnonzero(rows[member].nll_L[as_target]) + segment.start
+                taken = nll_mask[counted]
+                if np.any((taken != -1) & (taken != rows[member].sample)):
+                    # Two samples that share a segment: rare (the same document twice), so kept out of the fast path.
+                    nll = nll or set()
+                    nll.update((int(p), rows[member].sample) for p in counted)
+                else:
+                    nll_mask[counted] = rows[member].sample
+        nll_places = np.flatnonzero(nll_mask != -1).astype(np.int64)
+        nll_slots = nll_mask[nll_places]
+        if nll is not None:
+            pairs = sorted(nll | {(int(p), int(s)) for p, s in zip(nll_places, nll_slots, strict=True)})
+            nll_places = np.array([p for p, _ in pairs], np.int64)
+            nll_slots = np.array([s for _, s in pairs], np.int64)
+        response_slots = np.concatenate(slots) if slots else np.zeros(0, np.int64)
+        return SequenceLayout(
+            tokens_S=tokens,
+            targets_S=targets,
+            positions_S=positions,
+            segments=tuple(self.segments),
+            response_places_E=np.concatenate(places) if places else np.zeros(0, np.int64),
+            response_slots_E=response_slots,
+            nll_places=nll_places,
+            nll_slots=nll_slots,
+            nll_tokens=np.bincount(nll_slots, minlength=samples).astype(np.int64),
+            response_tokens=np.bincount(response_slots, minlength=responses).astype(np.int64),
+            rows=len(rows),
+            groups=query_groups(self.segments),
+        )
+
+
+def _shared_pairs(a: Row, b: Row, begin: int) -> int:
+    """How many places from ``begin`` on have the same token and the same next token in both rows."""
+    n = min(len(a.tokens_L), len(b.tokens_L))
+    differs = np.flatnonzero(a.tokens_L[begin:n] != b.tokens_L[begin:n])
+    common = int(differs[0]) if len(differs) else n - begin
+    return max(0, common - 1)
+
+
+def query_groups(segments: Sequence[Segment]) -> tuple[QueryGroup, ...]:
+    """Attention of a tree of segments as blocks.
+
+    A segment that directly follows its parent in memory continues the parent's causal block: trunk and first branch are
+    one causal block, so two rows cost one merge, not two.
+    """
+    starts: list[int] = []  # first place of the causal chain that each segment is in
+    ends: dict[int, int] = {}  # chain start -> end
+    prefix: dict[int, tuple[tuple[int, int], ...]] = {}  # chain start -> ranges of its ancestors
+    for index, segment in enumerate(segments):
+        parent = segment.parent
+        if parent >= 0 and segments[parent].end == segment.start:
+            start = starts[parent]
+        else:
+            start = segment.start
+            prefix[start] = () if parent < 0 else _ancestor_ranges(segments, starts, prefix, parent)
+        starts.append(start)
+        ends[start] = segment.end
+        assert index == len(starts) - 1
+    groups = []
+    for start, end in ends.items():
+        if end == start:
+            continue
+        full = [KeyBlock(a, b, causal=False) for a, b in prefix[start] if b > a]
+        groups.append(QueryGroup(start, end, (*full, KeyBlock(start, end, causal=True))))
+    return tuple(groups)
+
+
+def _ancestor_ranges(
+    segments: Sequence[Segment], starts: list[int], prefix: dict[int, tuple[tuple[int, int], ...]], parent: int
+) -> tuple[tuple[int, int], ...]:
+    chain = starts[parent]
+    return (*prefix[chain], (chain, segments[parent].end))
+
+
+# --------------------------------------------------------------------------------------------------
+# Shards
+# --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The part of a sequence that one context-parallel rank holds.
+
+    Attributes:
+        padded_length: length of the whole sequence with its padding.
+        places: global places held, in local order; the padding's are >= ``layout.length``.
+        tokens, positions: [S/cp].
+        loss_places_N: local places that have any loss.
+        targets_N: their target tokens.
+        response_index_E, response_slots_E: into N, and the response sums they are added to.
+        nll_index, nll_slots: into N, and the NLL sums they are added to.
+    """
+
+    padded_length: int
+    places: IntArray
+    tokens: IntArray
+    positions: IntArray
+    loss_places_N: IntArray
+    targets_N: IntArray
+    response_index_E: IntArray
+    response_slots_E: IntArray
+    nll_index: IntArray
+    nll_slots: IntArray
+
+
+def padded_length(length: int, multiple: int) -> int:
+    """Smallest multiple of ``multiple`` that is at least ``length``."""
+    return -(-length // multiple) * multiple
+
+
+def shard(layout: SequenceLayout, *, multiple: int, parts: int, part: int) -> Shard:
+    """Cut the sequence into ``parts`` contiguous pieces of one length and return piece ``part``.
+
+    Args:
+        layout: the whole sequence.
+        multiple: the padded length is a multiple of this (context-parallel x tensor-parallel size under sequence
+            parallelism, so that every rank of both holds whole places).
+        parts: context-parallel size; divides ``multiple``.
+        part: context-parallel rank.
+    """
+    whole = padded_length(layout.length, multiple)
+    size = whole // parts
+    first = part * size
+    places = np.arange(first, first + size, dtype=np.int64)
+    real = min(max(layout.length - first, 0), size)
+    tokens = np.zeros(size, np.int64)
+    positions = np.zeros(size, np.int64)
+    tokens[:real] = layout.tokens_S[first : first + real]
+    positions[:real] = layout.positions_S[first : first + real]
+
+    in_response = (layout.response_places_E >= first) & (layout.response_places_E < first + size)
+    in_nll = (layout.nll_places >= first) & (layout.nll_places < first + size)
+    response_places = layout.response_places_E[in_response] - first
+    nll_places = layout.nll_places[in_nll] - first
+    loss_places = np.unique(np.concatenate([response_places, nll_places]))
+    return Shard(
+        padded_length=whole,
+        places=places,
+        tokens=tokens,
+        positions=positions,
+        loss_places_N=loss_places,
+        targets_N=layout.targets_S[loss_places + first],
+        response_index_E=np.searchsorted(loss_places, response_places),
+        response_slots_E=layout.response_slots_E[in_response],
+        nll_index=np.searchsorted(loss_places, nll_places),
+        nll_slots=layout.nll_slots[in_nll],
+    )

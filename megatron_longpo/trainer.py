@@ -1,0 +1,516 @@
+"""A training run: everything set up once, then one step after another.
+
+The step reads like its description: take the batch, know its reference, forward and backward, update, report. How the
+gradient gets its scale is derived in docs/loss.md.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import finalize_model_grads
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from megatron_longpo import parallel as parallel_module
+from megatron_longpo import platform
+from megatron_longpo.batch import MicroBatch, batch_loss, policy_batch
+from megatron_longpo.checkpoint.training import ASSETS, Checkpointer, folder_of, latest_step, load_weights, resolve
+from megatron_longpo.config import Config, check, check_against_model, virtual_pipeline_size
+from megatron_longpo.data.indexed import Manifest, PreferenceData, read_manifest
+from megatron_longpo.data.preference import Mode, Sample
+from megatron_longpo.data.sampler import BatchSampler, microbatches_of_rank
+from megatron_longpo.errors import ConfigError, DataError, LongPOError
+from megatron_longpo.metrics import Reporter, log, reduce_samples
+from megatron_longpo.model.attention import check_ulysses
+from megatron_longpo.model.gpt import PolicyModel, build_model, inverse_frequencies, transformer_config
+from megatron_longpo.model.shape import ModelShape
+from megatron_longpo.optimization import build_optimizer, build_scheduler, wrap_for_training
+from megatron_longpo.parallel import Parallel
+from megatron_longpo.reference import cache_for, fill, scope_of, score, weights_fingerprint
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What can be known before any process group is made; every rank knows the same.
+
+    Attributes:
+        config: as resolved.
+        load: checkpoint that training starts from; reference_load: that of the reference.
+        shape, reference_shape: of the two checkpoints.
+        manifest: of the data.
+        train_iters: optimizer steps of the whole run.
+        world_size: processes.
+    """
+
+    config: Config
+    load: Path
+    reference_load: Path
+    shape: ModelShape
+    reference_shape: ModelShape
+    manifest: Manifest
+    train_iters: int
+    world_size: int
+
+    @property
+    def policy_shape(self) -> ModelShape:
+        """Shape of the trained model: with the policy's rotary base and the context it was trained on."""
+        m, d = self.config.model, self.config.data
+        trained = d.seq_length or self.manifest.longest
+        return self.shape.replace(
+            rotary_base=m.rotary_base or self.shape.rotary_base,
+            max_position_embeddings=m.max_position_embeddings or max(self.shape.max_position_embeddings, trained),
+            weights_hash=None,
+        )
+
+
+def make_plan(config: Config, world_size: int) -> Plan:
+    """Check a configuration against itself, its checkpoint, its data and the world.
+
+    Raises:
+        ConfigError, CheckpointError, DataError, PlatformError: the first thing that does not fit.
+    """
+    check(config)
+    if config.checkpoint.load is None:
+        raise ConfigError("load is not given; name a converted checkpoint with --load CKPT")
+    if config.data.data_path is None:
+        raise ConfigError("data_path is not given; name the prefix of preprocessed data with --data-path PREFIX")
+    load = resolve(config.checkpoint.load)
+    reference_load = resolve(config.reference.reference_load or config.checkpoint.load)
+    shape, reference_shape = ModelShape.read(load), ModelShape.read(reference_load)
+    check_against_model(
+        config,
+        world_size=world_size,
+        num_layers=shape.num_layers,
+        attention_heads=shape.num_attention_heads,
+        key_value_heads=shape.num_query_groups,
+        hidden_size=shape.hidden_size,
+    )
+    p = config.parallel
+    check_ulysses(
+        shape.num_attention_heads, shape.num_query_groups, p.context_parallel_size, p.tensor_model_parallel_size
+    )
+    transformer_config(shape, config, use_transformer_engine=False)
+    _check_same_architecture(shape, reference_shape, config)
+    manifest = read_manifest(config.data.data_path)
+    _check_data(config, manifest, shape)
+    t = config.training
+    train_iters = t.train_iters or max(1, math.floor(t.train_epochs * manifest.samples / t.global_batch_size))
+    return Plan(config, load, reference_load, shape, reference_shape, manifest, train_iters, world_size)
+
+
+def _check_same_architecture(shape: ModelShape, reference: ModelShape, config: Config) -> None:
+    ignored = {"rotary_base": 0.0, "max_position_embeddings": 0, "weights_hash": None, "dtype": ""}
+    if shape.replace(**ignored) != reference.replace(**ignored):
+        raise ConfigError(
+            f"reference_load={config.reference.reference_load} is another architecture than load="
+            f"{config.checkpoint.load}; give a reference of the same family, sizes and tokenizer"
+        )
+
+
+def _check_data(config: Config, manifest: Manifest, shape: ModelShape) -> None:
+    path = f"{config.data.data_path}.json"
+    if manifest.vocab_size > shape.vocab_size:
+        raise DataError(
+            f"{path}: vocab_size={manifest.vocab_size} is larger than the model's {shape.vocab_size}; preprocess with "
+            "the model's tokenizer"
+        )
+    if manifest.tokenizer_hash and shape.tokenizer_hash and manifest.tokenizer_hash != shape.tokenizer_hash:
+        raise DataError(
+            f"{path}: tokenizer {manifest.tokenizer} ({manifest.tokenizer_hash[:12]}) is not the model's "
+            f"({shape.tokenizer_hash[:12]}); preprocess with the model's tokenizer"
+        )
+    limit = config.data.seq_length
+    if limit is not None and manifest.longest > limit:
+        raise DataError(
+            f"{path}: its longest row has {manifest.longest} tokens, seq_length={limit}; raise seq_length or preprocess "
+            "with --seq-length"
+        )
+    if config.data.turns == "independent" and not manifest.independent_turns:
+        raise ConfigError(
+            f"turns=independent needs each turn's own prompt, which {path} does not have (it came tokenised); use "
+            "turns=chained, or preprocess from text"
+        )
+
+
+def on_first_rank(action: Callable[[], Any]) -> None:
+    """Run a check on rank 0; where it fails, every rank raises the same error.
+
+    Raises:
+        LongPOError: what the check raised.
+    """
+    message: list[LongPOError | None] = [None]
+    if dist.get_rank() == 0:
+        try:
+            action()
+        except LongPOError as error:
+            message[0] = error
+    dist.broadcast_object_list(message, src=0, device=platform.CURRENT.device)
+    if message[0] is not None:
+        raise message[0]
+
+
+class Trainer:
+    """One run.
+
+    Args:
+        plan: what ``make_plan`` found good.
+        parallel: groups of this process.
+    """
+
+    def __init__(self, plan: Plan, parallel: Parallel) -> None:
+        self.plan, self.parallel = plan, parallel
+        self.config = config = plan.config
+        self.active = parallel.rank == 0
+        self.output = Path(config.checkpoint.save) if config.checkpoint.save else None
+        assert config.data.data_path is not None
+        path, verify = config.data.data_path, config.data.verify_data
+        on_first_rank(lambda: PreferenceData(path, verify=verify) and None)
+        self.data = PreferenceData(path, verify=False)
+        self.sampler = BatchSampler(
+            len(self.data),
+            config.training.global_batch_size,
+            shuffle=config.data.shuffle,
+            seed=config.training.seed,
+        )
+        self.frequencies = inverse_frequencies(plan.shape, plan.policy_shape.rotary_base)
+
+        self.chunks = build_model(plan.shape, config, parallel)
+        self._log_model()
+        self.reference = self._make_reference()
+        resumed = latest_step(self.output) if self.output else None
+        if resumed is None:
+            load_weights(plan.load, self.chunks, parallel)
+        self.model = wrap_for_training(self.chunks, config)
+        self.optimizer = build_optimizer(config, self.model)
+        self.scheduler = build_scheduler(config, self.optimizer, plan.train_iters)
+        self._tell_schedule()
+        self.checkpointer = (
+            Checkpointer(self.output, config, plan.policy_shape, plan.load / ASSETS, parallel) if self.output else None
+        )
+        self.step = 0
+        if resumed is not None:
+            assert self.output is not None and self.checkpointer is not None
+            folder = folder_of(self.output, resumed)
+            self.step = self.checkpointer.resume(folder, self.chunks, self.optimizer, self.scheduler).step
+            self._log(f"resumed from {folder} after step {self.step}")
+        self.reporter = Reporter(
+            self.output,
+            train_iters=plan.train_iters,
+            resumed_step=self.step,
+            config=config.logging,
+            run_config=config.as_dict(),
+            active=self.active,
+        )
+        if self.output is not None and self.active:
+            (self.output / "run.yaml").write_text(config.as_yaml(), encoding="utf-8")
+
+    # ---------------------------------------------------------------------------------- set-up
+
+    def _log(self, message: str) -> None:
+        log(message, active=self.active)
+
+    def _log_model(self) -> None:
+        s, d = self.plan.shape, self.plan.manifest
+        self._log(
+            f"platform: {platform.CURRENT.name} with {platform.CURRENT.backend} ({platform.CURRENT.reason}); "
+            f"layout: {self.parallel.describe()} over {self.parallel.world_size} process(es)"
+        )
+        self._log(
+            f"model: {s.family}, {s.num_layers} layers, hidden {s.hidden_size}, vocabulary {s.vocab_size}, rotary base "
+            f"{self.plan.policy_shape.rotary_base:g} (reference {self._reference_base():g})"
+        )
+        self._log(
+            f"data: {d.samples} samples, {d.turns} turns, {d.tokens:,} tokens, longest row {d.longest}; "
+            f"{self.plan.train_iters} steps of {self.config.training.global_batch_size} samples"
+        )
+
+    def _reference_base(self) -> float:
+        return self.config.reference.reference_rotary_base or self.plan.reference_shape.rotary_base
+
+    def _make_reference(self) -> Callable[[list[int]], np.ndarray | None]:
+        """A function from sample numbers to their [samples, 2] reference log-probs (None: the objective has none)."""
+        config, plan = self.config, self.plan
+        scope = scope_of(config.objective.objective)
+        if scope == "none":
+            return lambda numbers: None
+        frequencies = inverse_frequencies(plan.reference_shape, self._reference_base())
+
+        def score_with(model: Sequence[PolicyModel]) -> Callable[[list[Sample]], np.ndarray]:
+            return lambda samples: score(
+                samples,
+                scope=scope,
+                model=model,
+                inverse_frequencies=frequencies,
+                shape=plan.shape,
+                parallel=self.parallel,
+                max_tokens=config.reference.reference_max_tokens,
+                prefix_sharing=config.data.prefix_sharing,
+            )
+
+        if config.reference.reference == "cached":
+            table = self._cached_reference(score_with(self.chunks))
+            return lambda numbers: table[numbers]
+        if config.reference.reference_model == "resident":
+            self._log("reference: online, a second model in memory")
+            second = build_model(plan.reference_shape, config, self.parallel)
+            load_weights(plan.reference_load, second, self.parallel)
+            resident = score_with(second)
+            return lambda numbers: resident([self.data[i] for i in numbers])
+        self._log("reference: online, its weights wait in host memory")
+        load_weights(plan.reference_load, self.chunks, self.parallel)
+        frozen = [[p.detach().to("cpu", copy=True) for p in chunk.parameters()] for chunk in self.chunks]
+        swapped = score_with(self.chunks)
+
+        def score_swapped(numbers: list[int]) -> np.ndarray:
+            with _holding(self.chunks, frozen):
+                return swapped([self.data[i] for i in numbers])
+
+        return score_swapped
+
+    def _cached_reference(self, score_samples: Callable[[list[Sample]], np.ndarray]) -> np.ndarray:
+        plan = self.plan
+        name: list[str] = [""]
+        if self.active:
+            name[0] = weights_fingerprint(plan.reference_load, plan.reference_shape)
+        dist.broadcast_object_list(name, src=0, device=platform.CURRENT.device)
+        cache = cache_for(self.config, self.data, name[0], self._reference_base())
+        found: list[bool] = [False]
+
+        def look() -> None:
+            found[0] = cache.read() is not None
+
+        on_first_rank(look)
+        dist.broadcast_object_list(found, src=0, device=platform.CURRENT.device)
+        if not found[0]:
+            self._log(f"reference: scoring {len(self.data)} samples once, into {cache.path}")
+            load_weights(plan.reference_load, self.chunks, self.parallel)
+            return fill(cache, self.data, score_samples, parallel=self.parallel, log=self._log)
+        self._log(f"reference: log-probs of {len(self.data)} samples found in {cache.path}")
+        holder = torch.zeros(len(self.data), 2, dtype=torch.float64)
+        if self.active:
+            table = cache.read()
+            assert table is not None
+            holder = torch.from_numpy(table)
+        # Ranks on other nodes need not see the first one's disk.
+        holder = holder.to(platform.CURRENT.device)
+        dist.broadcast(holder, src=0)
+        return holder.cpu().numpy()
+
+    def _tell_schedule(self) -> None:
+        """megatron-core's schedules take these from the model's configuration."""
+        p = self.config.parallel
+        megatron = self.chunks[0].config
+        megatron.grad_scale_func = self.optimizer.scale_loss
+        megatron.finalize_model_grads_func = finalize_model_grads
+        several = len(self.model) > 1
+        if p.overlap_grad_reduce:
+            no_sync = [chunk.no_sync for chunk in self.model]
+            megatron.no_sync_func = no_sync if several else no_sync[0]
+            if several:
+                megatron.grad_sync_func = [chunk.start_grad_sync for chunk in self.model]
+        if p.overlap_param_gather and several:
+            megatron.param_sync_func = [chunk.start_param_sync for chunk in self.model]
+
+    # ---------------------------------------------------------------------------------- the step
+
+    def train(self) -> None:
+        """Run to the last step, saving on the way."""
+        began = time.monotonic()
+        while self.step < self.plan.train_iters:
+            record = self.train_step()
+            self.step += 1
+            self.reporter.step(record)
+            if self.checkpointer is not None:
+                self.checkpointer.poll()
+            stop = self._time_to_stop(began)
+            if self._time_to_save() or stop:
+                self._save()
+            if stop:
+                self._log(f"stopped after step {self.step} as asked; the same command goes on")
+                break
+            interval = self.config.training.manual_gc_interval
+            if interval and self.step % interval == 0:
+                gc.collect()
+        self._save()
+        if self.checkpointer is not None:
+            self.checkpointer.finish()
+        self.reporter.close()
+
+    def train_step(self) -> dict[str, Any]:
+        """One optimizer step. Returns what metrics.jsonl records of it."""
+        clock = time.monotonic()
+        numbers = self.sampler.batch(self.step)
+        reference = self.reference(numbers)
+
+        for chunk in self.model:
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        figures = self.forward_backward(numbers, reference)
+        successful, grad_norm, _ = self.optimizer.step()
+        means = reduce_samples(
+            figures, len(numbers), self.parallel, has_figures=self.parallel.is_last_stage
+        )
+        self._check_finite(means["loss"], successful, numbers)
+        lr = self.optimizer.param_groups[0]["lr"]
+        self.scheduler.step(increment=1)
+
+        platform.CURRENT.synchronize()
+        seconds = time.monotonic() - clock
+        tokens = int(means.pop("tokens"))
+        return {
+            "step": self.step + 1,
+            **means,
+            "grad_norm": float(grad_norm) if grad_norm is not None else 0.0,
+            "lr": lr,
+            "tokens": tokens,
+            "tokens_per_second": tokens / seconds,
+            "step_seconds": seconds,
+            "peak_memory_gb": platform.CURRENT.peak_memory_bytes() / 2**30,
+        }
+
+    def forward_backward(self, numbers: list[int], reference: np.ndarray | None) -> dict[int, list[float]]:
+        """Gradients of the mean loss over a global batch, in the buffers of DDP and reduced.
+
+        Args:
+            numbers: samples of the global batch, in order.
+            reference: [global batch, 2] log-probs, or None.
+
+        Returns:
+            Place in the batch -> figures, on the last pipeline stage; empty on the others.
+        """
+        t = self.config.training
+        places = microbatches_of_rank(
+            list(range(len(numbers))),
+            data_rank=self.parallel.data_rank,
+            data_size=self.parallel.data_size,
+            micro_batch_size=t.micro_batch_size,
+        )
+        prepared: list[tuple[list[int], list[Sample], MicroBatch]] = []
+        for place in places:
+            samples = [self.data[numbers[i]] for i in place]
+            prepared.append((place, samples, self._lay_out(samples)))
+        figures: dict[int, list[float]] = {}
+
+        def forward_step(iterator: Iterator[Any], chunk: torch.nn.Module) -> tuple[Tensor, Callable[..., Any]]:
+            place, samples, batch = next(iterator)
+            output = chunk(
+                batch.tokens_1s,
+                batch.positions_1s,
+                batch.plan,
+                self.frequencies,
+                batch.loss_places_N,
+                batch.targets_N,
+            )
+
+            def loss_func(logps_N: Tensor) -> tuple[Tensor, dict[str, Any]]:
+                loss, rows = batch_loss(
+                    logps_N,
+                    batch,
+                    None if reference is None else reference[place],
+                    objective=self.config.objective,
+                    parallel=self.parallel,
+                    chosen_tokens=[s.length(Mode.CHOSEN) for s in samples],
+                )
+                figures.update(zip(place, rows, strict=True))
+                return loss, {}
+
+            return output, loss_func
+
+        several = len(self.model) > 1
+        get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=[iter(prepared) for _ in self.model] if several else iter(prepared),
+            model=self.model if several else self.model[0],
+            num_microbatches=len(prepared),
+            seq_length=1,  # ignored: lengths vary
+            micro_batch_size=1,
+            forward_only=False,
+        )
+        return figures
+
+    def _lay_out(self, samples: list[Sample]) -> MicroBatch:
+        return policy_batch(
+            samples, data=self.config.data, objective=self.config.objective, parallel=self.parallel
+        )
+
+    def _check_finite(self, loss: float, successful: bool, numbers: list[int]) -> None:
+        if not math.isfinite(loss) or not successful:
+            raise LongPOError(
+                f"step {self.step + 1}: the loss is {loss} (samples {numbers[:8]}); the last checkpoint is good: lower lr, "
+                "raise the warm-up, or look at those samples"
+            )
+
+    # ---------------------------------------------------------------------------------- saving
+
+    def _time_to_save(self) -> bool:
+        interval = self.config.checkpoint.save_interval
+        return interval is not None and self.step % interval == 0
+
+    def _time_to_stop(self, began: float) -> bool:
+        c = self.config.checkpoint
+        if self.step >= self.plan.train_iters:
+            return False
+        if c.exit_interval is not None and self.step % c.exit_interval == 0:
+            return True
+        if c.exit_duration_in_mins is None:
+            return False
+        # Clocks differ between ranks; the first one's counts.
+        over = torch.tensor([time.monotonic() - began > c.exit_duration_in_mins * 60], dtype=torch.int32)
+        over = over.to(platform.CURRENT.device)
+        dist.broadcast(over, src=0)
+        return bool(over.item())
+
+    def _save(self) -> None:
+        if self.checkpointer is not None:
+            self.checkpointer.save(self.step, self.plan.train_iters, self.chunks, self.optimizer, self.scheduler)
+
+
+@contextmanager
+def _holding(chunks: Sequence[torch.nn.Module], weights: Sequence[Sequence[Tensor]]) -> Iterator[None]:
+    """The chunks hold other weights meanwhile. Copied in place: DDP's and the optimizer's views must stay views."""
+    own = [[p.detach().clone() for p in chunk.parameters()] for chunk in chunks]
+    with torch.no_grad():
+        for chunk, values in zip(chunks, weights, strict=True):
+            for p, value in zip(chunk.parameters(), values, strict=True):
+                p.copy_(value)
+        try:
+            yield
+        finally:
+            for chunk, values in zip(chunks, own, strict=True):
+                for p, value in zip(chunk.parameters(), values, strict=True):
+                    p.copy_(value)
+
+
+def run(config: Config) -> None:
+    """Train as a configuration says.
+
+    Raises:
+        LongPOError: whatever the user can mend, before any long work where it can be known before.
+    """
+    plan = make_plan(config, int(os.environ.get("WORLD_SIZE", "1")))
+    p = config.parallel
+    parallel_module.start_processes(p.distributed_timeout_minutes)
+    parallel = parallel_module.set_up(
+        tensor=p.tensor_model_parallel_size,
+        pipeline=p.pipeline_model_parallel_size,
+        virtual=virtual_pipeline_size(p, plan.shape.num_layers),
+        context=p.context_parallel_size,
+        sequence_parallel=p.sequence_parallel,
+        seed=config.training.seed,
+        timeout_minutes=p.distributed_timeout_minutes,
+    )
+    trainer = Trainer(plan, parallel)
+    trainer.train()
+    parallel_module.stop_processes()

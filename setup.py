@@ -1,0 +1,61 @@
+"""Packaging. Ranges are what the code is written against; `constraints.txt` holds one set known to work."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+
+setup(
+    name="megatron_longpo",
+    version="0.1.0",
+    description="LongPO: short-to-long preference optimization on Megatron-Core",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8") if (HERE / "README.md").exists() else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10,<3.14",
+    packages=find_packages(include=["megatron_longpo", "megatron_longpo.*"]),
+    install_requires=[
+        # 0.16.1 is the last release for Python 3.10 and 3.11; 0.19 needs 3.12.
+        "megatron-core==0.16.1; python_version < '3.12'",
+        "megatron-core>=0.19,<0.20; python_version >= '3.12'",
+        "torch>=2.6",
+        "numpy>=1.26",
+        "transformers>=4.51,<6",
+        "tokenizers>=0.21",
+        "sentencepiece>=0.2",
+        "safetensors>=0.4.3",
+        # Needed by megatron-core's asynchronous checkpoint writer, which does not declare it.
+        "psutil>=5.9",
+        "pyyaml>=6",
+        "tyro>=0.9",
+        "rich>=13",
+        "matplotlib>=3.8",
+        "tensorboard>=2.15",
+        "pyarrow>=15",
+        "datasets>=2.19",
+        "jinja2>=3.1",
+    ],
+    extras_require={
+        "gpu": ["transformer-engine[pytorch]>=2.0", "flash-attn>=2.7", "apex"],
+        "eval": ["lm-eval>=0.4.8", "rouge-score>=0.1.2"],
+        "vllm": ["vllm>=0.8"],
+        "wandb": ["wandb>=0.17"],
+        "demo": ["gguf>=0.10"],
+        "dev": [
+            "pytest>=8",
+            "hypothesis>=6.100",
+            "ruff>=0.6",
+            "import-linter>=2.0",
+            "mypy>=1.11",
+            "types-PyYAML",
+            "types-psutil",
+        ],
+    },
+    classifiers=[
+        "Programming Language :: Python :: 3.10",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+    ],
+)

@@ -3,7 +3,7 @@
 The choice is made when the package is first imported, because the patches below must precede every
 import of megatron-core. ``MEGATRON_LONGPO_PLATFORM`` (``auto``, ``cpu`` or ``cuda``) overrides it.
 
-Each patch says why it is needed and with which versions the need was seen. None is installed where CUDA is used.
+Each patch says why it is needed and with which versions the need was seen. All but one are for the CPU alone.
 """
 
 from __future__ import annotations
@@ -220,15 +220,16 @@ def _patch_megatron_for_cpu() -> None:
     # Fused functions are torch.compile'd as their modules are imported, and compiling them needs a C++ compiler and
     # minutes. The fuser's switch sits in the very package whose import decorates them, hence the detour.
     compile_, torch.compile = torch.compile, lambda function=None, **_: function  # type: ignore[assignment]
+    # Five warnings that Apex and Transformer Engine are missing, as on the CPU they always are; filters do not hold, some
+    # imported module resets them.
+    warn, warnings.warn = warnings.warn, _answering(None)  # type: ignore[assignment]
     try:
-        with warnings.catch_warnings():
-            # Five warnings that Apex and Transformer Engine are missing: on the CPU they always are.
-            warnings.simplefilter("ignore")
-            importlib.import_module("megatron.core.jit").disable_jit_fuser()
-            importlib.import_module("megatron.core.models.gpt")
-            importlib.import_module("megatron.core.optimizer")
+        importlib.import_module("megatron.core.jit").disable_jit_fuser()
+        importlib.import_module("megatron.core.models.gpt")
+        importlib.import_module("megatron.core.optimizer")
     finally:
         torch.compile = compile_  # type: ignore[assignment]
+        warnings.warn = warn
 
     random = importlib.import_module("megatron.core.tensor_parallel.random")
     # Both go to torch's CUDA generators by index; model-parallel seeds live in the CPU generator here.
@@ -245,11 +246,105 @@ def _patch_megatron_for_cpu() -> None:
     clip.clip_grad_by_total_norm_fp32 = _with_cuda_type_names(clip.clip_grad_by_total_norm_fp32)
     optimizer.clip_grad_by_total_norm_fp32 = clip.clip_grad_by_total_norm_fp32
 
+    # In an interleaved pipeline of two ranks both neighbours are one rank, and gloo pairs untagged messages by order
+    # alone: with as many micro batches as stages the two ranks then wait for each other for ever. A gloo send also
+    # completes only when it is received, where NCCL's wait holds up a stream and not the program.
+    p2p = importlib.import_module("megatron.core.pipeline_parallel.p2p_communication")
+    p2p._p2p_ops = _tagged_p2p_ops
+
+
+def _communicate_shapes(
+    self: Any,
+    tensor_send_next: torch.Tensor | None,
+    tensor_send_prev: torch.Tensor | None,
+    recv_prev: bool,
+    recv_next: bool,
+) -> tuple[list[int], list[int]]:
+    """Stages tell one another the shapes of what they send, in the order in which the tensors themselves go."""
+    p2p = importlib.import_module("megatron.core.pipeline_parallel.p2p_communication")
+
+    def shape_of(tensor: torch.Tensor | None) -> torch.Tensor | None:
+        return None if tensor is None else torch.tensor(tensor.size(), device=CURRENT.device, dtype=torch.int64)
+
+    def room(wanted: bool) -> torch.Tensor | None:
+        return torch.empty(3, device=CURRENT.device, dtype=torch.int64) if wanted else None
+
+    from_prev, from_next = room(recv_prev), room(recv_next)
+    requests = p2p._p2p_ops(
+        tensor_send_prev=shape_of(tensor_send_prev),
+        tensor_recv_prev=from_prev,
+        tensor_send_next=shape_of(tensor_send_next),
+        tensor_recv_next=from_next,
+        group=self.pp_group,
+        prev_pipeline_rank=self.prev_rank,
+        next_pipeline_rank=self.next_rank,
+    )
+    for request in requests.values():
+        request.wait()
+    nothing = [0, 0, 0]
+    return (
+        nothing if from_prev is None else from_prev.tolist(),
+        nothing if from_next is None else from_next.tolist(),
+    )
+
+
+class _Background:
+    """A send that nobody waits for; its tensor lives until the peer has taken it."""
+
+    pending: list[tuple[Any, torch.Tensor]] = []  # noqa: RUF012
+
+    @classmethod
+    def add(cls, work: Any, tensor: torch.Tensor) -> None:
+        cls.pending = [(w, t) for w, t in cls.pending if not w.is_completed()]
+        cls.pending.append((work, tensor))
+
+
+def _tagged_p2p_ops(
+    *,
+    tensor_send_prev: torch.Tensor | None,
+    tensor_recv_prev: torch.Tensor | None,
+    tensor_send_next: torch.Tensor | None,
+    tensor_recv_next: torch.Tensor | None,
+    group: Any,
+    prev_pipeline_rank: int,
+    next_pipeline_rank: int,
+) -> dict[str, Any]:
+    """megatron-core's ``_p2p_ops`` for gloo: a tag a direction, receives waited for, sends not."""
+    forward, backward = 1, 2
+    received = {}
+    for name, tensor, peer, tag in (
+        ("recv_prev", tensor_recv_prev, prev_pipeline_rank, forward),
+        ("recv_next", tensor_recv_next, next_pipeline_rank, backward),
+    ):
+        if tensor is not None:
+            received[name] = torch.distributed.irecv(tensor, src=peer, group=group, tag=tag)
+    for tensor, peer, tag in (
+        (tensor_send_next, next_pipeline_rank, forward),
+        (tensor_send_prev, prev_pipeline_rank, backward),
+    ):
+        if tensor is not None:
+            # A tensor object of its own: the schedule empties the other one after sending (deallocate_pipeline_outputs).
+            kept = tensor.detach().contiguous()
+            _Background.add(torch.distributed.isend(kept, dst=peer, group=group, tag=tag), kept)
+    return received
+
+
+def _patch_megatron_everywhere() -> None:
+    """On every platform, 0.16.1 and 0.19.2: the exchange of shapes under ``variable_seq_lengths``.
+
+    megatron-core batches (send previous, receive previous, send next, receive next). In an interleaved pipeline of two
+    ranks previous and next are the same rank, and what one sends to its previous the other receives as from its previous:
+    with micro batches of unequal length the shapes are swapped, and the tensors come with the wrong size.
+    """
+    p2p = importlib.import_module("megatron.core.pipeline_parallel.p2p_communication")
+    p2p.P2PCommunicator._communicate_shapes = _communicate_shapes
+
 
 def _install(platform: Platform) -> Platform:
     if not platform.is_cuda:
         _patch_torch_for_cpu()
         _patch_megatron_for_cpu()
+    _patch_megatron_everywhere()
     return platform
 
 
@@ -261,8 +356,12 @@ def _quiet() -> None:
         "`load_state_dict` is deprecated",
         "`torch.distributed.reduce_op` is deprecated",
         "torch.distributed is disabled, unavailable or uninitialized",
-        "TypedStorage is deprecated",
-        "no_sync_func",
+        "`torch.distributed.reduce_scatter_tensor` is deprecated",
+        "`torch.distributed.all_gather_into_tensor` is deprecated",
+        "`torch.distributed._reduce_scatter_base` is deprecated",
+        "`torch.distributed._all_gather_base` is deprecated",
+        "The .grad attribute of a Tensor that is not a leaf",
+        "If you are using transformer_engine as the transformer implementation",
     ):
         warnings.filterwarnings("ignore", message=f".*{re.escape(message)}")
     for name in ("megatron.core.rerun_state_machine", "megatron.core.models.gpt.gpt_model", "megatron.core.transformer"):

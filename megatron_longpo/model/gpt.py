@@ -16,7 +16,7 @@ import torch.distributed as dist
 from megatron.core import tensor_parallel
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.gpt import GPTModel
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
@@ -278,8 +278,23 @@ def build_model(shape: ModelShape, config: Config, parallel: Parallel) -> list[P
             share_embeddings_and_output_weights=not shape.untie_embeddings_and_output_weights,
             vp_stage=vp_stage,
         )
+        _mark_tensor_parallel(model)
         chunks.append(model.to(platform.CURRENT.device))
     return chunks
+
+
+def _mark_tensor_parallel(model: PolicyModel) -> None:
+    """Say which weights are shards: megatron-core does so as it fills them with random numbers, which we spare.
+
+    Without the mark the gradient norm counts each shard of rank 0 alone, and clipping goes wrong without an error.
+    """
+    for module in model.modules():
+        dimension = {ColumnParallelLinear: 0, VocabParallelEmbedding: 0, RowParallelLinear: 1}.get(type(module))
+        if dimension is not None and module.weight is not None:
+            for name in ("tensor_model_parallel", "partition_dim", "partition_stride"):
+                if hasattr(module.weight, name):
+                    delattr(module.weight, name)
+            tensor_parallel.set_tensor_model_parallel_attributes(module.weight, True, dimension, 1)
 
 
 def _final_norm(use_transformer_engine: bool) -> Any:

@@ -1,0 +1,82 @@
+"""Whole tensors under Hugging Face's names, from whatever layout holds them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
+from torch import Tensor
+
+from megatron_longpo.checkpoint.training import weights_state
+from megatron_longpo.model.families import entries_of, split
+from megatron_longpo.model.gpt import PolicyModel
+from megatron_longpo.model.shape import ModelShape
+from megatron_longpo.parallel import Parallel
+
+
+def gather_gradient_shards(model: Sequence[Any]) -> None:
+    """Under the distributed optimizer each rank has its shard of the reduced gradient; make all of them whole."""
+    for chunk in model:
+        for buffer in chunk.buffers:
+            if not buffer.ddp_config.use_distributed_optimizer:
+                continue
+            group = buffer.data_parallel_group
+            for bucket in buffer.buckets:
+                shards = bucket.grad_data.view(dist.get_world_size(group), -1)
+                mine = shards[dist.get_rank(group)].clone()
+                dist.all_gather_into_tensor(bucket.grad_data, mine, group=group)
+
+
+def canonical(
+    chunks: Sequence[PolicyModel],
+    shape: ModelShape,
+    parallel: Parallel,
+    value_of: Callable[[torch.nn.Parameter], Tensor],
+) -> dict[str, Tensor]:
+    """Hugging Face name -> whole tensor on rank 0 (empty elsewhere). Copies of one shard on several ranks must agree."""
+    kept = []
+    for chunk in chunks:
+        for parameter in chunk.parameters():
+            kept.append((parameter, parameter.detach().clone()))
+            with torch.no_grad():
+                parameter.copy_(value_of(parameter))
+    state = weights_state(chunks, parallel)
+    apply_factories(state)
+    shards = [
+        (s.key, tuple(s.global_shape), tuple(s.global_offset), s.prepend_axis_num, s.data.detach().clone())
+        for s in nested_values(state)
+        if isinstance(s, ShardedTensor)
+    ]
+    for parameter, value in kept:
+        with torch.no_grad():
+            parameter.copy_(value)
+    gathered: list[Any] = [None] * parallel.world_size
+    dist.gather_object(shards, gathered if parallel.rank == 0 else None)
+    if parallel.rank != 0:
+        return {}
+    whole: dict[str, Tensor] = {}
+    seen: dict[str, Tensor] = {}
+    for key, size, offset, prepended, data in (s for rank in gathered for s in rank):
+        data = data.reshape((1,) * prepended + tuple(data.shape))
+        target = whole.setdefault(key, torch.zeros(size, dtype=data.dtype))
+        filled = seen.setdefault(key, torch.zeros(size, dtype=torch.bool))
+        here = tuple(slice(o, o + n) for o, n in zip(offset, data.shape, strict=True))
+        if filled[here].any():
+            torch.testing.assert_close(target[here], data, rtol=1e-5, atol=1e-7, msg=lambda m, k=key: f"copies of {k}: {m}")
+        target[here] = data
+        filled[here] = True
+    result = {}
+    for entry in entries_of(shape):
+        assert seen[entry.ours].all(), f"{entry.ours} is not whole"
+        tensor = whole[entry.ours]
+        if entry.ours.endswith(("word_embeddings.weight", "output_layer.weight")):
+            tensor = tensor[: shape.vocab_size]
+        for layer in range(shape.num_layers) if entry.stacked else (None,):
+            ours = tensor if layer is None else tensor[layer]
+            for name, value in zip(entry.theirs, split(entry, ours, shape), strict=True):
+                result[name.format(layer=layer)] = value.clone()
+    return result

@@ -1,0 +1,87 @@
+"""The parity matrix: named configurations, all compared with one process."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Case:
+    """A layout with its settings.
+
+    Attributes:
+        name: of the case.
+        processes: size of the launch it runs in.
+        settings: configuration by section.
+        oracle: the one-process case that it must agree with.
+    """
+
+    name: str
+    processes: int
+    settings: dict[str, dict[str, Any]] = field(default_factory=dict)
+    oracle: str = "one"
+
+
+def _layout(tp: int = 1, pp: int = 1, cp: int = 1, **more: Any) -> dict[str, Any]:
+    return {
+        "tensor_model_parallel_size": tp,
+        "pipeline_model_parallel_size": pp,
+        "context_parallel_size": cp,
+        **more,
+    }
+
+
+_FULL = {"recompute_granularity": "full"}
+_SELECTIVE = {"recompute_granularity": "selective"}
+_NOT_SHARED = {"prefix_sharing": False}
+_INDEPENDENT = {"turns": "independent"}
+
+CASES = (
+    # One process: what may not change the numbers, and the oracles of other objectives.
+    Case("one", 1),
+    Case("one-not-shared", 1, {"data": _NOT_SHARED}),
+    Case("one-micro2", 1, {"training": {"micro_batch_size": 2}}),
+    Case("one-recompute-full", 1, {"training": _FULL}),
+    Case("one-recompute-selective", 1, {"training": _SELECTIVE}),
+    Case("one-chunked", 1, {"model": {"logprob_chunk_bytes": 8 * 101 * 16}}),
+    Case("one-online-swapped", 1, {"reference": {"reference": "online"}}),
+    Case("one-online-resident", 1, {"reference": {"reference": "online", "reference_model": "resident"}}),
+    Case("one-distopt", 1, {"parallel": {"use_distributed_optimizer": True}}),
+    Case("one-independent", 1, {"data": _INDEPENDENT}, oracle="one-independent"),
+    Case("one-independent-not-shared", 1, {"data": {**_INDEPENDENT, **_NOT_SHARED}}, oracle="one-independent"),
+    Case("one-dpo", 1, {"objective": {"objective": "dpo"}}, oracle="one-dpo"),
+    Case("one-sft", 1, {"objective": {"objective": "sft"}}, oracle="one-sft"),
+    Case("one-response-ipo", 1, {"objective": {"nll_scope": "response", "loss_type": "ipo"}}, oracle="one-response-ipo"),
+    # Two processes.
+    Case("tp2", 2, {"parallel": _layout(tp=2)}),
+    Case("tp2-sp", 2, {"parallel": _layout(tp=2, sequence_parallel=True)}),
+    Case("pp2", 2, {"parallel": _layout(pp=2)}),
+    Case("pp2-vpp2", 2, {"parallel": _layout(pp=2, num_layers_per_virtual_pipeline_stage=1)}),
+    Case("cp2", 2, {"parallel": _layout(cp=2)}),
+    Case("cp2-not-shared-micro2", 2, {"parallel": _layout(cp=2), "data": _NOT_SHARED, "training": {"micro_batch_size": 2}}),
+    Case("cp2-distopt-recompute", 2, {"parallel": _layout(cp=2, use_distributed_optimizer=True), "training": _FULL}),
+    Case("dp2", 2, {"parallel": _layout()}),
+    Case("dp2-distopt", 2, {"parallel": _layout(use_distributed_optimizer=True)}),
+    Case(
+        "dp2-distopt-overlap",
+        2,
+        {"parallel": _layout(use_distributed_optimizer=True, overlap_grad_reduce=True, overlap_param_gather=True)},
+    ),
+    Case("dp2-micro2", 2, {"parallel": _layout(), "training": {"micro_batch_size": 2}}),
+    Case("cp2-dpo", 2, {"parallel": _layout(cp=2), "objective": {"objective": "dpo"}}, oracle="one-dpo"),
+    Case("pp2-sft", 2, {"parallel": _layout(pp=2), "objective": {"objective": "sft"}}, oracle="one-sft"),
+    Case("cp2-independent", 2, {"parallel": _layout(cp=2), "data": _INDEPENDENT}, oracle="one-independent"),
+    Case("tp2-sp-online", 2, {"parallel": _layout(tp=2, sequence_parallel=True), "reference": {"reference": "online"}}),
+    # Four processes.
+    Case("tp2-pp2", 4, {"parallel": _layout(tp=2, pp=2)}),
+    Case("tp2-sp-pp2-vpp2", 4, {"parallel": _layout(tp=2, pp=2, sequence_parallel=True, virtual_pipeline_model_parallel_size=2)}),
+    Case("tp2-cp2", 4, {"parallel": _layout(tp=2, cp=2)}),
+    Case("tp2-sp-cp2-recompute", 4, {"parallel": _layout(tp=2, cp=2, sequence_parallel=True), "training": _FULL}),
+    Case("pp2-cp2", 4, {"parallel": _layout(pp=2, cp=2)}),
+    Case("pp2-cp2-selective", 4, {"parallel": _layout(pp=2, cp=2), "training": _SELECTIVE}),
+    Case("dp2-cp2", 4, {"parallel": _layout(cp=2)}),
+    Case("dp2-cp2-distopt-online", 4, {"parallel": _layout(cp=2, use_distributed_optimizer=True), "reference": {"reference": "online"}}),
+    Case("cp4", 4, {"parallel": _layout(cp=4)}),
+    Case("dp2-pp2-vpp2", 4, {"parallel": _layout(pp=2, num_layers_per_virtual_pipeline_stage=1)}),
+)

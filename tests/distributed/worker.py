@@ -1,0 +1,94 @@
+"""Runs the cases of one launch size, for all families, and keeps their numbers. Started by torchrun."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from cases import CASES, Case
+from canonical import canonical, gather_gradient_shards
+
+from megatron_longpo import parallel as parallel_module
+from megatron_longpo.config import Config, from_dict, virtual_pipeline_size
+from megatron_longpo.failure import run_or_fail
+from megatron_longpo.metrics import reduce_samples
+from megatron_longpo.trainer import Trainer, make_plan
+
+STEPS = 3
+
+
+def base_settings(folder: Path, family: str) -> dict[str, dict[str, Any]]:
+    """What all cases have in common: betas and weights large enough that every term shows in the gradients."""
+    return {
+        "data": {"data_path": str(folder / "data")},
+        "objective": {"beta": 0.2, "preference_weight": 0.5},
+        "model": {"rotary_base": 40000.0, "make_vocab_size_divisible_by": 8},
+        "training": {"global_batch_size": 4, "train_iters": STEPS, "seed": 7},
+        "optimizer": {"lr": 1e-3, "lr_decay_style": "constant", "clip_grad": 1.0},
+        "checkpoint": {"load": str(folder / f"{family}.ckpt")},
+    }
+
+
+def settings_of(case: Case, folder: Path, family: str) -> Config:
+    settings = base_settings(folder, family)
+    for section, values in case.settings.items():
+        settings[section] = {**settings.get(section, {}), **values}
+    # Caches are shared by fingerprint; a folder a case shows that each layout computes the same reference.
+    settings["reference"] = {"reference_cache": str(folder / "references" / family / case.name), **settings.get("reference", {})}
+    return from_dict(settings, case.name)
+
+
+def run_case(config: Config) -> dict[str, Any]:
+    plan = make_plan(config, int(os.environ["WORLD_SIZE"]))
+    p = config.parallel
+    parallel = parallel_module.set_up(
+        tensor=p.tensor_model_parallel_size,
+        pipeline=p.pipeline_model_parallel_size,
+        virtual=virtual_pipeline_size(p, plan.shape.num_layers),
+        context=p.context_parallel_size,
+        sequence_parallel=p.sequence_parallel,
+        seed=config.training.seed,
+    )
+    trainer = Trainer(plan, parallel)
+    numbers = trainer.sampler.batch(0)
+    reference = trainer.reference(numbers)
+    for chunk in trainer.model:
+        chunk.zero_grad_buffer()
+    figures = trainer.forward_backward(numbers, reference)
+    metrics = reduce_samples(figures, len(numbers), parallel, has_figures=parallel.is_last_stage)
+    gather_gradient_shards(trainer.model)
+    gradients = canonical(trainer.chunks, plan.shape, parallel, lambda p: p.main_grad)
+    steps = []
+    for _ in range(STEPS):
+        record = trainer.train_step()
+        trainer.step += 1
+        steps.append(record)
+    if config.parallel.overlap_param_gather:
+        for chunk in trainer.model:
+            chunk.start_param_sync(force_sync=True)
+    weights = canonical(trainer.chunks, plan.shape, parallel, lambda p: p.detach())
+    return {"metrics": metrics, "gradients": gradients, "steps": steps, "weights": weights, "reference": reference}
+
+
+def main() -> None:
+    folder, families, names = Path(sys.argv[1]), sys.argv[2].split(","), sys.argv[3:]
+    parallel_module.start_processes(5)
+    world = int(os.environ["WORLD_SIZE"])
+    for family in families:
+        results = {}
+        for case in CASES:
+            if case.processes != world or (names and case.name not in names):
+                continue
+            results[case.name] = run_case(settings_of(case, folder, family))
+            if int(os.environ["RANK"]) == 0:
+                print(f"done {family} {case.name}", flush=True)
+        if int(os.environ["RANK"]) == 0:
+            torch.save(results, folder / f"results-{family}-{world}.pt")
+    parallel_module.stop_processes()
+
+
+if __name__ == "__main__":
+    run_or_fail(main)

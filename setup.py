@@ -41,7 +41,7 @@ setup(
         "eval": ["lm-eval>=0.4.8", "rouge-score>=0.1.2"],
         "vllm": ["vllm>=0.8"],
         "wandb": ["wandb>=0.17"],
-        "demo": ["gguf>=0.10"],
+        "demo": ["gguf>=0.10", "accelerate>=1.0"],
         "dev": [
             "pytest>=8",
             "hypothesis>=6.100",

@@ -19,7 +19,20 @@ from megatron_longpo.metrics import SAMPLE_COLUMNS
 from megatron_longpo.model.attention import AttentionPlan
 from megatron_longpo.objective import preference_loss, total_loss
 from megatron_longpo.parallel import Parallel, sum_over_group
-from megatron_longpo.sequence import Row, SequenceLayout, Shard, lay_out, shard
+from megatron_longpo.sequence import Range, Row, SequenceLayout, Shard, deal_places, lay_out, local_groups, shard
+
+# Tiles a rank under cp_comm_type=allgather: two balance a causal sequence, more also one with branches.
+_TILES = 4
+
+
+def _gathered_of(hands: Sequence[Sequence[Range]], padded: int) -> np.ndarray:
+    """Where each place of the sequence is in the ranks' shards put end to end."""
+    result = np.zeros(padded, np.int64)
+    for rank, hand in enumerate(hands):
+        first = rank * (padded // len(hands))
+        for r in hand:
+            result[r.start : r.start + r.length] = np.arange(first + r.local, first + r.local + r.length)
+    return result
 
 
 @dataclass
@@ -54,13 +67,26 @@ class MicroBatch:
         """
         layout = lay_out(rows, prefix_sharing=prefix_sharing, samples=samples, responses=2 * samples)
         parts = parallel.context_size if context_parallel else 1
-        multiple = parts * (parallel.tensor_size if parallel.sequence_parallel else 1)
-        piece = shard(layout, multiple=multiple, parts=parts, part=parallel.context_rank if context_parallel else 0)
+        part = parallel.context_rank if context_parallel else 0
+        gather = parts > 1 and parallel.comm_type == "allgather"
+        hands = deal_places(
+            layout,
+            multiple=parts * (parallel.tensor_size if parallel.sequence_parallel else 1),
+            parts=parts,
+            tiles=_TILES if gather else 1,
+        )
+        padded = sum(r.length for hand in hands for r in hand)
+        piece = shard(layout, hands[part], padded)
         device = platform.CURRENT.device
         return cls(
             layout=layout,
             shard=piece,
-            plan=AttentionPlan.make(layout.groups, parallel.context_group if context_parallel else None),
+            plan=AttentionPlan.make(
+                local_groups(layout.groups, hands[part]) if gather else layout.groups,
+                parallel.context_group if context_parallel else None,
+                parallel.comm_type,
+                torch.from_numpy(_gathered_of(hands, padded)).to(device) if gather else None,
+            ),
             tokens_1s=torch.from_numpy(piece.tokens).to(device)[None],
             positions_1s=torch.from_numpy(piece.positions).to(device)[None],
             loss_places_N=torch.from_numpy(piece.loss_places_N).to(device),

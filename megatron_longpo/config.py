@@ -105,8 +105,9 @@ class ParallelConfig:
     virtual_pipeline_model_parallel_size: int | None = None
     """Virtual stages a pipeline rank (instead of num_layers_per_virtual_pipeline_stage)."""
     context_parallel_size: int = 1
-    cp_comm_type: Literal["a2a"] = "a2a"
-    """How context parallelism exchanges: a2a (Ulysses: heads against places)."""
+    cp_comm_type: Literal["auto", "a2a", "allgather"] = "auto"
+    """How context parallelism exchanges. a2a: places against heads (Ulysses; the heads must divide); allgather: keys and
+    values to all, queries dealt so that the causal work is balanced (any size); auto: a2a where the heads divide."""
     sequence_parallel: bool = False
     """Shard norms and residuals over the tensor-parallel ranks."""
     use_distributed_optimizer: bool = False
@@ -415,7 +416,9 @@ def check(config: Config) -> None:
     if not c.objective.beta > 0:
         raise ConfigError(f"beta={c.objective.beta} must be positive; the paper uses 0.1")
     if c.objective.preference_weight < 0:
-        raise ConfigError(f"preference_weight={c.objective.preference_weight} must not be negative; the paper uses 0.01")
+        raise ConfigError(
+            f"preference_weight={c.objective.preference_weight} must not be negative; the paper uses 0.01"
+        )
     if not 0 <= c.objective.label_smoothing < 0.5:
         raise ConfigError(f"label_smoothing={c.objective.label_smoothing} must be in [0, 0.5); 0 turns it off")
     if c.objective.label_smoothing and c.objective.loss_type != "sigmoid":

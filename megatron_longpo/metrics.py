@@ -131,7 +131,11 @@ class Reporter:
             import wandb
 
             self._wandb = wandb.init(
-                project=config.wandb_project, name=config.wandb_exp_name, config=run_config, dir=str(output), resume="allow"
+                project=config.wandb_project,
+                name=config.wandb_exp_name,
+                config=run_config,
+                dir=str(output),
+                resume="allow",
             )
 
     def step(self, record: dict[str, Any]) -> None:
@@ -205,7 +209,9 @@ def draw_curves(records: list[dict[str, Any]], path: Path) -> None:
     figure, axes = pyplot.subplots(2, 4, figsize=(18, 7), constrained_layout=True)
     for axis, (title, names) in zip(axes.flat, panels, strict=True):
         for name in names:
-            axis.plot(steps, [r.get(name, float("nan")) for r in records], label=name, marker="." if len(steps) < 40 else "")
+            axis.plot(
+                steps, [r.get(name, float("nan")) for r in records], label=name, marker="." if len(steps) < 40 else ""
+            )
         axis.set_title(title)
         axis.set_xlabel("step")
         axis.grid(alpha=0.3)

@@ -135,7 +135,9 @@ def build_scheduler(config: Config, optimizer: MegatronOptimizer, train_iters: i
             f"a warm-up of {warmup} steps leaves nothing of lr_decay_iters={decay}; shorten it or train longer"
         )
     if o.lr_wsd_decay_iters is not None and o.lr_wsd_decay_iters > decay:
-        raise ConfigError(f"lr_wsd_decay_iters={o.lr_wsd_decay_iters} is longer than lr_decay_iters={decay}; shorten it")
+        raise ConfigError(
+            f"lr_wsd_decay_iters={o.lr_wsd_decay_iters} is longer than lr_decay_iters={decay}; shorten it"
+        )
     return OptimizerParamScheduler(
         optimizer,
         init_lr=o.lr_warmup_init,

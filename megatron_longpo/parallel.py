@@ -28,6 +28,7 @@ class Parallel:
     context_size: int
     data_size: int
     sequence_parallel: bool
+    comm_type: str
     rank: int
     world_size: int
 
@@ -84,16 +85,12 @@ class Parallel:
         """Global rank of this pipeline's last stage."""
         return int(parallel_state.get_pipeline_model_parallel_last_rank())
 
-    @property
-    def row_multiple(self) -> int:
-        """A long sequence is padded to a multiple of this, so that every rank holds as many whole places."""
-        return self.context_size * (self.tensor_size if self.sequence_parallel else 1)
-
     def describe(self) -> str:
         parts = [f"TP {self.tensor_size}{' + SP' if self.sequence_parallel else ''}", f"PP {self.pipeline_size}"]
         if self.virtual_stages:
             parts.append(f"VPP {self.virtual_stages}")
-        return ", ".join([*parts, f"CP {self.context_size}", f"DP {self.data_size}"])
+        context = f"CP {self.context_size}{f' {self.comm_type}' if self.context_size > 1 else ''}"
+        return ", ".join([*parts, context, f"DP {self.data_size}"])
 
 
 def start_processes(timeout_minutes: int) -> None:
@@ -118,6 +115,7 @@ def set_up(
     virtual: int | None = None,
     context: int = 1,
     sequence_parallel: bool = False,
+    comm_type: str = "a2a",
     seed: int = 1234,
     timeout_minutes: int = 10,
 ) -> Parallel:
@@ -141,6 +139,7 @@ def set_up(
         context_size=context,
         data_size=world // (tensor * pipeline * context),
         sequence_parallel=sequence_parallel,
+        comm_type=comm_type,
         rank=dist.get_rank(),
         world_size=world,
     )

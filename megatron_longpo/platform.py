@@ -16,6 +16,7 @@ import os
 import re
 import resource
 import sys
+import types
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -171,7 +172,7 @@ def _type_says_cuda() -> Iterator[None]:
             return answer.replace("torch.", "torch.cuda.", 1)
         return answer
 
-    torch.Tensor.type = type_  # type: ignore[method-assign]
+    torch.Tensor.type = type_  # type: ignore[method-assign,assignment]
     try:
         yield
     finally:
@@ -210,9 +211,31 @@ def _patch_torch_for_cpu() -> None:
     torch.cuda.manual_seed_all = _answering(None)
     torch.Tensor.cuda = lambda self, *_, **__: self  # type: ignore[method-assign]
     torch.nn.Module.cuda = lambda self, *_, **__: self  # type: ignore[method-assign,assignment]
-    factories = ("empty", "zeros", "ones", "full", "tensor", "arange", "rand", "randn", "as_tensor")
-    for name in (*factories, "empty_like", "zeros_like", "ones_like", "full_like"):
-        setattr(torch, name, _on_cpu(getattr(torch, name)))
+
+
+class _TorchOnCpu(types.ModuleType):
+    """``torch`` as megatron-core's modules see it: factories given ``device="cuda"`` allocate on the CPU.
+
+    torch's own functions stay as they are: a wrapped factory is not recognised by ``with torch.device(...)``, and
+    transformers would load models with uninitialised buffers.
+    """
+
+    factories = frozenset(
+        {"empty", "zeros", "ones", "full", "tensor", "arange", "rand", "randn", "as_tensor"}
+        | {"empty_like", "zeros_like", "ones_like", "full_like"}
+    )
+
+    def __init__(self) -> None:
+        super().__init__("torch")
+        self._wrapped: dict[str, Callable[..., Any]] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(torch, name)
+        if name not in self.factories:
+            return value
+        if name not in self._wrapped:
+            self._wrapped[name] = _on_cpu(value)
+        return self._wrapped[name]
 
 
 def _patch_megatron_for_cpu() -> None:
@@ -231,25 +254,35 @@ def _patch_megatron_for_cpu() -> None:
         torch.compile = compile_  # type: ignore[assignment]
         warnings.warn = warn
 
-    random = importlib.import_module("megatron.core.tensor_parallel.random")
+    # Modules that are imported lazily otherwise, and would miss the replacement.
+    for name in ("pipeline_parallel", "distributed", "dist_checkpointing.strategies.torch", "datasets.indexed_dataset"):
+        importlib.import_module(f"megatron.core.{name}")
+    for name in ("async_utils", "filesystem_async", "fully_parallel", "state_dict_saver"):
+        importlib.import_module(f"megatron.core.dist_checkpointing.strategies.{name}")
+    seen = _TorchOnCpu()
+    for name, module in list(sys.modules.items()):
+        if name.startswith("megatron.core") and getattr(module, "torch", None) is torch:
+            module.torch = seen  # type: ignore[attr-defined]
+
+    random: Any = importlib.import_module("megatron.core.tensor_parallel.random")
     # Both go to torch's CUDA generators by index; model-parallel seeds live in the CPU generator here.
     random._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
     random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
 
     # Both optimizers and the clipping compare Tensor.type() with names that begin with "torch.cuda.".
-    optimizer = importlib.import_module("megatron.core.optimizer.optimizer")
+    optimizer: Any = importlib.import_module("megatron.core.optimizer.optimizer")
     float16 = optimizer.Float16OptimizerWithFloat16Params
     float16.__init__ = _with_cuda_type_names(float16.__init__)
     distributed = importlib.import_module("megatron.core.optimizer.distrib_optimizer").DistributedOptimizer
     distributed.__init__ = _with_cuda_type_names(distributed.__init__)
-    clip = importlib.import_module("megatron.core.optimizer.clip_grads")
+    clip: Any = importlib.import_module("megatron.core.optimizer.clip_grads")
     clip.clip_grad_by_total_norm_fp32 = _with_cuda_type_names(clip.clip_grad_by_total_norm_fp32)
     optimizer.clip_grad_by_total_norm_fp32 = clip.clip_grad_by_total_norm_fp32
 
     # In an interleaved pipeline of two ranks both neighbours are one rank, and gloo pairs untagged messages by order
     # alone: with as many micro batches as stages the two ranks then wait for each other for ever. A gloo send also
     # completes only when it is received, where NCCL's wait holds up a stream and not the program.
-    p2p = importlib.import_module("megatron.core.pipeline_parallel.p2p_communication")
+    p2p: Any = importlib.import_module("megatron.core.pipeline_parallel.p2p_communication")
     p2p._p2p_ops = _tagged_p2p_ops
 
 
@@ -261,7 +294,7 @@ def _communicate_shapes(
     recv_next: bool,
 ) -> tuple[list[int], list[int]]:
     """Stages tell one another the shapes of what they send, in the order in which the tensors themselves go."""
-    p2p = importlib.import_module("megatron.core.pipeline_parallel.p2p_communication")
+    p2p: Any = importlib.import_module("megatron.core.pipeline_parallel.p2p_communication")
 
     def shape_of(tensor: torch.Tensor | None) -> torch.Tensor | None:
         return None if tensor is None else torch.tensor(tensor.size(), device=CURRENT.device, dtype=torch.int64)
@@ -336,7 +369,7 @@ def _patch_megatron_everywhere() -> None:
     ranks previous and next are the same rank, and what one sends to its previous the other receives as from its previous:
     with micro batches of unequal length the shapes are swapped, and the tensors come with the wrong size.
     """
-    p2p = importlib.import_module("megatron.core.pipeline_parallel.p2p_communication")
+    p2p: Any = importlib.import_module("megatron.core.pipeline_parallel.p2p_communication")
     p2p.P2PCommunicator._communicate_shapes = _communicate_shapes
 
 
@@ -364,7 +397,11 @@ def _quiet() -> None:
         "If you are using transformer_engine as the transformer implementation",
     ):
         warnings.filterwarnings("ignore", message=f".*{re.escape(message)}")
-    for name in ("megatron.core.rerun_state_machine", "megatron.core.models.gpt.gpt_model", "megatron.core.transformer"):
+    for name in (
+        "megatron.core.rerun_state_machine",
+        "megatron.core.models.gpt.gpt_model",
+        "megatron.core.transformer",
+    ):
         logging.getLogger(name).setLevel(logging.ERROR)
 
 

@@ -55,7 +55,9 @@ def row_cost(tokens: int, shape: ModelShape) -> float:
     A token passes through qkv, output, gate, up and down projections; a query-key pair through two products.
     """
     width = shape.num_attention_heads * shape.kv_channels
-    linear = shape.hidden_size * (2 * width + 2 * shape.num_query_groups * shape.kv_channels + 3 * shape.ffn_hidden_size)
+    linear = shape.hidden_size * (
+        2 * width + 2 * shape.num_query_groups * shape.kv_channels + 3 * shape.ffn_hidden_size
+    )
     return tokens * linear + tokens * tokens / 2 * 2 * width
 
 
@@ -132,14 +134,15 @@ def score(
     """
     long = scope == "long"
     tasks = tasks_of(samples, scope, shape)
-    ranks, rank = (
-        (parallel.data_size, parallel.data_rank) if long else (parallel.short_size, parallel.short_rank)
-    )
+    ranks, rank = (parallel.data_size, parallel.data_rank) if long else (parallel.short_size, parallel.short_rank)
     mine = [tasks[i] for i in deal([t.cost for t in tasks], ranks)[rank]]
     packs = [[i] for i in range(len(mine))] if long else pack([t.tokens for t in mine], max_tokens)
     result = torch.zeros(len(samples), 2, dtype=torch.float64, device=platform.CURRENT.device)
-    for numbers, sums in zip(packs, _forward([[mine[i] for i in p] for p in packs], model, inverse_frequencies,
-                                             parallel, long, prefix_sharing), strict=True):
+    for numbers, sums in zip(
+        packs,
+        _forward([[mine[i] for i in p] for p in packs], model, inverse_frequencies, parallel, long, prefix_sharing),
+        strict=True,
+    ):
         for slot, number in enumerate(numbers):
             result[mine[number].sample] += sums[slot]
     if parallel.pipeline_size > 1:
@@ -161,8 +164,12 @@ def _forward(
     batches = []
     for pack_ in packs:
         rows = [
-            Row(row.tokens_L, np.where(row.response_L < 0, row.response_L, row.response_L % 2 + 2 * slot),
-                np.zeros_like(row.nll_L), slot)
+            Row(
+                row.tokens_L,
+                np.where(row.response_L < 0, row.response_L, row.response_L % 2 + 2 * slot),
+                np.zeros_like(row.nll_L),
+                slot,
+            )
             for slot, task in enumerate(pack_)
             for row in task.rows
         ]
@@ -174,7 +181,9 @@ def _forward(
     if not batches:
         return []
     # Interleaved schedules want a multiple of the pipeline's length; what is added is not read.
-    wanted = -(-len(batches) // parallel.pipeline_size) * parallel.pipeline_size if parallel.virtual_stages else len(batches)
+    wanted = (
+        -(-len(batches) // parallel.pipeline_size) * parallel.pipeline_size if parallel.virtual_stages else len(batches)
+    )
     fed = batches + [batches[-1]] * (wanted - len(batches))
 
     def forward_step(iterator: Any, chunk: torch.nn.Module) -> tuple[Tensor, Callable[..., Any]]:

@@ -298,12 +298,21 @@ def _ancestor_ranges(
 
 
 @dataclass(frozen=True)
+class Range:
+    """Places ``[start, start + length)`` of the sequence, held from ``local`` on."""
+
+    start: int
+    length: int
+    local: int
+
+
+@dataclass(frozen=True)
 class Shard:
     """The part of a sequence that one context-parallel rank holds.
 
     Attributes:
         padded_length: length of the whole sequence with its padding.
-        places: global places held, in local order; the padding's are >= ``layout.length``.
+        ranges: what is held, in local order; padding is at places >= ``layout.length``.
         tokens, positions: [S/cp].
         loss_places_N: local places that have any loss.
         targets_N: their target tokens.
@@ -312,7 +321,7 @@ class Shard:
     """
 
     padded_length: int
-    places: IntArray
+    ranges: tuple[Range, ...]
     tokens: IntArray
     positions: IntArray
     loss_places_N: IntArray
@@ -328,40 +337,103 @@ def padded_length(length: int, multiple: int) -> int:
     return -(-length // multiple) * multiple
 
 
-def shard(layout: SequenceLayout, *, multiple: int, parts: int, part: int) -> Shard:
-    """Cut the sequence into ``parts`` contiguous pieces of one length and return piece ``part``.
+def keys_per_place(groups: Sequence[QueryGroup], length: int) -> IntArray:
+    """How many keys the query at each place sees; padding sees none."""
+    seen = np.zeros(length, np.int64)
+    for group in groups:
+        for block in group.keys:
+            n = group.end - group.start
+            seen[group.start : group.end] += np.arange(1, n + 1) if block.causal else block.end - block.start
+    return seen
+
+
+def deal_places(layout: SequenceLayout, *, multiple: int, parts: int, tiles: int) -> list[tuple[Range, ...]]:
+    """Which places each context-parallel rank holds: as many for all, so that linear layers are balanced.
+
+    With one tile a rank the sequence is cut in order. With several, attention is balanced as well: tiles are dealt by
+    the query-key pairs in them, dearest first, each to the rank that has least and still has room. In a causal
+    sequence two tiles a rank come out as the usual zigzag; branches, whose queries all see the whole trunk, need the
+    counting.
 
     Args:
         layout: the whole sequence.
-        multiple: the padded length is a multiple of this (context-parallel x tensor-parallel size under sequence
-            parallelism, so that every rank of both holds whole places).
-        parts: context-parallel size; divides ``multiple``.
-        part: context-parallel rank.
+        multiple: a rank's tile has a multiple of ``multiple / parts`` places.
+        parts: ranks.
+        tiles: tiles a rank; short sequences get fewer.
     """
-    whole = padded_length(layout.length, multiple)
-    size = whole // parts
-    first = part * size
-    places = np.arange(first, first + size, dtype=np.int64)
-    real = min(max(layout.length - first, 0), size)
+    while tiles > 1 and layout.length < parts * tiles * _SMALLEST_TILE:
+        tiles //= 2
+    whole = padded_length(layout.length, multiple * tiles)
+    size = whole // (parts * tiles)
+    if tiles == 1:
+        return [(Range(part * size, size, 0),) for part in range(parts)]
+    cost = keys_per_place(layout.groups, whole).reshape(-1, size).sum(1)
+    hands: list[list[int]] = [[] for _ in range(parts)]
+    totals = [0] * parts
+    for tile in sorted(range(parts * tiles), key=lambda t: (-int(cost[t]), t)):
+        part = min((p for p in range(parts) if len(hands[p]) < tiles), key=lambda p: (totals[p], p))
+        hands[part].append(tile)
+        totals[part] += int(cost[tile])
+    return [tuple(Range(tile * size, size, i * size) for i, tile in enumerate(sorted(hand))) for hand in hands]
+
+
+# A tile much smaller than this costs more in calls than it gives in balance.
+_SMALLEST_TILE = 16
+
+
+def shard(layout: SequenceLayout, ranges: Sequence[Range], padded: int) -> Shard:
+    """The part of the sequence at ``ranges`` (one rank's of ``deal_places``)."""
+    size = sum(r.length for r in ranges)
     tokens = np.zeros(size, np.int64)
     positions = np.zeros(size, np.int64)
-    tokens[:real] = layout.tokens_S[first : first + real]
-    positions[:real] = layout.positions_S[first : first + real]
-
-    in_response = (layout.response_places_E >= first) & (layout.response_places_E < first + size)
-    in_nll = (layout.nll_places >= first) & (layout.nll_places < first + size)
-    response_places = layout.response_places_E[in_response] - first
-    nll_places = layout.nll_places[in_nll] - first
-    loss_places = np.unique(np.concatenate([response_places, nll_places]))
+    # Global place -> local place, -1 elsewhere.
+    local_of = np.full(padded, -1, np.int64)
+    for r in ranges:
+        real = min(max(layout.length - r.start, 0), r.length)
+        tokens[r.local : r.local + real] = layout.tokens_S[r.start : r.start + real]
+        positions[r.local : r.local + real] = layout.positions_S[r.start : r.start + real]
+        local_of[r.start : r.start + r.length] = np.arange(r.local, r.local + r.length)
+    response_local = local_of[layout.response_places_E]
+    nll_local = local_of[layout.nll_places]
+    in_response, in_nll = response_local >= 0, nll_local >= 0
+    response_local, nll_local = response_local[in_response], nll_local[in_nll]
+    loss_places = np.unique(np.concatenate([response_local, nll_local]))
+    global_of = np.zeros(size, np.int64)
+    for r in ranges:
+        global_of[r.local : r.local + r.length] = np.arange(r.start, r.start + r.length)
     return Shard(
-        padded_length=whole,
-        places=places,
+        padded_length=padded,
+        ranges=tuple(ranges),
         tokens=tokens,
         positions=positions,
         loss_places_N=loss_places,
-        targets_N=layout.targets_S[loss_places + first],
-        response_index_E=np.searchsorted(loss_places, response_places),
+        targets_N=layout.targets_S[global_of[loss_places]],
+        response_index_E=np.searchsorted(loss_places, response_local),
         response_slots_E=layout.response_slots_E[in_response],
-        nll_index=np.searchsorted(loss_places, nll_places),
+        nll_index=np.searchsorted(loss_places, nll_local),
         nll_slots=layout.nll_slots[in_nll],
     )
+
+
+def local_groups(groups: Sequence[QueryGroup], ranges: Sequence[Range]) -> tuple[QueryGroup, ...]:
+    """Query groups of the places a rank holds: queries in local places, keys in places of the whole sequence.
+
+    A piece of a causal block sees what comes before the piece in full, and itself causally.
+    """
+    result = []
+    for r in ranges:
+        for group in groups:
+            start, end = max(group.start, r.start), min(group.end, r.start + r.length)
+            if start >= end:
+                continue
+            keys: list[KeyBlock] = []
+            for block in group.keys:
+                if not block.causal:
+                    keys.append(block)
+                    continue
+                # A causal block's keys are the group's own places.
+                if start > block.start:
+                    keys.append(KeyBlock(block.start, start, causal=False))
+                keys.append(KeyBlock(start, end, causal=True))
+            result.append(QueryGroup(start - r.start + r.local, end - r.start + r.local, tuple(keys)))
+    return tuple(result)

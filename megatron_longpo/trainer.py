@@ -33,7 +33,7 @@ from megatron_longpo.data.preference import Mode, Sample
 from megatron_longpo.data.sampler import BatchSampler, microbatches_of_rank
 from megatron_longpo.errors import ConfigError, DataError, LongPOError
 from megatron_longpo.metrics import Reporter, log, reduce_samples
-from megatron_longpo.model.attention import check_ulysses
+from megatron_longpo.model.attention import resolve_comm_type
 from megatron_longpo.model.gpt import PolicyModel, build_model, inverse_frequencies, transformer_config
 from megatron_longpo.model.shape import ModelShape
 from megatron_longpo.optimization import build_optimizer, build_scheduler, wrap_for_training
@@ -52,6 +52,7 @@ class Plan:
         manifest: of the data.
         train_iters: optimizer steps of the whole run.
         world_size: processes.
+        comm_type, comm_reason: how context parallelism exchanges, and why.
     """
 
     config: Config
@@ -62,6 +63,8 @@ class Plan:
     manifest: Manifest
     train_iters: int
     world_size: int
+    comm_type: str
+    comm_reason: str
 
     @property
     def policy_shape(self) -> ModelShape:
@@ -98,8 +101,12 @@ def make_plan(config: Config, world_size: int) -> Plan:
         hidden_size=shape.hidden_size,
     )
     p = config.parallel
-    check_ulysses(
-        shape.num_attention_heads, shape.num_query_groups, p.context_parallel_size, p.tensor_model_parallel_size
+    comm_type, comm_reason = resolve_comm_type(
+        p.cp_comm_type,
+        shape.num_attention_heads,
+        shape.num_query_groups,
+        p.context_parallel_size,
+        p.tensor_model_parallel_size,
     )
     transformer_config(shape, config, use_transformer_engine=False)
     _check_same_architecture(shape, reference_shape, config)
@@ -107,7 +114,9 @@ def make_plan(config: Config, world_size: int) -> Plan:
     _check_data(config, manifest, shape)
     t = config.training
     train_iters = t.train_iters or max(1, math.floor(t.train_epochs * manifest.samples / t.global_batch_size))
-    return Plan(config, load, reference_load, shape, reference_shape, manifest, train_iters, world_size)
+    return Plan(
+        config, load, reference_load, shape, reference_shape, manifest, train_iters, world_size, comm_type, comm_reason
+    )
 
 
 def _check_same_architecture(shape: ModelShape, reference: ModelShape, config: Config) -> None:
@@ -227,6 +236,8 @@ class Trainer:
             f"platform: {platform.CURRENT.name} with {platform.CURRENT.backend} ({platform.CURRENT.reason}); "
             f"layout: {self.parallel.describe()} over {self.parallel.world_size} process(es)"
         )
+        if self.parallel.context_size > 1:
+            self._log(f"context parallelism: cp_comm_type={self.plan.comm_type} ({self.plan.comm_reason})")
         self._log(
             f"model: {s.family}, {s.num_layers} layers, hidden {s.hidden_size}, vocabulary {s.vocab_size}, rotary base "
             f"{self.plan.policy_shape.rotary_base:g} (reference {self._reference_base():g})"
@@ -359,9 +370,7 @@ class Trainer:
         self.optimizer.zero_grad()
         figures = self.forward_backward(numbers, reference)
         successful, grad_norm, _ = self.optimizer.step()
-        means = reduce_samples(
-            figures, len(numbers), self.parallel, has_figures=self.parallel.is_last_stage
-        )
+        means = reduce_samples(figures, len(numbers), self.parallel, has_figures=self.parallel.is_last_stage)
         self._check_finite(means["loss"], successful, numbers)
         lr = self.optimizer.param_groups[0]["lr"]
         self.scheduler.step(increment=1)
@@ -441,9 +450,7 @@ class Trainer:
         return figures
 
     def _lay_out(self, samples: list[Sample]) -> MicroBatch:
-        return policy_batch(
-            samples, data=self.config.data, objective=self.config.objective, parallel=self.parallel
-        )
+        return policy_batch(samples, data=self.config.data, objective=self.config.objective, parallel=self.parallel)
 
     def _check_finite(self, loss: float, successful: bool, numbers: list[int]) -> None:
         if not math.isfinite(loss) or not successful:
@@ -493,6 +500,21 @@ def _holding(chunks: Sequence[torch.nn.Module], weights: Sequence[Sequence[Tenso
                     p.copy_(value)
 
 
+def groups_of(plan: Plan) -> Parallel:
+    """Make the process groups of a plan."""
+    p = plan.config.parallel
+    return parallel_module.set_up(
+        tensor=p.tensor_model_parallel_size,
+        pipeline=p.pipeline_model_parallel_size,
+        virtual=virtual_pipeline_size(p, plan.shape.num_layers),
+        context=p.context_parallel_size,
+        sequence_parallel=p.sequence_parallel,
+        comm_type=plan.comm_type,
+        seed=plan.config.training.seed,
+        timeout_minutes=p.distributed_timeout_minutes,
+    )
+
+
 def run(config: Config) -> None:
     """Train as a configuration says.
 
@@ -500,17 +522,8 @@ def run(config: Config) -> None:
         LongPOError: whatever the user can mend, before any long work where it can be known before.
     """
     plan = make_plan(config, int(os.environ.get("WORLD_SIZE", "1")))
-    p = config.parallel
-    parallel_module.start_processes(p.distributed_timeout_minutes)
-    parallel = parallel_module.set_up(
-        tensor=p.tensor_model_parallel_size,
-        pipeline=p.pipeline_model_parallel_size,
-        virtual=virtual_pipeline_size(p, plan.shape.num_layers),
-        context=p.context_parallel_size,
-        sequence_parallel=p.sequence_parallel,
-        seed=config.training.seed,
-        timeout_minutes=p.distributed_timeout_minutes,
-    )
+    parallel_module.start_processes(config.parallel.distributed_timeout_minutes)
+    parallel = groups_of(plan)
     trainer = Trainer(plan, parallel)
     trainer.train()
     parallel_module.stop_processes()

@@ -37,19 +37,19 @@ def make_model(family: str, folder: Path, *, vocab_size: int = VOCABULARY, seed:
     import transformers
 
     torch.manual_seed(seed)
-    sizes: dict[str, Any] = dict(
-        vocab_size=vocab_size,
-        hidden_size=48,
-        intermediate_size=96,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-    )
+    sizes: dict[str, Any] = {
+        "vocab_size": vocab_size,
+        "hidden_size": 48,
+        "intermediate_size": 96,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+    }
     special: dict[str, dict[str, Any]] = {
-        "llama": dict(tie_word_embeddings=True),
-        "mistral": dict(sliding_window=None, head_dim=16),
-        "qwen2": dict(tie_word_embeddings=False),
+        "llama": {"tie_word_embeddings": True},
+        "mistral": {"sliding_window": None, "head_dim": 16},
+        "qwen2": {"tie_word_embeddings": False},
     }
     name = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2"}[family]
     config = getattr(transformers, f"{name}Config")(**{**sizes, **special[family], **extra})
@@ -142,5 +142,7 @@ def run(
         list(command), capture_output=True, text=True, timeout=timeout, env=dict(env or environment()), cwd=ROOT
     )
     if expect is not None and done.returncode != expect:
-        raise AssertionError(f"exit status {done.returncode} of {command}\n{done.stdout[-4000:]}\n{done.stderr[-8000:]}")
+        raise AssertionError(
+            f"exit status {done.returncode} of {command}\n{done.stdout[-4000:]}\n{done.stderr[-8000:]}"
+        )
     return done

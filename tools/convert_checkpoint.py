@@ -27,7 +27,9 @@ def main() -> None:
     to_hf.add_argument("--checkpoint", required=True, metavar="CKPT", help="converted checkpoint, run folder or iter_*")
     to_hf.add_argument("--output", required=True, metavar="DIR", help="new model folder")
     to_hf.add_argument("--dtype", choices=dtypes, help="dtype of the weights (default: that of the imported model)")
-    to_hf.add_argument("--max-shard-size", type=float, default=5.0, metavar="GB", help="of a safetensors file (10^9 bytes)")
+    to_hf.add_argument(
+        "--max-shard-size", type=float, default=5.0, metavar="GB", help="of a safetensors file (10^9 bytes)"
+    )
     arguments = parser.parse_args()
 
     def work(report: Callable[[int, int], None]) -> Conversion:
@@ -49,7 +51,13 @@ def main() -> None:
 
     began = time.monotonic()
     console = Console()
-    columns = (TextColumn(arguments.command), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn(arguments.command),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task(arguments.command)
         result = work(lambda done, total: bar.update(task, completed=done, total=total))

@@ -17,13 +17,17 @@ from megatron_longpo.generation.preprocess import Settings, draw_histogram, prep
 def main() -> None:
     """Parse, preprocess, report."""
     parser = argparse.ArgumentParser(prog="preprocess_preference_data.py", description=__doc__)
-    parser.add_argument("--input", required=True, nargs="+", help=".jsonl, .jsonl.gz, .parquet, .arrow or datasets folder")
+    parser.add_argument(
+        "--input", required=True, nargs="+", help=".jsonl, .jsonl.gz, .parquet, .arrow or datasets folder"
+    )
     parser.add_argument("--output-prefix", required=True, help="PREFIX of .bin, .idx, .json and .rejects.jsonl")
     parser.add_argument("--tokenizer", help="tokenizer folder or SentencePiece .model file (text input)")
     parser.add_argument("--chat-template", help="template file, or mistral, mistral-v3, llama-2, chatml")
     parser.add_argument("--vocab-size", type=int, help="vocabulary of rows that are tokenised already")
     parser.add_argument("--seq-length", type=int, help="longest long row in tokens (default: no limit)")
-    parser.add_argument("--short-seq-length", type=int, default=32768, help="longest short row in tokens (default 32768)")
+    parser.add_argument(
+        "--short-seq-length", type=int, default=32768, help="longest short row in tokens (default 32768)"
+    )
     parser.add_argument("--workers", type=int, default=1, help="processes that tokenise")
     parser.add_argument("--restart", action="store_true", help="throw away what is there and begin again")
     parser.add_argument("--trust-remote-code", action="store_true", help="run code from the tokenizer's folder")
@@ -35,7 +39,9 @@ def main() -> None:
         if time.monotonic() - said > 5:
             said = time.monotonic()
             rate = manifest.tokens / (said - began)
-            print(f"{rows} rows, {manifest.samples} samples, {manifest.tokens:,} tokens, {rate:,.0f} tokens/s", flush=True)
+            print(
+                f"{rows} rows, {manifest.samples} samples, {manifest.tokens:,} tokens, {rate:,.0f} tokens/s", flush=True
+            )
 
     manifest = preprocess(
         arguments.input,
@@ -56,9 +62,7 @@ def main() -> None:
     draw_histogram(manifest, Path(f"{arguments.output_prefix}.lengths.png"))
     table = Table("samples", "turns", "tokens", "longest row", "kept aside", title=arguments.output_prefix)
     rejected = ", ".join(f"{reason} {count}" for reason, count in sorted(manifest.rejected.items())) or "nothing"
-    table.add_row(
-        str(manifest.samples), str(manifest.turns), f"{manifest.tokens:,}", f"{manifest.longest:,}", rejected
-    )
+    table.add_row(str(manifest.samples), str(manifest.turns), f"{manifest.tokens:,}", f"{manifest.longest:,}", rejected)
     Console().print(table)
     if manifest.rejected:
         print(f"kept aside, with line numbers: {path_of(arguments.output_prefix, 'rejects.jsonl')}")

@@ -28,7 +28,16 @@ from megatron_longpo.checkpoint.stream import (
 from megatron_longpo.checkpoint.training import ASSETS, resolve
 from megatron_longpo.data.vocabulary import folder_vocabulary_hash
 from megatron_longpo.errors import CheckpointError
-from megatron_longpo.model.families import Entry, config_for_export, entries_of, fuse, our_shape, shape_from_hf, split, their_shapes
+from megatron_longpo.model.families import (
+    Entry,
+    config_for_export,
+    entries_of,
+    fuse,
+    our_shape,
+    shape_from_hf,
+    split,
+    their_shapes,
+)
 from megatron_longpo.model.shape import FILE_NAME, ModelShape
 
 Progress = Callable[[int, int], None]
@@ -263,7 +272,7 @@ def _bytes_of(shape: ModelShape, dtype: torch.dtype) -> int:
 
 def _digest(tensor: Tensor) -> str:
     raw = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
-    return hashlib.sha256(memoryview(raw)).hexdigest()
+    return hashlib.sha256(raw.data).hexdigest()
 
 
 def _copy_assets(source: Path, target: Path) -> None:

@@ -160,7 +160,9 @@ class DistributedReader:
         try:
             self._metadata = self._reader.read_metadata()
         except Exception as error:
-            raise CheckpointError(f"{folder}: its .metadata cannot be read ({error}); convert or save it again") from None
+            raise CheckpointError(
+                f"{folder}: its .metadata cannot be read ({error}); convert or save it again"
+            ) from None
         self._reader.set_up_storage_reader(self._metadata, True)
         self._tensors = {
             key: value
@@ -248,7 +250,9 @@ class SafetensorsFolder:
         except FileNotFoundError:
             raise CheckpointError(f"{path}: is named by the index and not there; download the model again") from None
         except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{path}: cannot be read ({error}); it is truncated or damaged, download it again") from None
+            raise CheckpointError(
+                f"{path}: cannot be read ({error}); it is truncated or damaged, download it again"
+            ) from None
 
     def names(self) -> set[str]:
         return set(self._file_of)
@@ -292,7 +296,9 @@ def plan_shards(tensors: Sequence[LazyTensor], max_shard_bytes: int) -> list[lis
     return shards
 
 
-def write_safetensors(folder: Path, tensors: Sequence[LazyTensor], values: Iterator[Tensor], max_shard_bytes: int) -> None:
+def write_safetensors(
+    folder: Path, tensors: Sequence[LazyTensor], values: Iterator[Tensor], max_shard_bytes: int
+) -> None:
     """Write model.safetensors, or shards with an index, taking the values one by one in the order described.
 
     The format (safetensors' README): header length as 64 bits little-endian, JSON header, raw values.
@@ -319,7 +325,7 @@ def write_safetensors(folder: Path, tensors: Sequence[LazyTensor], values: Itera
             for tensor in shard:
                 value = next(values).to(tensor.dtype).contiguous()
                 assert tuple(value.shape) == tensor.shape
-                stream.write(memoryview(value.reshape(-1).view(torch.uint8).numpy()))
+                stream.write(value.reshape(-1).view(torch.uint8).numpy().data)
             stream.flush()
             os.fsync(stream.fileno())
     if len(shards) > 1:

@@ -159,7 +159,9 @@ class Checkpointer:
         parallel: groups.
     """
 
-    def __init__(self, output: Path, config: Config, shape: ModelShape, assets: Path | None, parallel: Parallel) -> None:
+    def __init__(
+        self, output: Path, config: Config, shape: ModelShape, assets: Path | None, parallel: Parallel
+    ) -> None:
         self.output, self.config, self.shape, self.assets, self.parallel = output, config, shape, assets, parallel
         self._queue = AsyncCallsQueue() if config.checkpoint.async_save else None
         self._saved_step: int | None = None

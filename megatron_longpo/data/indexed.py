@@ -308,7 +308,7 @@ def read_manifest(prefix: str | Path) -> Manifest:
     types = {"int": int, "str": str, "bool": bool, "str | None": (str, type(None))}
     for name, value in content.items():
         declared = str(known[name].type)
-        expected = types.get(declared, dict if declared.startswith("dict") else list)
+        expected: Any = types.get(declared, dict if declared.startswith("dict") else list)
         if not isinstance(value, expected) or (expected is int and isinstance(value, bool)):
             raise DataError(f"{path}: {name}={value!r} is not of type {declared}; preprocess the data again")
     return Manifest(**content)

@@ -13,6 +13,7 @@ Shape legend: L = tokens of one row.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntFlag
@@ -77,7 +78,8 @@ class Sample:
     def from_arrays(cls, tokens: Sequence[np.ndarray], modes: Sequence[int]) -> Sample:
         return cls(
             tuple(
-                Piece(np.asarray(t, dtype=np.int64), Mode(int(m) & _ALL_MODES)) for t, m in zip(tokens, modes, strict=True)
+                Piece(np.asarray(t, dtype=np.int64), Mode(int(m) & _ALL_MODES))
+                for t, m in zip(tokens, modes, strict=True)
             )
         )
 
@@ -256,7 +258,9 @@ def from_tokenised(row: dict[str, object], vocab_size: int) -> Sample:
         raise BadRow("no_turn", "ref_chosen_input_ids holds no turn")
     for name in ("ref_chosen_labels", "ref_rejected_input_ids", "ref_rejected_labels"):
         if len(_nested(row, name)) != len(turns):
-            raise BadRow("turns_differ", f"{name} has {len(_nested(row, name))} turns, ref_chosen_input_ids {len(turns)}")
+            raise BadRow(
+                "turns_differ", f"{name} has {len(_nested(row, name))} turns, ref_chosen_input_ids {len(turns)}"
+            )
     for turn in range(len(turns)):
         a, a_loss, _ = _masked(row, "ref_chosen", vocab_size, turn)
         b, b_loss, _ = _masked(row, "ref_rejected", vocab_size, turn)
@@ -285,7 +289,7 @@ def _runs(tokens: IntArray, loss: np.ndarray, nll: np.ndarray, mode: Mode) -> li
             tokens[a:b],
             mode | (Mode.RESPONSE if loss[a] else Mode(0)) | (Mode(0) if nll[a] else Mode.NO_NLL),
         )
-        for a, b in zip(cuts[:-1], cuts[1:], strict=True)
+        for a, b in itertools.pairwise(cuts)
     ]
 
 

@@ -107,7 +107,9 @@ class FastChatTokenizer(ChatTokenizer):
             )
         except Exception as error:
             detail = " ".join(str(error).split())[:300]
-            raise DataError(f"--tokenizer {path}: transformers cannot load it ({detail}); give a tokenizer folder") from None
+            raise DataError(
+                f"--tokenizer {path}: transformers cannot load it ({detail}); give a tokenizer folder"
+            ) from None
         if template is not None:
             self._tokenizer.chat_template = template
         if self._tokenizer.chat_template is None:
@@ -210,7 +212,9 @@ class SentencePieceChatTokenizer(ChatTokenizer):
         return str(self._processor.decode([int(i) for i in ids if i not in self.special_ids]))
 
 
-def load_tokenizer(path: str | Path, chat_template: str | None = None, *, trust_remote_code: bool = False) -> ChatTokenizer:
+def load_tokenizer(
+    path: str | Path, chat_template: str | None = None, *, trust_remote_code: bool = False
+) -> ChatTokenizer:
     """A tokenizer folder, or a SentencePiece .model file.
 
     Args:
@@ -233,7 +237,9 @@ def load_tokenizer(path: str | Path, chat_template: str | None = None, *, trust_
                 f"--chat-template {chat_template}: is neither a file nor one of {', '.join(BUILT_IN_TEMPLATES)}"
             )
     if not path.exists():
-        raise DataError(f"--tokenizer {path}: there is no such file or folder; give a tokenizer folder or a .model file")
+        raise DataError(
+            f"--tokenizer {path}: there is no such file or folder; give a tokenizer folder or a .model file"
+        )
     if path.is_file():
         if template is None:
             raise DataError(
@@ -324,7 +330,9 @@ class _Encoder:
     def answer(self, history: Sequence[Message], answer: str) -> tuple[np.ndarray, str]:
         """Ids of an answer with its end-of-turn token, and the text that the template puts after that token."""
         prompt = self._tokenizer.render(history, add_generation_prompt=True)
-        whole = self._tokenizer.render([*history, {"role": "assistant", "content": answer}], add_generation_prompt=False)
+        whole = self._tokenizer.render(
+            [*history, {"role": "assistant", "content": answer}], add_generation_prompt=False
+        )
         if not whole.startswith(prompt):
             raise BadRow("template", "the chat template does not render an answer after its prompt")
         text = whole[len(prompt) :]

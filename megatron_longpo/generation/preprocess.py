@@ -93,7 +93,9 @@ def input_files(inputs: list[str]) -> list[Path]:
     for name in inputs:
         path = Path(name)
         if path.is_dir():
-            found = sorted(path.glob("**/*.arrow")) or sorted(path.glob("**/*.parquet")) or sorted(path.glob("*.jsonl*"))
+            found = (
+                sorted(path.glob("**/*.arrow")) or sorted(path.glob("**/*.parquet")) or sorted(path.glob("*.jsonl*"))
+            )
             if not found:
                 raise DataError(f"--input {path}: holds no .arrow, .parquet or .jsonl file; give a datasets folder")
             files += found
@@ -301,7 +303,9 @@ def preprocess(
     _check_schema(files, tokenizer is not None)
     source = [{"name": p.name, "bytes": p.stat().st_size, "sha256": sha256_of(p)} for p in files]
     described = {
-        k: getattr(settings, k) for k in ("seq_length", "short_seq_length", "vocab_size") if getattr(settings, k) is not None
+        k: getattr(settings, k)
+        for k in ("seq_length", "short_seq_length", "vocab_size")
+        if getattr(settings, k) is not None
     }
     manifest = Manifest(
         vocab_size=vocab_size,
@@ -335,7 +339,9 @@ def preprocess(
             if result.sample is not None:
                 writer.add(result.sample)
             elif not result.rejected or all(r.turn is not None for r in result.rejected):
-                writer.reject("no_turn_left", {"line": result.line, "detail": "none of its turns is good", "row": result.raw})
+                writer.reject(
+                    "no_turn_left", {"line": result.line, "detail": "none of its turns is good", "row": result.raw}
+                )
             rows_done = result.line
             if rows_done % COMMIT_EVERY == 0:
                 writer.commit({"rows": rows_done})
@@ -406,5 +412,3 @@ def draw_histogram(manifest: Manifest, path: Path) -> None:
     axis.set_title(f"{manifest.samples} samples, {manifest.turns} turns, {manifest.tokens:,} tokens")
     figure.savefig(path, dpi=80)
     pyplot.close(figure)
-
-

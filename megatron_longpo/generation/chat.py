@@ -30,7 +30,7 @@ from megatron_longpo.data.preference import (
     Piece,
     Sample,
 )
-from megatron_longpo.data.vocabulary import sentencepiece_vocabulary, vocabulary_hash
+from megatron_longpo.data.vocabulary import folder_vocabulary_hash, sentencepiece_vocabulary, vocabulary_hash
 from megatron_longpo.errors import DataError
 
 Message = dict[str, str]
@@ -45,7 +45,7 @@ BUILT_IN_TEMPLATES = {
     # Mistral v0.3, whose [INST] and [/INST] are tokens. Source: mistral-common's v3 format.
     "mistral-v3": (
         "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}"
-        "{{ '[INST] ' + message['content'] + '[/INST]' }}{% else %}{{ ' ' + message['content'] + eos_token }}"
+        "{{ '[INST]' + message['content'] + '[/INST]' }}{% else %}{{ message['content'] + eos_token }}"
         "{% endif %}{% endfor %}"
     ),
     # Llama 2 without a system message. Source: the Llama 2 reference code.
@@ -70,6 +70,7 @@ class ChatTokenizer(ABC):
         vocab_size: ids are below it.
         vocabulary_hash, template_hash: for the manifest.
         special_ids: ids of special tokens; one of them ends every answer.
+        special_texts: the same as text.
     """
 
     name: str
@@ -77,6 +78,15 @@ class ChatTokenizer(ABC):
     vocabulary_hash: str
     template_hash: str
     special_ids: frozenset[int]
+    special_texts: tuple[str, ...]
+
+    def encode_after(self, before: str, text: str) -> list[int]:
+        """Ids of ``text`` as they are where ``before`` stands in front of it."""
+        special = max((t for t in self.special_texts if before.endswith(t)), key=len, default=None)
+        if special is None:
+            return self.encode(text, continues=bool(before))
+        # What a tokenizer does with the first word after a special token is its own affair; let it.
+        return self.encode(special + text, continues=False)[1:]
 
     @abstractmethod
     def encode(self, text: str, *, continues: bool) -> list[int]:
@@ -120,10 +130,12 @@ class FastChatTokenizer(ChatTokenizer):
         self.name = path.name
         vocabulary = self._tokenizer.get_vocab()
         self.vocab_size = max(vocabulary.values()) + 1
-        self.vocabulary_hash = vocabulary_hash(vocabulary)
+        # Of the file, as at import: a tokenizer class may add tokens of its own when it loads one.
+        self.vocabulary_hash = folder_vocabulary_hash(path) or vocabulary_hash(vocabulary)
         self.template_hash = hashlib.sha256(str(self._tokenizer.chat_template).encode()).hexdigest()
         added = self._tokenizer.added_tokens_decoder
         self.special_ids = frozenset(self._tokenizer.all_special_ids) | {i for i, t in added.items() if t.special}
+        self.special_texts = tuple(self._tokenizer.convert_ids_to_tokens(sorted(self.special_ids)))
         # Whether the first word of a text gets a space that it must not get in the middle of one.
         self._anchor = "\n" if self._ids("\nx") != self._ids("\n") + self._ids("x") else None
 
@@ -176,6 +188,7 @@ class SentencePieceChatTokenizer(ChatTokenizer):
         # Newer models have control tokens beyond the three of SentencePiece as user-defined or control pieces.
         self._special = control
         self.special_ids = frozenset(control.values())
+        self.special_texts = tuple(control)
         self._bos, self._eos = sp.id_to_piece(sp.bos_id()), sp.id_to_piece(sp.eos_id())
         self._split = re.compile("(" + "|".join(map(re.escape, sorted(control, key=len, reverse=True))) + ")")
 
@@ -280,30 +293,35 @@ def encode_sample(tokenizer: ChatTokenizer, context: str, turns: Sequence[Turn])
     """
     encoder = _Encoder(tokenizer)
     head, tail = encoder.first_prompt(context, turns[0].instruction)
-    pieces = [encoder.piece(head, CONTEXT, continues=False)]
-    prompts = {Mode.CHOSEN: tail, Mode.REJECTED: tail}
+    pieces = [encoder.piece("", head, CONTEXT)]
+    # Text in front of the next prompt, and the prompt.
+    prompt = (head, tail)
     history: dict[Mode, list[Message]] = {
         side: [user_message(context, turns[0].instruction)] for side in (Mode.CHOSEN, Mode.REJECTED)
     }
     for number, turn in enumerate(turns):
-        answers = {Mode.CHOSEN: turn.chosen, Mode.REJECTED: turn.rejected}
-        if prompts[Mode.CHOSEN] != prompts[Mode.REJECTED]:
-            # Only a template that writes answers into later prompts gets here.
-            raise BadRow("template", "the template renders a turn's prompt differently after another answer")
-        pieces.append(encoder.piece(prompts[Mode.CHOSEN], PROMPT, continues=True))
+        pieces.append(encoder.piece(*prompt, PROMPT))
         if number:
-            own = encoder.first_prompt(context, turn.instruction)[1]
-            pieces.append(encoder.piece(own, Mode.OWN_PROMPT, continues=True))
-        for side, mode in ((Mode.CHOSEN, CHOSEN_RESPONSE), (Mode.REJECTED, REJECTED_RESPONSE)):
-            ids, rest = encoder.answer(history[side], answers[side])
+            own_head, own = encoder.first_prompt(context, turn.instruction)
+            pieces.append(encoder.piece(own_head, own, Mode.OWN_PROMPT))
+        following = []
+        for side, answer, mode in (
+            (Mode.CHOSEN, turn.chosen, CHOSEN_RESPONSE),
+            (Mode.REJECTED, turn.rejected, REJECTED_RESPONSE),
+        ):
+            ids, end, rest = encoder.answer(history[side], answer)
             pieces.append(Piece(ids, mode))
-            history[side].append({"role": "assistant", "content": answers[side]})
+            history[side].append({"role": "assistant", "content": answer})
             if number + 1 < len(turns):
                 history[side].append({"role": "user", "content": turns[number + 1].instruction})
-                prompts[side] = rest + encoder.next_prompt(history[side])
+                following.append((end, rest + encoder.next_prompt(history[side])))
+        if following:
+            if following[0] != following[1]:
+                # Only a template that writes answers into later prompts gets here.
+                raise BadRow("template", "the template renders a turn's prompt differently after another answer")
+            prompt = following[0]
         short = [user_message(turn.short_context, turn.instruction)]
-        text = tokenizer.render(short, add_generation_prompt=True)
-        pieces.append(encoder.piece(text, SHORT_PROMPT, continues=False))
+        pieces.append(encoder.piece("", tokenizer.render(short, add_generation_prompt=True), SHORT_PROMPT))
         for answer, mode in ((turn.chosen, SHORT_CHOSEN_RESPONSE), (turn.rejected, SHORT_REJECTED_RESPONSE)):
             pieces.append(Piece(encoder.answer(short, answer)[0], mode))
     return Sample(tuple(pieces))
@@ -313,8 +331,8 @@ class _Encoder:
     def __init__(self, tokenizer: ChatTokenizer) -> None:
         self._tokenizer = tokenizer
 
-    def piece(self, text: str, mode: Mode, *, continues: bool) -> Piece:
-        return Piece(np.array(self._tokenizer.encode(text, continues=continues), np.int64), mode)
+    def piece(self, before: str, text: str, mode: Mode) -> Piece:
+        return Piece(np.array(self._tokenizer.encode_after(before, text), np.int64), mode)
 
     def first_prompt(self, context: str, instruction: str) -> tuple[str, str]:
         """Rendered first prompt, cut where the document ends."""
@@ -327,22 +345,20 @@ class _Encoder:
             raise BadRow("template", "the chat template does not render the instruction")
         return text[:end], text[end:]
 
-    def answer(self, history: Sequence[Message], answer: str) -> tuple[np.ndarray, str]:
-        """Ids of an answer with its end-of-turn token, and the text that the template puts after that token."""
-        prompt = self._tokenizer.render(history, add_generation_prompt=True)
-        whole = self._tokenizer.render(
-            [*history, {"role": "assistant", "content": answer}], add_generation_prompt=False
-        )
+    def answer(self, history: Sequence[Message], answer: str) -> tuple[np.ndarray, str, str]:
+        """Ids of an answer with its end-of-turn token; that token as text; what the template puts after it."""
+        tokenizer = self._tokenizer
+        prompt = tokenizer.render(history, add_generation_prompt=True)
+        whole = tokenizer.render([*history, {"role": "assistant", "content": answer}], add_generation_prompt=False)
         if not whole.startswith(prompt):
             raise BadRow("template", "the chat template does not render an answer after its prompt")
         text = whole[len(prompt) :]
-        ids = self._tokenizer.encode(text, continues=True)
-        last = max((i for i, token in enumerate(ids) if token in self._tokenizer.special_ids), default=None)
-        if last is None:
+        ends = [(text.rfind(t) + len(t), t) for t in tokenizer.special_texts if t in text]
+        if not ends:
             raise BadRow("no_end_of_turn", "the chat template ends an answer with no special token")
         # What follows the end of the turn (a line feed in ChatML) is not the model's to say.
-        rest = text.rstrip()
-        return np.array(ids[: last + 1], np.int64), text[len(rest) :] if last + 1 < len(ids) else ""
+        cut, end = max(ends)
+        return np.array(tokenizer.encode_after(prompt, text[:cut]), np.int64), end, text[cut:]
 
     def next_prompt(self, history: Sequence[Message]) -> str:
         """Text between an answer and the next one."""

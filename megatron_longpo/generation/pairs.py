@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,9 +34,9 @@ class PairSettings:
     """How pairs are made; lengths in tokens.
 
     Attributes:
-        context_tokens: documents are cut to at most this, at a paragraph's end; shorter than half of it, they are passed
+        context_tokens: documents are cut to at most this, at a sentence's end; shorter than half of it, they are passed
             over.
-        chunk_tokens: size of a chunk, whole paragraphs.
+        chunk_tokens: size of a chunk, whole sentences.
         turns: chunks, and so turns, a document.
         question_tokens, answer_tokens: most tokens of a question and of an answer.
         temperature, top_p: of the questions; answers are greedy.
@@ -132,30 +133,44 @@ def read_documents(paths: Sequence[str | Path]) -> Iterator[tuple[str, str]]:
         yield path.name, path.read_text(encoding="utf-8", errors="replace")
 
 
-def paragraphs(text: str) -> list[tuple[int, int]]:
-    """Places of the paragraphs, blank lines between them; together with what follows each they cover the text."""
-    spans = []
-    start = 0
-    while start < len(text):
-        end = text.find("\n\n", start)
-        end = len(text) if end < 0 else end
-        if text[start:end].strip():
-            spans.append((start, end))
-        start = end + 2
-    return spans
+# The end of a paragraph, or of a sentence; essays scraped from the web run "sentence.Next sentence" together.
+_UNIT_END = re.compile(r"\n\s*\n|[.!?][\"'”’)]*(?=\s|[A-Z])")
 
 
-def cut(text: str, tokens: int, count: Callable[[str], int]) -> str:
-    """The longest run of whole paragraphs from the start that has at most so many tokens; one at least."""
-    spans = paragraphs(text)
-    total = 0
-    end = spans[0][1] if spans else 0
-    for number, (first, last) in enumerate(spans):
-        total += count(text[first:last]) + 1
-        if total > tokens and number:
-            break
-        end = last
-    return text[(spans[0][0] if spans else 0) : end]
+class Document:
+    """A text in units of sentences, with their lengths in tokens.
+
+    Args:
+        text: the text.
+        count: tokens of a piece of text.
+    """
+
+    def __init__(self, text: str, count: Callable[[str], int]) -> None:
+        self.text = text
+        ends = [m.end() for m in _UNIT_END.finditer(text)]
+        if not ends or ends[-1] < len(text.rstrip()):
+            ends.append(len(text.rstrip()))
+        starts = [0, *ends[:-1]]
+        spans = [(s + len(text[s:e]) - len(text[s:e].lstrip()), e) for s, e in zip(starts, ends, strict=True)]
+        self.spans = [(s, e) for s, e in spans if s < e]
+        self.tokens = [count(text[s:e]) for s, e in self.spans]
+
+    def run(self, first: int, tokens: int) -> str:
+        """The longest run of whole units from unit ``first`` with at most so many tokens; one unit at least."""
+        last, total = first, self.tokens[first]
+        while last + 1 < len(self.spans) and total + self.tokens[last + 1] <= tokens:
+            last += 1
+            total += self.tokens[last]
+        return self.text[self.spans[first][0] : self.spans[last][1]]
+
+    def starts(self, tokens: int) -> int:
+        """Units from which at least so many tokens are left (one at least)."""
+        left = 0
+        for number in range(len(self.spans) - 1, -1, -1):
+            left += self.tokens[number]
+            if left >= tokens:
+                return number + 1
+        return 1
 
 
 def make_pairs(
@@ -187,8 +202,9 @@ def make_pairs(
             if identity in done:
                 tally("documents before")
                 continue
-            context = cut(text, settings.context_tokens, count)
-            if count(context) < settings.context_tokens // 2:
+            document = Document(text, count)
+            context = document.run(0, settings.context_tokens) if document.spans else ""
+            if sum(document.tokens) < settings.context_tokens // 2:
                 tally("document too short")
                 continue
             turns = _turns(context, identity, engine, settings, count, tally)
@@ -232,21 +248,13 @@ def _turns(
     seed = int(hashlib.sha256(f"{settings.seed} {identity}".encode()).hexdigest()[:8], 16)
     rng = np.random.default_rng(seed)
     generator = torch.Generator().manual_seed(seed)
-    spans = paragraphs(context)
-    starts = rng.permutation(len(spans))[: settings.turns]
+    document = Document(context, count)
+    starts = rng.permutation(document.starts(settings.chunk_tokens))[: settings.turns]
     turns = []
     for start in sorted(int(s) for s in starts):
-        chunk = cut(context[spans[start][0] :], settings.chunk_tokens, count)
-        asked, _ = engine.generate(
-            engine.tokenizer.prompt([user_message(chunk, QUESTION_PROMPT)]),
-            settings.question_tokens,
-            temperature=settings.temperature,
-            top_p=settings.top_p,
-            generator=generator,
-        )
-        question = next((part.strip() for part in asked.splitlines() if "?" in part), "")
-        question = question[: question.find("?") + 1]
-        if len(question.split()) < 3:
+        chunk = document.run(start, settings.chunk_tokens)
+        question = _ask(chunk, engine, settings, generator)
+        if question is None:
             tally("no question")
             continue
         instruction = LEAD_IN + question
@@ -263,6 +271,29 @@ def _turns(
         tally("turns")
         turns.append({"instruction": instruction, "short_context": chunk, "chosen": answers[0], "rejected": answers[1]})
     return turns
+
+
+def _ask(chunk: str, engine: TransformersEngine, settings: PairSettings, generator: torch.Generator) -> str | None:
+    """A question about a chunk, in the model's words; None where none of three tries is one."""
+    prompt = engine.tokenizer.prompt([user_message(chunk, QUESTION_PROMPT)])
+    told = {word.strip(".,").lower() for word in QUESTION_PROMPT.split()}
+    words_of_chunk = set(re.findall(r"[a-z]{5,}", chunk.lower()))
+    for _ in range(3):
+        asked, _ = engine.generate(
+            prompt,
+            settings.question_tokens,
+            temperature=settings.temperature,
+            top_p=settings.top_p,
+            generator=generator,
+        )
+        line = next((part for part in asked.splitlines() if "?" in part), "")
+        # Small models begin with "A question could be: ...".
+        question = line[: line.find("?") + 1].rsplit(": ", 1)[-1].strip('*"“ ')
+        words = re.findall(r"[a-z]+", question.lower())
+        about_the_chunk = len(words_of_chunk & set(words) - told) >= 2
+        if 4 <= len(words) <= 40 and about_the_chunk and sum(w in told for w in words) <= len(words) * 0.6:
+            return question
+    return None
 
 
 def _why_not(chosen: str, rejected: str) -> str | None:

@@ -212,10 +212,13 @@ def _text_sample(
         raise BadRow("no_context", "context is missing, empty or not text")
     if not isinstance(turns, list) or not turns:
         raise BadRow("no_turn", "turns is missing, empty or not a list")
+    _check_special(tokenizer, context)
     good: list[Turn] = []
     for number, turn in enumerate(turns):
         try:
             parsed = turn_of(turn, context)
+            for part in (parsed.instruction, parsed.chosen, parsed.rejected):
+                _check_special(tokenizer, part)
             short = encode_sample(tokenizer, parsed.short_context, [parsed])
             longest = max(short.length(Mode.SHORT_CHOSEN), short.length(Mode.SHORT_REJECTED))
             if longest > settings.short_seq_length:
@@ -227,6 +230,13 @@ def _text_sample(
         except BadRow as error:
             rejected.append(Rejected(error.reason, str(error), turn=number))
     return encode_sample(tokenizer, context, good) if good else None
+
+
+def _check_special(tokenizer: ChatTokenizer, text: str) -> None:
+    """A text that spells a special token would end the dialogue in its middle."""
+    for special in tokenizer.special_texts:
+        if special in text:
+            raise BadRow("special_token_in_text", f"the text spells the special token {special}")
 
 
 def _check_lengths(sample: Sample, settings: Settings) -> None:

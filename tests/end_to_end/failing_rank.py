@@ -1,0 +1,23 @@
+"""Training in which one rank fails in its second step."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from megatron_longpo import train
+from megatron_longpo.failure import run_or_fail
+from megatron_longpo.trainer import Trainer
+
+_original = Trainer.train_step
+
+
+def _step(self: Trainer) -> dict[str, Any]:
+    if self.step == 1 and os.environ["RANK"] == "1":
+        raise RuntimeError("the disk of rank 1 is on fire")
+    return _original(self)
+
+
+if __name__ == "__main__":
+    Trainer.train_step = _step  # type: ignore[method-assign]
+    run_or_fail(train.main)

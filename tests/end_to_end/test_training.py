@@ -1,0 +1,282 @@
+"""The real command lines: from rows and text to an exported model, killed and resumed, failing as they should."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+
+from megatron_longpo.checkpoint.stream import DistributedReader, SafetensorsFolder
+from megatron_longpo.checkpoint.training import folder_of, latest_step
+from megatron_longpo.metrics import SAMPLE_COLUMNS, read_metrics
+from tests.support import ROOT, environment, make_data, make_model, run, torchrun
+from tests.unit.test_chat import BUILT_IN_TEMPLATES, make_fast_tokenizer, make_sentencepiece
+from tests.unit.test_data import _tokenised
+from tests.unit.test_preprocess import text_row, write_lines
+
+PYTHON = torchrun(1)[0]
+TIMED = {"tokens_per_second", "step_seconds", "peak_memory_gb"}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama and, beside it, its checkpoint and data."""
+    folder = tmp_path_factory.mktemp("model")
+    make_model("llama", folder / "hf", max_position_embeddings=512)
+    run([PYTHON, "tools/convert_checkpoint.py", "import", "--hf", str(folder / "hf"), "--output", str(folder / "ckpt")])
+    make_data(folder / "data", 12)
+    return folder
+
+
+def train(model: Path, output: Path, *flags: str, data: Path | None = None) -> list[str]:
+    """Arguments of a short training run."""
+    return [
+        *("-m", "megatron_longpo.train", "--data-path", str(data or model / "data"), "--load", str(model / "ckpt")),
+        *("--save", str(output), "--global-batch-size", "4", "--lr", "1e-3", "--adam-eps", "1e-4"),
+        *("--no-tensorboard", "--preference-weight", "0.5", "--plot-interval", "1000", *flags),
+    ]
+
+
+def metrics_of(output: Path) -> list[dict[str, Any]]:
+    return [{k: v for k, v in r.items() if k not in TIMED} for r in read_metrics(output / "metrics.jsonl")]
+
+
+def tensors_of(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """All stored tensors, optimizer's included."""
+    reader = DistributedReader(checkpoint)
+    return {key: reader.read(key, [0] * len(reader.shape(key)), reader.shape(key)) for key in reader._tensors}
+
+
+def assert_same_tensors(a: Path, b: Path, bound: float = 0.0) -> None:
+    first, second = tensors_of(a), tensors_of(b)
+    assert first.keys() == second.keys() and any(k.startswith("optimizer") for k in first)
+    for key, value in first.items():
+        if bound:
+            size = [slice(min(m, n)) for m, n in zip(value.shape, second[key].shape, strict=True)]
+            x, y = value[tuple(size)].double(), second[key][tuple(size)].double()
+            assert (x - y).norm() <= bound * y.norm() + 1e-12, key
+        else:
+            assert torch.equal(value, second[key]), key
+
+
+@pytest.mark.megatron_latest
+def test_tokenised_rows_to_a_trained_hugging_face_model(model: Path, tmp_path: Path) -> None:
+    write_lines(tmp_path / "rows.jsonl", [json.dumps(_tokenised()) for _ in range(8)])
+    prefix = tmp_path / "data"
+    tool = [PYTHON, "tools/preprocess_preference_data.py", "--input", str(tmp_path / "rows.jsonl")]
+    run([*tool, "--output-prefix", str(prefix), "--vocab-size", "101"])
+    config = tmp_path / "c.yaml"
+    config.write_text("objective:\n  beta: 0.05\ntraining:\n  train_iters: 2\n")
+    output = tmp_path / "run"
+    flags = ["--config", str(config), "--rotary-base", "40000", "--seq-length", "1024"]
+    run([PYTHON, *train(model, output, *flags, data=prefix)])
+    records = read_metrics(output / "metrics.jsonl")
+    assert [r["step"] for r in records] == [1, 2]
+    expected = {*SAMPLE_COLUMNS, "step", "grad_norm", "lr", *TIMED}
+    assert all(set(r) == expected for r in records)
+    assert (output / "curves.png").stat().st_size > 1000
+    assert "beta: 0.05" in (output / "run.yaml").read_text()
+    assert (output / "latest_checkpointed_iteration.txt").read_text() == "2\n"
+
+    export = [PYTHON, "tools/convert_checkpoint.py", "export", "--checkpoint", str(output)]
+    run([*export, "--output", str(tmp_path / "hf")])
+    from transformers import AutoModelForCausalLM
+
+    trained = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32)
+    assert trained.config.rope_parameters["rope_theta"] == 40000
+    assert trained.config.max_position_embeddings == 1024
+    before = SafetensorsFolder(model / "hf").read("model.embed_tokens.weight")
+    assert not torch.equal(trained.model.embed_tokens.weight, before)
+
+
+def test_text_to_a_training_run(tmp_path: Path) -> None:
+    """Text with a chat template, tokenizer checked against the model's; the wrong tokenizer refused."""
+    hf = make_model("qwen2", tmp_path / "hf", vocab_size=400)
+    make_fast_tokenizer(hf)
+    write_lines(tmp_path / "pairs.jsonl", [json.dumps(text_row(i, turns=1 + i % 2)) for i in range(8)])
+    run([PYTHON, "tools/convert_checkpoint.py", "import", "--hf", str(hf), "--output", str(tmp_path / "ckpt")])
+    tool = [PYTHON, "tools/preprocess_preference_data.py", "--input", str(tmp_path / "pairs.jsonl"), "--output-prefix"]
+    run([*tool, str(tmp_path / "data"), "--tokenizer", str(hf), "--workers", "2"])
+    assert (tmp_path / "data.lengths.png").stat().st_size > 1000
+    flags = ["--turns", "independent", "--train-iters", "1", "--bf16", "--recompute-granularity", "full"]
+    run([PYTHON, *train(tmp_path, tmp_path / "run", *flags)])
+    assert len(metrics_of(tmp_path / "run")) == 1
+
+    other = make_sentencepiece(tmp_path / "other")
+    run([*tool, str(tmp_path / "wrong"), "--tokenizer", str(other), "--chat-template", "mistral"])
+    done = run([PYTHON, *train(tmp_path, tmp_path / "no", data=tmp_path / "wrong")], expect=2)
+    assert "is not the model's" in done.stderr and "Traceback" not in done.stderr
+    assert "mistral" in BUILT_IN_TEMPLATES
+
+
+def kill_group(process: subprocess.Popen[str]) -> None:
+    """SIGKILL for the launcher and everything that it started."""
+    children = psutil.Process(process.pid).children(recursive=True)
+    for victim in [*children, psutil.Process(process.pid)]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            victim.send_signal(signal.SIGKILL)
+    process.wait()
+
+
+def launch(arguments: list[str], processes: int) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        torchrun(processes, *arguments),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=environment(),
+        cwd=ROOT,
+        start_new_session=True,
+    )
+
+
+@pytest.mark.parametrize("asynchronous", [False, True], ids=["save", "async-save"])
+def test_killed_at_random_moments_and_resumed(model: Path, tmp_path: Path, asynchronous: bool) -> None:
+    """Five times SIGKILL for all processes, while saving as well (every step saves): the undisturbed run's numbers."""
+    layout = ["--use-distributed-optimizer", "--train-iters", "10", "--save-interval", "1", "--keep-last", "2"]
+    layout += ["--async-save"] if asynchronous else []
+    run(torchrun(2, *train(model, tmp_path / "whole", *layout)))
+    output = tmp_path / "broken"
+    seed = int(time.time())
+    rng = random.Random(seed)
+    kills = 0
+    while kills < 5:
+        process = launch(train(model, output, *layout), 2)
+        target = len(metrics_of(output)) + rng.randint(0, 2)
+        deadline = time.monotonic() + 120
+        while process.poll() is None and len(metrics_of(output)) < min(target, 10) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        time.sleep(rng.random() * 0.6)
+        if process.poll() is not None:
+            break
+        kill_group(process)
+        kills += 1
+    run(torchrun(2, *train(model, output, *layout)))
+    assert metrics_of(output) == metrics_of(tmp_path / "whole"), f"seed {seed}"
+    assert [r["step"] for r in metrics_of(output)] == list(range(1, 11))
+    assert_same_tensors(folder_of(output, 10), folder_of(tmp_path / "whole", 10))
+    assert latest_step(output) == 10
+    assert not list(output.glob(".writing_*")) or kills
+    assert len(list(output.glob("iter_*"))) <= 2
+
+
+def test_resumed_at_another_layout(model: Path, tmp_path: Path) -> None:
+    """Two steps on TP2 with sequence parallelism, two on CP2 with the distributed optimizer, two on PP2; against one."""
+    common = ["--train-iters", "6", "--lr-decay-style", "linear", "--lr-warmup-iters", "2"]
+    run([PYTHON, *train(model, tmp_path / "one", *common)])
+    output = tmp_path / "several"
+    for step, flags in (
+        (2, ["--tensor-model-parallel-size", "2", "--sequence-parallel"]),
+        (4, ["--context-parallel-size", "2", "--cp-comm-type", "allgather"]),
+        (6, ["--pipeline-model-parallel-size", "2", "--num-layers-per-virtual-pipeline-stage", "1"]),
+    ):
+        run(torchrun(2, *train(model, output, *common, *flags, "--exit-interval", str(step))))
+        assert latest_step(output) == step
+    assert_same_tensors(folder_of(output, 6), folder_of(tmp_path / "one", 6), 1e-5)
+    for found, expected in zip(metrics_of(output), metrics_of(tmp_path / "one"), strict=True):
+        assert found["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+        assert found["lr"] == expected["lr"]
+
+
+def test_distributed_optimizer_resumes_at_another_layout(model: Path, tmp_path: Path) -> None:
+    common = ["--train-iters", "4", "--use-distributed-optimizer"]
+    run([PYTHON, *train(model, tmp_path / "one", *common)])
+    output = tmp_path / "several"
+    run(torchrun(2, *train(model, output, *common, "--exit-interval", "2")))
+    run(torchrun(2, *train(model, output, *common, "--tensor-model-parallel-size", "2")))
+    assert_same_tensors(folder_of(output, 4), folder_of(tmp_path / "one", 4), 1e-5)
+
+
+def test_reference_cache_goes_on_and_is_used_again(model: Path, tmp_path: Path) -> None:
+    flags = ["--train-iters", "1", "--reference-cache", str(tmp_path / "cache")]
+    first = run([PYTHON, *train(model, tmp_path / "a", *flags)])
+    assert "scoring 12 samples once" in first.stdout
+    second = run([PYTHON, *train(model, tmp_path / "b", *flags)])
+    assert "found in" in second.stdout and "scoring" not in second.stdout
+    assert metrics_of(tmp_path / "a") == metrics_of(tmp_path / "b")
+    # Half of it lost: only that is scored again.
+    table = next((tmp_path / "cache").glob("*.npy"))
+    import numpy as np
+
+    values = np.load(table)
+    half = values.copy()
+    half[6:] = np.nan
+    half.tofile(table.with_suffix(".partial"))
+    table.unlink()
+    third = run([PYTHON, *train(model, tmp_path / "c", *flags)])
+    assert "6 of 12 samples were scored before" in third.stdout
+    np.testing.assert_allclose(np.load(table), values, rtol=1e-6)
+    table.write_bytes(b"junk")
+    done = run([PYTHON, *train(model, tmp_path / "d", *flags)], expect=2)
+    assert str(table) in done.stderr and "remove it" in done.stderr
+
+
+def _errors(text: str) -> list[str]:
+    return [line for line in text.splitlines() if line.startswith("error:")]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--tensor-model-parallel-size", "3"], "do not divide the world"),
+        (["--global-batch-size", "3"], "global_batch_size=3"),
+        (["--data-path", "/nowhere/data"], "there is no such file"),
+        (["--load", "/nowhere"], "there is no such folder"),
+        (["--seq-length", "10"], "seq_length=10"),
+    ],
+)
+def test_wrong_settings_end_all_ranks_with_one_message(
+    model: Path, tmp_path: Path, flags: list[str], message: str
+) -> None:
+    done = run(torchrun(2, *train(model, tmp_path / "run", *flags)), expect=None, timeout=60)
+    assert done.returncode != 0
+    errors = _errors(done.stderr)
+    assert len(errors) == 1 and message in errors[0]
+
+
+def test_damaged_data_ends_all_ranks_with_one_message(model: Path, tmp_path: Path) -> None:
+    """What only the first rank checks."""
+    for suffix in ("bin", "idx", "json"):
+        shutil.copyfile(f"{model / 'data'}.{suffix}", tmp_path / f"data.{suffix}")
+    content = bytearray((tmp_path / "data.bin").read_bytes())
+    content[100] ^= 1
+    (tmp_path / "data.bin").write_bytes(content)
+    done = run(torchrun(2, *train(model, tmp_path / "run", data=tmp_path / "data")), expect=None, timeout=60)
+    errors = _errors(done.stderr)
+    assert done.returncode != 0 and len(errors) == 1 and "data.bin" in errors[0]
+
+
+def test_an_exception_of_one_rank_ends_all(model: Path, tmp_path: Path) -> None:
+    began = time.monotonic()
+    script = str(ROOT / "tests" / "end_to_end" / "failing_rank.py")
+    arguments = [script, *train(model, tmp_path / "run", "--train-iters", "50")[2:]]
+    done = run(torchrun(2, *arguments), expect=None, timeout=90)
+    assert done.returncode != 0
+    assert _errors(done.stderr) == ["error: rank 1 failed: RuntimeError: the disk of rank 1 is on fire"]
+    assert time.monotonic() - began < 60
+
+
+def test_a_killed_rank_ends_all(model: Path, tmp_path: Path) -> None:
+    process = launch(train(model, tmp_path / "run", "--train-iters", "100000"), 2)
+    while len(metrics_of(tmp_path / "run")) < 2:
+        assert process.poll() is None
+        time.sleep(0.1)
+    worker = psutil.Process(process.pid).children()[-1]
+    began = time.monotonic()
+    os.kill(worker.pid, signal.SIGKILL)
+    output, _ = process.communicate(timeout=60)
+    assert time.monotonic() - began < 30
+    assert process.returncode != 0
+    assert output.count("Signal 9 (SIGKILL)") == 1
+    assert len(_errors(output)) <= 1

@@ -1,0 +1,184 @@
+"""Text into pieces: what is stored is what the template renders, for fast and SentencePiece tokenizers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import sentencepiece
+
+from megatron_longpo.data.preference import Mode, long_rows, short_rows
+from megatron_longpo.errors import DataError
+from megatron_longpo.generation.chat import (
+    BUILT_IN_TEMPLATES,
+    ChatTokenizer,
+    Turn,
+    encode_sample,
+    load_tokenizer,
+    turn_of,
+)
+
+TEXT = (
+    "The tower was built in 1889. It stands on the left bank of the river.\n\nPeople come to see it from far away, and most "
+    "of them climb it.  The view is said to be worth the climb — on a clear day.\n"
+) * 8
+TURNS = [
+    Turn("When was the tower built?", TEXT[:70], "It was built in 1889.", "In the spring."),
+    Turn("Where does it stand?", TEXT[20:120], "On the left bank.", "It stands there, by the river."),
+]
+
+
+def make_fast_tokenizer(folder: Path, template: str | None = BUILT_IN_TEMPLATES["chatml"]) -> Path:
+    """A byte-level BPE tokenizer trained on the text, with ChatML's tokens."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<|im_start|>", "<|im_end|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer.train_from_iterator(
+        [TEXT], trainers.BpeTrainer(vocab_size=400, special_tokens=special, initial_alphabet=alphabet)
+    )
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=special[0], eos_token=special[1])
+    if template is not None:
+        fast.chat_template = template
+    fast.save_pretrained(folder)
+    return folder
+
+
+def make_sentencepiece(folder: Path) -> Path:
+    """A SentencePiece model like Llama 2's: byte fallback, dummy prefix, no normalisation."""
+    folder.mkdir(parents=True, exist_ok=True)
+    corpus = folder / "corpus.txt"
+    corpus.write_text(TEXT + "[INST] [/INST]\n" * 20)
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(corpus),
+        model_prefix=str(folder / "tokenizer"),
+        vocab_size=360,
+        model_type="bpe",
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        minloglevel=2,
+    )
+    return folder / "tokenizer.model"
+
+
+@pytest.fixture(scope="module", params=["fast", "sentencepiece"])
+def tokenizer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ChatTokenizer:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    if request.param == "fast":
+        return load_tokenizer(make_fast_tokenizer(folder))
+    return load_tokenizer(make_sentencepiece(folder), "mistral")
+
+
+def _dialogue(answers: list[str]) -> list[dict[str, str]]:
+    messages = []
+    for number, (turn, answer) in enumerate(zip(TURNS, answers, strict=True)):
+        content = f"{TEXT}\n\n{turn.instruction}" if number == 0 else turn.instruction
+        messages += [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]
+    return messages
+
+
+def test_rows_are_the_rendered_dialogue(tokenizer: ChatTokenizer) -> None:
+    sample = encode_sample(tokenizer, TEXT, TURNS)
+    chosen, rejected = long_rows(sample, slot=0, turns="chained", nll_scope="sequence")
+    for row, answers in ((chosen, [t.chosen for t in TURNS]), (rejected, [t.rejected for t in TURNS])):
+        rendered = tokenizer.render(_dialogue(answers), add_generation_prompt=False)
+        whole = tokenizer.encode(rendered, continues=False)
+        # ChatML ends with a line feed after the end of the turn, which the model never says.
+        assert tokenizer.decode(row.tokens_L.tolist()).strip() == tokenizer.decode(whole).strip()
+        special = [t for t in row.tokens_L.tolist() if t in tokenizer.special_ids]
+        assert special == [t for t in whole if t in tokenizer.special_ids]
+
+
+def test_answers_end_with_the_end_of_turn(tokenizer: ChatTokenizer) -> None:
+    sample = encode_sample(tokenizer, TEXT, TURNS)
+    responses = [p for p in sample.pieces if p.mode & Mode.RESPONSE]
+    assert len(responses) == 8
+    for piece in responses:
+        assert piece.tokens[-1] in tokenizer.special_ids
+        assert not any(t in tokenizer.special_ids for t in piece.tokens[:-1].tolist())
+    # The same answer has the same tokens after the chunk and after the document.
+    long = [p.tokens.tolist() for p in responses if p.mode.long]
+    short = [p.tokens.tolist() for p in responses if p.mode.short]
+    assert long == short
+
+
+def test_a_piece_that_continues_gets_no_space(tokenizer: ChatTokenizer) -> None:
+    whole = tokenizer.encode("The river bank", continues=False)
+    for cut in (3, 9):
+        parts = tokenizer.encode("The river bank"[:cut], continues=False)
+        parts += tokenizer.encode("The river bank"[cut:], continues=True)
+        assert tokenizer.decode(parts) == tokenizer.decode(whole)
+
+
+def test_independent_rows_render_as_single_turns(tokenizer: ChatTokenizer) -> None:
+    sample = encode_sample(tokenizer, TEXT, TURNS)
+    rows = long_rows(sample, slot=0, turns="independent", nll_scope="sequence")
+    for turn, row in zip(TURNS, rows[:2], strict=True):
+        messages = [
+            {"role": "user", "content": f"{TEXT}\n\n{turn.instruction}"},
+            {"role": "assistant", "content": turn.chosen},
+        ]
+        rendered = tokenizer.encode(tokenizer.render(messages, add_generation_prompt=False), continues=False)
+        assert tokenizer.decode(row.tokens_L.tolist()).strip() == tokenizer.decode(rendered).strip()
+
+
+def test_short_rows_see_the_chunk_alone(tokenizer: ChatTokenizer) -> None:
+    rows = short_rows(encode_sample(tokenizer, TEXT, TURNS), slot=0)
+    assert len(rows) == 4
+    text = tokenizer.decode(rows[2].tokens_L.tolist())
+    assert TURNS[1].short_context.strip() in text and TURNS[1].chosen in text and TURNS[0].instruction not in text
+
+
+def test_mistral_format_is_that_of_the_reference(tmp_path: Path) -> None:
+    """mistral-common's v1 encoding, from its description: each part of a message tokenised by itself."""
+    path = make_sentencepiece(tmp_path)
+    tokenizer = load_tokenizer(path, "mistral")
+    sp = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    expected = [sp.bos_id(), *sp.encode("[INST] Where? [/INST]"), *sp.encode("There."), sp.eos_id()]
+    expected += [*sp.encode("[INST] When? [/INST]"), *sp.encode("Then."), sp.eos_id()]
+    messages = [
+        {"role": "user", "content": "Where?"},
+        {"role": "assistant", "content": "There."},
+        {"role": "user", "content": "When?"},
+        {"role": "assistant", "content": "Then."},
+    ]
+    assert tokenizer.encode(tokenizer.render(messages, add_generation_prompt=False), continues=False) == expected
+
+
+def test_wrong_tokenizers_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no such file"):
+        load_tokenizer(tmp_path / "nothing")
+    with pytest.raises(DataError, match="--chat-template"):
+        load_tokenizer(make_fast_tokenizer(tmp_path / "bare", None))
+    (tmp_path / "x.model").write_bytes(b"not a model")
+    with pytest.raises(DataError, match="not a SentencePiece model"):
+        load_tokenizer(tmp_path / "x.model", "mistral")
+    with pytest.raises(DataError, match="neither a file nor one of"):
+        load_tokenizer(tmp_path / "bare", "alpaca")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "NoSuch"}))
+    with pytest.raises(DataError, match="cannot load"):
+        load_tokenizer(tmp_path / "empty", "chatml")
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"chosen": "  "}, "empty_turn"),
+        ({"rejected": None}, "wrong_type"),
+        ({"short_context": "never said"}, "chunk_not_in_context"),
+    ],
+)
+def test_bad_turns_have_a_reason(change: dict[str, object], reason: str) -> None:
+    from megatron_longpo.data.preference import BadRow
+
+    turn = {"instruction": "i", "short_context": "tower", "chosen": "c", "rejected": "r", **change}
+    with pytest.raises(BadRow) as caught:
+        turn_of(turn, TEXT)
+    assert caught.value.reason == reason

@@ -1,0 +1,146 @@
+"""Configuration: every field a flag, unknown keys refused, cross-checks with value, rule and fix."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_longpo.config import (
+    Config,
+    check,
+    check_against_model,
+    data_parallel_size,
+    from_command_line,
+    from_dict,
+    from_yaml,
+    virtual_pipeline_size,
+)
+from megatron_longpo.errors import ConfigError
+
+
+def test_flags_have_no_section_prefix(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("optimizer:\n  lr: 5e-7\n  optimizer: rmsprop\nparallel:\n  sequence_parallel: true\n")
+    config, print_config = from_command_line(
+        ["--config", str(path), "--context-parallel-size", "8", "--no-sequence-parallel", "--print-config"], prog="p"
+    )
+    assert print_config
+    assert config.optimizer.lr == 5e-7 and config.optimizer.optimizer == "rmsprop"
+    assert config.parallel.context_parallel_size == 8 and not config.parallel.sequence_parallel
+
+
+def test_resolved_configuration_reads_back(tmp_path: Path) -> None:
+    config, _ = from_command_line(["--lr", "3e-6", "--recompute-granularity", "full"], prog="p")
+    path = tmp_path / "run.yaml"
+    path.write_text(config.as_yaml())
+    assert from_yaml(path) == config
+
+
+def test_every_field_name_is_unique() -> None:
+    names = [f.name for s in dataclasses.fields(Config) for f in dataclasses.fields(type(getattr(Config(), s.name)))]
+    assert len(names) == len(set(names))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"optimiser": {}}, "did you mean 'optimizer'"),
+        ({"optimizer": {"learning_rate": 1}}, "optimizer.learning_rate is unknown"),
+        ({"optimizer": {"lr": "fast"}}, "must be a number"),
+        ({"training": {"bf16": 1}}, "true or false"),
+        ({"training": {"train_iters": 1.5}}, "a whole number"),
+        ({"objective": {"objective": "ppo"}}, "one of longpo, dpo, sft"),
+        ([1], "a list"),
+        ({"data": [1]}, "must be a mapping"),
+    ],
+)
+def test_wrong_values_are_refused(values: object, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        from_dict(values, "file")
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"objective": {"beta": 0}}, "beta=0"),
+        ({"objective": {"label_smoothing": 0.5}}, "label_smoothing=0.5"),
+        ({"objective": {"label_smoothing": 0.1, "loss_type": "ipo"}}, "loss_type=sigmoid"),
+        ({"optimizer": {"lr": 1e-6, "min_lr": 1e-5}}, "min_lr=1e-05"),
+        ({"optimizer": {"lr_decay_style": "WSD"}}, "lr_wsd_decay_iters"),
+        ({"optimizer": {"lr_warmup_fraction": 0.1, "lr_warmup_iters": 5}}, "give one of them"),
+        ({"parallel": {"num_layers_per_virtual_pipeline_stage": 1}}, "pipeline_model_parallel_size of at least 2"),
+        ({"parallel": {"sequence_parallel": True}}, "tensor_model_parallel_size=1"),
+        ({"parallel": {"overlap_param_gather": True}}, "use_distributed_optimizer"),
+        ({"parallel": {"context_parallel_size": 0}}, "context_parallel_size=0"),
+        ({"checkpoint": {"async_save": True}}, "--save"),
+        ({"data": {"turns": "independent"}, "objective": {"objective": "dpo"}}, "turns=independent"),
+        ({"reference": {"reference_model": "resident"}}, "reference=online"),
+        ({"training": {"recompute_modules": ["attention"]}}, "recompute_modules=attention"),
+    ],
+)
+def test_contradictions_are_refused(values: dict[str, dict[str, object]], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        check(from_dict(values, "file"))
+
+
+def _parallel(batch: int = 8, micro: int = 1, **values: object) -> Config:
+    return from_dict({"parallel": values, "training": {"global_batch_size": batch, "micro_batch_size": micro}}, "file")
+
+
+def test_degrees_against_world_and_model() -> None:
+    model = {"num_layers": 8, "attention_heads": 6, "key_value_heads": 2, "hidden_size": 48}
+    assert data_parallel_size(_parallel(tensor_model_parallel_size=2), 8) == 4
+    with pytest.raises(ConfigError, match="do not divide the world of 6"):
+        data_parallel_size(_parallel(tensor_model_parallel_size=4), 6)
+    with pytest.raises(ConfigError, match="global_batch_size=6 is not a multiple"):
+        data_parallel_size(_parallel(batch=6), 4)
+    with pytest.raises(ConfigError, match="use one of 1, 2"):
+        check_against_model(_parallel(tensor_model_parallel_size=3, batch=9), world_size=3, **model)
+    with pytest.raises(ConfigError, match="does not divide the 8 layers"):
+        check_against_model(_parallel(pipeline_model_parallel_size=3), world_size=3, **model)
+    with pytest.raises(ConfigError, match="micro batches a step to be a multiple"):
+        check_against_model(
+            _parallel(batch=5, pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2),
+            world_size=2,
+            **model,
+        )
+    config = _parallel(pipeline_model_parallel_size=2, num_layers_per_virtual_pipeline_stage=2)
+    assert virtual_pipeline_size(config.parallel, 8) == 2
+
+
+_scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
+_values = st.recursive(
+    _scalars, lambda c: st.lists(c, max_size=3) | st.dictionaries(st.text(max_size=8), c, max_size=3)
+)
+_sections = st.sampled_from([f.name for f in dataclasses.fields(Config)]) | st.text(max_size=6)
+_keys = st.sampled_from(["lr", "beta", "data_path", "train_iters", "bf16", "recompute_modules", "objective"]) | st.text(
+    max_size=6
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.dictionaries(_sections, st.dictionaries(_keys, _values, max_size=3) | _values, max_size=3))
+def test_any_mapping_is_read_or_refused(values: dict[str, object]) -> None:
+    """Never anything but a Config or a ConfigError."""
+    try:
+        check(from_dict(values, "file"))
+    except ConfigError as error:
+        assert str(error)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.binary(max_size=60))
+def test_any_file_is_read_or_refused(content: bytes) -> None:
+    import tempfile
+
+    with tempfile.NamedTemporaryFile(suffix=".yaml") as file:
+        file.write(content)
+        file.flush()
+        try:
+            from_yaml(file.name)
+        except ConfigError as error:
+            assert file.name in str(error)

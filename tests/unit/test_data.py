@@ -1,0 +1,304 @@
+"""Samples, their rows, the binaries and the order of use."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import random
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+from megatron_longpo.data.indexed import Manifest, PreferenceData, SampleWriter, path_of, read_manifest
+from megatron_longpo.data.preference import (
+    CHOSEN_RESPONSE,
+    CONTEXT,
+    PROMPT,
+    REJECTED_RESPONSE,
+    SHORT_CHOSEN_RESPONSE,
+    SHORT_PROMPT,
+    SHORT_REJECTED_RESPONSE,
+    BadRow,
+    Mode,
+    Piece,
+    Sample,
+    from_tokenised,
+    long_rows,
+    short_rows,
+)
+from megatron_longpo.data.sampler import BatchSampler, microbatches_of_rank
+from megatron_longpo.errors import DataError
+from tests.support import make_data, random_sample
+
+
+def _piece(mode: Mode, *tokens: int) -> Piece:
+    return Piece(np.array(tokens, np.int64), mode)
+
+
+SAMPLE = Sample(
+    (
+        _piece(CONTEXT, 1, 2, 3),
+        _piece(PROMPT, 10),
+        _piece(CHOSEN_RESPONSE, 20, 21),
+        _piece(REJECTED_RESPONSE, 30),
+        _piece(SHORT_PROMPT, 2, 10),
+        _piece(SHORT_CHOSEN_RESPONSE, 20, 21),
+        _piece(SHORT_REJECTED_RESPONSE, 30),
+        _piece(PROMPT, 11),
+        _piece(Mode.OWN_PROMPT, 12),
+        _piece(CHOSEN_RESPONSE, 40),
+        _piece(REJECTED_RESPONSE, 50, 51),
+        _piece(SHORT_PROMPT, 3, 11),
+        _piece(SHORT_CHOSEN_RESPONSE, 40),
+        _piece(SHORT_REJECTED_RESPONSE, 50, 51),
+    )
+)
+
+
+def test_chained_rows_by_hand() -> None:
+    chosen, rejected = long_rows(SAMPLE, slot=1, turns="chained", nll_scope="sequence")
+    assert chosen.tokens_L.tolist() == [1, 2, 3, 10, 20, 21, 11, 40]
+    assert chosen.response_L.tolist() == [-1, -1, -1, -1, 2, 2, -1, 2]
+    assert chosen.nll_L.all()
+    assert rejected.tokens_L.tolist() == [1, 2, 3, 10, 30, 11, 50, 51]
+    assert rejected.response_L.tolist() == [-1, -1, -1, -1, 3, -1, 3, 3]
+    assert not rejected.nll_L.any()
+
+
+def test_independent_rows_by_hand() -> None:
+    rows = long_rows(SAMPLE, slot=0, turns="independent", nll_scope="sequence")
+    assert [r.tokens_L.tolist() for r in rows] == [
+        [1, 2, 3, 10, 20, 21],
+        [1, 2, 3, 12, 40],
+        [1, 2, 3, 10, 30],
+        [1, 2, 3, 12, 50, 51],
+    ]
+    # The document counts once in the NLL.
+    assert rows[1].nll_L.tolist() == [False, False, False, True, True]
+
+
+def test_short_rows_by_hand() -> None:
+    assert [(r.tokens_L.tolist(), r.response_L.tolist()) for r in short_rows(SAMPLE, slot=0)] == [
+        ([2, 10, 20, 21], [-1, -1, 0, 0]),
+        ([2, 10, 30], [-1, -1, 1]),
+        ([3, 11, 40], [-1, -1, 0]),
+        ([3, 11, 50, 51], [-1, -1, 1, 1]),
+    ]
+
+
+def test_response_scope() -> None:
+    chosen, _ = long_rows(SAMPLE, slot=0, turns="chained", nll_scope="response")
+    assert chosen.nll_L.tolist() == [False] * 4 + [True, True, False, True]
+
+
+def _tokenised() -> dict[str, object]:
+    return {
+        "chosen_input_ids": [1, 2, 3, 20, 21, 0],
+        "chosen_attention_mask": [1, 1, 1, 1, 1, 0],
+        "chosen_labels": [-100, -100, -100, 20, 21, -100],
+        "rejected_input_ids": [1, 2, 3, 20, 31],
+        "rejected_labels": [-100, -100, -100, 20, 31],
+        "ref_chosen_input_ids": [[2, 3, 20, 21]],
+        "ref_chosen_labels": [[-100, -100, 20, 21]],
+        "ref_rejected_input_ids": [[2, 3, 20, 31, 0]],
+        "ref_rejected_attention_mask": [[1, 1, 1, 1, 0]],
+        "ref_rejected_labels": [[-100, -100, 20, 31, -100]],
+    }
+
+
+def test_tokenised_schema_by_hand() -> None:
+    sample = from_tokenised(_tokenised(), 64)
+    # The document once; answers stay apart although they begin alike.
+    assert [(p.tokens.tolist(), p.mode) for p in sample.pieces] == [
+        ([1, 2, 3], Mode.CHOSEN | Mode.REJECTED),
+        ([20, 21], Mode.CHOSEN | Mode.RESPONSE),
+        ([20, 31], Mode.REJECTED | Mode.RESPONSE),
+        ([2, 3], Mode.SHORT_CHOSEN | Mode.SHORT_REJECTED | Mode.TURN),
+        ([20, 21], Mode.SHORT_CHOSEN | Mode.RESPONSE),
+        ([20, 31], Mode.SHORT_REJECTED | Mode.RESPONSE),
+    ]
+    rows = long_rows(sample, slot=0, turns="chained", nll_scope="sequence")
+    assert rows[0].tokens_L.tolist() == [1, 2, 3, 20, 21]
+
+
+def test_lm_labels_say_what_counts_in_the_nll() -> None:
+    row = {**_tokenised(), "chosen_lm_labels": [-100, -100, 3, 20, 21, -100]}
+    chosen = long_rows(from_tokenised(row, 64), slot=0, turns="chained", nll_scope="sequence")[0]
+    assert chosen.nll_L.tolist() == [False, False, True, True, True]
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"chosen_labels": None}, "missing_column"),
+        ({"chosen_input_ids": [1, 2, 3, 20, 21, "x"]}, "wrong_type"),
+        ({"chosen_input_ids": [1, 2, 3, 20, 99, 0]}, "id_outside_vocabulary"),
+        ({"chosen_labels": [-100, -100, -100, 20, 22, -100]}, "labels_differ"),
+        ({"chosen_labels": [-100] * 6}, "no_response"),
+        ({"chosen_labels": [-100] * 5}, "lengths_differ"),
+        ({"chosen_labels": [1, -100, -100, 20, 21, -100]}, "no_prompt"),
+        ({"ref_chosen_input_ids": []}, "no_turn"),
+        ({"ref_rejected_labels": []}, "turns_differ"),
+        ({"ref_chosen_input_ids": [1, 2]}, "wrong_type"),
+        ({"chosen_input_ids": [1.5] * 6}, "wrong_type"),
+    ],
+)
+def test_bad_tokenised_rows_have_a_reason(change: dict[str, object], reason: str) -> None:
+    with pytest.raises(BadRow) as caught:
+        from_tokenised({**_tokenised(), **change}, 64)
+    assert caught.value.reason == reason
+
+
+def test_megatron_reads_the_binaries(tmp_path: Path) -> None:
+    prefix = make_data(tmp_path / "data", 5)
+    rng = np.random.default_rng(0)
+    expected = [random_sample(rng, 1 + i % 3, context=int(rng.integers(40, 150))) for i in range(5)]
+    theirs = IndexedDataset(str(prefix), multimodal=True)
+    ours = PreferenceData(prefix)
+    assert len(theirs.document_indices) - 1 == len(ours) == 5
+    place = 0
+    for number, sample in enumerate(expected):
+        for piece, read in zip(sample.pieces, ours[number].pieces, strict=True):
+            tokens, mode = theirs[place]
+            assert tokens.tolist() == piece.tokens.tolist() == read.tokens.tolist()
+            assert mode == int(piece.mode) == int(read.mode)
+            place += 1
+    assert ours.long_lengths().tolist() == [s.long_length for s in expected]
+    manifest = read_manifest(prefix)
+    assert manifest.samples == 5 and manifest.turns == sum(s.turns for s in expected)
+    assert manifest.longest == max(s.long_length for s in expected)
+    assert sum(manifest.length_histogram.values()) == 5
+
+
+def test_the_document_is_stored_once(tmp_path: Path) -> None:
+    sample = random_sample(np.random.default_rng(0), 3, context=1000)
+    stored = sum(len(p.tokens) for p in sample.pieces if p.mode & (Mode.CHOSEN | Mode.REJECTED))
+    rows = long_rows(sample, slot=0, turns="chained", nll_scope="sequence")
+    assert stored < 1300 < sum(len(r.tokens_L) for r in rows)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_a_writer_broken_off_goes_on(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+    """Dropped anywhere, with a tail that was never committed: the same files as without a break."""
+    rng = np.random.default_rng(data.draw(st.integers(0, 100)))
+    samples = [random_sample(rng, 1, context=20) for _ in range(8)]
+    folder = tmp_path_factory.mktemp("writer")
+
+    def manifest() -> Manifest:
+        return Manifest(101, "uint16", None, None, None)
+
+    def write(prefix: Path, breaks: list[int]) -> None:
+        while True:
+            writer = SampleWriter(prefix, manifest(), "same")
+            start = writer.position.get("rows", 0)
+            stop = breaks.pop(0) if breaks else None
+            for number in range(start, len(samples)):
+                writer.add(samples[number])
+                if number % 3 == 2:
+                    writer.reject("odd", {"line": number})
+                    writer.commit({"rows": number + 1})
+                if number == stop:
+                    for stream in writer._files.values():
+                        stream.flush()
+                    writer.close()
+                    break
+            else:
+                writer.commit({"rows": len(samples)})
+                writer.finish()
+                return
+
+    write(folder / "whole", [])
+    write(folder / "broken", data.draw(st.lists(st.integers(0, 7), max_size=4)))
+    for suffix in ("bin", "idx", "json", "rejects.jsonl"):
+        assert path_of(folder / "whole", suffix).read_bytes() == path_of(folder / "broken", suffix).read_bytes()
+    assert not path_of(folder / "broken", "partial").exists()
+
+
+def test_a_partial_output_of_other_settings_is_refused(tmp_path: Path) -> None:
+    writer = SampleWriter(tmp_path / "d", Manifest(101, "uint16", None, None, None), "one")
+    writer.commit({"rows": 0})
+    writer.close()
+    with pytest.raises(DataError, match="--restart"):
+        SampleWriter(tmp_path / "d", Manifest(101, "uint16", None, None, None), "two")
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_data(tmp_path_factory.mktemp("good") / "data", 6)
+
+
+@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    suffix=st.sampled_from(["bin", "idx", "json"]),
+    damage=st.sampled_from(["truncate", "flip", "append", "empty", "remove", "replace"]),
+    place=st.floats(0, 1, exclude_max=True),
+    junk=st.binary(min_size=1, max_size=40),
+)
+def test_damaged_files_are_refused_by_name(
+    good: Path, tmp_path_factory: pytest.TempPathFactory, suffix: str, damage: str, place: float, junk: bytes
+) -> None:
+    folder = tmp_path_factory.mktemp("damaged")
+    for s in ("bin", "idx", "json"):
+        shutil.copyfile(path_of(good, s), path_of(folder / "data", s))
+    path = path_of(folder / "data", suffix)
+    content = bytearray(path.read_bytes())
+    at = int(place * len(content))
+    before = bytes(content)
+    if damage == "truncate":
+        content = content[:at]
+    elif damage == "flip":
+        content[at] ^= 1 << random.Random(at).randrange(8)
+    elif damage == "append":
+        content += junk
+    elif damage == "empty":
+        content = bytearray()
+    elif damage == "replace":
+        content = bytearray(junk)
+    if damage == "remove":
+        path.unlink()
+    else:
+        path.write_bytes(content)
+    try:
+        data = PreferenceData(folder / "data")
+    except DataError as error:
+        assert f"data.{suffix}" in str(error) or suffix == "json"
+    else:
+        # White space of the manifest, changed, changes nothing that it says.
+        assert suffix == "json"
+        old = json.loads(before)
+        old.pop("manifest_sha256")
+        assert dataclasses.asdict(data.manifest) == old
+
+
+def test_a_missing_manifest_names_the_fix(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="preprocess_preference_data"):
+        PreferenceData(tmp_path / "nothing")
+
+
+@given(st.integers(1, 40), st.integers(1, 16), st.booleans(), st.integers(0, 5))
+def test_every_sample_once_an_epoch(samples: int, batch: int, shuffle: bool, seed: int) -> None:
+    sampler = BatchSampler(samples, batch, shuffle=shuffle, seed=seed)
+    used = [i for step in range(samples) for i in sampler.batch(step)]
+    for epoch in range(batch):
+        assert sorted(used[epoch * samples : (epoch + 1) * samples]) == list(range(samples))
+    # Any step can be asked for first: resuming needs no state.
+    fresh = BatchSampler(samples, batch, shuffle=shuffle, seed=seed)
+    assert fresh.batch(samples - 1) == sampler.batch(samples - 1)
+    if not shuffle:
+        assert used[: min(batch, samples)] == list(range(min(batch, samples)))
+
+
+@given(st.integers(1, 4), st.integers(1, 3), st.integers(1, 4))
+def test_ranks_share_a_batch_without_overlap(data_size: int, micro: int, rounds: int) -> None:
+    batch = list(range(data_size * micro * rounds))
+    dealt = [
+        microbatches_of_rank(batch, data_rank=r, data_size=data_size, micro_batch_size=micro) for r in range(data_size)
+    ]
+    assert sorted(i for rank in dealt for m in rank for i in m) == batch
+    assert all(len(rank) == rounds and all(len(m) == micro for m in rank) for rank in dealt)

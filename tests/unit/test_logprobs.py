@@ -1,0 +1,74 @@
+"""Log-probs without logits, against log_softmax: values and gradients, any chunk, padding of the vocabulary."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from megatron_longpo.logprobs import chunk_tokens, token_logprobs
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 7, 64])
+@pytest.mark.parametrize("padding", [0, 3])
+def test_agrees_with_log_softmax(chunk: int, padding: int) -> None:
+    torch.manual_seed(0)
+    hidden = torch.randn(23, 8, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(11 + padding, 8, dtype=torch.float64, requires_grad=True)
+    target = torch.randint(0, 11, (23,))
+    direction = torch.randn(23)
+    found = token_logprobs(hidden, weight, target, vocab_size=11, chunk=chunk)
+    expected = F.log_softmax(hidden @ weight[:11].t(), -1).gather(1, target[:, None])[:, 0]
+    torch.testing.assert_close(found, expected.float(), rtol=1e-5, atol=1e-5)
+    for a, b in zip(
+        torch.autograd.grad((found * direction).sum(), (hidden, weight)),
+        torch.autograd.grad((expected * direction).sum(), (hidden, weight)),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_no_token_at_all() -> None:
+    """A context-parallel rank may hold no loss; its backward must still run, for its peers wait in it."""
+    hidden = torch.randn(0, 8, requires_grad=True)
+    weight = torch.randn(11, 8, requires_grad=True)
+    out = token_logprobs(hidden, weight, torch.zeros(0, dtype=torch.long), vocab_size=11)
+    out.sum().backward()
+    assert weight.grad is not None and (weight.grad == 0).all()
+
+
+def test_large_logits_stay_finite() -> None:
+    hidden = torch.full((2, 4), 100.0, requires_grad=True)
+    weight = torch.tensor([[100.0] * 4, [-100.0] * 4, [0.0] * 4], requires_grad=True)
+    out = token_logprobs(hidden, weight, torch.tensor([0, 1]), vocab_size=3)
+    assert out.tolist() == pytest.approx([0.0, -80000.0])
+    out.sum().backward()
+    assert hidden.grad is not None and torch.isfinite(hidden.grad).all()
+
+
+def test_gradient_of_bf16_weights_is_added_up_in_fp32() -> None:
+    """In 512 chunks: sums kept in bf16 would be off by far more than one rounding."""
+    torch.manual_seed(0)
+    hidden = torch.randn(512, 16).bfloat16()
+    weight = torch.randn(32, 16).bfloat16().requires_grad_()
+    target = torch.randint(0, 32, (512,))
+    whole = torch.autograd.grad(token_logprobs(hidden, weight, target, vocab_size=32, chunk=512).sum(), weight)[0]
+    pieces = torch.autograd.grad(token_logprobs(hidden, weight, target, vocab_size=32, chunk=1).sum(), weight)[0]
+    assert (whole.float() - pieces.float()).norm() / whole.float().norm() < 5e-3
+
+
+def test_goes_to_main_grad() -> None:
+    weight = torch.randn(11, 8, requires_grad=True)
+    weight.main_grad = torch.ones(11, 8)  # type: ignore[attr-defined]
+    plain = weight.detach().clone().requires_grad_()
+    hidden, target = torch.randn(5, 8), torch.randint(0, 11, (5,))
+    token_logprobs(hidden, weight, target, vocab_size=11).sum().backward()
+    token_logprobs(hidden, plain, target, vocab_size=11).sum().backward()
+    assert plain.grad is not None and weight.grad is not None
+    torch.testing.assert_close(weight.main_grad, plain.grad + 1)  # type: ignore[attr-defined]
+    assert (weight.grad == 0).all() and weight.grad_added_to_main_grad  # type: ignore[attr-defined]
+
+
+def test_chunk_fits_its_budget() -> None:
+    assert chunk_tokens(152064, 128 * 2**20) * 152064 * 8 <= 128 * 2**20
+    assert chunk_tokens(10**9) == 16

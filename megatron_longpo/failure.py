@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable
 
 import torch.distributed as dist
 
 from megatron_longpo.errors import LongPOError
+
+_LINGER_SECONDS = 3.0
 
 
 def _first_to_fail() -> bool:
@@ -29,22 +32,23 @@ def _first_to_fail() -> bool:
 def run_or_fail(action: Callable[[], None]) -> None:
     """Run a program's main function; exit 0, 2 on an error the user can mend, 1 on any other.
 
-    One rank's message is printed. The process ends at once, without waiting for peers that wait for it.
+    One rank's message is printed. The process ends without waiting for peers that wait for it; one that has nothing to
+    say lingers a moment, since its end makes the launcher stop the one that is still printing.
     """
-    code = 0
+    code, named = 0, True
     try:
         action()
     except LongPOError as error:
-        code = 2
-        if _first_to_fail():
+        code, named = 2, _first_to_fail()
+        if named:
             print(f"error: {error}", file=sys.stderr)
     except KeyboardInterrupt:
         code = 130
     except SystemExit:
         raise
     except BaseException as error:
-        code = 1
-        if _first_to_fail():
+        code, named = 1, _first_to_fail()
+        if named:
             rank = os.environ.get("RANK", "0")
             text = str(error)
             if _is_lost_peer(text):
@@ -59,6 +63,8 @@ def run_or_fail(action: Callable[[], None]) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     if code:
+        if not named:
+            time.sleep(_LINGER_SECONDS)
         os._exit(code)
 
 

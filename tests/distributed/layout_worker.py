@@ -1,0 +1,52 @@
+"""Loads checkpoints at this launch's layouts and saves them again, unchanged. Started by torchrun."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+from megatron_longpo import parallel as parallel_module
+from megatron_longpo.checkpoint.training import ASSETS, Checkpointer
+from megatron_longpo.config import from_dict
+from megatron_longpo.failure import run_or_fail
+from megatron_longpo.trainer import Trainer, groups_of, make_plan
+
+LAYOUTS = {
+    1: {"tp1": {}},
+    2: {
+        "tp2-sp": {"tensor_model_parallel_size": 2, "sequence_parallel": True},
+        "pp2-vpp2": {"pipeline_model_parallel_size": 2, "num_layers_per_virtual_pipeline_stage": 1},
+        "cp2-distopt": {"context_parallel_size": 2, "use_distributed_optimizer": True},
+    },
+    4: {"tp2-pp2": {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}},
+}
+
+
+def main() -> None:
+    folder, families = Path(sys.argv[1]), sys.argv[2].split(",")
+    parallel_module.start_processes(5)
+    for family in families:
+        for name, layout in LAYOUTS[int(os.environ["WORLD_SIZE"])].items():
+            config = from_dict(
+                {
+                    "data": {"data_path": str(folder / "data")},
+                    "parallel": layout,
+                    "objective": {"objective": "sft"},
+                    "checkpoint": {"load": str(folder / f"{family}.ckpt"), "no_save_optim": True},
+                    "training": {"global_batch_size": 4},
+                    "model": {"max_position_embeddings": 512},
+                },
+                name,
+            )
+            plan = make_plan(config, int(os.environ["WORLD_SIZE"]))
+            parallel = groups_of(plan)
+            trainer = Trainer(plan, parallel)
+            output = folder / "saved" / f"{family}-{name}"
+            saver = Checkpointer(output, config, plan.policy_shape, plan.load / ASSETS, parallel)
+            saver.save(0, 1, trainer.chunks, trainer.optimizer, trainer.scheduler)
+    parallel_module.stop_processes()
+
+
+if __name__ == "__main__":
+    run_or_fail(main)

@@ -29,7 +29,7 @@ def main() -> None:
     parser.add_argument("--folder", default=".demo", help="where everything is put")
     parser.add_argument("--documents", type=int, default=12, help="essays to train on")
     parser.add_argument("--context-tokens", type=int, default=1536)
-    parser.add_argument("--train-epochs", type=float, default=2)
+    parser.add_argument("--train-epochs", type=float, default=3)
     a = parser.parse_args()
     folder = Path(a.folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -166,9 +166,11 @@ def show(folder: Path, seconds: dict[str, float]) -> None:
     metrics = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
     manifest = json.loads(Path(f"{folder / 'data'}.json").read_text())
     report = json.loads((folder / "report.json").read_text())
-    table = Table("", "first step", "last step", title="LongPO on SmolLM2-135M-Instruct")
+    epoch = max(1, round(manifest["samples"] / 4))
+    table = Table("mean over", "first epoch", "last epoch", title="LongPO on SmolLM2-135M-Instruct")
     for name in ("loss", "nll", "preference", "rewards/margins", "rewards/accuracies", "tokens_per_second"):
-        table.add_row(name, f"{metrics[0][name]:.4f}", f"{metrics[-1][name]:.4f}")
+        first, last = (sum(r[name] for r in part) / len(part) for part in (metrics[:epoch], metrics[-epoch:]))
+        table.add_row(name, f"{first:.4f}", f"{last:.4f}")
     console = Console(width=110)
     console.print(table)
     console.print(

@@ -261,7 +261,7 @@ class ReferenceCache:
             return None
         try:
             table = np.load(self.path, allow_pickle=False)
-        except (OSError, ValueError) as error:
+        except Exception as error:  # numpy raises a dozen kinds for a file that is none of its own
             raise DataError(f"{self.path}: cannot be read ({error}); remove it to compute it again") from None
         if table.shape != (self.samples, 2) or table.dtype != np.float64 or not np.isfinite(table).all():
             raise DataError(

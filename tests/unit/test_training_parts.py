@@ -1,0 +1,157 @@
+"""Schedules, RMSProp, dealing of short rows, reporting and the platform's refusals, by hand."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_longpo import platform
+from megatron_longpo.config import LoggingConfig, from_dict
+from megatron_longpo.errors import ConfigError, DataError, PlatformError
+from megatron_longpo.metrics import Reporter, keep_until, read_metrics
+from megatron_longpo.model.attention import check_ulysses, resolve_comm_type
+from megatron_longpo.model.gpt import padded_vocab_size
+from megatron_longpo.optimization import _become_rmsprop, build_scheduler
+from megatron_longpo.reference import ReferenceCache, deal, pack
+
+
+class _Optimizer:
+    """What the scheduler sees of an optimizer."""
+
+    def __init__(self) -> None:
+        self.param_groups = [{"lr": 0.0, "weight_decay": 0.0, "params": []}]
+
+
+def _rates(train_iters: int, **values: Any) -> list[float]:
+    optimizer = _Optimizer()
+    config = from_dict({"optimizer": {"lr": 1.0, "min_lr": 0.1, **values}}, "test")
+    scheduler = build_scheduler(config, optimizer, train_iters)  # type: ignore[arg-type]
+    rates = []
+    for _ in range(train_iters):
+        rates.append(optimizer.param_groups[0]["lr"])
+        scheduler.step(increment=1)
+    return rates  # type: ignore[return-value]
+
+
+def test_schedules_by_hand() -> None:
+    cosine = _rates(10, lr_decay_style="cosine", lr_warmup_fraction=0.2)
+    assert cosine[:3] == pytest.approx([0.0, 0.5, 1.0])
+    assert cosine[6] == pytest.approx(0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * 0.5)))
+    assert _rates(10, lr_decay_style="linear", lr_warmup_iters=2)[6] == pytest.approx(0.1 + 0.9 * 0.5)
+    assert _rates(5, lr_decay_style="constant") == pytest.approx([1.0] * 5)
+    wsd = _rates(10, lr_decay_style="WSD", lr_wsd_decay_iters=4, lr_warmup_iters=1)
+    assert wsd[1:7] == pytest.approx([1.0] * 6)
+    assert wsd[8] == pytest.approx(0.1 + 0.9 * 0.5)
+    with pytest.raises(ConfigError, match="warm-up of 10 steps"):
+        _rates(10, lr_warmup_iters=10)
+
+
+def test_rmsprop_is_torchs() -> None:
+    torch.manual_seed(0)
+    start = torch.randn(7, 3)
+    ours, theirs = start.clone().requires_grad_(), start.clone().requires_grad_()
+    settings_ = {"lr": 1e-2, "eps": 1e-8, "weight_decay": 0.1}
+    mine: torch.optim.Optimizer = torch.optim.AdamW([ours], **settings_)
+    _become_rmsprop(mine, 0.99)
+    reference = torch.optim.RMSprop([theirs], alpha=0.99, **settings_)
+    for _ in range(5):
+        gradient = torch.randn(7, 3)
+        ours.grad, theirs.grad = gradient.clone(), gradient.clone()
+        mine.step()
+        reference.step()
+    torch.testing.assert_close(ours, theirs)
+    assert set(mine.state[ours]) == {"step", "exp_avg", "exp_avg_sq"} and mine.state[ours]["step"] == 5
+
+
+@given(st.lists(st.floats(0.1, 100), max_size=40), st.integers(1, 6))
+def test_dealing_loses_nothing_and_keeps_grahams_bound(costs: list[float], ranks: int) -> None:
+    hands = deal(costs, ranks)
+    assert sorted(i for hand in hands for i in hand) == list(range(len(costs)))
+    if costs:
+        loads = [sum(costs[i] for i in hand) for hand in hands]
+        assert max(loads) <= sum(costs) / ranks + max(costs) + 1e-9
+
+
+def test_short_rows_are_balanced() -> None:
+    """64 rows of lognormal lengths on 4 ranks: the slowest has at most 1.05 times the mean."""
+    rng = np.random.default_rng(0)
+    lengths = np.clip(rng.lognormal(7, 1, 64), 256, 8192)
+    costs = (lengths * 3.5e6 + lengths**2 * 1152).tolist()
+    loads = [sum(costs[i] for i in hand) for hand in deal(costs, 4)]
+    assert max(loads) <= 1.05 * sum(loads) / 4
+
+
+@given(st.lists(st.integers(1, 50), max_size=30), st.integers(1, 60))
+def test_packing_keeps_the_limit(tokens: list[int], limit: int) -> None:
+    packs = pack(tokens, limit)
+    assert sorted(i for p in packs for i in p) == list(range(len(tokens)))
+    assert all(sum(tokens[i] for i in p) <= limit or len(p) == 1 for p in packs)
+
+
+def test_heads_and_context_ranks() -> None:
+    check_ulysses(32, 8, 8, 1)
+    check_ulysses(32, 8, 16, 1)  # key-value heads repeated
+    with pytest.raises(ConfigError, match="use one of 1, 2, 4, 28, or cp_comm_type=allgather"):
+        check_ulysses(28, 4, 8, 1)
+    assert resolve_comm_type("auto", 28, 4, 8, 1)[0] == "allgather"
+    assert resolve_comm_type("auto", 32, 8, 8, 1)[0] == "a2a"
+    assert resolve_comm_type("allgather", 32, 8, 8, 1)[0] == "allgather"
+
+
+def test_vocabulary_is_rounded_up() -> None:
+    assert [padded_vocab_size(v, 8, 2) for v in (101, 112, 113)] == [112, 112, 128]
+
+
+def test_platform_refuses_what_goes_wrong_silently() -> None:
+    with pytest.raises(PlatformError, match="wrong losses"):
+        platform.check_p2p(True, 2)
+    platform.check_p2p(True, None)
+    assert not platform.use_batched_p2p(virtual_pipeline=True)
+    assert platform.CURRENT.name == "cpu" and platform.CURRENT.reason
+
+
+def test_metrics_after_a_kill(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(json.dumps({"step": i, "loss": 1.0}) + "\n" for i in (1, 2, 3)) + '{"step": 4, "lo')
+    assert [r["step"] for r in read_metrics(path)] == [1, 2, 3]
+    assert [r["step"] for r in keep_until(path, 2)] == [1, 2]
+    assert [r["step"] for r in read_metrics(path)] == [1, 2]
+
+
+def test_reporter_writes_what_people_look_at(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names = "loss nll preference logps/chosen logps/rejected ref/chosen ref/rejected rewards/chosen rewards/rejected"
+    record = dict.fromkeys(names.split(), 0.5) | {"rewards/margins": 0.1, "rewards/accuracies": 1.0, "grad_norm": 1.0}
+    record |= {"lr": 1e-6, "tokens": 10, "tokens_per_second": 5.0, "step_seconds": 2.0, "peak_memory_gb": 1.0}
+    reporter = Reporter(
+        tmp_path, train_iters=2, resumed_step=0, config=LoggingConfig(plot_interval=1), run_config={}, active=True
+    )
+    for step in (1, 2):
+        reporter.step({"step": step, **record})
+    reporter.close()
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert list((tmp_path / "tensorboard").iterdir())
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("step 1/2 | loss 0.5000") and "left" in lines[0]
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.binary(max_size=50))
+def test_a_damaged_cache_is_refused(tmp_path_factory: pytest.TempPathFactory, junk: bytes) -> None:
+    cache = ReferenceCache(tmp_path_factory.mktemp("cache"), {"weights": "w"}, 3)
+    assert cache.read() is None
+    cache.path.write_bytes(junk)
+    with pytest.raises(DataError, match="remove it"):
+        cache.read()
+
+
+def test_another_identity_is_another_cache(tmp_path: Path) -> None:
+    caches = [ReferenceCache(tmp_path, {"weights": w, "scope": s}, 3) for w in "ab" for s in ("short", "long")]
+    assert len({c.path for c in caches}) == 4

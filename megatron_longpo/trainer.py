@@ -30,7 +30,7 @@ from megatron_longpo.checkpoint.training import ASSETS, Checkpointer, folder_of,
 from megatron_longpo.config import Config, check, check_against_model, virtual_pipeline_size
 from megatron_longpo.data.indexed import Manifest, PreferenceData, read_manifest
 from megatron_longpo.data.preference import Mode, Sample
-from megatron_longpo.data.sampler import BatchSampler, microbatches_of_rank
+from megatron_longpo.data.sampler import BatchSampler, deal_batch
 from megatron_longpo.errors import ConfigError, DataError, LongPOError
 from megatron_longpo.metrics import Reporter, log, reduce_samples
 from megatron_longpo.model.attention import resolve_comm_type
@@ -38,7 +38,7 @@ from megatron_longpo.model.gpt import PolicyModel, build_model, inverse_frequenc
 from megatron_longpo.model.shape import ModelShape
 from megatron_longpo.optimization import build_optimizer, build_scheduler, wrap_for_training
 from megatron_longpo.parallel import Parallel
-from megatron_longpo.reference import cache_for, fill, scope_of, score, weights_fingerprint
+from megatron_longpo.reference import cache_for, fill, row_cost, scope_of, score, weights_fingerprint
 
 
 @dataclass(frozen=True)
@@ -193,6 +193,7 @@ class Trainer:
             shuffle=config.data.shuffle,
             seed=config.training.seed,
         )
+        self.costs = [row_cost(int(n), plan.shape) for n in self.data.long_lengths()]
         self.frequencies = inverse_frequencies(plan.shape, plan.policy_shape.rotary_base)
 
         self.chunks = build_model(plan.shape, config, parallel)
@@ -400,12 +401,11 @@ class Trainer:
             Place in the batch -> figures, on the last pipeline stage; empty on the others.
         """
         t = self.config.training
-        places = microbatches_of_rank(
-            list(range(len(numbers))),
-            data_rank=self.parallel.data_rank,
+        places = deal_batch(
+            [self.costs[i] for i in numbers],
             data_size=self.parallel.data_size,
             micro_batch_size=t.micro_batch_size,
-        )
+        )[self.parallel.data_rank]
         prepared: list[tuple[list[int], list[Sample], MicroBatch]] = []
         for place in places:
             samples = [self.data[numbers[i]] for i in place]

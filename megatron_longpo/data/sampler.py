@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+
 import numpy as np
 
 
@@ -45,14 +47,32 @@ class BatchSampler:
         return step * self.global_batch_size / self.samples
 
 
-def microbatches_of_rank(batch: list[int], *, data_rank: int, data_size: int, micro_batch_size: int) -> list[list[int]]:
-    """Micro batches of one data-parallel rank, in order.
+def deal_batch(costs: Sequence[float], *, data_size: int, micro_batch_size: int) -> list[list[list[int]]]:
+    """Deal the places of a global batch over data-parallel ranks and their micro batches, so that ranks finish together.
 
-    Micro batch m of rank r is the r-th slice of the m-th part of the batch, so that the first samples of a batch are the
-    first micro batches of all ranks, whatever their number.
+    Every rank gets as many samples. Dearest first, each to the rank that has least and still has room; the samples of a
+    rank are put into its micro batches the same way. The loss is a mean over the global batch and figures are kept by
+    place, so who computes which sample changes no number.
+
+    Args:
+        costs: of each place of the batch; their number is a multiple of ``data_size * micro_batch_size``.
+        data_size: data-parallel ranks.
+        micro_batch_size: samples a micro batch.
+
+    Returns:
+        For each rank its micro batches, each a list of places.
     """
-    per_round = micro_batch_size * data_size
-    return [
-        batch[start + data_rank * micro_batch_size : start + (data_rank + 1) * micro_batch_size]
-        for start in range(0, len(batch), per_round)
-    ]
+    ranks = _deal(range(len(costs)), costs, data_size)
+    return [_deal(places, costs, len(places) // micro_batch_size) for places in ranks]
+
+
+def _deal(places: Iterable[int], costs: Sequence[float], hands: int) -> list[list[int]]:
+    places = list(places)
+    room = len(places) // hands
+    dealt: list[list[int]] = [[] for _ in range(hands)]
+    totals = [0.0] * hands
+    for place in sorted(places, key=lambda p: (-costs[p], p)):
+        hand = min((h for h in range(hands) if len(dealt[h]) < room), key=lambda h: (totals[h], h))
+        dealt[hand].append(place)
+        totals[hand] += costs[place]
+    return sorted(sorted(hand) for hand in dealt)

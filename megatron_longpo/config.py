@@ -113,7 +113,7 @@ class ParallelConfig:
     use_distributed_optimizer: bool = False
     """Shard the optimizer's states over the data- and context-parallel ranks."""
     overlap_grad_reduce: bool = False
-    overlap_param_gather: bool = False
+    """Reduce gradients bucket by bucket while the backward still runs."""
     distributed_timeout_minutes: int = 10
     """A collective that takes longer than this is a failure."""
 
@@ -431,6 +431,8 @@ def check(config: Config) -> None:
         raise ConfigError(f"lr={o.lr} must be positive; the paper uses 5e-7")
     if not 0 <= o.min_lr <= o.lr:
         raise ConfigError(f"min_lr={o.min_lr} must lie between 0 and lr={o.lr}")
+    if not 0 <= o.lr_warmup_init <= o.lr:
+        raise ConfigError(f"lr_warmup_init={o.lr_warmup_init} must lie between 0 and lr={o.lr}")
     if o.lr_warmup_fraction is not None:
         if not 0 <= o.lr_warmup_fraction < 1:
             raise ConfigError(f"lr_warmup_fraction={o.lr_warmup_fraction} must be in [0, 1)")
@@ -460,8 +462,6 @@ def check(config: Config) -> None:
             "sequence_parallel shards over tensor-parallel ranks, and tensor_model_parallel_size=1; raise that or turn "
             "sequence_parallel off"
         )
-    if p.overlap_param_gather and not (p.use_distributed_optimizer and p.overlap_grad_reduce):
-        raise ConfigError("overlap_param_gather needs use_distributed_optimizer and overlap_grad_reduce; turn both on")
     if c.checkpoint.async_save and c.checkpoint.save is None:
         raise ConfigError("async_save is on but save is not given; name the output folder with --save")
     if c.objective.objective != "longpo" and c.data.turns == "independent":

@@ -42,6 +42,9 @@ def run_or_fail(action: Callable[[], None]) -> None:
         code, named = 2, _first_to_fail()
         if named:
             print(f"error: {error}", file=sys.stderr)
+        elif not dist.is_initialized() and os.environ.get("LOCAL_RANK") == "0":
+            # Another node, whose disk may lack what the first one's has.
+            print(f"rank {os.environ.get('RANK')}: {error}", file=sys.stderr)
     except KeyboardInterrupt:
         code = 130
     except SystemExit:

@@ -67,15 +67,17 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     if path.exists():
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
-                records.append(json.loads(line))
+                record = json.loads(line)
             except ValueError:
                 continue
+            if isinstance(record, dict) and isinstance(record.get("step"), int):
+                records.append(record)
     return records
 
 
 def keep_until(path: Path, step: int) -> list[dict[str, Any]]:
     """Drop what a killed run logged after the checkpoint it resumes from, so that no step is there twice."""
-    records = [r for r in read_metrics(path) if r.get("step", step + 1) <= step]
+    records = [r for r in read_metrics(path) if r["step"] <= step]
     if path.exists():
         temporary = path.with_name(path.name + ".tmp")
         temporary.write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")

@@ -13,6 +13,7 @@ from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
+from megatron_longpo import platform
 from megatron_longpo.config import Config
 from megatron_longpo.errors import ConfigError
 from megatron_longpo.model.gpt import PolicyModel
@@ -25,8 +26,8 @@ def wrap_for_training(chunks: list[PolicyModel], config: Config) -> list[Distrib
         grad_reduce_in_fp32=True,
         overlap_grad_reduce=p.overlap_grad_reduce,
         use_distributed_optimizer=p.use_distributed_optimizer,
-        overlap_param_gather=p.overlap_param_gather,
-        check_for_nan_in_grad=True,
+        # The trainer looks at loss and norm itself, and says what to do.
+        check_for_nan_in_grad=False,
     )
     return [
         DistributedDataParallel(
@@ -56,10 +57,10 @@ def build_optimizer(config: Config, model: list[DistributedDataParallel]) -> Meg
             params_dtype=torch.bfloat16 if config.training.bf16 else torch.float32,
             use_distributed_optimizer=config.parallel.use_distributed_optimizer,
             clip_grad=o.clip_grad,
-            overlap_param_gather=config.parallel.overlap_param_gather,
         ),
         model,
-        use_gloo_process_groups=False,
+        # On CUDA checkpoints gather the optimizer's states through host memory (checkpoint/training.py).
+        use_gloo_process_groups=platform.CURRENT.is_cuda,
     )
     if o.optimizer == "rmsprop":
         for inner in inner_optimizers(optimizer):
@@ -82,6 +83,8 @@ class _RMSPropStep:
     """
 
     rmsprop_alpha: float
+    # torch's Adam counts steps a parameter, Transformer Engine's and Apex's a group.
+    counts_in_state: bool
     param_groups: list[dict[str, Any]]
     state: Any
 
@@ -97,7 +100,7 @@ class _RMSPropStep:
                 if "exp_avg_sq" not in state:
                     state["exp_avg"] = torch.zeros_like(p)
                     state["exp_avg_sq"] = torch.zeros_like(p)
-                if "step" not in group:
+                if self.counts_in_state:
                     state.setdefault("step", torch.zeros((), dtype=torch.float32))
                     state["step"] += 1
                 if group["weight_decay"]:
@@ -105,12 +108,18 @@ class _RMSPropStep:
                 mean = state["exp_avg_sq"]
                 mean.mul_(self.rmsprop_alpha).addcmul_(grad, grad, value=1 - self.rmsprop_alpha)
                 p.addcdiv_(grad, mean.sqrt().add_(group["eps"]), value=-group["lr"])
-            if "step" in group:
-                group["step"] += 1
+            if not self.counts_in_state:
+                group["step"] = group.get("step", 0) + 1
 
 
 def _become_rmsprop(optimizer: torch.optim.Optimizer, alpha: float) -> None:
-    optimizer.__class__ = type("RMSProp", (_RMSPropStep, type(optimizer)), {"rmsprop_alpha": alpha})
+    attributes = {"rmsprop_alpha": alpha, "counts_in_state": counts_in_state(optimizer)}
+    optimizer.__class__ = type("RMSProp", (_RMSPropStep, type(optimizer)), attributes)
+
+
+def counts_in_state(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether an Adam keeps its step count with each parameter (torch) or with each group (Transformer Engine, Apex)."""
+    return isinstance(optimizer, torch.optim.Adam)
 
 
 def warmup_iters(config: Config, train_iters: int) -> int:
@@ -121,8 +130,18 @@ def warmup_iters(config: Config, train_iters: int) -> int:
     return o.lr_warmup_iters
 
 
-def build_scheduler(config: Config, optimizer: MegatronOptimizer, train_iters: int) -> OptimizerParamScheduler:
-    """Learning-rate schedule, counted in steps.
+def follow_config(optimizer: MegatronOptimizer, config: Config) -> None:
+    """Give loaded parameter groups the rates of this run's configuration: a checkpoint brings its own along."""
+    o = config.optimizer
+    for inner in inner_optimizers(optimizer):
+        for group in inner.param_groups:
+            group["max_lr"], group["min_lr"] = o.lr, o.min_lr
+            group["betas"] = (o.adam_beta1, o.adam_beta2)
+            group["eps"] = o.rmsprop_eps if o.optimizer == "rmsprop" else o.adam_eps
+
+
+def check_schedule(config: Config, train_iters: int) -> None:
+    """Whether warm-up and decay fit the run.
 
     Raises:
         ConfigError: the warm-up is not shorter than the decay, or a WSD decay longer than the schedule.
@@ -130,7 +149,7 @@ def build_scheduler(config: Config, optimizer: MegatronOptimizer, train_iters: i
     o = config.optimizer
     decay = o.lr_decay_iters or train_iters
     warmup = warmup_iters(config, train_iters)
-    if warmup >= decay and not (warmup == 0 and decay > 0):
+    if warmup and warmup >= decay:
         raise ConfigError(
             f"a warm-up of {warmup} steps leaves nothing of lr_decay_iters={decay}; shorten it or train longer"
         )
@@ -138,6 +157,18 @@ def build_scheduler(config: Config, optimizer: MegatronOptimizer, train_iters: i
         raise ConfigError(
             f"lr_wsd_decay_iters={o.lr_wsd_decay_iters} is longer than lr_decay_iters={decay}; shorten it"
         )
+
+
+def build_scheduler(config: Config, optimizer: MegatronOptimizer, train_iters: int) -> OptimizerParamScheduler:
+    """Learning-rate schedule, counted in steps.
+
+    Raises:
+        ConfigError: the warm-up is not shorter than the decay, or a WSD decay longer than the schedule.
+    """
+    check_schedule(config, train_iters)
+    o = config.optimizer
+    decay = o.lr_decay_iters or train_iters
+    warmup = warmup_iters(config, train_iters)
     return OptimizerParamScheduler(
         optimizer,
         init_lr=o.lr_warmup_init,

@@ -286,7 +286,7 @@ class ReferenceCache:
 
     def finish(self, table: np.ndarray) -> None:
         write_atomically(self.folder / f"{self.name}.json", json.dumps(self.identity, indent=2).encode() + b"\n")
-        temporary = self.folder / f"{self.name}.tmp.npy"
+        temporary = self.folder / f"{self.name}.{os.getpid()}.tmp.npy"
         np.save(temporary, table, allow_pickle=False)
         os.replace(temporary, self.path)
         (self.folder / f"{self.name}.partial").unlink(missing_ok=True)

@@ -26,7 +26,16 @@ from torch import Tensor
 from megatron_longpo import parallel as parallel_module
 from megatron_longpo import platform
 from megatron_longpo.batch import MicroBatch, batch_loss, policy_batch
-from megatron_longpo.checkpoint.training import ASSETS, Checkpointer, folder_of, latest_step, load_weights, resolve
+from megatron_longpo.checkpoint.training import (
+    ASSETS,
+    Checkpointer,
+    check_same_run,
+    folder_of,
+    latest_step,
+    load_weights,
+    read_progress,
+    resolve,
+)
 from megatron_longpo.config import Config, check, check_against_model, virtual_pipeline_size
 from megatron_longpo.data.indexed import Manifest, PreferenceData, read_manifest
 from megatron_longpo.data.preference import Mode, Sample
@@ -36,7 +45,7 @@ from megatron_longpo.metrics import Reporter, log, reduce_samples
 from megatron_longpo.model.attention import resolve_comm_type
 from megatron_longpo.model.gpt import PolicyModel, build_model, inverse_frequencies, transformer_config
 from megatron_longpo.model.shape import ModelShape
-from megatron_longpo.optimization import build_optimizer, build_scheduler, wrap_for_training
+from megatron_longpo.optimization import build_optimizer, build_scheduler, check_schedule, wrap_for_training
 from megatron_longpo.parallel import Parallel
 from megatron_longpo.reference import cache_for, fill, row_cost, scope_of, score, weights_fingerprint
 
@@ -114,6 +123,7 @@ def make_plan(config: Config, world_size: int) -> Plan:
     _check_data(config, manifest, shape)
     t = config.training
     train_iters = t.train_iters or max(1, math.floor(t.train_epochs * manifest.samples / t.global_batch_size))
+    check_schedule(config, train_iters)
     return Plan(
         config, load, reference_load, shape, reference_shape, manifest, train_iters, world_size, comm_type, comm_reason
     )
@@ -179,6 +189,7 @@ class Trainer:
     """
 
     def __init__(self, plan: Plan, parallel: Parallel) -> None:
+        self.began = time.monotonic()
         self.plan, self.parallel = plan, parallel
         self.config = config = plan.config
         self.active = parallel.rank == 0
@@ -196,10 +207,10 @@ class Trainer:
         self.costs = [row_cost(int(n), plan.shape) for n in self.data.long_lengths()]
         self.frequencies = inverse_frequencies(plan.shape, plan.policy_shape.rotary_base)
 
+        reference_weights, resumed = self._agree()
         self.chunks = build_model(plan.shape, config, parallel)
         self._log_model()
-        self.reference = self._make_reference()
-        resumed = latest_step(self.output) if self.output else None
+        self.reference = self._make_reference(reference_weights)
         if resumed is None:
             load_weights(plan.load, self.chunks, parallel)
         self.model = wrap_for_training(self.chunks, config)
@@ -207,7 +218,9 @@ class Trainer:
         self.scheduler = build_scheduler(config, self.optimizer, plan.train_iters)
         self._tell_schedule()
         self.checkpointer = (
-            Checkpointer(self.output, config, plan.policy_shape, plan.load / ASSETS, parallel) if self.output else None
+            Checkpointer(self.output, config, plan.policy_shape, plan.load / ASSETS, parallel, self.identity)
+            if self.output
+            else None
         )
         self.step = 0
         if resumed is not None:
@@ -227,6 +240,45 @@ class Trainer:
             (self.output / "run.yaml").write_text(config.as_yaml(), encoding="utf-8")
 
     # ---------------------------------------------------------------------------------- set-up
+
+    def _agree(self) -> tuple[str, int | None]:
+        """What the first rank finds on disk, for all: name of the reference's weights, step to resume from.
+
+        Raises:
+            CheckpointError: the run in the output folder was made with other settings.
+        """
+        plan = self.plan
+        found: list[Any] = ["", None]
+
+        def look() -> None:
+            if scope_of(self.config.objective.objective) != "none":
+                found[0] = weights_fingerprint(plan.reference_load, plan.reference_shape)
+            found[1] = latest_step(self.output) if self.output else None
+
+        on_first_rank(look)
+        dist.broadcast_object_list(found, src=0, device=platform.CURRENT.device)
+        weights, resumed = found
+        c = self.config
+        self.identity = {
+            "reference_weights": weights,
+            "data_sha256": self.data.manifest.bin_sha256,
+            "turns": c.data.turns,
+            "shuffle": c.data.shuffle,
+            "seed": c.training.seed,
+            "global_batch_size": c.training.global_batch_size,
+            "bf16": c.training.bf16,
+            "optimizer": c.optimizer.optimizer,
+            "use_distributed_optimizer": c.parallel.use_distributed_optimizer,
+            "rotary_base": plan.policy_shape.rotary_base,
+            **{
+                f: getattr(c.objective, f) for f in ("objective", "beta", "preference_weight", "nll_scope", "loss_type")
+            },
+        }
+        if resumed is not None:
+            assert self.output is not None
+            folder = folder_of(self.output, resumed)
+            on_first_rank(lambda: check_same_run(read_progress(folder), self.identity, folder))
+        return weights, resumed
 
     def _log(self, message: str) -> None:
         log(message, active=self.active)
@@ -251,7 +303,7 @@ class Trainer:
     def _reference_base(self) -> float:
         return self.config.reference.reference_rotary_base or self.plan.reference_shape.rotary_base
 
-    def _make_reference(self) -> Callable[[list[int]], np.ndarray | None]:
+    def _make_reference(self, weights: str) -> Callable[[list[int]], np.ndarray | None]:
         """A function from sample numbers to their [samples, 2] reference log-probs (None: the objective has none)."""
         config, plan = self.config, self.plan
         scope = scope_of(config.objective.objective)
@@ -272,7 +324,7 @@ class Trainer:
             )
 
         if config.reference.reference == "cached":
-            table = self._cached_reference(score_with(self.chunks))
+            table = self._cached_reference(score_with(self.chunks), weights)
             return lambda numbers: table[numbers]
         if config.reference.reference_model == "resident":
             self._log("reference: online, a second model in memory")
@@ -291,13 +343,9 @@ class Trainer:
 
         return score_swapped
 
-    def _cached_reference(self, score_samples: Callable[[list[Sample]], np.ndarray]) -> np.ndarray:
+    def _cached_reference(self, score_samples: Callable[[list[Sample]], np.ndarray], weights: str) -> np.ndarray:
         plan = self.plan
-        name: list[str] = [""]
-        if self.active:
-            name[0] = weights_fingerprint(plan.reference_load, plan.reference_shape)
-        dist.broadcast_object_list(name, src=0, device=platform.CURRENT.device)
-        cache = cache_for(self.config, self.data, name[0], self._reference_base())
+        cache = cache_for(self.config, self.data, weights, self._reference_base())
         found: list[bool] = [False]
 
         def look() -> None:
@@ -332,21 +380,18 @@ class Trainer:
             megatron.no_sync_func = no_sync if several else no_sync[0]
             if several:
                 megatron.grad_sync_func = [chunk.start_grad_sync for chunk in self.model]
-        if p.overlap_param_gather and several:
-            megatron.param_sync_func = [chunk.start_param_sync for chunk in self.model]
 
     # ---------------------------------------------------------------------------------- the step
 
     def train(self) -> None:
         """Run to the last step, saving on the way."""
-        began = time.monotonic()
         while self.step < self.plan.train_iters:
             record = self.train_step()
             self.step += 1
             self.reporter.step(record)
             if self.checkpointer is not None:
                 self.checkpointer.poll()
-            stop = self._time_to_stop(began)
+            stop = self._time_to_stop()
             if self._time_to_save() or stop:
                 self._save()
             if stop:
@@ -370,9 +415,10 @@ class Trainer:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         figures = self.forward_backward(numbers, reference)
-        successful, grad_norm, _ = self.optimizer.step()
         means = reduce_samples(figures, len(numbers), self.parallel, has_figures=self.parallel.is_last_stage)
-        self._check_finite(means["loss"], successful, numbers)
+        self._check_finite("loss", means["loss"], numbers)
+        _, grad_norm, _ = self.optimizer.step()
+        self._check_finite("gradient norm", float(grad_norm or 0.0), numbers)
         lr = self.optimizer.param_groups[0]["lr"]
         self.scheduler.step(increment=1)
 
@@ -452,11 +498,11 @@ class Trainer:
     def _lay_out(self, samples: list[Sample]) -> MicroBatch:
         return policy_batch(samples, data=self.config.data, objective=self.config.objective, parallel=self.parallel)
 
-    def _check_finite(self, loss: float, successful: bool, numbers: list[int]) -> None:
-        if not math.isfinite(loss) or not successful:
+    def _check_finite(self, what: str, value: float, numbers: list[int]) -> None:
+        if not math.isfinite(value):
             raise LongPOError(
-                f"step {self.step + 1}: the loss is {loss} (samples {numbers[:8]}); the last checkpoint is good: lower lr, "
-                "raise the warm-up, or look at those samples"
+                f"step {self.step + 1}: the {what} is {value} (samples {numbers[:8]}); the last checkpoint is good: lower "
+                "lr, lengthen the warm-up, or look at those samples"
             )
 
     # ---------------------------------------------------------------------------------- saving
@@ -465,7 +511,7 @@ class Trainer:
         interval = self.config.checkpoint.save_interval
         return interval is not None and self.step % interval == 0
 
-    def _time_to_stop(self, began: float) -> bool:
+    def _time_to_stop(self) -> bool:
         c = self.config.checkpoint
         if self.step >= self.plan.train_iters:
             return False
@@ -474,7 +520,7 @@ class Trainer:
         if c.exit_duration_in_mins is None:
             return False
         # Clocks differ between ranks; the first one's counts.
-        over = torch.tensor([time.monotonic() - began > c.exit_duration_in_mins * 60], dtype=torch.int32)
+        over = torch.tensor([time.monotonic() - self.began > c.exit_duration_in_mins * 60], dtype=torch.int32)
         over = over.to(platform.CURRENT.device)
         dist.broadcast(over, src=0)
         return bool(over.item())

@@ -11,8 +11,10 @@ finds the last whole one.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
+import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +27,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_longpo import platform
 from megatron_longpo.config import Config
@@ -32,12 +35,17 @@ from megatron_longpo.data.indexed import write_atomically
 from megatron_longpo.errors import CheckpointError
 from megatron_longpo.model.gpt import PolicyModel
 from megatron_longpo.model.shape import FILE_NAME, ModelShape
-from megatron_longpo.optimization import inner_optimizers
+from megatron_longpo.optimization import counts_in_state, follow_config, inner_optimizers
 from megatron_longpo.parallel import Parallel
 
 LATEST = "latest_checkpointed_iteration.txt"
 ASSETS = "hf"
-_OPTIMIZER_METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
+_OPTIMIZER_METADATA = {
+    "distrib_optim_sharding_type": "fully_reshardable",
+    "chained_optim_avoid_prefix": True,
+    # Gather through host memory: whole fp32 states beside weights and gradients do not fit a GPU.
+    "distrib_optim_fully_reshardable_mem_efficient": platform.CURRENT.is_cuda,
+}
 
 
 @dataclass(frozen=True)
@@ -48,11 +56,13 @@ class Progress:
         step: optimizer steps done.
         layout: parallel layout that saved it.
         train_iters: steps of the whole run.
+        identity: settings that must not change within a run, by name.
     """
 
     step: int
     layout: str
     train_iters: int
+    identity: dict[str, Any]
 
 
 def folder_of(output: Path, step: int) -> Path:
@@ -95,6 +105,41 @@ def resolve(path: str | Path) -> Path:
             "Face model with tools/convert_checkpoint.py import --hf DIR --output CKPT"
         )
     raise CheckpointError(f"{path}: there is no such folder; give a converted checkpoint or a run's output folder")
+
+
+def read_progress(folder: Path) -> Progress:
+    """Where the run was that saved a checkpoint.
+
+    Raises:
+        CheckpointError: it cannot be read, or holds weights alone.
+    """
+    try:
+        common = dist_checkpointing.load_common_state_dict(str(folder))
+    except (Exception, CheckpointException) as error:
+        detail = " ".join(str(error).split())[:300]
+        raise CheckpointError(
+            f"{folder}: cannot be read ({type(error).__name__}: {detail}); remove the folder to go on from the one before"
+        ) from None
+    if "scheduler" not in common:
+        raise CheckpointError(
+            f"{folder}: was saved with no_save_optim and cannot be resumed; start a new run with --load {folder}"
+        )
+    return Progress(**common["progress"])
+
+
+def check_same_run(progress: Progress, identity: dict[str, Any], folder: Path) -> None:
+    """Whether a run may go on from a checkpoint: what determines its samples, loss and states is as it was.
+
+    Raises:
+        CheckpointError: the first setting that differs.
+    """
+    for name, value in identity.items():
+        before = progress.identity.get(name)
+        if before != value:
+            raise CheckpointError(
+                f"{folder}: the run in this folder has {name}={before}, now it is {value}; give the same to go on, or "
+                "another --save to start a new run from --load"
+            )
 
 
 def weights_state(chunks: Sequence[PolicyModel], parallel: Parallel) -> dict[str, Any]:
@@ -140,8 +185,9 @@ def _zero_vocabulary_padding(chunk: PolicyModel) -> None:
 def _load(state: dict[str, Any], path: Path) -> dict[str, Any]:
     try:
         return dist_checkpointing.load(state, str(path))
-    except Exception as error:
-        detail = " ".join(str(error).split())[:300]
+    except (Exception, CheckpointException) as error:
+        # torch.distributed.checkpoint's own exception is no Exception.
+        detail = " ".join(str(error).split())[-300:]
         raise CheckpointError(
             f"{path}: cannot be loaded ({type(error).__name__}: {detail}); if it is damaged, remove the folder to go on "
             "from the one before, or convert the model again"
@@ -157,12 +203,20 @@ class Checkpointer:
         shape: of the model.
         assets: folder with tokenizer and Hugging Face config to carry along, or None.
         parallel: groups.
+        identity: settings that must not change within the run.
     """
 
     def __init__(
-        self, output: Path, config: Config, shape: ModelShape, assets: Path | None, parallel: Parallel
+        self,
+        output: Path,
+        config: Config,
+        shape: ModelShape,
+        assets: Path | None,
+        parallel: Parallel,
+        identity: dict[str, Any],
     ) -> None:
         self.output, self.config, self.shape, self.assets, self.parallel = output, config, shape, assets, parallel
+        self.identity = identity
         self._queue = AsyncCallsQueue() if config.checkpoint.async_save else None
         self._saved_step: int | None = None
 
@@ -208,7 +262,8 @@ class Checkpointer:
             self._queue.close()
 
     def _write_companions(self, folder: Path) -> None:
-        self.shape.write(folder)
+        # A name of their own for these weights: a reference made of them is told apart without reading them.
+        self.shape.replace(weights_hash=uuid.uuid4().hex).write(folder)
         (folder / "run.yaml").write_text(self.config.as_yaml(), encoding="utf-8")
         if self.assets is not None and self.assets.is_dir():
             shutil.copytree(self.assets, folder / ASSETS, copy_function=_link_or_copy)
@@ -242,7 +297,7 @@ class Checkpointer:
     ) -> dict[str, Any]:
         weights = weights_state(chunks, self.parallel)
         state: dict[str, Any] = dict(weights)
-        state["progress"] = {"step": step, "layout": self.parallel.describe(), "train_iters": train_iters}
+        state["progress"] = dataclasses.asdict(Progress(step, self.parallel.describe(), train_iters, self.identity))
         if self.config.checkpoint.no_save_optim and not is_loading:
             return state
         # The optimizer looks its parameters up by their place in one dictionary of all chunks.
@@ -267,12 +322,7 @@ class Checkpointer:
         Raises:
             CheckpointError: it cannot be read, or holds weights alone.
         """
-        common = dist_checkpointing.load_common_state_dict(str(folder))
-        progress = Progress(**common["progress"])
-        if "scheduler" not in common:
-            raise CheckpointError(
-                f"{folder}: was saved with no_save_optim and cannot be resumed; start a new run with --load {folder}"
-            )
+        progress = read_progress(folder)
         # Random numbers belong to ranks: at another layout they are seeded anew.
         same_layout = progress.layout == self.parallel.describe()
         for inner in inner_optimizers(optimizer):
@@ -281,6 +331,7 @@ class Checkpointer:
         loaded = _load(state, folder)
         _set_weights(loaded, chunks)
         optimizer.load_state_dict(loaded["optimizer"])
+        follow_config(optimizer, self.config)
         for inner in inner_optimizers(optimizer):
             _separate_steps(inner, progress.step)
         scheduler.load_state_dict(loaded["scheduler"])
@@ -298,7 +349,7 @@ def _make_states(optimizer: torch.optim.Optimizer) -> None:
             if "exp_avg" not in state:
                 state["exp_avg"] = torch.zeros_like(parameter)
                 state["exp_avg_sq"] = torch.zeros_like(parameter)
-            if "step" not in group and "step" not in state:
+            if counts_in_state(optimizer) and "step" not in state:
                 state["step"] = torch.zeros((), dtype=torch.float32)
 
 

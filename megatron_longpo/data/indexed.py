@@ -94,7 +94,8 @@ def path_of(prefix: str | Path, suffix: str) -> Path:
 
 def write_atomically(path: Path, content: bytes) -> None:
     """The file appears whole under its name, or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
+    # Two runs may write one file (a cache that they share): each its own.
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     with open(temporary, "wb") as stream:
         stream.write(content)
         stream.flush()
@@ -140,6 +141,10 @@ class SampleWriter:
             shutil.rmtree(self.folder, ignore_errors=True)
             for suffix in ("json", "bin", "idx", "rejects.jsonl"):
                 path_of(prefix, suffix).unlink(missing_ok=True)
+        if not (self.folder / "progress.json").exists():
+            # Nothing was committed, or an output was finished and only its remains are here. Removed, not truncated:
+            # a finished output shares its files.
+            shutil.rmtree(self.folder, ignore_errors=True)
         if path_of(prefix, "json").exists() and not self.folder.exists():
             raise DataError(
                 f"{path_of(prefix, 'json')}: is there already; choose another --output-prefix, or --restart to make it anew"

@@ -10,7 +10,10 @@ import gzip
 import hashlib
 import json
 import multiprocessing
+import zlib
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -128,7 +131,7 @@ def _read_lines(path: Path) -> Iterator[RawRow]:
                     yield RawRow(0, raw.decode("utf-8").rstrip("\r\n"))
                 except UnicodeDecodeError as error:
                     yield RawRow(0, raw.decode("utf-8", errors="backslashreplace").rstrip("\r\n"), error=str(error))
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"--input {path}: cannot be read ({error}); give a whole file") from None
 
 
@@ -200,6 +203,10 @@ def process_row(row: RawRow, settings: Settings, tokenizer: ChatTokenizer | None
         return result(None)
     except DataError as error:
         rejected.append(Rejected("no_response", str(error)))
+        return result(None)
+    except Exception as error:
+        # A lone surrogate that the tokenizer does not take, a template that refuses the dialogue.
+        rejected.append(Rejected("not_encodable", f"{type(error).__name__}: {error}"))
         return result(None)
     return result(sample)
 
@@ -374,15 +381,20 @@ def _results(
         return
     # Not forked: a tokenizer's own threads do not survive a fork.
     context = multiprocessing.get_context("spawn")
-    with context.Pool(workers, initializer=_start_worker, initargs=(settings,)) as pool:
-        # Windows bound the memory: imap alone would read the whole input ahead of its workers.
-        window: list[RawRow] = []
-        for row in rows:
-            window.append(row)
-            if len(window) == _READ_ROWS:
-                yield from pool.imap(_work, window, chunksize=4)
-                window = []
-        yield from pool.imap(_work, window, chunksize=4)
+    try:
+        with ProcessPoolExecutor(workers, context, _start_worker, (settings,)) as pool:
+            # Windows bound the memory: map alone would read the whole input ahead of its workers.
+            window: list[RawRow] = []
+            for row in rows:
+                window.append(row)
+                if len(window) == _READ_ROWS:
+                    yield from pool.map(_work, window, chunksize=4)
+                    window = []
+            yield from pool.map(_work, window, chunksize=4)
+    except BrokenProcessPool:
+        raise DataError(
+            f"one of {workers} workers died, most likely for want of memory; run again with fewer --workers: it goes on"
+        ) from None
 
 
 def _check_schema(files: list[Path], text: bool) -> None:

@@ -80,7 +80,7 @@ CASES = (
     Case(
         "dp2-distopt-overlap",
         2,
-        {"parallel": _layout(use_distributed_optimizer=True, overlap_grad_reduce=True, overlap_param_gather=True)},
+        {"parallel": _layout(use_distributed_optimizer=True, overlap_grad_reduce=True)},
     ),
     Case("dp2-micro2", 2, {"parallel": _layout(), "training": {"micro_batch_size": 2}}),
     Case("cp2-dpo", 2, {"parallel": _layout(cp=2), "objective": {"objective": "dpo"}}, oracle="one-dpo"),

@@ -43,7 +43,7 @@ def main() -> None:
             parallel = groups_of(plan)
             trainer = Trainer(plan, parallel)
             output = folder / "saved" / f"{family}-{name}"
-            saver = Checkpointer(output, config, plan.policy_shape, plan.load / ASSETS, parallel)
+            saver = Checkpointer(output, config, plan.policy_shape, plan.load / ASSETS, parallel, {})
             saver.save(0, 1, trainer.chunks, trainer.optimizer, trainer.scheduler)
     parallel_module.stop_processes()
 

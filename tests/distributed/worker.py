@@ -62,9 +62,6 @@ def run_case(config: Config) -> dict[str, Any]:
         record = trainer.train_step()
         trainer.step += 1
         steps.append(record)
-    if config.parallel.overlap_param_gather:
-        for chunk in trainer.model:
-            chunk.start_param_sync(force_sync=True)
     weights = canonical(trainer.chunks, plan.shape, parallel, lambda p: p.detach())
     return {"metrics": metrics, "gradients": gradients, "steps": steps, "weights": weights, "reference": reference}
 

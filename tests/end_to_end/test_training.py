@@ -280,3 +280,47 @@ def test_a_killed_rank_ends_all(model: Path, tmp_path: Path) -> None:
     assert process.returncode != 0
     assert output.count("Signal 9 (SIGKILL)") == 1
     assert len(_errors(output)) <= 1
+
+
+def test_what_may_change_on_resume_and_what_may_not(model: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    constant = ["--lr-decay-style", "constant"]
+    run([PYTHON, *train(model, output, "--train-iters", "2", *constant)])
+    run([PYTHON, *train(model, output, "--train-iters", "3", *constant, "--lr", "1e-5")])
+    assert [r["lr"] for r in metrics_of(output)] == [1e-3, 1e-3, 1e-5]
+    for flags, name in (
+        (["--global-batch-size", "2"], "global_batch_size=4"),
+        (["--seed", "5"], "seed=1234"),
+        (["--bf16"], "bf16=False"),
+        (["--beta", "0.2"], "beta=0.1"),
+        (["--load", str(output)], "reference_weights="),
+    ):
+        done = run([PYTHON, *train(model, output, "--train-iters", "4", *flags)], expect=2)
+        assert name in done.stderr and "--save" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(model: Path, tmp_path: Path) -> None:
+    flags = [
+        "--train-iters",
+        "3",
+        "--lr",
+        "1e30",
+        "--lr-decay-style",
+        "constant",
+        "--clip-grad",
+        "0",
+        "--adam-eps",
+        "1e-8",
+    ]
+    done = run([PYTHON, *train(model, tmp_path / "run", *flags)], expect=2)
+    assert _errors(done.stderr)[0].startswith("error: step ") and "lower lr" in done.stderr
+    assert latest_step(tmp_path / "run") is None
+
+
+def test_a_damaged_checkpoint_is_named(model: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    run([PYTHON, *train(model, output, "--train-iters", "1")])
+    largest = max(folder_of(output, 1).glob("*.distcp"), key=lambda p: p.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[:1000])
+    done = run([PYTHON, *train(model, output, "--train-iters", "2")], expect=2)
+    assert str(folder_of(output, 1)) in done.stderr and "Traceback" not in done.stderr

@@ -74,7 +74,7 @@ def test_wrong_values_are_refused(values: object, message: str) -> None:
         ({"optimizer": {"lr_warmup_fraction": 0.1, "lr_warmup_iters": 5}}, "give one of them"),
         ({"parallel": {"num_layers_per_virtual_pipeline_stage": 1}}, "pipeline_model_parallel_size of at least 2"),
         ({"parallel": {"sequence_parallel": True}}, "tensor_model_parallel_size=1"),
-        ({"parallel": {"overlap_param_gather": True}}, "use_distributed_optimizer"),
+        ({"optimizer": {"lr_warmup_init": 1.0}}, "lr_warmup_init=1.0"),
         ({"parallel": {"context_parallel_size": 0}}, "context_parallel_size=0"),
         ({"checkpoint": {"async_save": True}}, "--save"),
         ({"data": {"turns": "independent"}, "objective": {"objective": "dpo"}}, "turns=independent"),

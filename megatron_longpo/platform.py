@@ -20,6 +20,7 @@ import types
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -86,7 +87,7 @@ class Platform:
             return int(torch.cuda.mem_get_info()[0])
         import psutil
 
-        return int(psutil.virtual_memory().available)
+        return min(int(psutil.virtual_memory().available), _left_in_control_group())
 
     def rng_state(self) -> dict[str, torch.Tensor]:
         """State of the generators that model code draws from."""
@@ -100,6 +101,29 @@ class Platform:
         torch.set_rng_state(state["cpu"])
         if self.is_cuda and "cuda" in state:
             torch.cuda.set_rng_state(state["cuda"])
+
+
+def _left_in_control_group() -> int:
+    """Memory left under the limit of a container or a Slurm job; a huge number where there is none."""
+    folders = [Path("/sys/fs/cgroup")]
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/cgroup").read_text().splitlines():
+            folders.append(Path("/sys/fs/cgroup") / line.split(":", 2)[2].lstrip("/"))
+    left = sys.maxsize
+    for folder in folders:
+        # Version 2, then version 1.
+        for limit, used in (
+            ("memory.max", "memory.current"),
+            ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+        ):
+            # A file that is missing, or says "max", sets no limit.
+            with contextlib.suppress(OSError, ValueError):
+                most = int((folder / limit).read_text())
+                cached = re.search(r"^inactive_file (\d+)", (folder / limit).with_name("memory.stat").read_text(), re.M)
+                # Cached files are given up before anything fails.
+                now = int((folder / used).read_text()) - int(cached[1] if cached else 0)
+                left = min(left, most - now)
+    return max(0, left)
 
 
 def _resolve() -> Platform:

@@ -6,6 +6,7 @@ gradient gets its scale is derived in docs/loss.md.
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import math
 import os
@@ -23,9 +24,9 @@ from megatron.core.distributed import finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
+from megatron_longpo import memory, platform
 from megatron_longpo import parallel as parallel_module
-from megatron_longpo import platform
-from megatron_longpo.batch import MicroBatch, batch_loss, policy_batch
+from megatron_longpo.batch import MicroBatch, batch_loss, foretold_gradient, policy_batch, policy_layout
 from megatron_longpo.checkpoint.training import (
     ASSETS,
     Checkpointer,
@@ -208,8 +209,9 @@ class Trainer:
         self.frequencies = inverse_frequencies(plan.shape, plan.policy_shape.rotary_base)
 
         reference_weights, resumed = self._agree()
-        self.chunks = build_model(plan.shape, config, parallel)
         self._log_model()
+        self.config = config = self._with_recompute()
+        self.chunks = build_model(plan.shape, config, parallel)
         self.reference = self._make_reference(reference_weights)
         if resumed is None:
             load_weights(plan.load, self.chunks, parallel)
@@ -299,6 +301,45 @@ class Trainer:
             f"data: {d.samples} samples, {d.turns} turns, {d.tokens:,} tokens, longest row {d.longest}; "
             f"{self.plan.train_iters} steps of {self.config.training.global_batch_size} samples"
         )
+
+    def _with_recompute(self) -> Config:
+        """The configuration with ``recompute_granularity=auto`` decided: the same on all ranks, whose exchanges must
+        agree."""
+        config, parallel = self.config, self.parallel
+        if config.training.recompute_granularity != "auto":
+            return config
+        t = config.training
+        # The costliest samples; chained rows stand for independent ones, which are laid out to be measured.
+        dearest = np.argsort(self.costs)[::-1][: max(4, t.micro_batch_size)]
+        layouts = [policy_layout([self.data[int(i)]], data=config.data, objective=config.objective) for i in dearest]
+        longest = sorted(layouts, key=lambda x: x.length)[-t.micro_batch_size :]
+        found = memory.choices(
+            self.plan.shape,
+            config,
+            parallel,
+            tokens=sum(x.length for x in longest),
+            pairs=sum(x.attention_pairs for x in longest),
+            microbatches=t.global_batch_size // (parallel.data_size * t.micro_batch_size),
+            stage=parallel.pipeline_rank,
+        )
+        on_this_node = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        available = platform.CURRENT.available_memory_bytes() // (1 if platform.CURRENT.is_cuda else on_this_node)
+        room = torch.tensor([memory.room(c, available) for c in found], dtype=torch.float64)
+        # Stages differ, and processes of a node have not allocated alike when they look: the tightest counts.
+        room = room.to(platform.CURRENT.device)
+        dist.all_reduce(room, op=dist.ReduceOp.MIN)
+        choice = memory.choose(found, room.tolist())
+        need, have = choice.bytes_needed / 2**30, available / 2**30
+        self._log(
+            f"recompute: {choice} (estimate {need:.1f} GB a process of {have:.1f} GB available, longest micro batch "
+            f"{sum(x.length for x in longest)} tokens, {choice.extra:.0%} more operations)"
+        )
+        if need > have:
+            self._log(
+                "recompute: even so the estimate does not fit; raise context_parallel_size or "
+                "tensor_model_parallel_size, set use_distributed_optimizer, or preprocess with a smaller --seq-length"
+            )
+        return dataclasses.replace(config, training=choice.applied_to(t))
 
     def _reference_base(self) -> float:
         return self.config.reference.reference_rotary_base or self.plan.reference_shape.rotary_base
@@ -467,6 +508,12 @@ class Trainer:
                 self.frequencies,
                 batch.loss_places_N,
                 batch.targets_N,
+                foretold_gradient(
+                    batch,
+                    objective=self.config.objective,
+                    parallel=self.parallel,
+                    microbatches=len(prepared),
+                ),
             )
 
             def loss_func(logps_N: Tensor) -> tuple[Tensor, dict[str, Any]]:

@@ -1,12 +1,15 @@
-"""Attention over a list of blocks, merged by log-sum-exp; no query x key mask is ever made.
+"""``core_attention`` of the layers: rotary embedding, block attention and its context parallelism.
 
-``AttentionPlan`` says which queries see which keys (``sequence.QueryGroup``); ``BlockAttention`` is the
-``core_attention`` of the layer spec. Context parallelism has two forms (Megatron-LM's ``cp_comm_type``):
+``AttentionPlan`` says which queries see which keys; ``BlockAttention`` computes it (``model/blocks.py``). Context
+parallelism has two forms (Megatron-LM's ``cp_comm_type``):
 
 - ``a2a`` (DeepSpeed-Ulysses, arXiv 2309.14509): each rank gives up the places of its heads and receives all places of its
   share of the heads. Heads must divide over the ranks.
 - ``allgather`` (as in Llama 3's training, arXiv 2407.21783, section 3.3.2): each rank keeps its queries and sees all keys
   and values. Any number of ranks and heads; the places are dealt so that the causal work is balanced.
+
+Both work key-value head by key-value head where there are several (``AttentionPlan.pieces``): all exchanges are started
+at once, and while one piece is computed the next is under way.
 
 Shape legend: S = places of the sequence, s = places on this rank, Q/K = query/key-value heads on this rank,
 G = query heads a key-value head (Q/K), D = head size.
@@ -14,6 +17,8 @@ G = query heads a key-value head (Q/K), D = head size.
 
 from __future__ import annotations
 
+import copy
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +28,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
 from megatron_longpo.errors import ConfigError
+from megatron_longpo.model.blocks import Blocks, block_attention, blocks_backward, blocks_forward, blocks_of
 from megatron_longpo.sequence import QueryGroup
 
 CP_COMM_TYPES = ("a2a", "allgather")
@@ -32,20 +38,23 @@ CP_COMM_TYPES = ("a2a", "allgather")
 class AttentionPlan(PackedSeqParams):
     """Travels through megatron-core's layers as their ``packed_seq_params``.
 
-    ``qkv_format`` is ``sbhd`` (a batch of one), so that the layers apply the rotary angles they are given as they are.
-
     Attributes:
-        groups: query groups. Queries are numbered as the attention sees them: over the whole sequence, or, under
+        blocks: who sees whom. Queries are numbered as the attention sees them: over the whole sequence, or, under
             ``allgather``, over the places of this rank; keys always over the whole sequence.
         context_group: ranks that share this sequence, or None where each rank has whole rows (the short pass).
         comm_type: ``a2a`` or ``allgather``.
         gathered_of_S: under ``allgather``, where each place of the sequence is in the ranks' shards put end to end.
+        pieces: at most so many exchanges are under way at once.
+        cos_sR, sin_sR: rotary embedding of this rank's places, [s, half the rotated channels].
     """
 
-    groups: tuple[QueryGroup, ...] = ()
+    blocks: Blocks = Blocks((), ())  # noqa: RUF009
     context_group: dist.ProcessGroup | None = None
     comm_type: str = "a2a"
     gathered_of_S: Tensor | None = None
+    pieces: int = 1
+    cos_sR: Tensor | None = None
+    sin_sR: Tensor | None = None
 
     @classmethod
     def make(
@@ -54,16 +63,25 @@ class AttentionPlan(PackedSeqParams):
         context_group: dist.ProcessGroup | None,
         comm_type: str = "a2a",
         gathered_of_S: Tensor | None = None,
+        pieces: int = 1,
     ) -> AttentionPlan:
         if context_group is not None and dist.get_world_size(context_group) == 1:
             context_group = None
         return cls(
+            # A batch of one.
             qkv_format="sbhd",
-            groups=groups,
+            blocks=blocks_of(groups),
             context_group=context_group,
             comm_type=comm_type,
             gathered_of_S=gathered_of_S,
+            pieces=pieces,
         )
+
+    def with_rotary(self, cos_sR: Tensor, sin_sR: Tensor) -> AttentionPlan:
+        """The same plan with a rotary embedding (the policy's and the reference's differ)."""
+        plan = copy.copy(self)
+        plan.cos_sR, plan.sin_sR = cos_sR, sin_sR
+        return plan
 
 
 class BlockAttention(torch.nn.Module):
@@ -98,153 +116,69 @@ class BlockAttention(torch.nn.Module):
         attention_bias: Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
     ) -> Tensor:
-        """query [s, 1, Q, D], key and value [s, 1, K, D] -> [s, 1, Q * D]."""
+        """query [s, 1, Q, D], key and value [s, 1, K, D], not yet rotated -> [s, 1, Q * D]."""
         assert isinstance(packed_seq_params, AttentionPlan), "the model is always called with an AttentionPlan"
         plan = packed_seq_params
-        query_SQD, key_SKD, value_SKD = query.squeeze(1), key.squeeze(1), value.squeeze(1)
+        assert plan.cos_sR is not None and plan.sin_sR is not None
+        query_SQD = rotate(query.squeeze(1), plan.cos_sR, plan.sin_sR)
+        key_SKD = rotate(key.squeeze(1), plan.cos_sR, plan.sin_sR)
+        # A copy: as a view it would keep all of the fused projection for the backward.
+        value_SKD = value.squeeze(1).contiguous()
         if plan.context_group is None:
-            out_SQD = block_attention(query_SQD, key_SKD, value_SKD, plan.groups, self.scale)
+            out_SQD = block_attention(query_SQD, key_SKD, value_SKD, plan.blocks, self.scale)
         elif plan.comm_type == "allgather":
-            assert plan.gathered_of_S is not None
             out_SQD = _GatheredAttention.apply(query_SQD, key_SKD, value_SKD, plan, self.scale)
         else:
-            out_SQD = _ulysses(query_SQD, key_SKD, value_SKD, plan, self.scale)
+            out_SQD = _UlyssesAttention.apply(query_SQD, key_SKD, value_SKD, plan, self.scale)
         return out_SQD.reshape(out_SQD.shape[0], 1, -1)
 
 
 # --------------------------------------------------------------------------------------------------
-# Blocks
+# Rotary embedding
 # --------------------------------------------------------------------------------------------------
 
 
-def block_attention(
-    query_SQD: Tensor, key_SKD: Tensor, value_SKD: Tensor, groups: tuple[QueryGroup, ...], scale: float
-) -> Tensor:
-    """Attention of every query group over its key blocks; places in no group (padding) give zeros.
+def rotary_cos_sin(positions_s: Tensor, inverse_frequencies: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosines and sines, [s, R] each, for any positions: branches, shards, packs.
 
     Args:
-        query_SQD: [S, Q, D]; key_SKD, value_SKD: [S, K, D], Q a multiple of K.
-        groups: disjoint query ranges with their keys.
-        scale: of the dot products.
-
-    Returns:
-        [S, Q, D].
+        positions_s: [s] position numbers.
+        inverse_frequencies: [R], R half the number of rotated channels.
+        dtype: of the result; angles are taken in fp32.
     """
-    return _BlockAttention.apply(query_SQD, key_SKD, value_SKD, groups, scale)
+    angles = positions_s.float().unsqueeze(1) * inverse_frequencies
+    return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
-def _heads_first(x_SHD: Tensor, start: int, end: int, kv_heads: int, repeat: int) -> Tensor:
-    """View of places [start, end) as [K, G, places, D]; a key-value head is seen G times without being copied."""
-    x_HSD = x_SHD[start:end].transpose(0, 1)
-    if x_SHD.shape[1] == kv_heads and repeat > 1:
-        return x_HSD.unsqueeze(1).expand(-1, repeat, -1, -1)
-    return x_HSD.unflatten(0, (kv_heads, -1))
+def rotate(x_sHD: Tensor, cos_sR: Tensor, sin_sR: Tensor) -> Tensor:
+    """Rotary embedding (arXiv 2104.09864): channel i is rotated with channel i + R, the first 2R channels in all."""
+    return _Rotate.apply(x_sHD, cos_sR, sin_sR)
 
 
-def _blocks_forward(
-    query: Tensor, key: Tensor, value: Tensor, groups: tuple[QueryGroup, ...], scale: float
-) -> tuple[Tensor, list[Tensor]]:
-    """Output [S, Q, D] and, a query group, its log-sum-exp [K, G, places]."""
-    # The kernels want unit stride in the last dimension only, so transposed views go in as they are.
-    kv_heads = key.shape[1]
-    repeat = query.shape[1] // kv_heads
-    out = torch.zeros_like(query, memory_format=torch.contiguous_format)
-    lses: list[Tensor] = []
-    for group in groups:
-        q = _heads_first(query, group.start, group.end, kv_heads, 1)
-        merged: Tensor | None = None
-        merged_lse: Tensor | None = None
-        for block in group.keys:
-            k = _heads_first(key, block.start, block.end, kv_heads, repeat)
-            v = _heads_first(value, block.start, block.end, kv_heads, repeat)
-            part, lse = _block_forward(q, k, v, block.causal, scale)
-            if merged is None or merged_lse is None:
-                merged, merged_lse = part, lse
-            else:
-                both = torch.logaddexp(merged_lse, lse)
-                merged = merged * torch.exp(merged_lse - both).unsqueeze(-1) + part * torch.exp(lse - both).unsqueeze(
-                    -1
-                )
-                merged_lse = both
-        assert merged is not None and merged_lse is not None
-        _heads_first(out, group.start, group.end, kv_heads, 1).copy_(merged)
-        lses.append(merged_lse)
-    return out, lses
-
-
-def _blocks_backward(
-    grad_out: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    out: Tensor,
-    lses: list[Tensor],
-    groups: tuple[QueryGroup, ...],
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of query, key and value; the latter two in fp32, since several groups add to the same keys."""
-    kv_heads = key.shape[1]
-    repeat = query.shape[1] // kv_heads
-    grad_query = torch.zeros_like(query, memory_format=torch.contiguous_format)
-    grad_key = torch.zeros(key.shape, dtype=torch.float32, device=key.device)
-    grad_value = torch.zeros(value.shape, dtype=torch.float32, device=value.device)
-    grad_out = grad_out.contiguous()
-    for group, lse in zip(groups, lses, strict=True):
-        q = _heads_first(query, group.start, group.end, kv_heads, 1)
-        o = _heads_first(out, group.start, group.end, kv_heads, 1)
-        g = _heads_first(grad_out, group.start, group.end, kv_heads, 1)
-        for block in group.keys:
-            k = _heads_first(key, block.start, block.end, kv_heads, repeat)
-            v = _heads_first(value, block.start, block.end, kv_heads, repeat)
-            # With the merged output and log-sum-exp each block's backward is its exact share of the gradient.
-            gq, gk, gv = _block_backward(g, q, k, v, o, lse, block.causal, scale)
-            _heads_first(grad_query, group.start, group.end, kv_heads, 1).add_(gq)
-            grad_key[block.start : block.end].add_(gk.sum(1, dtype=torch.float32).transpose(0, 1))
-            grad_value[block.start : block.end].add_(gv.sum(1, dtype=torch.float32).transpose(0, 1))
-    return grad_query, grad_key, grad_value
-
-
-class _BlockAttention(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, groups: tuple[QueryGroup, ...], scale: float
-    ) -> Tensor:
-        out, lses = _blocks_forward(query, key, value, groups, scale)
-        ctx.save_for_backward(query, key, value, out, *lses)
-        ctx.groups, ctx.scale = groups, scale
-        return out
+class _Rotate(torch.autograd.Function):
+    """Keeps cosines and sines alone, which all layers share; its backward turns the other way."""
 
     @staticmethod
-    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        query, key, value, out, *lses = ctx.saved_tensors
-        gq, gk, gv = _blocks_backward(grad_out, query, key, value, out, lses, ctx.groups, ctx.scale)
-        return gq, gk.to(key.dtype), gv.to(value.dtype), None, None
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _turned(x, cos, sin)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        cos, sin = ctx.saved_tensors
+        return _turned(grad, cos, -sin), None, None
 
 
-def _block_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-    """q, k, v [K, G, places, D] -> output [K, G, places, D], log-sum-exp [K, G, places] in fp32."""
-    if q.is_cuda:
-        out, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(
-            q, k, v, None, compute_log_sumexp=True, is_causal=causal, scale=scale
-        )
-        return out, lse[..., : q.shape[2]]
-    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
-
-
-def _block_backward(
-    g: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, causal: bool, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    if q.is_cuda:
-        seed = torch.zeros((), dtype=torch.int64, device=q.device)
-        # The kernel reads log-sum-exps in rows padded to 32.
-        padded = torch.nn.functional.pad(lse, (0, -lse.shape[-1] % 32)).contiguous()
-        gq, gk, gv, _ = torch.ops.aten._scaled_dot_product_efficient_attention_backward(
-            g, q, k, v, None, o, padded, seed, seed, 0.0, [True, True, True, False], is_causal=causal, scale=scale
-        )
-        return gq, gk, gv
-    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        g, q, k, v, o, lse, 0.0, causal, scale=scale
-    )
+def _turned(x_sHD: Tensor, cos_sR: Tensor, sin_sR: Tensor) -> Tensor:
+    half = cos_sR.shape[1]
+    cos, sin = cos_sR.unsqueeze(1), sin_sR.unsqueeze(1)
+    first, second = x_sHD[..., :half], x_sHD[..., half : 2 * half]
+    out = torch.empty_like(x_sHD, memory_format=torch.contiguous_format)
+    torch.mul(first, cos, out=out[..., :half]).sub_(second * sin)
+    torch.mul(second, cos, out=out[..., half : 2 * half]).add_(first * sin)
+    if 2 * half < x_sHD.shape[-1]:
+        out[..., 2 * half :] = x_sHD[..., 2 * half :]
+    return out
 
 
 # --------------------------------------------------------------------------------------------------
@@ -261,36 +195,68 @@ class _GatheredAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan, scale: float) -> Tensor:
-        all_keys, all_values = _gather_keys(key, value, plan)
-        out, lses = _blocks_forward(query, all_keys, all_values, plan.groups, scale)
-        ctx.save_for_backward(query, key, value, out, *lses)
+        kv_heads = key.shape[1]
+        of_query = _cut(query.shape[1], kv_heads, plan.pieces)
+        out = torch.empty_like(query)
+        lse = query.new_empty(query.shape[1], query.shape[0], dtype=torch.float32)
+        gathering = [_Gathering(key[:, h], value[:, h], plan) for h in _cut(kv_heads, kv_heads, plan.pieces)]
+        for heads, coming in zip(of_query, gathering, strict=True):
+            keys, values = coming.wait()
+            out[:, heads], lse[heads] = blocks_forward(query[:, heads], keys, values, plan.blocks, scale)
+        ctx.save_for_backward(query, key, value, out, lse)
         ctx.plan, ctx.scale = plan, scale
         return out
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        query, key, value, out, *lses = ctx.saved_tensors
+        query, key, value, out, lse = ctx.saved_tensors
         plan: AttentionPlan = ctx.plan
-        all_keys, all_values = _gather_keys(key, value, plan)
-        gq, gk, gv = _blocks_backward(grad_out, query, all_keys, all_values, out, lses, plan.groups, ctx.scale)
-        # Back into the order of the shards; each rank gets the sum of what all queries say of its keys.
-        total = torch.empty_like(torch.cat([gk, gv], dim=1))
-        total[plan.gathered_of_S] = torch.cat([gk, gv], dim=1)
-        mine = torch.empty(query.shape[0], 2 * key.shape[1], key.shape[2], dtype=torch.float32, device=key.device)
-        dist.reduce_scatter_tensor(mine, total, group=plan.context_group)
-        grad_key, grad_value = mine.chunk(2, dim=1)
-        return gq, grad_key.to(key.dtype), grad_value.to(value.dtype), None, None
+        kv_heads = key.shape[1]
+        of_key = _cut(kv_heads, kv_heads, plan.pieces)
+        gathering = [_Gathering(key[:, h], value[:, h], plan) for h in of_key]
+        grad_query, grad_key, grad_value = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+        going = []
+        for heads, coming in zip(_cut(query.shape[1], kv_heads, plan.pieces), gathering, strict=True):
+            keys, values = coming.wait()
+            grad_query[:, heads], gk, gv = blocks_backward(
+                grad_out[:, heads], query[:, heads], keys, values, out[:, heads], lse[heads], plan.blocks, ctx.scale
+            )
+            # Back into the order of the shards; each rank gets the sum of what all queries say of its keys.
+            total = torch.empty(gk.shape[0], 2 * gk.shape[1], gk.shape[2], dtype=torch.float32, device=key.device)
+            total[plan.gathered_of_S] = torch.cat([gk, gv], dim=1).float()
+            mine = total.new_empty(query.shape[0], *total.shape[1:])
+            work = dist.reduce_scatter_tensor(mine, total, group=plan.context_group, async_op=True)
+            going.append((work, mine, total))
+        for heads, (work, mine, _) in zip(of_key, going, strict=True):
+            work.wait()
+            grad_key[:, heads], grad_value[:, heads] = mine.chunk(2, dim=1)
+        return grad_query, grad_key, grad_value, None, None
 
 
-def _gather_keys(key_sKD: Tensor, value_sKD: Tensor, plan: AttentionPlan) -> tuple[Tensor, Tensor]:
-    """All ranks' keys and values in the order of the sequence, [S, K, D] each."""
-    group = plan.context_group
-    assert group is not None and plan.gathered_of_S is not None
-    mine = torch.cat([key_sKD, value_sKD], dim=1)
-    gathered = mine.new_empty(mine.shape[0] * dist.get_world_size(group), *mine.shape[1:])
-    dist.all_gather_into_tensor(gathered, mine, group=group)
-    keys, values = gathered.index_select(0, plan.gathered_of_S).chunk(2, dim=1)
-    return keys, values
+class _Gathering:
+    """All ranks' keys and values of some heads, on their way."""
+
+    def __init__(self, key_sKD: Tensor, value_sKD: Tensor, plan: AttentionPlan) -> None:
+        assert plan.context_group is not None and plan.gathered_of_S is not None
+        self.order = plan.gathered_of_S
+        self.mine = torch.cat([key_sKD, value_sKD], dim=1)
+        ranks = dist.get_world_size(plan.context_group)
+        self.all = self.mine.new_empty(self.mine.shape[0] * ranks, *self.mine.shape[1:])
+        self.work = dist.all_gather_into_tensor(self.all, self.mine, group=plan.context_group, async_op=True)
+
+    def wait(self) -> tuple[Tensor, Tensor]:
+        """Keys and values in the order of the sequence, [S, K, D] each."""
+        self.work.wait()
+        keys, values = self.all.index_select(0, self.order).chunk(2, dim=1)
+        del self.all, self.mine
+        return keys, values
+
+
+def _cut(heads: int, kv_heads: int, pieces: int) -> list[slice]:
+    """Cut heads into at most ``pieces`` runs that follow key-value heads."""
+    pieces = min(pieces, kv_heads)
+    edges = [kv_heads * i // pieces * (heads // kv_heads) for i in range(pieces + 1)]
+    return [slice(a, b) for a, b in itertools.pairwise(edges)]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -343,63 +309,111 @@ def check_ulysses(query_heads: int, kv_heads: int, context_parallel_size: int, t
         )
 
 
-def _ulysses(query_sQD: Tensor, key_sKD: Tensor, value_sKD: Tensor, plan: AttentionPlan, scale: float) -> Tensor:
-    group = plan.context_group
-    assert group is not None
-    ranks = dist.get_world_size(group)
-    kv_heads = key_sKD.shape[1]
-    if kv_heads < ranks:
-        # Each rank needs the one key-value head of its query heads; the backward of the repeat sums the copies.
-        key_sKD = key_sKD.repeat_interleave(ranks // kv_heads, dim=1)
-        value_sKD = value_sKD.repeat_interleave(ranks // kv_heads, dim=1)
-    # One exchange for all three: heads are dealt in order, so each rank's share is contiguous in each of them.
-    shares = [x.unflatten(1, (ranks, -1)) for x in (query_sQD, key_sKD, value_sKD)]
-    sizes = [share.shape[2] for share in shares]
-    mixed_SHD = _PlacesToHeads.apply(torch.cat(shares, dim=2), group)
-    query, key, value = mixed_SHD.split(sizes, dim=1)
-    out_SqD = block_attention(query, key, value, plan.groups, scale)
-    return _HeadsToPlaces.apply(out_SqD, group)
+class _UlyssesAttention(torch.autograd.Function):
+    """All places of this rank's share of the heads; keeps what it received, so that the backward exchanges gradients
+    alone."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan, scale: float) -> Tensor:
+        ctx.kv_heads = key.shape[1]
+        ranks = _ranks(plan)
+        # Each rank needs the key-value head of its query heads; the backward sums over the copies.
+        key, value = _copies(key, ranks), _copies(value, ranks)
+        # Heads are dealt in order, so each rank's share is contiguous in each of them: [s, ranks, heads, D].
+        query, key, value = (x.unflatten(1, (ranks, -1)) for x in (query, key, value))
+        going = []
+        kv_share = key.shape[2]
+        of_query, of_key = _cut(query.shape[2], kv_share, plan.pieces), _cut(kv_share, kv_share, plan.pieces)
+        for q, k in zip(of_query, of_key, strict=True):
+            # One exchange for all three.
+            going.append(_to_heads([query[:, :, q], key[:, :, k], value[:, :, k]], plan))
+        saved, back = [], []
+        for exchange in going:
+            q_SqD, k_SkD, v_SkD = exchange.wait()
+            out, lse = blocks_forward(q_SqD, k_SkD, v_SkD, plan.blocks, scale)
+            saved += [q_SqD, k_SkD, v_SkD, out, lse]
+            back.append(_to_places([out], plan))
+        whole = torch.empty_like(query, memory_format=torch.contiguous_format)
+        for q, exchange in zip(of_query, back, strict=True):
+            (whole[:, :, q],) = exchange.wait()
+        ctx.save_for_backward(*saved)
+        ctx.plan, ctx.scale = plan, scale
+        return whole.flatten(1, 2)
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        plan: AttentionPlan = ctx.plan
+        ranks, saved = _ranks(plan), ctx.saved_tensors
+        grad = grad_out.unflatten(1, (ranks, -1))
+        kv_share = max(1, ctx.kv_heads // ranks)
+        of_query, of_key = _cut(grad.shape[2], kv_share, plan.pieces), _cut(kv_share, kv_share, plan.pieces)
+        going = [_to_heads([grad[:, :, q]], plan) for q in of_query]
+        back = []
+        for i, exchange in enumerate(going):
+            (g_SqD,) = exchange.wait()
+            q, k, v, out, lse = saved[5 * i : 5 * i + 5]
+            gq, gk, gv = blocks_backward(g_SqD, q, k, v, out, lse, plan.blocks, ctx.scale)
+            back.append(_to_places([gq, gk.to(k.dtype), gv.to(v.dtype)], plan))
+        grad_query = torch.empty_like(grad, memory_format=torch.contiguous_format)
+        grad_key = grad.new_empty(grad.shape[0], ranks, kv_share, grad.shape[3])
+        grad_value = torch.empty_like(grad_key)
+        for q, k, exchange in zip(of_query, of_key, back, strict=True):
+            grad_query[:, :, q], grad_key[:, :, k], grad_value[:, :, k] = exchange.wait()
+        return (
+            grad_query.flatten(1, 2),
+            _summed(grad_key.flatten(1, 2), ctx.kv_heads),
+            _summed(grad_value.flatten(1, 2), ctx.kv_heads),
+            None,
+            None,
+        )
 
 
-def _places_to_heads(x_srhD: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """[s, ranks, h, D] (this rank's places, all heads) -> [S, h, D] (all places, this rank's heads)."""
-    send = x_srhD.transpose(0, 1).contiguous()
+def _ranks(plan: AttentionPlan) -> int:
+    assert plan.context_group is not None
+    return dist.get_world_size(plan.context_group)
+
+
+def _copies(x_sKD: Tensor, ranks: int) -> Tensor:
+    return x_sKD.repeat_interleave(ranks // x_sKD.shape[1], dim=1) if x_sKD.shape[1] < ranks else x_sKD
+
+
+def _summed(x_srD: Tensor, kv_heads: int) -> Tensor:
+    return x_srD if x_srD.shape[1] == kv_heads else x_srD.unflatten(1, (kv_heads, -1)).sum(2, dtype=x_srD.dtype)
+
+
+@dataclass
+class _Exchange:
+    """An all-to-all on its way."""
+
+    work: dist.Work
+    sent: Tensor
+    received: Tensor
+    sizes: list[int]
+    to_heads: bool
+
+    def wait(self) -> list[Tensor]:
+        """[S, heads, D] each where it goes to heads, else [s, ranks, heads, D]."""
+        self.work.wait()
+        x = self.received
+        parts = (x.flatten(0, 1) if self.to_heads else x.transpose(0, 1)).split(self.sizes, dim=-2)
+        # Apart from one another: kept for the backward one by one.
+        return [part.contiguous() for part in parts] if self.to_heads else list(parts)
+
+
+def _to_heads(parts_srhD: list[Tensor], plan: AttentionPlan) -> _Exchange:
+    """Give this rank's places of all heads, [s, ranks, heads, D]; receive all places of this rank's heads."""
+    send = torch.cat([x.transpose(0, 1) for x in parts_srhD], dim=2)
+    return _exchange(send, [x.shape[2] for x in parts_srhD], plan, to_heads=True)
+
+
+def _to_places(parts_ShD: list[Tensor], plan: AttentionPlan) -> _Exchange:
+    """The way back: give all places of this rank's heads, [S, heads, D]; receive this rank's places of all heads."""
+    send = torch.cat(parts_ShD, dim=1).unflatten(0, (_ranks(plan), -1))
+    return _exchange(send, [x.shape[1] for x in parts_ShD], plan, to_heads=False)
+
+
+def _exchange(send: Tensor, sizes: list[int], plan: AttentionPlan, *, to_heads: bool) -> _Exchange:
     received = torch.empty_like(send)
-    dist.all_to_all_single(received, send, group=group)
-    return received.flatten(0, 1)
-
-
-def _heads_to_places(x_ShD: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """[S, h, D] (all places, this rank's heads) -> [s, ranks, h, D] (this rank's places, all heads)."""
-    ranks = dist.get_world_size(group)
-    send = x_ShD.contiguous().unflatten(0, (ranks, -1))
-    received = torch.empty_like(send)
-    dist.all_to_all_single(received, send, group=group)
-    return received.transpose(0, 1)
-
-
-class _PlacesToHeads(torch.autograd.Function):
-    """All-to-all; its backward is the reverse exchange."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
-        return _places_to_heads(x, group)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        return _heads_to_places(grad, ctx.group), None
-
-
-class _HeadsToPlaces(torch.autograd.Function):
-    """All-to-all; its backward is the reverse exchange."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
-        return _heads_to_places(x, group).flatten(1, 2)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        ranks = dist.get_world_size(ctx.group)
-        return _places_to_heads(grad.unflatten(1, (ranks, -1)), ctx.group), None
+    work = dist.all_to_all_single(received, send, group=plan.context_group, async_op=True)
+    assert work is not None
+    return _Exchange(work, send, received, sizes, to_heads)

@@ -20,7 +20,7 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParall
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
-from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -33,47 +33,11 @@ from torch import Tensor
 
 from megatron_longpo import platform
 from megatron_longpo.config import Config, virtual_pipeline_size
-from megatron_longpo.logprobs import chunk_tokens, token_logprobs
-from megatron_longpo.model.attention import AttentionPlan, BlockAttention
+from megatron_longpo.logprobs import chunk_tokens, default_chunk_bytes, token_logprobs
+from megatron_longpo.model.attention import AttentionPlan, BlockAttention, rotary_cos_sin
+from megatron_longpo.model.layers import GatedMLP, NormColumnParallelLinear, RMSNorm
 from megatron_longpo.model.shape import ModelShape
 from megatron_longpo.parallel import Parallel
-
-
-class _RMSNormFunction(torch.autograd.Function):
-    """Keeps the input and one number a place; the normalised activations are made again in the backward."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        wide = x.float()
-        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-        ctx.save_for_backward(x, weight, scale)
-        # Rounded to the working precision before the weight, as Hugging Face's Llama does.
-        return weight * (wide * scale).to(x.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, weight, scale = ctx.saved_tensors
-        normal = x.float() * scale
-        grad_wide = grad.float()
-        grad_weight = (grad_wide * normal).flatten(0, -2).sum(0)
-        inner = grad_wide * weight.float()
-        # d/dx of x * r(x) with r = (mean x^2 + eps)^(-1/2): r * (g - n * mean(g * n)), n = x * r.
-        grad_x = scale * (inner - normal * (inner * normal).mean(-1, keepdim=True))
-        return grad_x.to(x.dtype), grad_weight.to(weight.dtype), None
-
-
-class RMSNorm(torch.nn.Module):
-    """Root-mean-square norm (arXiv 1910.07467). megatron-core's local one refuses sequence parallelism."""
-
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
-        super().__init__()
-        self.eps = eps
-        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
-        # Each tensor-parallel rank sees its own places: Megatron sums such gradients over the group.
-        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
-
-    def forward(self, x: Tensor) -> Tensor:
-        return _RMSNormFunction.apply(x, self.weight, self.eps)
 
 
 def layer_spec(use_transformer_engine: bool) -> ModuleSpec:
@@ -84,18 +48,14 @@ def layer_spec(use_transformer_engine: bool) -> ModuleSpec:
             TERowParallelLinear,
         )
 
-        column, row, norm = TELayerNormColumnParallelLinear, TERowParallelLinear, IdentityOp
-        keys_map = {}
+        column, row = TELayerNormColumnParallelLinear, TERowParallelLinear
     else:
-        column, row, norm = ColumnParallelLinear, RowParallelLinear, RMSNorm
-        keys_map = {
-            "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
-            "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
-        }
+        column, row = NormColumnParallelLinear, RowParallelLinear
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
-            input_layernorm=norm,
+            # The norms are in the products that follow them.
+            input_layernorm=IdentityOp,
             self_attention=ModuleSpec(
                 module=SelfAttention,
                 params={"attn_mask_type": AttnMaskType.causal},
@@ -108,10 +68,9 @@ def layer_spec(use_transformer_engine: bool) -> ModuleSpec:
                 ),
             ),
             self_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=norm,
-            mlp=ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=column, linear_fc2=row)),
+            pre_mlp_layernorm=IdentityOp,
+            mlp=ModuleSpec(module=GatedMLP, submodules=MLPSubmodules(linear_fc1=column, linear_fc2=row)),
             mlp_bda=get_bias_dropout_add,
-            sharded_state_dict_keys_map=keys_map,
         ),
     )
 
@@ -123,7 +82,9 @@ def transformer_config(shape: ModelShape, config: Config, *, use_transformer_eng
     batch_p2p = platform.use_batched_p2p(virtual is not None)
     platform.check_p2p(batch_p2p, virtual)
     dtype = torch.bfloat16 if t.bf16 else torch.float32
-    recompute: dict[str, Any] = {"recompute_granularity": t.recompute_granularity}
+    recompute: dict[str, Any] = {}
+    if t.recompute_granularity in ("full", "selective"):
+        recompute = {"recompute_granularity": t.recompute_granularity}
     if t.recompute_granularity == "full":
         recompute |= {"recompute_method": t.recompute_method, "recompute_num_layers": t.recompute_num_layers}
     elif t.recompute_granularity == "selective":
@@ -139,8 +100,6 @@ def transformer_config(shape: ModelShape, config: Config, *, use_transformer_eng
         layernorm_epsilon=shape.layernorm_epsilon,
         gated_linear_unit=True,
         activation_func=torch.nn.functional.silu,
-        # Megatron's SwiGLU keeps its input alone for the backward.
-        bias_activation_fusion=True,
         add_bias_linear=False,
         add_qkv_bias=shape.add_qkv_bias,
         hidden_dropout=0.0,
@@ -170,10 +129,12 @@ def transformer_config(shape: ModelShape, config: Config, *, use_transformer_eng
 class PolicyModel(GPTModel):
     """One pipeline stage's part of the model. The last stage returns log-probs instead of logits."""
 
-    def __init__(self, config: TransformerConfig, shape: ModelShape, logprob_chunk_bytes: int, **kwargs: Any) -> None:
+    def __init__(
+        self, config: TransformerConfig, shape: ModelShape, logprob_chunk_bytes: int | None, **kwargs: Any
+    ) -> None:
         super().__init__(config, position_embedding_type="none", **kwargs)
         self.shape = shape
-        self.logprob_chunk_bytes = logprob_chunk_bytes
+        self.logprob_chunk_bytes = logprob_chunk_bytes or default_chunk_bytes()
 
     def forward(  # type: ignore[override]
         self,
@@ -183,6 +144,7 @@ class PolicyModel(GPTModel):
         inverse_frequencies: Tensor,
         loss_places_N: Tensor,
         targets_N: Tensor,
+        foretold_N: Tensor | None = None,
     ) -> Tensor:
         """Run this stage.
 
@@ -191,17 +153,15 @@ class PolicyModel(GPTModel):
             plan: who attends to whom, over the whole sequence.
             inverse_frequencies: [D/2] of the rotary embedding, the policy's or the reference's.
             loss_places_N, targets_N: places with a loss among these, and what they predict.
+            foretold_N: gradients that the log-probs will get, where they are known (see ``token_logprobs``).
 
         Returns:
             Last stage: [N] log-probs in fp32. Other stages: hidden states [s (/TP with sequence parallelism), 1, H].
         """
         hidden = self.embedding(input_ids=tokens_1s, position_ids=positions_1s) if self.pre_process else None
-        hidden = self.decoder(
-            hidden_states=hidden,
-            attention_mask=None,
-            rotary_pos_emb=rotary_angles(positions_1s[0], inverse_frequencies),
-            packed_seq_params=plan,
-        )
+        # Angles travel with the plan: the attention rotates, so that all layers share one pair of tables.
+        cos_sin = rotary_cos_sin(positions_1s[0], inverse_frequencies, self.config.params_dtype)
+        hidden = self.decoder(hidden_states=hidden, attention_mask=None, packed_seq_params=plan.with_rotary(*cos_sin))
         if not self.post_process:
             return hidden
         group = self.pg_collection.tp
@@ -219,17 +179,12 @@ class PolicyModel(GPTModel):
             vocab_size=self.shape.vocab_size,
             vocab_start=weight.shape[0] * dist.get_rank(group),
             group=group,
-            chunk=chunk_tokens(weight.shape[0], self.logprob_chunk_bytes),
+            chunk=chunk_tokens(weight.shape[0], self.logprob_chunk_bytes, weight.dtype),
+            foretold_N=foretold_N,
         )
 
     def _tied(self) -> bool:
         return bool(self.share_embeddings_and_output_weights)
-
-
-def rotary_angles(positions_s: Tensor, inverse_frequencies: Tensor) -> Tensor:
-    """Angles of the rotary embedding (arXiv 2104.09864), [s, 1, 1, D], for any positions: branches, shards, packs."""
-    angles = positions_s.float().unsqueeze(1) * inverse_frequencies
-    return torch.cat([angles, angles], dim=-1)[:, None, None, :]
 
 
 def inverse_frequencies(shape: ModelShape, rotary_base: float) -> Tensor:
@@ -286,8 +241,10 @@ def _mark_tensor_parallel(model: PolicyModel) -> None:
     Without the mark the gradient norm counts each shard of rank 0 alone, and clipping goes wrong without an error.
     """
     for module in model.modules():
-        dimension = {ColumnParallelLinear: 0, VocabParallelEmbedding: 0, RowParallelLinear: 1}.get(type(module))
-        if dimension is not None and module.weight is not None:
+        if isinstance(module, (ColumnParallelLinear, VocabParallelEmbedding, RowParallelLinear)):
+            if module.weight is None:
+                continue
+            dimension = 1 if isinstance(module, RowParallelLinear) else 0
             for name in ("tensor_model_parallel", "partition_dim", "partition_stride"):
                 if hasattr(module.weight, name):
                     delattr(module.weight, name)

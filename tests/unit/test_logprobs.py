@@ -70,5 +70,28 @@ def test_goes_to_main_grad() -> None:
 
 
 def test_chunk_fits_its_budget() -> None:
-    assert chunk_tokens(152064, 128 * 2**20) * 152064 * 8 <= 128 * 2**20
-    assert chunk_tokens(10**9) == 16
+    assert chunk_tokens(152064, 128 * 2**20) * 152064 * 4 <= 128 * 2**20
+    assert chunk_tokens(152064, 128 * 2**20, torch.bfloat16) * 152064 * 6 <= 128 * 2**20
+    assert chunk_tokens(10**9, 128 * 2**20) == 16
+
+
+@pytest.mark.parametrize("chunk", [2, 64])
+def test_gradients_foretold_are_the_gradients(chunk: int) -> None:
+    """Some known, some not: the same sums as with none known; and a forecast that fails says so."""
+    torch.manual_seed(0)
+    weight = torch.randn(14, 8)
+    hidden, target, direction = torch.randn(23, 8), torch.randint(0, 11, (23,)), torch.randn(23)
+    foretold = torch.where(torch.arange(23) % 3 == 1, direction, torch.nan)
+    found = []
+    for told in (None, foretold, torch.where(torch.isnan(foretold), foretold, foretold * 1.01)):
+        w, h = weight.clone().requires_grad_(), hidden.clone().requires_grad_()
+        w.main_grad = torch.zeros_like(weight)  # type: ignore[attr-defined]
+        out = token_logprobs(h, w, target, vocab_size=11, chunk=chunk, foretold_N=told)
+        if len(found) == 2:
+            with pytest.raises(RuntimeError, match="not the one foretold"):
+                (out * direction).sum().backward()
+            return
+        (out * direction).sum().backward()
+        found.append((out.detach(), w.main_grad, h.grad))  # type: ignore[attr-defined]
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_longpo.model.attention import block_attention
+from megatron_longpo.model.blocks import block_attention, blocks_of
 from megatron_longpo.sequence import (
     NO_RESPONSE,
     KeyBlock,
@@ -172,7 +172,7 @@ def test_block_attention_is_masked_attention() -> None:
     layout = lay_out(rows, prefix_sharing=True, samples=1, responses=4)
     n = layout.length + 3  # padding at the end
     query, key, value = (torch.randn(n, h, 16, requires_grad=True) for h in (6, 2, 2))
-    out = block_attention(query, key, value, layout.groups, 0.25)
+    out = block_attention(query, key, value, blocks_of(layout.groups), 0.25)
     mask = torch.zeros(n, n, dtype=torch.bool)
     for group in layout.groups:
         for block in group.keys:

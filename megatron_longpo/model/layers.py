@@ -1,0 +1,156 @@
+"""Layers of the local spec, and what a layer keeps for its backward.
+
+At long context the activations are the memory. What costs one pass over a tensor to make again is not kept: the output
+of a norm and of the gated activation are dropped after the matrix product that reads them, and made anew when that
+product's backward asks. With rotated queries and keys, values, the attention's output and the up-projection, a token then
+keeps 2 H + 2 Q D + 2 K D + 2 F numbers a layer instead of 4 H + 3 Q D + 3 K D + 3 F.
+
+Shape legend: H = hidden size, F = MLP width, Q/K = query/key-value heads, D = head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear
+from megatron.core.transformer.mlp import MLP
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+from torch.nn.functional import silu
+
+
+def made_again(tensor: Tensor, make: Callable[[], Tensor]) -> AbstractContextManager[Any]:
+    """Within this context no operation keeps ``tensor`` for its backward: ``make`` gives it again when it is wanted.
+
+    Args:
+        tensor: what is dropped; known by its storage, so that views of it are dropped too.
+        make: computes equal values from tensors that are kept anyway, without recording gradients.
+    """
+    storage, numel = tensor.untyped_storage().data_ptr(), tensor.numel()
+
+    def pack(saved: Tensor) -> Any:
+        if saved.untyped_storage().data_ptr() == storage and saved.numel() == numel:
+            return saved.shape
+        return saved
+
+    def unpack(kept: Any) -> Tensor:
+        if isinstance(kept, Tensor):
+            return kept
+        with torch.no_grad():
+            return make().view(kept)
+
+    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
+
+
+# --------------------------------------------------------------------------------------------------
+# Norm
+# --------------------------------------------------------------------------------------------------
+
+
+def _normalised(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    # Rounded to the working precision before the weight, as Hugging Face's Llama does.
+    return (x.float() * scale).to(x.dtype).mul_(weight)
+
+
+class _RMSNormFunction(torch.autograd.Function):
+    """Keeps the input and one number a place; the normalised activations are made again in the backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        scale = torch.rsqrt(x.float().square().mean(-1, keepdim=True) + eps)
+        ctx.save_for_backward(x, weight, scale)
+        ctx.mark_non_differentiable(scale)
+        return _normalised(x, weight, scale), scale
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, weight, scale = ctx.saved_tensors
+        normal = x.float() * scale
+        grad_wide = grad.float()
+        grad_weight = (grad_wide * normal).flatten(0, -2).sum(0)
+        inner = grad_wide * weight.float()
+        # d/dx of x * r(x) with r = (mean x^2 + eps)^(-1/2): r * (g - n * mean(g * n)), n = x * r.
+        grad_x = inner.addcmul_(normal, (inner * normal).mean(-1, keepdim=True), value=-1).mul_(scale)
+        return grad_x.to(x.dtype), grad_weight.to(weight.dtype), None
+
+
+class RMSNorm(torch.nn.Module):
+    """Root-mean-square norm (arXiv 1910.07467). megatron-core's local one refuses sequence parallelism."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = norm_weight(config, hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _RMSNormFunction.apply(x, self.weight, self.eps)[0]
+
+
+def norm_weight(config: TransformerConfig, hidden_size: int) -> torch.nn.Parameter:
+    """Weight [H] of a norm."""
+    weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
+    # Each tensor-parallel rank sees its own places: Megatron sums such gradients over the group.
+    weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+    return weight
+
+
+class NormColumnParallelLinear(ColumnParallelLinear):
+    """Norm and column-parallel product in one module, as Transformer Engine's: the same names, and no norm output kept."""
+
+    def __init__(self, input_size: int, output_size: int, *, config: TransformerConfig, **kwargs: Any) -> None:
+        super().__init__(input_size, output_size, config=config, **kwargs)
+        self.eps = config.layernorm_epsilon
+        self.layer_norm_weight = norm_weight(config, input_size)
+
+    def forward(self, input_: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        """input_ [s, 1, H], not yet normed."""
+        weight = self.layer_norm_weight
+        normed, scale = _RMSNormFunction.apply(input_, weight, self.eps)
+        x, w = input_.detach(), weight.detach()
+        with made_again(normed, lambda: _normalised(x, w, scale)):
+            return super().forward(normed, *args, **kwargs)
+
+
+# --------------------------------------------------------------------------------------------------
+# MLP
+# --------------------------------------------------------------------------------------------------
+
+
+class _SwiGLU(torch.autograd.Function):
+    """silu(gate) * up of [..., gate and up]; keeps its input, as Megatron's does, in fewer passes on the CPU."""
+
+    @staticmethod
+    def forward(ctx: Any, both: Tensor) -> Tensor:
+        ctx.save_for_backward(both)
+        return _activated(both)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+        (both,) = ctx.saved_tensors
+        gate, up = both.chunk(2, dim=-1)
+        result = torch.empty_like(both)
+        grad_gate, grad_up = result.chunk(2, dim=-1)
+        torch.mul(grad, silu(gate), out=grad_up)
+        torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=grad_gate)
+        return result
+
+
+def _activated(both: Tensor) -> Tensor:
+    gate, up = both.chunk(2, dim=-1)
+    return silu(gate).mul_(up)
+
+
+class GatedMLP(MLP):
+    """megatron-core's MLP with SwiGLU, its activated tensor made again for the backward of the down-projection."""
+
+    def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor | None]:
+        """[s, 1, H] -> [s, 1, H] and no bias."""
+        both, bias = self.linear_fc1(hidden_states)
+        assert bias is None
+        activated = _SwiGLU.apply(both)
+        kept = both.detach()
+        with made_again(activated, lambda: _activated(kept)):
+            return self.linear_fc2(activated)

@@ -130,7 +130,7 @@ class _TokenLogprobs(torch.autograd.Function):
                         grad_C,
                         index_C,
                         hidden_CH,
-                        weight_VH.main_grad,
+                        weight_VH.main_grad,  # type: ignore[attr-defined]
                         True,
                     )
                     assert grad_hidden_CH is not None

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
@@ -74,6 +75,13 @@ def inner_optimizers(optimizer: MegatronOptimizer) -> list[torch.optim.Optimizer
     return [wrapper.optimizer for wrapper in chained if getattr(wrapper, "optimizer", None) is not None]
 
 
+def _untouched_zeros(like: torch.Tensor) -> torch.Tensor:
+    """Zeros that take no memory until somebody writes them: numpy's come from calloc, torch's are written."""
+    if like.is_cuda or like.dtype != torch.float32:
+        return torch.zeros_like(like)
+    return torch.from_numpy(np.zeros(tuple(like.shape), np.float32))
+
+
 class _RMSPropStep:
     """RMSProp's update in Adam's clothes.
 
@@ -98,7 +106,7 @@ class _RMSPropStep:
                     continue
                 state = self.state[p]
                 if "exp_avg_sq" not in state:
-                    state["exp_avg"] = torch.zeros_like(p)
+                    state["exp_avg"] = _untouched_zeros(p)
                     state["exp_avg_sq"] = torch.zeros_like(p)
                 if self.counts_in_state:
                     state.setdefault("step", torch.zeros((), dtype=torch.float32))

@@ -48,7 +48,8 @@ def make_model(family: str, folder: Path, *, vocab_size: int = VOCABULARY, seed:
     }
     special: dict[str, dict[str, Any]] = {
         "llama": {"tie_word_embeddings": True},
-        "mistral": {"sliding_window": None, "head_dim": 16},
+        # As many key-value heads as query heads, so that context parallelism has several to a rank.
+        "mistral": {"sliding_window": None, "head_dim": 16, "num_key_value_heads": 4},
         "qwen2": {"tie_word_embeddings": False},
     }
     name = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2"}[family]

@@ -14,7 +14,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
 import json
+import math
 import os
 import platform as machine
 import re
@@ -48,10 +50,16 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=1, help="samples of a step (ours)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of all processes together")
-    parser.add_argument("--steps", type=int, default=1, help="timed steps, after one that is not; the median counts")
+    parser.add_argument(
+        "--steps",
+        type=int,
+        default=1,
+        help="timed steps after one that is not, their median counts; 0: it",
+    )
     parser.add_argument("--sides", default="ours,authors")
     parser.add_argument("--cp-comm-type", default="auto")
     parser.add_argument("--recompute-granularity", default="auto")
+    parser.add_argument("--huge-pages", action="store_true", help="for the authors' side too (THP_MEM_ALLOC_ENABLE=1)")
     parser.add_argument("--output", default="benchmark", help="OUTPUT.json, OUTPUT.md and OUTPUT.png")
     parser.add_argument("--side", help=argparse.SUPPRESS)
     parser.add_argument("--checkpoint", help=argparse.SUPPRESS)
@@ -100,6 +108,9 @@ def _in_processes(a: argparse.Namespace, side: str, length: int, branches: int, 
     flags += [f"--threads={max(1, a.threads // processes)}", f"--layouts={layout}"]
     flags += [f"--lengths={length}", f"--branches={branches}", f"--side={side}"]
     environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, a.threads // processes))}
+    if a.huge_pages:
+        # Ours asks torch for them by itself.
+        environment["THP_MEM_ALLOC_ENABLE"] = "1"
     command = [sys.executable]
     if processes > 1:
         with socket.socket() as free:
@@ -147,8 +158,6 @@ def make_sample(a: argparse.Namespace, length: int, vocab_size: int, branches: i
 # Memory (Linux)
 # --------------------------------------------------------------------------------------------------
 
-_peak_before_reset = 0.0
-
 
 def _status(key: str) -> float:
     text = Path("/proc/self/status").read_text()
@@ -156,14 +165,14 @@ def _status(key: str) -> float:
 
 
 def peak_gb() -> float:
-    """Largest resident set of this process so far."""
-    return max(_peak_before_reset, _status("VmHWM"))
+    """Largest resident set of this process, since its start or the last reset."""
+    return _status("VmHWM")
 
 
 def reset_peak() -> float:
-    """Count peaks anew from here; gives the resident set now."""
-    global _peak_before_reset
-    _peak_before_reset = peak_gb()
+    """Count peaks anew from here; gives the resident set now, less what the allocator holds without need."""
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
     return _status("VmRSS")
 
@@ -222,14 +231,19 @@ def ours(a: argparse.Namespace, length: int, branches: int) -> dict[str, Any]:
     ceilings = _ceilings(length, shape, a.dtype)
     plan = make_plan(config, dist.get_world_size())
     trainer = Trainer(plan, groups_of(plan))
-    first = trainer.train_step()
-    before = reset_peak()
-    runs = [_measured_step(trainer) for _ in range(a.steps)]
-    activations = _status("VmHWM") - before
-    scoring = _median([_score_again(trainer) for _ in range(a.steps)])
-    step = sorted(runs, key=lambda r: r["seconds"])[len(runs) // 2]
+    set_up = peak_gb()
+    # The first step touches all memory for the first time: it is profiled, the next ones are timed. The profiler's own
+    # memory does not count.
+    first, parts = _profiled_step(trainer)
+    if a.steps:
+        before = reset_peak()
+        seconds = _median([trainer.train_step()["step_seconds"] for _ in range(a.steps)])
+        activations = peak_gb() - before
+    else:
+        seconds, activations = first["step_seconds"], math.nan
+    scoring = _median([_score_again(trainer) for _ in range(max(1, a.steps))])
     # Of the ranks the slowest step and the largest memory count; the step's parts are the first one's.
-    most = torch.tensor([step["seconds"], scoring, peak_gb(), activations], dtype=torch.float64)
+    most = torch.tensor([seconds, scoring, max(set_up, peak_gb()), activations], dtype=torch.float64)
     dist.all_reduce(most, op=dist.ReduceOp.MAX)
     seconds, scoring, peak, activations = most.tolist()
     return {
@@ -240,7 +254,7 @@ def ours(a: argparse.Namespace, length: int, branches: int) -> dict[str, Any]:
         "activation_gb": activations,
         "loss": first["loss"],
         "recompute": trainer.config.training.recompute_granularity,
-        "parts": step["parts"],
+        "parts": parts,
         "operations": _operations(trainer),
         "ceilings": ceilings,
     }
@@ -324,8 +338,8 @@ _PARTS = {
 }
 
 
-def _measured_step(trainer: Any) -> dict[str, Any]:
-    """One step under the profiler (which costs it about one part in a hundred): its seconds, and those of its parts."""
+def _profiled_step(trainer: Any) -> tuple[dict[str, Any], dict[str, float]]:
+    """One step under the profiler: its record, and the seconds of its parts."""
     from torch.profiler import ProfilerActivity, profile, record_function
 
     original = trainer.optimizer.step
@@ -336,7 +350,7 @@ def _measured_step(trainer: Any) -> dict[str, Any]:
 
     trainer.optimizer.step = step
     with profile(activities=[ProfilerActivity.CPU]) as prof, _watched_communication() as waited:
-        seconds = trainer.train_step()["step_seconds"]
+        record = trainer.train_step()
     trainer.optimizer.step = original
     parts = dict.fromkeys(_PARTS, 0.0)
 
@@ -355,8 +369,8 @@ def _measured_step(trainer: Any) -> dict[str, Any]:
     parts["attention"] -= waited.get("all_gather_into_tensor", 0.0) + waited.get("all_to_all_single", 0.0)
     parts["attention"] -= waited.get("reduce_scatter_tensor", 0.0) if trainer.parallel.context_size > 1 else 0.0
     parts["communication and idle"] = sum(waited.values())
-    parts["element-wise and the rest"] = max(0.0, seconds - sum(parts.values()))
-    return {"seconds": seconds, "parts": parts}
+    parts["element-wise and the rest"] = max(0.0, record["step_seconds"] - sum(parts.values()))
+    return record, parts
 
 
 @contextlib.contextmanager
@@ -407,7 +421,12 @@ def _watched_communication() -> Iterator[dict[str, float]]:
 
 
 def authors(a: argparse.Namespace, length: int, branches: int) -> dict[str, Any]:
-    """The released code's step, from its description, on plain Hugging Face."""
+    """The released code's step, from its description, on plain Hugging Face.
+
+    As there, float logits of both rows are made, log-probs are minus the cross entropy of a shifted copy of them, and the
+    NLL is a second cross entropy over a shifted copy of the chosen row's. (Theirs is flash-attn's fused cross entropy, which
+    runs on CUDA alone; this is torch's.)
+    """
     import torch
     import torch.nn.functional as F
     from transformers import AutoModelForCausalLM
@@ -439,9 +458,12 @@ def authors(a: argparse.Namespace, length: int, branches: int) -> dict[str, Any]
             answers[i, :n] = torch.from_numpy(row.response_L >= 0)
         return ids, mask, answers
 
-    def token_logps(model: Any, ids: Any, mask: Any) -> Any:
-        logits = model(input_ids=ids, attention_mask=mask).logits[:, :-1].float()
-        return F.log_softmax(logits, dim=-1).gather(2, ids[:, 1:, None])[..., 0]
+    def token_losses(logits: Any, ids: Any) -> Any:
+        shifted = logits[:, :-1].contiguous()
+        return F.cross_entropy(shifted.flatten(0, 1), ids[:, 1:].flatten(), reduction="none").view(len(ids), -1)
+
+    def logits_of(model: Any, ids: Any, mask: Any) -> Any:
+        return model(input_ids=ids, attention_mask=mask).logits.float()
 
     long = batch(long_rows(sample, slot=0, turns="chained", nll_scope="sequence", sides=(Mode.CHOSEN, Mode.REJECTED)))
     shorts = short_rows(sample, slot=0)
@@ -449,11 +471,12 @@ def authors(a: argparse.Namespace, length: int, branches: int) -> dict[str, Any]
 
     def step() -> float:
         ids, mask, answers = long
-        logps = token_logps(policy, ids, mask)
-        sums = (logps * answers[:, 1:]).sum(1)
-        nll = -(logps[0] * mask[0, 1:]).sum() / mask[0, 1:].sum()
+        logits = logits_of(policy, ids, mask)
+        sums = -(token_losses(logits, ids) * answers[:, 1:]).sum(1)
+        nll = (token_losses(logits[:1], ids[:1]) * mask[:1, 1:]).sum() / mask[0, 1:].sum()
+        del logits
         with torch.no_grad():
-            ref = sum((token_logps(reference, i, m) * s[:, 1:]).sum(1) for i, m, s in short)
+            ref = sum(-(token_losses(logits_of(reference, i, m), i) * s[:, 1:]).sum(1) for i, m, s in short)
         margin = 0.1 * ((sums[0] - ref[0]) - (sums[1] - ref[1]))
         loss = 0.01 * -F.logsigmoid(margin) + nll
         loss.backward()

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from tests.support import FAMILIES
+
 
 @dataclass(frozen=True)
 class Case:
@@ -14,13 +16,17 @@ class Case:
         name: of the case.
         processes: size of the launch it runs in.
         settings: configuration by section.
-        oracle: the one-process case that it must agree with.
+        oracle: the one-process case that it must agree with; prefix sharing is off in it.
+        families: that run it.
+        bf16: computed in bf16, so that it need not agree better than plain bf16 does.
     """
 
     name: str
     processes: int
     settings: dict[str, dict[str, Any]] = field(default_factory=dict)
-    oracle: str = "one"
+    oracle: str = "one-not-shared"
+    families: tuple[str, ...] = FAMILIES
+    bf16: bool = False
 
 
 def _layout(tp: int = 1, pp: int = 1, cp: int = 1, **more: Any) -> dict[str, Any]:
@@ -34,22 +40,30 @@ def _layout(tp: int = 1, pp: int = 1, cp: int = 1, **more: Any) -> dict[str, Any
 
 _FULL = {"recompute_granularity": "full"}
 _SELECTIVE = {"recompute_granularity": "selective"}
+_MLP = {"recompute_granularity": "selective", "recompute_modules": ("mlp",)}
 _NOT_SHARED = {"prefix_sharing": False}
 _INDEPENDENT = {"turns": "independent"}
 
-CASES = (
+_BASE = (
     # One process: what may not change the numbers, and the oracles of other objectives.
     Case("one", 1),
     Case("one-not-shared", 1, {"data": _NOT_SHARED}),
     Case("one-micro2", 1, {"training": {"micro_batch_size": 2}}),
     Case("one-recompute-full", 1, {"training": _FULL}),
     Case("one-recompute-selective", 1, {"training": _SELECTIVE}),
+    Case("one-recompute-mlp", 1, {"training": _MLP}),
+    Case("one-recompute-block", 1, {"training": {**_FULL, "recompute_method": "block", "recompute_num_layers": 2}}),
     Case("one-chunked", 1, {"model": {"logprob_chunk_bytes": 8 * 101 * 16}}),
     Case("one-online-swapped", 1, {"reference": {"reference": "online"}}),
     Case("one-online-resident", 1, {"reference": {"reference": "online", "reference_model": "resident"}}),
     Case("one-distopt", 1, {"parallel": {"use_distributed_optimizer": True}}),
-    Case("one-independent", 1, {"data": _INDEPENDENT}, oracle="one-independent"),
-    Case("one-independent-not-shared", 1, {"data": {**_INDEPENDENT, **_NOT_SHARED}}, oracle="one-independent"),
+    Case("one-independent", 1, {"data": _INDEPENDENT}, oracle="one-independent-not-shared"),
+    Case(
+        "one-independent-not-shared",
+        1,
+        {"data": {**_INDEPENDENT, **_NOT_SHARED}},
+        oracle="one-independent-not-shared",
+    ),
     Case("one-dpo", 1, {"objective": {"objective": "dpo"}}, oracle="one-dpo"),
     Case("one-sft", 1, {"objective": {"objective": "sft"}}, oracle="one-sft"),
     Case(
@@ -63,12 +77,6 @@ CASES = (
     Case("pp2-vpp2", 2, {"parallel": _layout(pp=2, num_layers_per_virtual_pipeline_stage=1)}),
     Case("cp2", 2, {"parallel": _layout(cp=2)}),
     Case("cp2-allgather", 2, {"parallel": _layout(cp=2, cp_comm_type="allgather")}),
-    Case(
-        "cp2-allgather-independent",
-        2,
-        {"parallel": _layout(cp=2, cp_comm_type="allgather"), "data": _INDEPENDENT},
-        oracle="one-independent",
-    ),
     Case(
         "cp2-not-shared-micro2",
         2,
@@ -85,7 +93,6 @@ CASES = (
     Case("dp2-micro2", 2, {"parallel": _layout(), "training": {"micro_batch_size": 2}}),
     Case("cp2-dpo", 2, {"parallel": _layout(cp=2), "objective": {"objective": "dpo"}}, oracle="one-dpo"),
     Case("pp2-sft", 2, {"parallel": _layout(pp=2), "objective": {"objective": "sft"}}, oracle="one-sft"),
-    Case("cp2-independent", 2, {"parallel": _layout(cp=2), "data": _INDEPENDENT}, oracle="one-independent"),
     Case(
         "dp2-distopt-rmsprop",
         2,
@@ -108,7 +115,7 @@ CASES = (
     Case("tp2-cp2", 4, {"parallel": _layout(tp=2, cp=2)}),
     Case("tp2-sp-cp2-recompute", 4, {"parallel": _layout(tp=2, cp=2, sequence_parallel=True), "training": _FULL}),
     Case("pp2-cp2", 4, {"parallel": _layout(pp=2, cp=2)}),
-    Case("pp2-cp2-selective", 4, {"parallel": _layout(pp=2, cp=2), "training": _SELECTIVE}),
+    Case("pp2-cp2-selective", 4, {"parallel": _layout(pp=2, cp=2), "training": {**_SELECTIVE, **_MLP}}),
     Case("dp2-cp2", 4, {"parallel": _layout(cp=2)}),
     Case(
         "dp2-cp2-distopt-online",
@@ -128,3 +135,33 @@ CASES = (
     ),
     Case("dp2-pp2-vpp2", 4, {"parallel": _layout(pp=2, num_layers_per_virtual_pipeline_stage=1)}),
 )
+
+
+def _every_layout() -> dict[str, Case]:
+    """Each layout of the matrix once, by the first case that has it."""
+    layouts: dict[str, Case] = {}
+    for case in _BASE:
+        if case.processes > 1 and set(case.settings) == {"parallel"}:
+            layouts.setdefault(repr(sorted(case.settings["parallel"].items())), case)
+    return {case.name: case for case in layouts.values()}
+
+
+# Up to six branches: each turn's two answers on the document, in every layout.
+_SIX = tuple(
+    Case(
+        f"{case.name}-independent",
+        case.processes,
+        {**case.settings, "data": _INDEPENDENT},
+        oracle="one-independent-not-shared",
+        families=("qwen2",),
+    )
+    for case in _every_layout().values()
+)
+
+_IN_BF16 = {"training": {"bf16": True}}
+_BF16 = tuple(
+    Case(f"{case.name}-bf16", case.processes, {**case.settings, **_IN_BF16}, families=("qwen2",), bf16=True)
+    for case in (Case("one", 1), Case("one-not-shared", 1, {"data": _NOT_SHARED}), *_every_layout().values())
+)
+
+CASES = (*_BASE, *_SIX, *_BF16)

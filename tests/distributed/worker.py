@@ -73,7 +73,7 @@ def main() -> None:
     for family in families:
         results = {}
         for case in CASES:
-            if case.processes != world or (names and case.name not in names):
+            if case.processes != world or family not in case.families or (names and case.name not in names):
                 continue
             results[case.name] = run_case(settings_of(case, folder, family))
             if int(os.environ["RANK"]) == 0:

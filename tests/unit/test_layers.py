@@ -1,0 +1,246 @@
+"""Blocks, rotary embedding, what layers keep, and how much is computed again, by hand and against plain torch."""
+
+from __future__ import annotations
+
+import types
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_longpo import memory
+from megatron_longpo.config import from_dict
+from megatron_longpo.model import blocks as blocks_module
+from megatron_longpo.model.attention import rotary_cos_sin, rotate
+from megatron_longpo.model.blocks import Blocks, CausalBlock, FullBlock, block_attention, blocks_of
+from megatron_longpo.model.layers import _SwiGLU, made_again
+from megatron_longpo.model.shape import ModelShape
+from megatron_longpo.parallel import Parallel
+from megatron_longpo.sequence import KeyBlock, QueryGroup, Row, lay_out
+
+
+def test_branches_on_one_trunk_are_one_block() -> None:
+    """However many branches: their queries lie side by side and see the same keys."""
+    groups = (
+        QueryGroup(0, 5, (KeyBlock(0, 5, True),)),
+        QueryGroup(5, 7, (KeyBlock(0, 3, False), KeyBlock(5, 7, True))),
+        QueryGroup(7, 10, (KeyBlock(0, 3, False), KeyBlock(7, 10, True))),
+        QueryGroup(10, 11, (KeyBlock(0, 4, False), KeyBlock(10, 11, True))),
+    )
+    assert blocks_of(groups) == Blocks(
+        (CausalBlock(0, 0, 5), CausalBlock(5, 5, 2), CausalBlock(7, 7, 3), CausalBlock(10, 10, 1)),
+        (FullBlock(5, 10, 0, 3), FullBlock(10, 11, 0, 4)),
+    )
+
+
+def test_a_group_without_its_own_keys_is_refused() -> None:
+    with pytest.raises(ValueError, match="one causal block"):
+        blocks_of([QueryGroup(0, 2, (KeyBlock(0, 2, False),))])
+
+
+class _FlashAttn:
+    """What flash-attn 2.8's two variable-length functions do, by its documentation, in plain torch: the arguments we give
+    them, the boundaries and the shapes of what comes back."""
+
+    calls = 0
+
+    @staticmethod
+    def _mask(of_q: torch.Tensor, of_k: torch.Tensor, causal: bool) -> torch.Tensor:
+        n, m = int(of_q[-1]), int(of_k[-1])
+        mask = torch.zeros(n, m, dtype=torch.bool)
+        for i in range(len(of_q) - 1):
+            size = (int(of_q[i + 1] - of_q[i]), int(of_k[i + 1] - of_k[i]))
+            visible = torch.ones(size, dtype=torch.bool)
+            mask[of_q[i] : of_q[i + 1], of_k[i] : of_k[i + 1]] = visible.tril() if causal else visible
+        return mask
+
+    @classmethod
+    def _scores(cls, q: Any, k: Any, of_q: Any, of_k: Any, scale: float, causal: bool) -> torch.Tensor:
+        assert of_q.dtype == of_k.dtype == torch.int32
+        scores = torch.einsum("nhd,mhd->hnm", q, k.repeat_interleave(q.shape[1] // k.shape[1], 1)) * scale
+        return scores.masked_fill(~cls._mask(of_q, of_k, causal), -torch.inf)
+
+    @classmethod
+    def _flash_attn_varlen_forward(
+        cls,
+        q: Any,
+        k: Any,
+        v: Any,
+        cu_seqlens_q: Any,
+        cu_seqlens_k: Any,
+        max_seqlen_q: int,
+        max_seqlen_k: int,
+        dropout_p: float,
+        softmax_scale: float,
+        causal: bool,
+    ) -> tuple[Any, ...]:
+        cls.calls += 1
+        assert max_seqlen_q == int(cu_seqlens_q.diff().max()) and max_seqlen_k == int(cu_seqlens_k.diff().max())
+        scores = cls._scores(q, k, cu_seqlens_q, cu_seqlens_k, softmax_scale, causal)
+        repeated = v.repeat_interleave(q.shape[1] // v.shape[1], 1)
+        return torch.einsum("hnm,mhd->nhd", scores.softmax(-1), repeated), scores.logsumexp(-1), None, None
+
+    @classmethod
+    def _flash_attn_varlen_backward(
+        cls,
+        dout: Any,
+        q: Any,
+        k: Any,
+        v: Any,
+        out: Any,
+        softmax_lse: Any,
+        dq: Any,
+        dk: Any,
+        dv: Any,
+        cu_seqlens_q: Any,
+        cu_seqlens_k: Any,
+        max_seqlen_q: int,
+        max_seqlen_k: int,
+        dropout_p: float,
+        softmax_scale: float,
+        causal: bool,
+        window_size_left: int,
+        window_size_right: int,
+        softcap: float,
+        alibi_slopes: Any,
+        deterministic: bool,
+    ) -> None:
+        assert (window_size_left, window_size_right, softcap, alibi_slopes) == (-1, -1, 0.0, None)
+        repeat = q.shape[1] // k.shape[1]
+        scores = cls._scores(q, k, cu_seqlens_q, cu_seqlens_k, softmax_scale, causal)
+        weights = (scores - softmax_lse.unsqueeze(-1)).exp()
+        grad_weights = torch.einsum("nhd,mhd->hnm", dout, v.repeat_interleave(repeat, 1))
+        inner = weights * (grad_weights - (dout * out).sum(-1).t().unsqueeze(-1)) * softmax_scale
+        dq.copy_(torch.einsum("hnm,mhd->nhd", inner, k.repeat_interleave(repeat, 1)))
+        for total, part in (
+            (dk, torch.einsum("hnm,nhd->mhd", inner, q)),
+            (dv, torch.einsum("hnm,nhd->mhd", weights, dout)),
+        ):
+            total.copy_(part.unflatten(1, (k.shape[1], repeat)).sum(2))
+
+
+def _tree(seed: int) -> tuple[Any, list[torch.Tensor]]:
+    rng = np.random.default_rng(seed)
+    document = rng.integers(3, 100, 40)
+    rows = []
+    for i in range(4):
+        tokens = np.concatenate([document, rng.integers(3, 100, 5 + 3 * i)])
+        rows.append(Row(tokens, np.full(len(tokens), -1), np.ones(len(tokens), bool), 0))
+    layout = lay_out(rows, prefix_sharing=True, samples=1, responses=8)
+    torch.manual_seed(seed)
+    return layout, [torch.randn(layout.length + 2, h, 8, requires_grad=True) for h in (4, 2, 2)]
+
+
+def test_variable_length_kernels_are_called_as_flash_attn_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The CUDA path's bookkeeping, on stand-ins of the kernels: all causal blocks in one call, the same numbers."""
+    layout, tensors = _tree(0)
+    blocks = blocks_of(layout.groups)
+    direction = torch.randn_like(tensors[0])
+    found = []
+    for flash in (False, True):
+        if flash:
+            monkeypatch.setattr(blocks_module, "_have_flash_attn", lambda x: True)
+            monkeypatch.setattr(blocks_module, "_flash_attn", lambda: _FlashAttn)
+        out = block_attention(*tensors, blocks, 0.3)  # type: ignore[arg-type]
+        found.append((out, *torch.autograd.grad((out * direction).sum(), tensors)))
+    assert _FlashAttn.calls == 1 + len(blocks.full)
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(1, 4), st.integers(0, 2))
+def test_rotation_is_by_complex_numbers(half: int, rest: int) -> None:
+    positions = torch.tensor([0, 3, 7, 100])
+    frequencies = torch.rand(half)
+    x = torch.randn(4, 2, 2 * half + rest, dtype=torch.float64, requires_grad=True)
+    angles = positions.unsqueeze(1) * frequencies.double()
+    turned = (
+        torch.complex(x[..., :half], x[..., half : 2 * half]) * torch.polar(torch.ones_like(angles), angles)[:, None]
+    )
+    expected = torch.cat([turned.real, turned.imag, x[..., 2 * half :]], dim=-1)
+    found = rotate(x, *rotary_cos_sin(positions, frequencies, torch.float64))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    direction = torch.randn_like(x)
+    (a,), (b,) = (torch.autograd.grad((y * direction).sum(), x) for y in (found, expected))
+    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_what_is_made_again_is_not_kept() -> None:
+    """The product that reads it keeps nothing of it, and its gradients are the same."""
+    torch.manual_seed(0)
+    both, weight = torch.randn(5, 8, requires_grad=True), torch.randn(3, 4, requires_grad=True)
+    plain = torch.nn.functional.silu(both[:, :4]) * both[:, 4:]
+    expected = torch.autograd.grad((plain @ weight.t()).square().sum(), (both, weight))
+    activated = _SwiGLU.apply(both)
+    asked = []
+
+    def make() -> torch.Tensor:
+        asked.append(1)
+        return plain.detach()
+
+    with made_again(activated, make):
+        out = activated @ weight.t()
+    activated.untyped_storage().resize_(0)  # whoever kept it would now fail or give garbage
+    assert not asked
+    found = torch.autograd.grad(out.square().sum(), (both, weight))
+    assert asked
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+_MISTRAL = ModelShape("mistral", 32, 4096, 14336, 32, 8, 128, 32000, 1e-5, False, True, 1e6, 32768, 0.02, "bfloat16")
+
+
+def _parallel(**degrees: Any) -> Parallel:
+    values = {"tensor_size": 1, "pipeline_size": 1, "virtual_stages": None, "context_size": 1, "data_size": 1}
+    values |= {"sequence_parallel": False, "comm_type": "a2a", "rank": 0, "world_size": 1}
+    return Parallel(**{**values, **degrees})
+
+
+def _choices(tokens: int, context: int) -> list[memory.Choice]:
+    config = from_dict(
+        {"training": {"bf16": True}, "parallel": {"context_parallel_size": context, "use_distributed_optimizer": True}},
+        "test",
+    )
+    parallel = types.SimpleNamespace(**{**vars(_parallel(context_size=context)), "short_size": context})
+    return memory.choices(
+        _MISTRAL,
+        config,
+        parallel,
+        tokens=tokens,
+        pairs=tokens * tokens // 2,
+        microbatches=8,
+        stage=0,  # type: ignore[arg-type]
+    )
+
+
+def test_no_more_is_computed_again_than_memory_demands() -> None:
+    """Mistral-7B at 128K over 8 ranks: choices cost more and more, and the first that fits is taken."""
+    found = _choices(131072, 8)
+    assert [c.extra for c in found] == sorted(c.extra for c in found)
+    assert found[0].granularity == "none" and found[0].extra == 0
+    by_name = {str(c): c for c in found}
+    # By hand: 16384 places x (2 x 4096 + 3 x 4096 + 2 x 1024 + 2 x 14336) numbers of 2 bytes, 32 layers.
+    everything = 16384 * (2 * 4096 + 3 * 4096 + 2 * 1024 + 2 * 14336) * 2 * 32
+    all_layers = by_name["32 layer(s) of each stage"]
+    assert by_name["nothing"].bytes_needed - all_layers.bytes_needed == everything - 16384 * 4096 * 2 * 32
+    # At this length most of a layer's time is attention, so that the MLPs alone cost little.
+    assert by_name["the MLPs"].extra < 0.1 < all_layers.extra
+    available = 2 * 10**11
+    assert memory.choose(found, [memory.room(c, available) for c in found]).granularity == "none"
+    tight = int(by_name["20 layer(s) of each stage"].bytes_needed / 0.9) + 1
+    chosen = memory.choose(found, [memory.room(c, tight) for c in found])
+    assert memory.room(chosen, tight) >= 0
+    assert all(memory.room(c, tight) < 0 for c in found if c.extra < chosen.extra)
+    # Nothing fits: the one that is nearest.
+    assert memory.choose(found, [memory.room(c, 10**9) for c in found]) == all_layers
+
+
+def test_a_longer_row_needs_more_recompute() -> None:
+    rooms = [[memory.room(c, 80 * 10**9) for c in _choices(tokens, 8)] for tokens in (32768, 131072, 262144)]
+    extra = [memory.choose(_choices(t, 8), r).extra for t, r in zip((32768, 131072, 262144), rooms, strict=True)]
+    assert extra == sorted(extra) and extra[0] == 0.0 < extra[2]

@@ -57,7 +57,14 @@ class MicroBatch:
 
     @classmethod
     def make(
-        cls, rows: Sequence[Row], *, samples: int, prefix_sharing: bool, parallel: Parallel, context_parallel: bool
+        cls,
+        rows: Sequence[Row],
+        *,
+        samples: int,
+        prefix_sharing: bool,
+        parallel: Parallel,
+        context_parallel: bool,
+        window: int | None = None,
     ) -> MicroBatch:
         """Lay rows out and cut them.
 
@@ -67,6 +74,7 @@ class MicroBatch:
             prefix_sharing: share common prefixes.
             parallel: degrees and groups.
             context_parallel: cut over the context-parallel ranks; else the sequence is this rank's alone.
+            window: of the model's attention.
         """
         layout = lay_out(rows, prefix_sharing=prefix_sharing, samples=samples, responses=2 * samples)
         parts = parallel.context_size if context_parallel else 1
@@ -90,6 +98,8 @@ class MicroBatch:
                 parallel.comm_type,
                 torch.from_numpy(_gathered_of(hands, padded)).to(device) if gather else None,
                 pieces=_PIECES,
+                window=window,
+                positions_S=layout.positions_S,
             ),
             tokens_1s=torch.from_numpy(piece.tokens).to(device)[None],
             positions_1s=torch.from_numpy(piece.positions).to(device)[None],
@@ -164,7 +174,12 @@ def policy_layout(samples: Sequence[Sample], *, data: DataConfig, objective: Obj
 
 
 def policy_batch(
-    samples: Sequence[Sample], *, data: DataConfig, objective: ObjectiveConfig, parallel: Parallel
+    samples: Sequence[Sample],
+    *,
+    data: DataConfig,
+    objective: ObjectiveConfig,
+    parallel: Parallel,
+    window: int | None = None,
 ) -> MicroBatch:
     """The long rows of some samples as this rank computes them."""
     return MicroBatch.make(
@@ -173,6 +188,7 @@ def policy_batch(
         prefix_sharing=data.prefix_sharing,
         parallel=parallel,
         context_parallel=True,
+        window=window,
     )
 
 

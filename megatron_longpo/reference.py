@@ -27,6 +27,7 @@ from megatron_longpo.config import Config
 from megatron_longpo.data.indexed import PreferenceData, sha256_of, write_atomically
 from megatron_longpo.data.preference import Sample, long_rows, short_rows
 from megatron_longpo.errors import DataError
+from megatron_longpo.model.rotary import Rotary
 from megatron_longpo.model.shape import ModelShape
 from megatron_longpo.parallel import Parallel
 from megatron_longpo.sequence import Row
@@ -111,7 +112,7 @@ def score(
     *,
     scope: str,
     model: Sequence[torch.nn.Module],
-    inverse_frequencies: Tensor,
+    rotary: Rotary,
     shape: ModelShape,
     parallel: Parallel,
     max_tokens: int,
@@ -123,7 +124,7 @@ def score(
         samples: the same on every rank.
         scope: ``short`` or ``long``.
         model: this pipeline rank's chunks, holding the reference's weights.
-        inverse_frequencies: of the reference's rotary embedding.
+        rotary: the reference's rotary embedding.
         shape: of the model, for the costs.
         parallel: groups.
         max_tokens: of a packed sequence of short rows.
@@ -140,7 +141,9 @@ def score(
     result = torch.zeros(len(samples), 2, dtype=torch.float64, device=platform.CURRENT.device)
     for numbers, sums in zip(
         packs,
-        _forward([[mine[i] for i in p] for p in packs], model, inverse_frequencies, parallel, long, prefix_sharing),
+        _forward(
+            [[mine[i] for i in p] for p in packs], model, rotary, parallel, long, prefix_sharing, shape.window_size
+        ),
         strict=True,
     ):
         for slot, number in enumerate(numbers):
@@ -155,10 +158,11 @@ def score(
 def _forward(
     packs: list[list[Task]],
     model: Sequence[torch.nn.Module],
-    inverse_frequencies: Tensor,
+    rotary: Rotary,
     parallel: Parallel,
     long: bool,
     prefix_sharing: bool,
+    window: int | None,
 ) -> list[Tensor]:
     """[tasks of the pack, 2] sums of each pack; zeros on all but the last pipeline stage."""
     batches = []
@@ -175,7 +179,12 @@ def _forward(
         ]
         batches.append(
             MicroBatch.make(
-                rows, samples=len(pack_), prefix_sharing=prefix_sharing, parallel=parallel, context_parallel=long
+                rows,
+                samples=len(pack_),
+                prefix_sharing=prefix_sharing,
+                parallel=parallel,
+                context_parallel=long,
+                window=window,
             )
         )
     if not batches:
@@ -188,9 +197,7 @@ def _forward(
 
     def forward_step(iterator: Any, chunk: torch.nn.Module) -> tuple[Tensor, Callable[..., Any]]:
         batch: MicroBatch = next(iterator)
-        output = chunk(
-            batch.tokens_1s, batch.positions_1s, batch.plan, inverse_frequencies, batch.loss_places_N, batch.targets_N
-        )
+        output = chunk(batch.tokens_1s, batch.positions_1s, batch.plan, rotary, batch.loss_places_N, batch.targets_N)
 
         def collect(logps_N: Tensor, non_loss_data: bool = True) -> Tensor:
             sums = response_sums(logps_N, batch, parallel)

@@ -44,7 +44,8 @@ from megatron_longpo.data.sampler import BatchSampler, deal_batch
 from megatron_longpo.errors import ConfigError, DataError, LongPOError
 from megatron_longpo.metrics import Reporter, log, reduce_samples
 from megatron_longpo.model.attention import resolve_comm_type
-from megatron_longpo.model.gpt import PolicyModel, build_model, inverse_frequencies, transformer_config
+from megatron_longpo.model.gpt import PolicyModel, build_model, transformer_config
+from megatron_longpo.model.rotary import rotary_of
 from megatron_longpo.model.shape import ModelShape
 from megatron_longpo.optimization import build_optimizer, build_scheduler, check_schedule, wrap_for_training
 from megatron_longpo.parallel import Parallel
@@ -131,7 +132,13 @@ def make_plan(config: Config, world_size: int) -> Plan:
 
 
 def _check_same_architecture(shape: ModelShape, reference: ModelShape, config: Config) -> None:
-    ignored = {"rotary_base": 0.0, "max_position_embeddings": 0, "weights_hash": None, "dtype": ""}
+    ignored = {
+        "rotary_base": 0.0,
+        "max_position_embeddings": 0,
+        "weights_hash": None,
+        "dtype": "",
+        "rope_scaling": None,
+    }
     if shape.replace(**ignored) != reference.replace(**ignored):
         raise ConfigError(
             f"reference_load={config.reference.reference_load} is another architecture than load="
@@ -206,7 +213,7 @@ class Trainer:
             seed=config.training.seed,
         )
         self.costs = [row_cost(int(n), plan.shape) for n in self.data.long_lengths()]
-        self.frequencies = inverse_frequencies(plan.shape, plan.policy_shape.rotary_base)
+        self.rotary = rotary_of(plan.shape, plan.policy_shape.rotary_base)
 
         reference_weights, resumed = self._agree()
         self._log_model()
@@ -350,14 +357,14 @@ class Trainer:
         scope = scope_of(config.objective.objective)
         if scope == "none":
             return lambda numbers: None
-        frequencies = inverse_frequencies(plan.reference_shape, self._reference_base())
+        rotary = rotary_of(plan.reference_shape, self._reference_base())
 
         def score_with(model: Sequence[PolicyModel]) -> Callable[[list[Sample]], np.ndarray]:
             return lambda samples: score(
                 samples,
                 scope=scope,
                 model=model,
-                inverse_frequencies=frequencies,
+                rotary=rotary,
                 shape=plan.shape,
                 parallel=self.parallel,
                 max_tokens=config.reference.reference_max_tokens,
@@ -505,7 +512,7 @@ class Trainer:
                 batch.tokens_1s,
                 batch.positions_1s,
                 batch.plan,
-                self.frequencies,
+                self.rotary,
                 batch.loss_places_N,
                 batch.targets_N,
                 foretold_gradient(
@@ -543,7 +550,10 @@ class Trainer:
         return figures
 
     def _lay_out(self, samples: list[Sample]) -> MicroBatch:
-        return policy_batch(samples, data=self.config.data, objective=self.config.objective, parallel=self.parallel)
+        c = self.config
+        return policy_batch(
+            samples, data=c.data, objective=c.objective, parallel=self.parallel, window=self.plan.shape.window_size
+        )
 
     def _check_finite(self, what: str, value: float, numbers: list[int]) -> None:
         if not math.isfinite(value):

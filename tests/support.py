@@ -28,7 +28,9 @@ from megatron_longpo.data.preference import (
 
 ROOT = Path(__file__).parent.parent
 VOCABULARY = 101
+# What the whole parity matrix runs on, and what else can be converted and trained.
 FAMILIES = ("llama", "mistral", "qwen2")
+VARIANTS = ("llama3", "mistral-window", "yarn-mistral", "qwen2-yarn", "qwen3", "glm")
 
 
 def make_model(family: str, folder: Path, *, vocab_size: int = VOCABULARY, seed: int = 0, **extra: Any) -> Path:
@@ -46,14 +48,23 @@ def make_model(family: str, folder: Path, *, vocab_size: int = VOCABULARY, seed:
         "num_key_value_heads": 2,
         "max_position_embeddings": 512,
     }
-    special: dict[str, dict[str, Any]] = {
-        "llama": {"tie_word_embeddings": True},
+    # A scaled RoPE as of a model that was trained on 64 tokens: rows are longer, so that it shows.
+    yarn = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
+    llama3 = {**yarn, "rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    special: dict[str, tuple[str, dict[str, Any]]] = {
+        "llama": ("Llama", {"tie_word_embeddings": True}),
+        "llama3": ("Llama", {"tie_word_embeddings": True, "rope_parameters": llama3}),
         # As many key-value heads as query heads, so that context parallelism has several to a rank.
-        "mistral": {"sliding_window": None, "head_dim": 16, "num_key_value_heads": 4},
-        "qwen2": {"tie_word_embeddings": False},
+        "mistral": ("Mistral", {"sliding_window": None, "head_dim": 16, "num_key_value_heads": 4}),
+        "mistral-window": ("Mistral", {"sliding_window": 24}),
+        "yarn-mistral": ("Mistral", {"sliding_window": 4096, "rope_parameters": {**yarn, "attention_factor": 1.2}}),
+        "qwen2": ("Qwen2", {"tie_word_embeddings": False}),
+        "qwen2-yarn": ("Qwen2", {"tie_word_embeddings": True, "rope_parameters": yarn}),
+        "qwen3": ("Qwen3", {"head_dim": 16, "tie_word_embeddings": False}),
+        "glm": ("Glm", {"head_dim": 16, "pad_token_id": 0}),
     }
-    name = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2"}[family]
-    config = getattr(transformers, f"{name}Config")(**{**sizes, **special[family], **extra})
+    name, own = special[family]
+    config = getattr(transformers, f"{name}Config")(**{**sizes, **own, **extra})
     model = getattr(transformers, f"{name}ForCausalLM")(config)
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():

@@ -265,7 +265,7 @@ def _median(values: list[float]) -> float:
 
 
 def _score_again(trainer: Any) -> float:
-    from megatron_longpo.model.gpt import inverse_frequencies
+    from megatron_longpo.model.rotary import rotary_of
     from megatron_longpo.reference import score
 
     began = time.monotonic()
@@ -273,7 +273,7 @@ def _score_again(trainer: Any) -> float:
         [trainer.data[i] for i in range(len(trainer.data))],
         scope="short",
         model=trainer.chunks,
-        inverse_frequencies=inverse_frequencies(trainer.plan.shape, trainer.plan.shape.rotary_base),
+        rotary=rotary_of(trainer.plan.shape, trainer.plan.shape.rotary_base),
         shape=trainer.plan.shape,
         parallel=trainer.parallel,
         max_tokens=16384,

@@ -22,6 +22,7 @@ import itertools
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -64,13 +65,16 @@ class AttentionPlan(PackedSeqParams):
         comm_type: str = "a2a",
         gathered_of_S: Tensor | None = None,
         pieces: int = 1,
+        window: int | None = None,
+        positions_S: np.ndarray | None = None,
     ) -> AttentionPlan:
+        """A plan over query groups; ``window`` with the places' positions: as ``blocks_of`` wants them."""
         if context_group is not None and dist.get_world_size(context_group) == 1:
             context_group = None
         return cls(
             # A batch of one.
             qkv_format="sbhd",
-            blocks=blocks_of(groups),
+            blocks=blocks_of(groups, window, positions_S),
             context_group=context_group,
             comm_type=comm_type,
             gathered_of_S=gathered_of_S,
@@ -136,18 +140,6 @@ class BlockAttention(torch.nn.Module):
 # --------------------------------------------------------------------------------------------------
 # Rotary embedding
 # --------------------------------------------------------------------------------------------------
-
-
-def rotary_cos_sin(positions_s: Tensor, inverse_frequencies: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosines and sines, [s, R] each, for any positions: branches, shards, packs.
-
-    Args:
-        positions_s: [s] position numbers.
-        inverse_frequencies: [R], R half the number of rotated channels.
-        dtype: of the result; angles are taken in fp32.
-    """
-    angles = positions_s.float().unsqueeze(1) * inverse_frequencies
-    return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
 def rotate(x_sHD: Tensor, cos_sR: Tensor, sin_sR: Tensor) -> Tensor:

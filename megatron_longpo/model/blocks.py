@@ -25,6 +25,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -52,10 +53,18 @@ class FullBlock:
 
 @dataclass(frozen=True)
 class Blocks:
-    """All blocks of a layout, or of one rank's queries."""
+    """All blocks of a layout, or of one rank's queries.
+
+    Attributes:
+        causal: first of all; every query that is no padding is in one.
+        full: merged into those.
+        fading: merged as well: query i of the block sees its keys from i on, the edge of a sliding window. Backwards,
+            queries and keys both, that is a causal block.
+    """
 
     causal: tuple[CausalBlock, ...]
     full: tuple[FullBlock, ...]
+    fading: tuple[CausalBlock, ...] = ()
 
     @property
     def covers(self) -> int:
@@ -63,18 +72,28 @@ class Blocks:
         return sum(b.length for b in self.causal)
 
 
-def blocks_of(groups: Iterable[QueryGroup]) -> Blocks:
+def blocks_of(groups: Iterable[QueryGroup], window: int | None = None, positions_S: np.ndarray | None = None) -> Blocks:
     """Blocks of query groups; groups that lie side by side and see the same range share one full block.
+
+    Args:
+        groups: disjoint ranges of queries with the ranges of keys that they see.
+        window: a query sees keys less than this many positions before its own (Mistral 7B, arXiv 2310.06825).
+        positions_S: with a window, the position of each key.
 
     Raises:
         ValueError: a group has not exactly one causal block, of its own length.
     """
     causal: list[CausalBlock] = []
     full: list[FullBlock] = []
+    fading: list[CausalBlock] = []
     for group in sorted(groups, key=lambda g: g.start):
         own = [b for b in group.keys if b.causal]
         if len(own) != 1 or own[0].end - own[0].start != group.end - group.start:
             raise ValueError(f"{group} must have one causal block over as many keys as it has queries")
+        if window is not None:
+            assert positions_S is not None
+            _windowed(group, own[0].start, window, positions_S, causal, full, fading)
+            continue
         causal.append(CausalBlock(group.start, own[0].start, group.end - group.start))
         for block in group.keys:
             if block.causal:
@@ -91,7 +110,39 @@ def blocks_of(groups: Iterable[QueryGroup]) -> Blocks:
                 full.append(FullBlock(group.start, group.end, block.start, block.end))
             else:
                 full[near] = FullBlock(full[near].query, group.end, block.start, block.end)
-    return Blocks(tuple(causal), tuple(full))
+    return Blocks(tuple(causal), tuple(full), tuple(fading))
+
+
+def _windowed(
+    group: QueryGroup,
+    own: int,
+    window: int,
+    positions_S: np.ndarray,
+    causal: list[CausalBlock],
+    full: list[FullBlock],
+    fading: list[CausalBlock],
+) -> None:
+    """Cut a group whose own keys begin at ``own`` into runs of a window; each sees itself and the edge of what it can of
+    the ranges before it."""
+    before = [(b.start, b.end) for b in group.keys if not b.causal]
+    for done in range(0, group.end - group.start, window):
+        query, length = group.start + done, min(window, group.end - group.start - done)
+        causal.append(CausalBlock(query, own + done, length))
+        first = int(positions_S[own + done])
+        for start, end in [*before, *([(own, own + done)] if done else [])]:
+            key, past = int(positions_S[start]), int(positions_S[start]) + end - start
+            # Queries up to key + window - 1 see the whole range.
+            whole = min(first + length, key + window)
+            if whole > first:
+                full.append(FullBlock(query, query + whole - first, start, end))
+            # Those after lose a key each, until none is left.
+            edge = max(first, key + window)
+            count = min(first + length, past + window - 1) - edge
+            if count > 0:
+                here, there = query + edge - first, start + edge - window + 1 - key
+                fading.append(CausalBlock(here, there, count))
+                if there + count < end:
+                    full.append(FullBlock(here, here + count, there + count, end))
 
 
 def block_attention(query_SQD: Tensor, key_SKD: Tensor, value_SKD: Tensor, blocks: Blocks, scale: float) -> Tensor:
@@ -132,15 +183,23 @@ def blocks_forward(query: Tensor, key: Tensor, value: Tensor, blocks: Blocks, sc
         part, part_lse = _forward(_take(query, queries), _take(key, keys), _take(value, keys), lengths, scale)
         _put(out, queries, part)
         _put(lse.transpose(0, 1), queries, part_lse.transpose(0, 1))
-    for b in blocks.full:
-        here = slice(b.query, b.query_end)
-        part, part_lse = _forward(query[here], key[b.key : b.key_end], value[b.key : b.key_end], None, scale)
+
+    def merge(here: slice, part: Tensor, part_lse: Tensor) -> None:
         both = torch.logaddexp(lse[:, here], part_lse)
         old = (lse[:, here] - both).exp_().t().unsqueeze(-1)
         new = (part_lse - both).exp_().t().unsqueeze(-1)
         # The weights are fp32, so that 16-bit outputs are rounded once.
         out[here] = out[here] * old + part * new
         lse[:, here] = both
+
+    for b in blocks.full:
+        here, there = slice(b.query, b.query_end), slice(b.key, b.key_end)
+        merge(here, *_forward(query[here], key[there], value[there], None, scale))
+    for f in blocks.fading:
+        here, there = slice(f.query, f.query + f.length), slice(f.key, f.key + f.length)
+        q, k, v = query[here].flip(0), key[there].flip(0), value[there].flip(0)
+        part, part_lse = _forward(q, k, v, (f.length,), scale)
+        merge(here, part.flip(0), part_lse.flip(1))
     return out, lse
 
 
@@ -188,6 +247,14 @@ def blocks_backward(
         grad_query[here].add_(gq)
         grad_key[there].add_(gk)
         grad_value[there].add_(gv)
+    for f in blocks.fading:
+        here, there = slice(f.query, f.query + f.length), slice(f.key, f.key + f.length)
+        backwards = [grad_out[here], query[here], key[there], value[there], out[here]]
+        g, q, k, v, o = (x.flip(0) for x in backwards)
+        gq, gk, gv = _backward(g, q, k, v, o, lse[:, here].flip(1), (f.length,), scale)
+        grad_query[here].add_(gq.flip(0))
+        grad_key[there].add_(gk.flip(0))
+        grad_value[there].add_(gv.flip(0))
     return grad_query, grad_key, grad_value
 
 

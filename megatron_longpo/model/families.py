@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from megatron_longpo.errors import CheckpointError
+from megatron_longpo.model.rotary import check_scaling
 from megatron_longpo.model.shape import ModelShape
 
 Kind = Literal["plain", "qkv", "gate_up"]
@@ -47,20 +48,29 @@ class Family:
     Attributes:
         architecture: name in config.json's ``architectures``.
         model_type: config.json's ``model_type``.
-        qkv_bias: whether query, key and value have biases.
         entries: all tensors but the output layer.
-        refused: config.json keys with the values that are understood; any other value is refused.
+        qkv_bias: whether query, key and value have biases.
+        qk_layernorm: whether queries and keys are normed head by head.
+        rotary_percent: share of a head's channels that are rotated where config.json does not say.
+        rotary_interleaved: whether neighbouring channels are rotated with one another.
+        window_key: config.json's key of the sliding window, where the family has one.
+        understood: config.json keys with the values that are understood, the first being the default; any other value is
+            refused.
     """
 
     architecture: str
     model_type: str
-    qkv_bias: bool
     entries: tuple[Entry, ...]
+    qkv_bias: bool = False
+    qk_layernorm: bool = False
+    rotary_percent: float = 1.0
+    rotary_interleaved: bool = False
+    window_key: str | None = None
     understood: tuple[tuple[str, tuple[Any, ...]], ...] = ()
 
 
 _L = "model.layers.{layer}."
-_COMMON = (
+_ATTENTION = (
     Entry("embedding.word_embeddings.weight", ("model.embed_tokens.weight",)),
     Entry("decoder.layers.self_attention.linear_qkv.layer_norm_weight", (_L + "input_layernorm.weight",)),
     Entry(
@@ -70,10 +80,17 @@ _COMMON = (
     ),
     Entry("decoder.layers.self_attention.linear_proj.weight", (_L + "self_attn.o_proj.weight",)),
     Entry("decoder.layers.mlp.linear_fc1.layer_norm_weight", (_L + "post_attention_layernorm.weight",)),
+)
+_GATE_AND_UP = (
     Entry("decoder.layers.mlp.linear_fc1.weight", (_L + "mlp.gate_proj.weight", _L + "mlp.up_proj.weight"), "gate_up"),
+)
+# Already one above the other, as ours.
+_GATE_UP = (Entry("decoder.layers.mlp.linear_fc1.weight", (_L + "mlp.gate_up_proj.weight",)),)
+_LAST = (
     Entry("decoder.layers.mlp.linear_fc2.weight", (_L + "mlp.down_proj.weight",)),
     Entry("decoder.final_layernorm.weight", ("model.norm.weight",)),
 )
+_COMMON = _ATTENTION + _GATE_AND_UP + _LAST
 _QKV_BIAS = (
     Entry(
         "decoder.layers.self_attention.linear_qkv.bias",
@@ -81,25 +98,46 @@ _QKV_BIAS = (
         "qkv",
     ),
 )
+_HEAD_NORMS = (
+    Entry("decoder.layers.self_attention.q_layernorm.weight", (_L + "self_attn.q_norm.weight",)),
+    Entry("decoder.layers.self_attention.k_layernorm.weight", (_L + "self_attn.k_norm.weight",)),
+)
 _OUTPUT = Entry("output_layer.weight", ("lm_head.weight",))
 
 FAMILIES: dict[str, Family] = {
+    # Llama 2, 3, 3.1 and 3.2, SmolLM2, LWM.
     "llama": Family(
         "LlamaForCausalLM",
         "llama",
-        qkv_bias=False,
         entries=_COMMON,
         understood=(("attention_bias", (False, None)), ("mlp_bias", (False, None)), ("pretraining_tp", (1, None))),
     ),
-    "mistral": Family(
-        "MistralForCausalLM", "mistral", qkv_bias=False, entries=_COMMON, understood=(("sliding_window", (None,)),)
-    ),
+    # v0.1 with its window, v0.2, v0.3, YaRN-Mistral.
+    "mistral": Family("MistralForCausalLM", "mistral", entries=_COMMON, window_key="sliding_window"),
+    # Qwen2 and Qwen2.5.
     "qwen2": Family(
         "Qwen2ForCausalLM",
         "qwen2",
-        qkv_bias=True,
         entries=_COMMON + _QKV_BIAS,
+        qkv_bias=True,
         understood=(("use_sliding_window", (False, None)),),
+    ),
+    "qwen3": Family(
+        "Qwen3ForCausalLM",
+        "qwen3",
+        entries=_COMMON + _HEAD_NORMS,
+        qk_layernorm=True,
+        understood=(("use_sliding_window", (False, None)), ("attention_bias", (False, None))),
+    ),
+    # GLM-4-9B and its 1M version, in transformers' own form.
+    "glm": Family(
+        "GlmForCausalLM",
+        "glm",
+        entries=_ATTENTION + _GATE_UP + _LAST + _QKV_BIAS,
+        qkv_bias=True,
+        rotary_percent=0.5,
+        rotary_interleaved=True,
+        understood=(("attention_bias", (True,)),),
     ),
 }
 
@@ -134,7 +172,10 @@ def shape_from_hf(config: dict[str, Any], source: str) -> ModelShape:
                 f"{source}: {key}={config[key]!r} is not supported for {family.architecture}; supported: "
                 f"{', '.join(map(repr, values))}"
             )
-    theta = _rope_theta(config, source)
+    theta, scaling, percent = _rope(config, family, source)
+    window = config.get(family.window_key) if family.window_key else None
+    if window is not None and (isinstance(window, bool) or not isinstance(window, int) or window < 1):
+        raise CheckpointError(f"{source}: {family.window_key}={window!r} must be a whole number of tokens, or null")
 
     def number(key: str, default: Any = None) -> Any:
         value = config.get(key)
@@ -161,20 +202,27 @@ def shape_from_hf(config: dict[str, Any], source: str) -> ModelShape:
         rotary_base=theta,
         max_position_embeddings=int(number("max_position_embeddings")),
         init_method_std=float(number("initializer_range", 0.02)),
+        qk_layernorm=family.qk_layernorm,
+        window_size=window,
+        rotary_percent=percent,
+        rotary_interleaved=family.rotary_interleaved,
+        rope_scaling=scaling,
     )
 
 
-def _rope_theta(config: dict[str, Any], source: str) -> float:
-    """transformers 5 keeps RoPE in ``rope_parameters``, 4 in ``rope_theta`` and ``rope_scaling``."""
+def _rope(config: dict[str, Any], family: Family, source: str) -> tuple[float, dict[str, Any] | None, float]:
+    """RoPE theta, scaling and share of rotated channels: transformers 5 keeps them in ``rope_parameters``, 4 in
+    ``rope_theta``, ``rope_scaling`` and ``partial_rotary_factor``."""
     parameters = config.get("rope_parameters") or {}
-    scaling = config.get("rope_scaling") or {}
-    kind = parameters.get("rope_type") or scaling.get("rope_type") or scaling.get("type") or "default"
-    if kind != "default":
-        raise CheckpointError(f"{source}: rope_type={kind!r} is not supported yet; supported: 'default'")
+    scaling = {**(config.get("rope_scaling") or {}), **parameters}
     theta = parameters.get("rope_theta", config.get("rope_theta", 10000.0))
-    if isinstance(theta, bool) or not isinstance(theta, (int, float)):
-        raise CheckpointError(f"{source}: rope_theta={theta!r} must be a number")
-    return float(theta)
+    percent = parameters.get("partial_rotary_factor", config.get("partial_rotary_factor", family.rotary_percent))
+    for key, value in (("rope_theta", theta), ("partial_rotary_factor", percent)):
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
+            raise CheckpointError(f"{source}: {key}={value!r} must be a number above 0")
+    # Files that do not say where the model came from mean the context that they claim.
+    scaling.setdefault("original_max_position_embeddings", config.get("max_position_embeddings"))
+    return float(theta), check_scaling(scaling, source), float(percent)
 
 
 def config_for_export(config: dict[str, Any], shape: ModelShape, dtype: str) -> dict[str, Any]:
@@ -208,6 +256,10 @@ def their_shapes(entry: Entry, shape: ModelShape) -> list[tuple[int, ...]]:
         return [(h, q)]
     if name.endswith("linear_fc2.weight"):
         return [(h, f)]
+    if name.endswith("linear_fc1.weight"):
+        return [(2 * f, h)]
+    if name.endswith(("q_layernorm.weight", "k_layernorm.weight")):
+        return [(d,)]
     if name.endswith(("word_embeddings.weight", "output_layer.weight")):
         return [(shape.vocab_size, h)]
     return [(h,)]
@@ -228,6 +280,7 @@ def fuse(entry: Entry, tensors: list[Tensor], shape: ModelShape) -> Tensor:
     query, key, value = tensors
     groups, d = shape.num_query_groups, shape.kv_channels
     rest = query.shape[1:]
+    query, key = (_halves(x, shape) for x in (query, key))
     parts = [x.reshape(groups, -1, d, *rest) for x in (query, key, value)]
     return torch.cat(parts, dim=1).reshape(-1, *rest)
 
@@ -242,4 +295,24 @@ def split(entry: Entry, tensor: Tensor, shape: ModelShape) -> list[Tensor]:
     rest = tensor.shape[1:]
     per_group = shape.num_attention_heads // groups
     mixed = tensor.reshape(groups, per_group + 2, d, *rest)
-    return [x.reshape(-1, *rest) for x in mixed.split([per_group, 1, 1], dim=1)]
+    query, key, value = (x.reshape(-1, *rest) for x in mixed.split([per_group, 1, 1], dim=1))
+    return [_neighbours(query, shape), _neighbours(key, shape), value]
+
+
+def _halves(x: Tensor, shape: ModelShape) -> Tensor:
+    """Rows of query or key such that channel i, rotated with i + R, is what was channel 2i, rotated with 2i + 1."""
+    if not shape.rotary_interleaved:
+        return x
+    heads = x.unflatten(0, (-1, shape.kv_channels))
+    rotated = int(shape.kv_channels * shape.rotary_percent)
+    return torch.cat([heads[:, 0:rotated:2], heads[:, 1:rotated:2], heads[:, rotated:]], dim=1).flatten(0, 1)
+
+
+def _neighbours(x: Tensor, shape: ModelShape) -> Tensor:
+    """The way back."""
+    if not shape.rotary_interleaved:
+        return x
+    heads = x.unflatten(0, (-1, shape.kv_channels))
+    rotated = int(shape.kv_channels * shape.rotary_percent)
+    pairs = torch.stack([heads[:, : rotated // 2], heads[:, rotated // 2 : rotated]], dim=2).flatten(1, 2)
+    return torch.cat([pairs, heads[:, rotated:]], dim=1).flatten(0, 1)

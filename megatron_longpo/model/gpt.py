@@ -34,13 +34,14 @@ from torch import Tensor
 from megatron_longpo import platform
 from megatron_longpo.config import Config, virtual_pipeline_size
 from megatron_longpo.logprobs import chunk_tokens, default_chunk_bytes, token_logprobs
-from megatron_longpo.model.attention import AttentionPlan, BlockAttention, rotary_cos_sin
+from megatron_longpo.model.attention import AttentionPlan, BlockAttention
 from megatron_longpo.model.layers import GatedMLP, NormColumnParallelLinear, RMSNorm
+from megatron_longpo.model.rotary import Rotary
 from megatron_longpo.model.shape import ModelShape
 from megatron_longpo.parallel import Parallel
 
 
-def layer_spec(use_transformer_engine: bool) -> ModuleSpec:
+def layer_spec(use_transformer_engine: bool, qk_layernorm: bool = False) -> ModuleSpec:
     """Spec of one layer: Transformer Engine's linear layers and norms, or megatron-core's and ours."""
     if use_transformer_engine:
         from megatron.core.extensions.transformer_engine import (
@@ -51,6 +52,7 @@ def layer_spec(use_transformer_engine: bool) -> ModuleSpec:
         column, row = TELayerNormColumnParallelLinear, TERowParallelLinear
     else:
         column, row = NormColumnParallelLinear, RowParallelLinear
+    head_norm = _norm(use_transformer_engine) if qk_layernorm else IdentityOp
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
@@ -63,8 +65,8 @@ def layer_spec(use_transformer_engine: bool) -> ModuleSpec:
                     linear_qkv=column,
                     core_attention=BlockAttention,
                     linear_proj=row,
-                    q_layernorm=IdentityOp,
-                    k_layernorm=IdentityOp,
+                    q_layernorm=head_norm,
+                    k_layernorm=head_norm,
                 ),
             ),
             self_attn_bda=get_bias_dropout_add,
@@ -102,6 +104,7 @@ def transformer_config(shape: ModelShape, config: Config, *, use_transformer_eng
         activation_func=torch.nn.functional.silu,
         add_bias_linear=False,
         add_qkv_bias=shape.add_qkv_bias,
+        qk_layernorm=shape.qk_layernorm,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         init_method_std=shape.init_method_std,
@@ -141,7 +144,7 @@ class PolicyModel(GPTModel):
         tokens_1s: Tensor,
         positions_1s: Tensor,
         plan: AttentionPlan,
-        inverse_frequencies: Tensor,
+        rotary: Rotary,
         loss_places_N: Tensor,
         targets_N: Tensor,
         foretold_N: Tensor | None = None,
@@ -151,7 +154,7 @@ class PolicyModel(GPTModel):
         Args:
             tokens_1s, positions_1s: [1, s] this rank's places.
             plan: who attends to whom, over the whole sequence.
-            inverse_frequencies: [D/2] of the rotary embedding, the policy's or the reference's.
+            rotary: the policy's rotary embedding or the reference's.
             loss_places_N, targets_N: places with a loss among these, and what they predict.
             foretold_N: gradients that the log-probs will get, where they are known (see ``token_logprobs``).
 
@@ -160,7 +163,7 @@ class PolicyModel(GPTModel):
         """
         hidden = self.embedding(input_ids=tokens_1s, position_ids=positions_1s) if self.pre_process else None
         # Angles travel with the plan: the attention rotates, so that all layers share one pair of tables.
-        cos_sin = rotary_cos_sin(positions_1s[0], inverse_frequencies, self.config.params_dtype)
+        cos_sin = rotary.cos_sin(positions_1s[0], self.config.params_dtype)
         hidden = self.decoder(hidden_states=hidden, attention_mask=None, packed_seq_params=plan.with_rotary(*cos_sin))
         if not self.post_process:
             return hidden
@@ -187,12 +190,6 @@ class PolicyModel(GPTModel):
         return bool(self.share_embeddings_and_output_weights)
 
 
-def inverse_frequencies(shape: ModelShape, rotary_base: float) -> Tensor:
-    """[D/2] in fp32, computed as transformers does, so that both models agree to the last bit."""
-    exponents = torch.arange(0, shape.kv_channels, 2, dtype=torch.int64).float() / shape.kv_channels
-    return (1.0 / (rotary_base**exponents)).to(platform.CURRENT.device)
-
-
 def padded_vocab_size(vocab_size: int, divisible_by: int, tensor_parallel_size: int) -> int:
     """Vocabulary rounded up so that every tensor-parallel rank has as many rows."""
     multiple = divisible_by * tensor_parallel_size
@@ -203,7 +200,7 @@ def build_model(shape: ModelShape, config: Config, parallel: Parallel) -> list[P
     """This pipeline rank's model chunks (one, or one a virtual stage), weights not yet loaded."""
     engine = platform.have_transformer_engine()
     megatron_config = transformer_config(shape, config, use_transformer_engine=engine)
-    spec = layer_spec(engine)
+    spec = layer_spec(engine, shape.qk_layernorm)
     chunks = []
     virtual = parallel.virtual_stages or 1
     for stage in range(virtual):
@@ -213,7 +210,7 @@ def build_model(shape: ModelShape, config: Config, parallel: Parallel) -> list[P
         layers = shape.num_layers // (parallel.pipeline_size * virtual)
         block = TransformerBlockSubmodules(
             layer_specs=[spec] * layers,
-            layer_norm=_final_norm(engine),
+            layer_norm=_norm(engine),
         )
         assert get_transformer_layer_offset(megatron_config, vp_stage=vp_stage) % layers == 0
         model = PolicyModel(
@@ -251,7 +248,7 @@ def _mark_tensor_parallel(model: PolicyModel) -> None:
             tensor_parallel.set_tensor_model_parallel_attributes(module.weight, True, dimension, 1)
 
 
-def _final_norm(use_transformer_engine: bool) -> Any:
+def _norm(use_transformer_engine: bool) -> Any:
     if use_transformer_engine:
         from megatron.core.extensions.transformer_engine import TENorm
 

@@ -27,6 +27,12 @@ class ModelShape:
         rotary_base: RoPE theta.
         max_position_embeddings: longest context the model claims.
         untie_embeddings_and_output_weights: whether the output has a weight of its own.
+        qk_layernorm: whether queries and keys are normed, head by head, before they are rotated.
+        window_size: a query sees so many places at most, itself included; None: all.
+        rotary_percent: share of a head's channels that are rotated.
+        rotary_interleaved: whether Hugging Face's weights rotate channel 2i with 2i + 1. Ours rotate i with i + R always;
+            conversion puts the rows in that order.
+        rope_scaling: ``rope_type`` with its numbers (``model/rotary.py``); None: plain.
         tokenizer_hash: hash of the tokenizer's vocabulary, or None where the checkpoint carried no tokenizer.
         weights_hash: hash of all weights in file order, as imported; None for a trained checkpoint.
         dtype: dtype of the imported weights, which export gives back unless told otherwise.
@@ -47,6 +53,11 @@ class ModelShape:
     max_position_embeddings: int
     init_method_std: float = 0.02
     dtype: str = "float32"
+    qk_layernorm: bool = False
+    window_size: int | None = None
+    rotary_percent: float = 1.0
+    rotary_interleaved: bool = False
+    rope_scaling: dict[str, Any] | None = None
     tokenizer_hash: str | None = None
     weights_hash: str | None = None
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
-from tests.support import FAMILIES
+from tests.support import FAMILIES, VARIANTS
 
 
 @dataclass(frozen=True)
@@ -164,4 +165,10 @@ _BF16 = tuple(
     for case in (Case("one", 1), Case("one-not-shared", 1, {"data": _NOT_SHARED}), *_every_layout().values())
 )
 
-CASES = (*_BASE, *_SIX, *_BF16)
+# What families differ in (scaled and partial RoPE, windows, norms of heads) meets every way to cut a sequence or a head.
+_EVERY_FAMILY = {"one", "one-not-shared", "tp2", "pp2", "cp2", "cp2-allgather", "tp2-pp2", "tp2-sp-cp2-recompute"}
+_WITH_VARIANTS = tuple(
+    dataclasses.replace(c, families=FAMILIES + VARIANTS) if c.name in _EVERY_FAMILY else c for c in _BASE
+)
+
+CASES = (*_WITH_VARIANTS, *_SIX, *_BF16)

@@ -42,7 +42,7 @@ def main() -> None:
             plan = make_plan(config, int(os.environ["WORLD_SIZE"]))
             parallel = groups_of(plan)
             trainer = Trainer(plan, parallel)
-            output = folder / "saved" / f"{family}-{name}"
+            output = folder / "saved" / f"{family}@{name}"
             saver = Checkpointer(output, config, plan.policy_shape, plan.load / ASSETS, parallel, {})
             saver.save(0, 1, trainer.chunks, trainer.optimizer, trainer.scheduler)
     parallel_module.stop_processes()

@@ -12,7 +12,7 @@ from worker import base_settings
 
 from megatron_longpo.data.indexed import PreferenceData
 from megatron_longpo.data.sampler import BatchSampler
-from tests.support import FAMILIES
+from tests.support import FAMILIES, VARIANTS
 
 LAYOUT_BOUND = 1e-5
 HF_BOUND = 1e-4
@@ -47,7 +47,7 @@ def _assert_tensors(found: dict[str, Any], expected: dict[str, Any], bound: floa
 
 def _of(bf16: bool) -> Any:
     """Families and cases, a family's cases together: they share launches."""
-    found = [(f, c) for f in FAMILIES for c in CASES if f in c.families and c.bf16 == bf16]
+    found = [(f, c) for f in FAMILIES + VARIANTS for c in CASES if f in c.families and c.bf16 == bf16]
     return pytest.mark.parametrize(("family", "case"), found, ids=[f"{f}-{c.name}" for f, c in found])
 
 
@@ -61,17 +61,20 @@ def test_layout_agrees_with_one_process_without_sharing(results: dict[str, Any],
     _assert_tensors(found["weights"], expected["weights"], LAYOUT_BOUND)
 
 
+_HUGGING_FACE = [
+    ("one", "longpo", {}),
+    ("one-independent", "longpo", {"turns": "independent"}),
+    ("one-dpo", "dpo", {}),
+    ("one-sft", "sft", {}),
+    ("one-response-ipo", "longpo", {"response_nll": True, "ipo": True}),
+]
+
+
 @pytest.mark.parametrize(
-    ("name", "kind", "options"),
-    [
-        ("one", "longpo", {}),
-        ("one-independent", "longpo", {"turns": "independent"}),
-        ("one-dpo", "dpo", {}),
-        ("one-sft", "sft", {}),
-        ("one-response-ipo", "longpo", {"response_nll": True, "ipo": True}),
-    ],
+    ("family", "name", "kind", "options"),
+    [(f, *c) for f in FAMILIES for c in _HUGGING_FACE] + [(f, *_HUGGING_FACE[0]) for f in VARIANTS],
+    ids=lambda x: x if isinstance(x, str) else "",
 )
-@pytest.mark.parametrize("family", FAMILIES)
 def test_one_process_agrees_with_hugging_face(
     results: dict[str, Any], parity_folder: Path, family: str, name: str, kind: str, options: dict[str, Any]
 ) -> None:
@@ -90,7 +93,8 @@ def test_one_process_agrees_with_hugging_face(
     found = results[family][name]
     _assert_metrics({k: found["metrics"][k] for k in answer.metrics}, answer.metrics, HF_BOUND)
     gradients = dict(answer.gradients)
-    gradients.pop("lm_head.weight", None) if "lm_head.weight" not in found["gradients"] else None
+    if "lm_head.weight" not in found["gradients"]:
+        gradients.pop("lm_head.weight", None)
     _assert_tensors(found["gradients"], gradients, HF_BOUND)
 
 
@@ -117,6 +121,6 @@ def test_bf16_is_as_near_to_fp32_as_plain_bf16(results: dict[str, Any], family: 
 
 def test_gradients_are_not_zero(results: dict[str, Any]) -> None:
     """The comparison says nothing of gradients that are all zero."""
-    for family in FAMILIES:
+    for family in FAMILIES + VARIANTS:
         for gradient in results[family]["one"]["gradients"].values():
             assert gradient.norm() > 0

@@ -20,11 +20,13 @@ from megatron_longpo.config import Config
 from megatron_longpo.errors import CheckpointError
 from megatron_longpo.model import gpt
 from megatron_longpo.model.attention import AttentionPlan
+from megatron_longpo.model.rotary import rotary_of
 from megatron_longpo.model.shape import ModelShape
 from megatron_longpo.sequence import KeyBlock, QueryGroup
-from tests.support import FAMILIES, ROOT, environment, make_data, make_model, run, torchrun
+from tests.support import FAMILIES, ROOT, VARIANTS, environment, make_data, make_model, run, torchrun
 
 PYTHON = torchrun(1)[0]
+ALL = FAMILIES + VARIANTS
 
 
 def tensors(folder: Path) -> dict[str, Tensor]:
@@ -64,7 +66,7 @@ def our_logits(checkpoint: Path, tokens: list[int], monkeypatch: pytest.MonkeyPa
             torch.tensor([tokens]),
             torch.arange(n)[None],
             plan,
-            gpt.inverse_frequencies(shape, shape.rotary_base),
+            rotary_of(shape, shape.rotary_base),
             torch.arange(n),
             torch.zeros(n, dtype=torch.long),
         )
@@ -83,7 +85,7 @@ def their_logits(folder: Path, tokens: list[int]) -> Tensor:
 def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model of each family, imported."""
     folder = tmp_path_factory.mktemp("families")
-    for family in FAMILIES:
+    for family in ALL:
         make_model(family, folder / family)
         import_hf(folder / family, folder / f"{family}.ckpt")
     make_data(folder / "data", 4)
@@ -91,7 +93,7 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.megatron_latest
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ALL)
 def test_round_trip_is_bit_identical(converted: Path, tmp_path: Path, family: str) -> None:
     export_hf(converted / f"{family}.ckpt", tmp_path / "back")
     assert_bit_identical(converted / family, tmp_path / "back")
@@ -100,7 +102,7 @@ def test_round_trip_is_bit_identical(converted: Path, tmp_path: Path, family: st
 
 
 @pytest.mark.megatron_latest
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ALL)
 def test_logits_agree(converted: Path, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     tokens = torch.randint(0, 101, (200,), generator=torch.Generator().manual_seed(1)).tolist()
     ours = our_logits(converted / f"{family}.ckpt", tokens, monkeypatch)
@@ -112,12 +114,12 @@ def test_any_layout_saves_what_was_imported(converted: Path, tmp_path: Path) -> 
     """Loaded and saved at one, two and four processes; exported: the original's bits."""
     worker = ROOT / "tests" / "distributed" / "layout_worker.py"
     for processes in (1, 2, 4):
-        run(torchrun(processes, str(worker), str(converted), ",".join(FAMILIES)), env=environment())
+        run(torchrun(processes, str(worker), str(converted), ",".join(ALL)), env=environment())
     saved = sorted((converted / "saved").iterdir())
-    assert len(saved) == 5 * len(FAMILIES)
+    assert len(saved) == 5 * len(ALL)
     for run_folder in saved:
         export_hf(run_folder, tmp_path / run_folder.name)
-        assert_bit_identical(converted / run_folder.name.split("-")[0], tmp_path / run_folder.name)
+        assert_bit_identical(converted / run_folder.name.split("@")[0], tmp_path / run_folder.name)
 
 
 def test_real_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -203,8 +205,9 @@ def _set(folder: Path, name: str, value: Tensor) -> None:
     ("damage", "message"),
     [
         (lambda f: _change(f, architectures=["T5"], model_type="t5"), "is unknown"),
-        (lambda f: _change(f, sliding_window=4096), "sliding_window=4096"),
-        (lambda f: _change(f, rope_parameters={"rope_type": "yarn", "rope_theta": 1e4}), "rope_type='yarn'"),
+        (lambda f: _change(f, sliding_window="wide"), "sliding_window='wide'"),
+        (lambda f: _change(f, rope_parameters={"rope_type": "yarn", "rope_theta": 1e4}), "needs factor > 0"),
+        (lambda f: _change(f, rope_parameters={"rope_type": "dynamic", "factor": 2.0}), "rope_type='dynamic'"),
         (lambda f: _change(f, hidden_size="big"), "hidden_size='big'"),
         (lambda f: _change(f, hidden_act="gelu"), "hidden_act='gelu'"),
         (lambda f: (f / "config.json").unlink(), "there is no such file"),

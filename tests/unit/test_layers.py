@@ -14,9 +14,11 @@ from hypothesis import strategies as st
 from megatron_longpo import memory
 from megatron_longpo.config import from_dict
 from megatron_longpo.model import blocks as blocks_module
-from megatron_longpo.model.attention import rotary_cos_sin, rotate
+from megatron_longpo.model.attention import rotate
 from megatron_longpo.model.blocks import Blocks, CausalBlock, FullBlock, block_attention, blocks_of
+from megatron_longpo.model.families import _halves, _neighbours, shape_from_hf
 from megatron_longpo.model.layers import _SwiGLU, made_again
+from megatron_longpo.model.rotary import Rotary, rotary_of
 from megatron_longpo.model.shape import ModelShape
 from megatron_longpo.parallel import Parallel
 from megatron_longpo.sequence import KeyBlock, QueryGroup, Row, lay_out
@@ -162,7 +164,7 @@ def test_rotation_is_by_complex_numbers(half: int, rest: int) -> None:
         torch.complex(x[..., :half], x[..., half : 2 * half]) * torch.polar(torch.ones_like(angles), angles)[:, None]
     )
     expected = torch.cat([turned.real, turned.imag, x[..., 2 * half :]], dim=-1)
-    found = rotate(x, *rotary_cos_sin(positions, frequencies, torch.float64))
+    found = rotate(x, *Rotary(frequencies).cos_sin(positions, torch.float64))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     direction = torch.randn_like(x)
     (a,), (b,) = (torch.autograd.grad((y * direction).sum(), x) for y in (found, expected))
@@ -244,3 +246,92 @@ def test_a_longer_row_needs_more_recompute() -> None:
     rooms = [[memory.room(c, 80 * 10**9) for c in _choices(tokens, 8)] for tokens in (32768, 131072, 262144)]
     extra = [memory.choose(_choices(t, 8), r).extra for t, r in zip((32768, 131072, 262144), rooms, strict=True)]
     assert extra == sorted(extra) and extra[0] == 0.0 < extra[2]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 80), st.integers(0, 3))
+def test_a_sliding_window_is_a_mask(window: int, seed: int) -> None:
+    """Blocks with a window, on a tree, against dense attention under the mask of positions."""
+    layout, tensors = _tree(seed)
+    blocks = blocks_of(layout.groups, window, layout.positions_S)
+    direction = torch.randn_like(tensors[0])
+    mask = torch.zeros(len(tensors[0]), len(tensors[0]), dtype=torch.bool)
+    positions = torch.from_numpy(layout.positions_S)
+    for group in layout.groups:
+        for block in group.keys:
+            size = (group.end - group.start, block.end - block.start)
+            visible = torch.ones(size, dtype=torch.bool)
+            mask[group.start : group.end, block.start : block.end] = visible.tril() if block.causal else visible
+    n = layout.length
+    mask[:n, :n] &= positions[None, :] > positions[:, None] - window
+    query, key, value = tensors
+    scores = torch.einsum("shd,thd->hst", query, key.repeat_interleave(2, 1)) * 0.3
+    weights = scores.masked_fill(~mask, -torch.inf).softmax(-1).nan_to_num(0)
+    dense = torch.einsum("hst,thd->shd", weights, value.repeat_interleave(2, 1))
+    found = block_attention(query, key, value, blocks, 0.3)
+    torch.testing.assert_close(found, dense, rtol=1e-4, atol=1e-5)
+    pairs = [torch.autograd.grad((x * direction).sum(), tensors) for x in (found, dense)]
+    for a, b in zip(*pairs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+_YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        {"rope_type": "default"},
+        {"rope_type": "linear", "factor": 8.0},
+        # Llama 3.1's and 3.2's own numbers.
+        *(
+            {
+                "rope_type": "llama3",
+                "factor": factor,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 8192,
+            }
+            for factor in (8.0, 32.0)
+        ),
+        # Qwen2.5's, YaRN-Mistral-128K's, and every optional number.
+        _YARN,
+        {"rope_type": "yarn", "factor": 16.0, "original_max_position_embeddings": 8192, "finetuned": True},
+        {**_YARN, "beta_fast": 16.0, "beta_slow": 2.0, "truncate": False},
+        {**_YARN, "mscale": 1.0, "mscale_all_dim": 0.8},
+        {**_YARN, "attention_factor": 1.3},
+    ],
+)
+@pytest.mark.parametrize("theta", [1e4, 1e7])
+def test_scaled_rope_is_transformers_to_the_bit(parameters: dict[str, Any], theta: float) -> None:
+    from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    config = LlamaConfig(
+        hidden_size=512,
+        num_attention_heads=4,
+        num_hidden_layers=1,
+        max_position_embeddings=131072,
+        rope_parameters={**parameters, "rope_theta": theta},
+    )
+    positions = torch.tensor([0, 1, 5, 8191, 32768, 131071, 500000])
+    cos, sin = LlamaRotaryEmbedding(config)(torch.zeros(1), positions[None])
+    shape = shape_from_hf(
+        {
+            **config.to_dict(),
+            "architectures": ["LlamaForCausalLM"],
+            "rope_parameters": {**parameters, "rope_theta": theta},
+        },
+        "config.json",
+    )
+    ours = rotary_of(shape, shape.rotary_base).cos_sin(positions, torch.float32)
+    assert torch.equal(ours[0], cos[0, :, :64]) and torch.equal(ours[1], sin[0, :, :64])
+
+
+def test_interleaved_rows_there_and_back() -> None:
+    """GLM's neighbours become halves, and neighbours again; the rest of a head stays."""
+    shape = _MISTRAL.replace(kv_channels=8, rotary_interleaved=True, rotary_percent=0.5)
+    rows = torch.arange(16.0)[:, None]
+    halves = _halves(rows, shape)
+    assert halves[:8, 0].tolist() == [0, 2, 1, 3, 4, 5, 6, 7]
+    assert torch.equal(_neighbours(halves, shape), rows)

@@ -1,0 +1,134 @@
+"""Rotary embeddings (arXiv 2104.09864) and their scalings, for any positions: branches, shards, packs.
+
+All forms are a vector of inverse frequencies and one scale of cosines and sines, computed as transformers does, in the
+same precision and order, so that both models agree to the last bit. Supported ``rope_type``s and what each needs:
+
+- ``default``: nothing.
+- ``linear``: ``factor`` (arXiv 2306.15595).
+- ``llama3``: ``factor``, ``low_freq_factor``, ``high_freq_factor``, ``original_max_position_embeddings`` (Llama 3.1).
+- ``yarn``: ``factor``, ``original_max_position_embeddings``; optional ``attention_factor``, ``beta_fast``, ``beta_slow``,
+  ``mscale``, ``mscale_all_dim``, ``truncate`` (arXiv 2309.00071).
+
+Shape legend: s = places, R = half the number of rotated channels.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_longpo import platform
+from megatron_longpo.errors import CheckpointError
+from megatron_longpo.model.shape import ModelShape
+
+_NEEDED: dict[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "yarn": ("factor", "original_max_position_embeddings"),
+}
+_OPTIONAL: dict[str, tuple[str, ...]] = {
+    "yarn": ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate")
+}
+
+
+@dataclass(frozen=True)
+class Rotary:
+    """A rotary embedding.
+
+    Attributes:
+        inverse_frequencies_R: [R] in fp32.
+        scale: of cosines and sines (YaRN's attention factor).
+    """
+
+    inverse_frequencies_R: Tensor
+    scale: float = 1.0
+
+    def cos_sin(self, positions_s: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Cosines and sines, [s, R] each, of positions [s]; angles are taken in fp32."""
+        angles = positions_s.float().unsqueeze(1) * self.inverse_frequencies_R
+        return (angles.cos() * self.scale).to(dtype), (angles.sin() * self.scale).to(dtype)
+
+
+def check_scaling(scaling: dict[str, Any], source: str) -> dict[str, Any] | None:
+    """What of a ``rope_scaling`` or ``rope_parameters`` is needed, under plain names; None without scaling.
+
+    Raises:
+        CheckpointError: an unknown ``rope_type``, or a missing or odd number.
+    """
+    kind = scaling.get("rope_type") or scaling.get("type") or "default"
+    if kind not in _NEEDED:
+        raise CheckpointError(f"{source}: rope_type={kind!r} is not supported; supported: {', '.join(_NEEDED)}")
+    if kind == "default":
+        return None
+    found: dict[str, Any] = {"rope_type": kind}
+    for key in (*_NEEDED[kind], *_OPTIONAL.get(kind, ())):
+        value = scaling.get(key)
+        if value is None and key not in _NEEDED[kind]:
+            continue
+        if key == "truncate" and isinstance(value, bool):
+            found[key] = value
+        elif isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
+            raise CheckpointError(f"{source}: rope_type={kind!r} needs {key} > 0, found {value!r}")
+        else:
+            found[key] = value
+    return found
+
+
+def rotary_of(shape: ModelShape, rotary_base: float) -> Rotary:
+    """The rotary embedding of a model, with the given RoPE theta."""
+    channels = int(shape.kv_channels * shape.rotary_percent)
+    exponents = torch.arange(0, channels, 2, dtype=torch.int64).float() / channels
+    plain = 1.0 / (rotary_base**exponents)
+    scaling = shape.rope_scaling or {"rope_type": "default"}
+    kind, scale = scaling["rope_type"], 1.0
+    if kind == "linear":
+        plain = plain / scaling["factor"]
+    elif kind == "llama3":
+        plain = _llama3(plain, scaling)
+    elif kind == "yarn":
+        plain, scale = _yarn(rotary_base, channels, scaling)
+    return Rotary(plain.to(platform.CURRENT.device), scale)
+
+
+def _llama3(plain: Tensor, scaling: dict[str, Any]) -> Tensor:
+    factor, low, high = scaling["factor"], scaling["low_freq_factor"], scaling["high_freq_factor"]
+    original = scaling["original_max_position_embeddings"]
+    wavelength = 2 * math.pi / plain
+    # Long waves are stretched, short ones kept, those between are a mixture.
+    stretched = torch.where(wavelength > original / low, plain / factor, plain)
+    share = (original / wavelength - low) / (high - low)
+    mixture = (1 - share) * stretched / factor + share * stretched
+    between = ~(wavelength < original / high) & ~(wavelength > original / low)
+    return torch.where(between, mixture, stretched)
+
+
+def _yarn(base: float, channels: int, scaling: dict[str, Any]) -> tuple[Tensor, float]:
+    factor, original = scaling["factor"], scaling["original_max_position_embeddings"]
+
+    def magnitude(weight: float) -> float:
+        return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
+
+    scale = scaling.get("attention_factor")
+    if scale is None:
+        both = scaling.get("mscale"), scaling.get("mscale_all_dim")
+        scale = magnitude(both[0]) / magnitude(both[1]) if both[0] and both[1] else magnitude(1.0)
+
+    def channel_of(rotations: float) -> float:
+        """Channel that turns so many times within the original context."""
+        return channels * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(base))
+
+    low, high = channel_of(scaling.get("beta_fast", 32)), channel_of(scaling.get("beta_slow", 1))
+    if scaling.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, channels - 1)
+    if low == high:
+        high += 0.001
+    powers = base ** (torch.arange(0, channels, 2).float() / channels)
+    ramp = ((torch.arange(channels // 2, dtype=torch.float32) - low) / (high - low)).clamp(0, 1)
+    kept = 1 - ramp
+    return 1.0 / (factor * powers) * (1 - kept) + 1.0 / powers * kept, float(scale)

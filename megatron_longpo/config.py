@@ -91,7 +91,7 @@ class ModelConfig:
     make_vocab_size_divisible_by: int = 128
     """The vocabulary is padded to a multiple of this times the tensor-parallel size. Padding is never computed with."""
     logprob_chunk_bytes: int | None = None
-    """Memory for the logits of one chunk of tokens. Default: 128 MiB on the CPU, 1 GiB on CUDA."""
+    """Memory for the logits of one chunk of tokens. Default: 64 MiB on the CPU, 1 GiB on CUDA."""
 
 
 @dataclass(frozen=True)
@@ -133,12 +133,13 @@ class TrainingConfig:
     bf16: bool = False
     """Weights and activations in bfloat16, with fp32 gradients and master weights. Off: fp32."""
     recompute_granularity: Literal["auto", "none", "selective", "full"] = "auto"
-    """What is computed again in the backward instead of kept: auto takes as little as fits the memory and says what; full
-    means whole layers, selective the recompute_modules."""
+    """What is computed again in the backward instead of kept: auto takes the MLPs' first products where they are cheap, beyond
+    that as little as fits the memory, and says what; full means whole layers, selective the recompute_modules."""
     recompute_method: Literal["uniform", "block"] = "uniform"
     recompute_num_layers: int = 1
     recompute_modules: tuple[str, ...] = ("core_attn",)
-    """Modules that selective recompute computes again."""
+    """What selective recompute computes again: core_attn, mlp, or mlp_up (the MLP's first product alone; with full and
+    method block, that of the layers which are not recomputed whole)."""
     seed: int = 1234
     manual_gc_interval: int = 0
     """Collect Python's garbage every so many steps on all ranks at once; 0: leave it to Python."""
@@ -475,10 +476,10 @@ def check(config: Config) -> None:
             "reference_model=resident keeps a second model for reference=online; with reference=cached no reference "
             "model is in memory: leave it out or set reference=online"
         )
-    unknown = set(c.training.recompute_modules) - {"core_attn", "mlp"}
+    unknown = set(c.training.recompute_modules) - {"core_attn", "mlp", "mlp_up"}
     if unknown:
         raise ConfigError(
-            f"recompute_modules={', '.join(sorted(unknown))} is unknown; use core_attn and mlp "
+            f"recompute_modules={', '.join(sorted(unknown))} is unknown; use core_attn, mlp and mlp_up "
             "(norms and activations are always computed again)"
         )
 

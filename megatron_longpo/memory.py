@@ -1,12 +1,10 @@
-"""What a step needs of memory, and how little of it must be computed again to fit: ``recompute_granularity=auto``.
+"""What a step needs of memory, and what is computed again in its backward: ``recompute_granularity=auto``.
 
-Recomputing everything costs a third of the linear layers' time and more of the attention's, so it is done only as far
-as memory demands. The choices, cheapest first in floating-point operations at the run's own length:
-
-- nothing;
-- the MLP of every layer (``selective``, ``mlp``): no attention is computed twice, which at long context is most of a
-  layer's time;
-- whole layers, as many of a stage's as are needed (``full``, method ``block``).
+More than half of what a layer keeps is the MLP's first product (``mlp_up``). Making it again costs one product in nine of that
+width: a tenth of all operations at a few thousand tokens, less and less of them as attention grows.
+So it is made again where it costs no more than that (``CHEAP``). Beyond it, recomputing whole layers costs a third of
+the linear layers' time and more of the attention's: that is done only as far as memory demands, as many layers of a stage
+as are needed (``full``, method ``block``).
 
 Shape legend: H = hidden size, F = MLP width, Q/K = query/key-value heads, D = head size.
 """
@@ -26,6 +24,9 @@ from megatron_longpo.parallel import Parallel
 # What the estimate leaves out: the interpreter and its libraries, buffers of the exchanges, fragmentation.
 _RESERVE_BYTES = 2**30
 _USABLE = 0.9
+
+# A share of a step's operations.
+CHEAP = 0.1
 
 
 @dataclass(frozen=True)
@@ -50,13 +51,19 @@ class Choice:
         if self.granularity == "selective":
             return dataclasses.replace(training, recompute_granularity="selective", recompute_modules=self.modules)
         return dataclasses.replace(
-            training, recompute_granularity="full", recompute_method="block", recompute_num_layers=self.layers
+            training,
+            recompute_granularity="full",
+            recompute_method="block",
+            recompute_num_layers=self.layers,
+            recompute_modules=self.modules,
         )
 
     def __str__(self) -> str:
         if self.granularity == "none":
             return "nothing"
-        return "the MLPs" if self.granularity == "selective" else f"{self.layers} layer(s) of each stage"
+        if self.granularity == "selective":
+            return "the first products of MLPs"
+        return f"{self.layers} layer(s) of each stage, of the others the first products of MLPs"
 
 
 def choices(
@@ -84,17 +91,18 @@ def choices(
     # A layer's backward holds its gradients beside what it kept; the last stage the logits of a chunk.
     base += 2 * whole + (config.model.logprob_chunk_bytes or default_chunk_bytes()) * 3 // 2
     linear, attention = _forward_operations(shape, tokens, pairs)
-    mlp = 2 * 3 * shape.hidden_size * shape.ffn_hidden_size * tokens
+    up = 2 * 2 * shape.hidden_size * shape.ffn_hidden_size * tokens
     # Backward: twice the linear layers, five products for the attention's two.
     step = 3 * linear + 3.5 * attention
-    found = [
-        Choice("none", (), 0, base + in_flight * chunk_layers * whole, 0.0),
-        Choice("selective", ("mlp",), 0, base + in_flight * chunk_layers * without_mlp, mlp / step),
-    ]
+    # While a layer's MLP goes backward, what it makes again is there.
+    found = [Choice("selective", ("mlp_up",), 0, base + in_flight * chunk_layers * without_mlp, up / step)]
+    if up / step > CHEAP:
+        found.append(Choice("none", (), 0, base + in_flight * chunk_layers * whole, 0.0))
     for layers in range(1, chunk_layers + 1):
-        kept = layers * entry + (chunk_layers - layers) * whole
-        extra = layers / chunk_layers * (linear + attention) / step
-        found.append(Choice("full", (), layers, base + in_flight * kept, extra))
+        kept = layers * entry + (chunk_layers - layers) * without_mlp
+        share = layers / chunk_layers
+        extra = (share * (linear + attention) + (1 - share) * up) / step
+        found.append(Choice("full", ("mlp_up",), layers, base + in_flight * kept, extra))
     return sorted(found, key=lambda c: c.extra)
 
 
@@ -137,7 +145,7 @@ def static_bytes(shape: ModelShape, config: Config, parallel: Parallel, stage: i
 
 
 def _kept_numbers(shape: ModelShape, parallel: Parallel) -> tuple[float, float, float]:
-    """Numbers a token keeps in a layer: its input alone, everything (model/layers.py), everything but the MLP's."""
+    """Numbers a token keeps in a layer: its input alone, everything (model/layers.py), everything but the MLP's width."""
     t = parallel.tensor_size
     entry = shape.hidden_size / (t if parallel.sequence_parallel else 1)
     q = shape.num_attention_heads * shape.kv_channels / t

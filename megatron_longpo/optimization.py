@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
+import mmap
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
@@ -76,10 +76,10 @@ def inner_optimizers(optimizer: MegatronOptimizer) -> list[torch.optim.Optimizer
 
 
 def _untouched_zeros(like: torch.Tensor) -> torch.Tensor:
-    """Zeros that take no memory until somebody writes them: numpy's come from calloc, torch's are written."""
-    if like.is_cuda or like.dtype != torch.float32:
+    """Zeros that take no memory until somebody writes them: a mapping of their own, where torch's zeros are written."""
+    if like.is_cuda or like.dtype != torch.float32 or like.numel() * 4 < mmap.PAGESIZE:
         return torch.zeros_like(like)
-    return torch.from_numpy(np.zeros(tuple(like.shape), np.float32))
+    return torch.frombuffer(mmap.mmap(-1, like.numel() * 4), dtype=torch.float32).view(like.shape)
 
 
 class _RMSPropStep:

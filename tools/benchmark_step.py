@@ -45,7 +45,9 @@ def main() -> None:
         "--branches", default="2", help="answers to one document: 2, or more by independent turns (ours)"
     )
     parser.add_argument("--layouts", default="1", help="1, or degrees of ours: cp2, tp2, pp2, tp2-cp2, ...")
-    parser.add_argument("--answer", type=int, default=128, help="tokens of an answer")
+    parser.add_argument(
+        "--answer", type=int, default=128, help="tokens of a chosen answer; a rejected one has three quarters"
+    )
     parser.add_argument("--short", type=int, default=512, help="tokens of the short prompt")
     parser.add_argument("--samples", type=int, default=1, help="samples of a step (ours)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
@@ -146,7 +148,8 @@ def make_sample(a: argparse.Namespace, length: int, vocab_size: int, branches: i
         pieces.append(p.Piece(question, p.PROMPT))
         if turn:
             pieces.append(p.Piece(question, p.Mode.OWN_PROMPT))
-        answers = [tokens(a.answer), tokens(a.answer)]
+        # Of unequal length, as answers are.
+        answers = [tokens(a.answer), tokens(a.answer * 3 // 4)]
         pieces += [p.Piece(answers[0], p.CHOSEN_RESPONSE), p.Piece(answers[1], p.REJECTED_RESPONSE)]
         start = int(rng.integers(0, max(1, len(document) - a.short)))
         pieces.append(p.Piece(np.concatenate([document[start : start + a.short], question]), p.SHORT_PROMPT))

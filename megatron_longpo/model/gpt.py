@@ -35,7 +35,7 @@ from megatron_longpo import platform
 from megatron_longpo.config import Config, virtual_pipeline_size
 from megatron_longpo.logprobs import chunk_tokens, default_chunk_bytes, token_logprobs
 from megatron_longpo.model.attention import AttentionPlan, BlockAttention
-from megatron_longpo.model.layers import GatedMLP, NormColumnParallelLinear, RMSNorm
+from megatron_longpo.model.layers import GatedMLP, NormColumnParallelLinear, RMSNorm, set_remake_up
 from megatron_longpo.model.rotary import Rotary
 from megatron_longpo.model.shape import ModelShape
 from megatron_longpo.parallel import Parallel
@@ -90,7 +90,9 @@ def transformer_config(shape: ModelShape, config: Config, *, use_transformer_eng
     if t.recompute_granularity == "full":
         recompute |= {"recompute_method": t.recompute_method, "recompute_num_layers": t.recompute_num_layers}
     elif t.recompute_granularity == "selective":
-        recompute |= {"recompute_modules": list(t.recompute_modules)}
+        # Ours is the up-projection (model/layers.py); the others are megatron-core's.
+        modules = [m for m in t.recompute_modules if m != "mlp_up"]
+        recompute = {**recompute, "recompute_modules": modules} if modules else {}
     return TransformerConfig(
         num_layers=shape.num_layers,
         hidden_size=shape.hidden_size,
@@ -228,6 +230,13 @@ def build_model(shape: ModelShape, config: Config, parallel: Parallel) -> list[P
             vp_stage=vp_stage,
         )
         _mark_tensor_parallel(model)
+        t = config.training
+        whole = {"full": layers if t.recompute_method == "uniform" else t.recompute_num_layers}
+        set_remake_up(
+            model.decoder.layers,
+            whole.get(t.recompute_granularity, 0),
+            t.recompute_granularity in ("selective", "full") and "mlp_up" in t.recompute_modules,
+        )
         chunks.append(model.to(platform.CURRENT.device))
     return chunks
 

@@ -10,7 +10,7 @@ Shape legend: H = hidden size, F = MLP width, Q/K = query/key-value heads, D = h
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -138,19 +138,57 @@ class _SwiGLU(torch.autograd.Function):
         return result
 
 
+def set_remake_up(layers: Iterable[torch.nn.Module], recomputed: int, wanted: bool) -> None:
+    """Which MLPs make their up-projection again: those of a stage's layers that are not recomputed whole.
+
+    Args:
+        layers: of a stage.
+        recomputed: its first so many are recomputed whole.
+        wanted: whether ``mlp_up`` is asked for.
+    """
+    for number, layer in enumerate(layers):
+        mlp = layer.mlp
+        assert isinstance(mlp, GatedMLP)
+        mlp.remake_up = wanted and number >= recomputed
+
+
 def _activated(both: Tensor) -> Tensor:
     gate, up = both.chunk(2, dim=-1)
     return silu(gate).mul_(up)
 
 
 class GatedMLP(MLP):
-    """megatron-core's MLP with SwiGLU, its activated tensor made again for the backward of the down-projection."""
+    """megatron-core's MLP with SwiGLU, its activated tensor made again for the backward of the down-projection.
+
+    Attributes:
+        remake_up: make the up-projection again too (``recompute_modules`` with ``mlp_up``): nothing of the MLP's width is
+            kept then, which is more than half of what a layer keeps, for one of the step's nine products of that width.
+    """
+
+    remake_up = False
 
     def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor | None]:
         """[s, 1, H] -> [s, 1, H] and no bias."""
         both, bias = self.linear_fc1(hidden_states)
         assert bias is None
-        activated = _SwiGLU.apply(both)
-        kept = both.detach()
-        with made_again(activated, lambda: _activated(kept)):
+        if not self.remake_up:
+            kept = both.detach()
+            activated = _SwiGLU.apply(both)
+            with made_again(activated, lambda: _activated(kept)):
+                return self.linear_fc2(activated)
+        x = hidden_states.detach()
+        # Made for the down-projection's backward, used by the activation's right after it.
+        waiting: list[Tensor] = []
+
+        def make_both() -> Tensor:
+            return waiting.pop() if waiting else self.linear_fc1(x)[0]
+
+        def make_activated() -> Tensor:
+            waiting.append(make_both())
+            return _activated(waiting[0])
+
+        with made_again(both, make_both):
+            activated = _SwiGLU.apply(both)
+        del both
+        with made_again(activated, make_activated):
             return self.linear_fc2(activated)

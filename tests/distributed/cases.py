@@ -42,6 +42,7 @@ def _layout(tp: int = 1, pp: int = 1, cp: int = 1, **more: Any) -> dict[str, Any
 _FULL = {"recompute_granularity": "full"}
 _SELECTIVE = {"recompute_granularity": "selective"}
 _MLP = {"recompute_granularity": "selective", "recompute_modules": ("mlp",)}
+_UP = {"recompute_granularity": "selective", "recompute_modules": ("mlp_up",)}
 _NOT_SHARED = {"prefix_sharing": False}
 _INDEPENDENT = {"turns": "independent"}
 
@@ -53,7 +54,10 @@ _BASE = (
     Case("one-recompute-full", 1, {"training": _FULL}),
     Case("one-recompute-selective", 1, {"training": _SELECTIVE}),
     Case("one-recompute-mlp", 1, {"training": _MLP}),
-    Case("one-recompute-block", 1, {"training": {**_FULL, "recompute_method": "block", "recompute_num_layers": 2}}),
+    Case("one-recompute-up", 1, {"training": _UP}),
+    Case(
+        "one-recompute-block", 1, {"training": {**_UP, **_FULL, "recompute_method": "block", "recompute_num_layers": 2}}
+    ),
     Case("one-chunked", 1, {"model": {"logprob_chunk_bytes": 8 * 101 * 16}}),
     Case("one-online-swapped", 1, {"reference": {"reference": "online"}}),
     Case("one-online-resident", 1, {"reference": {"reference": "online", "reference_model": "resident"}}),
@@ -74,6 +78,7 @@ _BASE = (
     # Two processes.
     Case("tp2", 2, {"parallel": _layout(tp=2)}),
     Case("tp2-sp", 2, {"parallel": _layout(tp=2, sequence_parallel=True)}),
+    Case("tp2-sp-recompute-up", 2, {"parallel": _layout(tp=2, sequence_parallel=True), "training": _UP}),
     Case("pp2", 2, {"parallel": _layout(pp=2)}),
     Case("pp2-vpp2", 2, {"parallel": _layout(pp=2, num_layers_per_virtual_pipeline_stage=1)}),
     Case("cp2", 2, {"parallel": _layout(cp=2)}),
@@ -116,7 +121,7 @@ _BASE = (
     Case("tp2-cp2", 4, {"parallel": _layout(tp=2, cp=2)}),
     Case("tp2-sp-cp2-recompute", 4, {"parallel": _layout(tp=2, cp=2, sequence_parallel=True), "training": _FULL}),
     Case("pp2-cp2", 4, {"parallel": _layout(pp=2, cp=2)}),
-    Case("pp2-cp2-selective", 4, {"parallel": _layout(pp=2, cp=2), "training": {**_SELECTIVE, **_MLP}}),
+    Case("pp2-cp2-selective", 4, {"parallel": _layout(pp=2, cp=2), "training": _UP}),
     Case("dp2-cp2", 4, {"parallel": _layout(cp=2)}),
     Case(
         "dp2-cp2-distopt-online",

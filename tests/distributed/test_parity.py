@@ -17,7 +17,7 @@ from tests.support import FAMILIES, VARIANTS
 LAYOUT_BOUND = 1e-5
 HF_BOUND = 1e-4
 # Rounding is random: two bf16 runs that are equally good differ by this much in their distance from fp32.
-BF16_BOUND = 1.25
+BF16_BOUND = 1.5
 _TIMED = {"step_seconds", "tokens_per_second", "peak_memory_gb"}
 _REWARDS = {"rewards/chosen", "rewards/rejected", "rewards/margins"}
 

@@ -9,10 +9,12 @@ Each patch says why it is needed and with which versions the need was seen. All 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import importlib
 import logging
 import os
+import platform as os_platform
 import re
 import resource
 import sys
@@ -126,13 +128,18 @@ def _left_in_control_group() -> int:
     return max(0, left)
 
 
-def _use_huge_pages() -> None:
-    """Large tensors of the CPU in huge pages: fewer page faults, and freed memory goes back whole.
+def _tune_allocator() -> None:
+    """Large tensors of the CPU in huge pages, and given back when they are freed.
 
-    Seen with SmolLM2-135M at 4096 tokens in fp32: 3% less time, 1.3 GB less at the peak. torch reads this once, at its first
-    tensor; where the system has no huge pages nothing happens.
+    Seen with SmolLM2-135M at 4096 tokens in fp32. Huge pages: 3% less time, and 1.3 GB less at the peak. Tensors from 4 MB
+    on mapped by themselves: 0.6 GB less in each of two context-parallel processes; by default glibc raises that limit to 32 MB,
+    and tensors that are kept sit between holes that those which are not have left. torch reads its variable once, at its
+    first tensor. Where the system has no huge pages, or another libc, nothing happens; who sets the variables decides.
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    if "MALLOC_MMAP_THRESHOLD_" not in os.environ and os_platform.libc_ver()[0] == "glibc":
+        mmap_threshold = -3  # M_MMAP_THRESHOLD in malloc.h
+        ctypes.CDLL(None).mallopt(mmap_threshold, 4 * 2**20)
 
 
 def _resolve() -> Platform:
@@ -429,7 +436,7 @@ def _patch_megatron_everywhere() -> None:
 
 def _install(platform: Platform) -> Platform:
     if not platform.is_cuda:
-        _use_huge_pages()
+        _tune_allocator()
         _patch_torch_for_cpu()
         _patch_megatron_for_cpu()
     _patch_megatron_everywhere()

@@ -370,8 +370,10 @@ def _have_flash_attn(x: Tensor) -> bool:
     return x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) and _flash_attn() is not None
 
 
+@functools.lru_cache(maxsize=64)
 def _boundaries(lengths: tuple[int, ...], device: torch.device) -> Tensor:
-    return torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32).to(device, non_blocking=True)
+    """Running sums of lengths; the same for all layers of a micro batch."""
+    return torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32).to(device)
 
 
 def _flash_forward(

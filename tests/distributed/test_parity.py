@@ -41,7 +41,12 @@ def _assert_metrics(found: dict[str, float], expected: dict[str, float], bound: 
 def _assert_tensors(found: dict[str, Any], expected: dict[str, Any], bound: float) -> None:
     assert found.keys() == expected.keys()
     for name, value in expected.items():
-        error = (found[name] - value).norm() / value.norm()
+        scale = value.norm()
+        if name.endswith("k_proj.bias"):
+            # The same number on all keys changes no softmax: of channels that are not rotated the true gradient is zero, and
+            # what is computed is the rounding of terms as large as the query's.
+            scale = max(scale, expected[name.replace("k_proj", "q_proj")].norm())
+        error = (found[name] - value).norm() / scale
         assert error <= bound, f"{name}: relative error {error:.1e}"
 
 

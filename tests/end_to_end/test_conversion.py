@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -60,7 +61,8 @@ def our_logits(checkpoint: Path, tokens: list[int], monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(gpt, "token_logprobs", catch)
     n = len(tokens)
-    plan = AttentionPlan.make((QueryGroup(0, n, (KeyBlock(0, n, True),)),), None)
+    groups = (QueryGroup(0, n, (KeyBlock(0, n, True),)),)
+    plan = AttentionPlan.make(groups, None, window=shape.window_size, positions_S=np.arange(n))
     with torch.no_grad():
         chunks[0](
             torch.tensor([tokens]),

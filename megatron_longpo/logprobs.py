@@ -107,8 +107,9 @@ class _TokenLogprobs(torch.autograd.Function):
         if foretold_N is not None:
             known = ~torch.isnan(foretold_N)
             now_N, later_N = known.nonzero()[:, 0], (~known).nonzero()[:, 0]
-        # Of all tokens, so that the backward fills what is missing and gives this very tensor on.
-        grad_hidden_NH = torch.empty_like(hidden_NH) if len(now_N) else None
+        # Of all tokens, so that the backward fills what is missing and gives this very tensor on. Zeros: a rank whose rows are
+        # all padding fills nothing.
+        grad_hidden_NH = torch.zeros_like(hidden_NH) if len(now_N) else None
         for index_N, take_gradient in ((now_N, True), (later_N, False)):
             for start in range(0, len(index_N), chunk):
                 index_C = index_N[start : start + chunk]

@@ -167,6 +167,12 @@ class GatedMLP(MLP):
 
     remake_up = False
 
+    def __init__(self, *args: Any, pg_collection: Any = None, tp_group: Any = None, **kwargs: Any) -> None:
+        # megatron-core 0.19 gives an MLP of its own the group alone, and one that it does not know all groups.
+        kwargs.pop("is_mtp_layer", None)
+        group = tp_group if pg_collection is None else pg_collection.tp
+        super().__init__(*args, tp_group=group, **kwargs)
+
     def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor | None]:
         """[s, 1, H] -> [s, 1, H] and no bias."""
         both, bias = self.linear_fc1(hidden_states)

@@ -78,6 +78,12 @@ _BASE = (
     # Two processes.
     Case("tp2", 2, {"parallel": _layout(tp=2)}),
     Case("tp2-sp", 2, {"parallel": _layout(tp=2, sequence_parallel=True)}),
+    # One rank's rows of the vocabulary are all padding.
+    Case(
+        "tp2-sp-all-padding",
+        2,
+        {"parallel": _layout(tp=2, sequence_parallel=True), "model": {"make_vocab_size_divisible_by": 128}},
+    ),
     Case("tp2-sp-recompute-up", 2, {"parallel": _layout(tp=2, sequence_parallel=True), "training": _UP}),
     Case("pp2", 2, {"parallel": _layout(pp=2)}),
     Case("pp2-vpp2", 2, {"parallel": _layout(pp=2, num_layers_per_virtual_pipeline_stage=1)}),

@@ -75,6 +75,21 @@ def test_chunk_fits_its_budget() -> None:
     assert chunk_tokens(10**9, 128 * 2**20) == 16
 
 
+def test_a_rank_of_padding_alone_adds_nothing() -> None:
+    """Of a small vocabulary a tensor-parallel rank may hold no row; fresh memory must not pass for its gradient."""
+    weight = torch.randn(8, 4, requires_grad=True)
+    weight.main_grad = torch.zeros(8, 4)  # type: ignore[attr-defined]
+    hidden = torch.randn(6, 4, requires_grad=True)
+    foretold = torch.tensor([1.0, torch.nan] * 3)
+    for _ in range(20):
+        torch.full((6, 4), torch.nan)  # what fresh memory may hold
+        out = token_logprobs(
+            hidden, weight, torch.zeros(6, dtype=torch.long), vocab_size=8, vocab_start=8, foretold_N=foretold
+        )
+        (grad,) = torch.autograd.grad(out, hidden, torch.ones(6), retain_graph=False)
+        assert (grad == 0).all() and (weight.main_grad == 0).all()  # type: ignore[attr-defined]
+
+
 @pytest.mark.parametrize("chunk", [2, 64])
 def test_gradients_foretold_are_the_gradients(chunk: int) -> None:
     """Some known, some not: the same sums as with none known; and a forecast that fails says so."""

@@ -299,8 +299,10 @@ class ReferenceCache:
         (self.folder / f"{self.name}.partial").unlink(missing_ok=True)
 
 
-def cache_for(config: Config, data: PreferenceData, weights: str, rotary_base: float) -> ReferenceCache:
-    """The cache of this configuration's reference."""
+def cache_for(
+    config: Config, data: PreferenceData, weights: str, rotary_base: float, shape: ModelShape
+) -> ReferenceCache:
+    """The cache of this configuration's reference, whose weights and shape are given."""
     scope = scope_of(config.objective.objective)
     identity = {
         "weights": weights,
@@ -310,6 +312,12 @@ def cache_for(config: Config, data: PreferenceData, weights: str, rotary_base: f
         "rotary_base": rotary_base,
         "dtype": "bfloat16" if config.training.bf16 else "float32",
     }
+    # The same weights under another scaling or window are another reference. Named where they are, so that caches made
+    # before there were any stay good.
+    if shape.rope_scaling:
+        identity["rope_scaling"] = shape.rope_scaling
+    if shape.window_size:
+        identity["window_size"] = shape.window_size
     folder = Path(config.reference.reference_cache or f"{data.prefix}.reference")
     return ReferenceCache(folder, identity, len(data))
 

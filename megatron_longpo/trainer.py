@@ -393,7 +393,7 @@ class Trainer:
 
     def _cached_reference(self, score_samples: Callable[[list[Sample]], np.ndarray], weights: str) -> np.ndarray:
         plan = self.plan
-        cache = cache_for(self.config, self.data, weights, self._reference_base())
+        cache = cache_for(self.config, self.data, weights, self._reference_base(), plan.reference_shape)
         found: list[bool] = [False]
 
         def look() -> None:

@@ -488,15 +488,12 @@ def authors(a: argparse.Namespace, length: int, branches: int) -> dict[str, Any]
         optimizer.zero_grad()
         return float(loss)
 
-    loss = step()
-    seconds = float(np.median([_timed(step) for _ in range(a.steps)]))
-    return {"seconds": seconds, "peak_gb": peak_gb(), "loss": loss}
-
-
-def _timed(action: Callable[[], Any]) -> float:
-    began = time.monotonic()
-    action()
-    return time.monotonic() - began
+    times, losses = [], []
+    for _ in range(1 + a.steps):
+        began = time.monotonic()
+        losses.append(step())
+        times.append(time.monotonic() - began)
+    return {"seconds": _median(times[1:] or times), "peak_gb": peak_gb(), "loss": losses[0]}
 
 
 # --------------------------------------------------------------------------------------------------

@@ -54,6 +54,7 @@ def token_logprobs(
     group: dist.ProcessGroup | None = None,
     chunk: int | None = None,
     foretold_N: Tensor | None = None,
+    dummy_gradient: bool = False,
 ) -> Tensor:
     """log softmax(hidden @ weight.T)[target], one value a token.
 
@@ -67,6 +68,8 @@ def token_logprobs(
         chunk: tokens a chunk; by default what ``chunk_tokens`` says.
         foretold_N: [N] in fp32, the gradient that the result will get, NaN where it is not known. Needs a ``main_grad``
             on the weight, where the forward already adds; ignored without one, and where no gradient is recorded.
+        dummy_gradient: give a weight with a ``main_grad`` zeros as its own gradient, and not none: Megatron's DDP asks for one
+            where it overlaps reductions. They are as large as the weight.
 
     Returns:
         [N] in fp32. The gradient of ``hidden_NH`` is this rank's part only (sum over the group: backward of Megatron's
@@ -82,7 +85,9 @@ def token_logprobs(
     chunk = chunk or chunk_tokens(valid, default_chunk_bytes(), weight_VH.dtype)
     if not torch.is_grad_enabled() or getattr(weight_VH, "main_grad", None) is None or not weight_VH.requires_grad:
         foretold_N = None
-    return _TokenLogprobs.apply(hidden_NH, weight_VH, target_N, valid, vocab_start, group, chunk, foretold_N)
+    return _TokenLogprobs.apply(
+        hidden_NH, weight_VH, target_N, valid, vocab_start, group, chunk, foretold_N, dummy_gradient
+    )
 
 
 class _TokenLogprobs(torch.autograd.Function):
@@ -97,6 +102,7 @@ class _TokenLogprobs(torch.autograd.Function):
         group: dist.ProcessGroup | None,
         chunk: int,
         foretold_N: Tensor | None,
+        dummy_gradient: bool,
     ) -> Tensor:
         n = hidden_NH.shape[0]
         logits = _Logits(weight_VH, valid, target_N - vocab_start, min(chunk, max(1, n)))
@@ -150,7 +156,7 @@ class _TokenLogprobs(torch.autograd.Function):
             grad_hidden_NH,
             foretold_N,
         )
-        ctx.valid, ctx.chunk, ctx.vocab_start = valid, chunk, vocab_start
+        ctx.valid, ctx.chunk, ctx.vocab_start, ctx.dummy_gradient = valid, chunk, vocab_start, dummy_gradient
         return target_logit_N - lse_N
 
     @staticmethod
@@ -185,12 +191,12 @@ class _TokenLogprobs(torch.autograd.Function):
             if grad_hidden is not None:
                 grad_hidden_NH[index_C] = grad_hidden
         if main_grad is not None:
-            # As Megatron's fused weight gradient does: DDP must not add .grad again, and the hook still has to fire.
+            # As Megatron's fused weight gradient does: DDP must not add .grad again.
             weight_VH.grad_added_to_main_grad = True
-            grad_weight = torch.zeros(1, dtype=weight_VH.dtype, device=weight_VH.device).expand(weight_VH.shape)
+            grad_weight = torch.zeros_like(weight_VH) if ctx.dummy_gradient else None
         elif grad_weight is not None:
             grad_weight = grad_weight.to(weight_VH.dtype)
-        return grad_hidden_NH if need_hidden else None, grad_weight, None, None, None, None, None, None
+        return grad_hidden_NH if need_hidden else None, grad_weight, None, None, None, None, None, None, None
 
 
 class _Logits:

@@ -135,10 +135,16 @@ class PolicyModel(GPTModel):
     """One pipeline stage's part of the model. The last stage returns log-probs instead of logits."""
 
     def __init__(
-        self, config: TransformerConfig, shape: ModelShape, logprob_chunk_bytes: int | None, **kwargs: Any
+        self,
+        config: TransformerConfig,
+        shape: ModelShape,
+        logprob_chunk_bytes: int | None,
+        overlap_grad_reduce: bool,
+        **kwargs: Any,
     ) -> None:
         super().__init__(config, position_embedding_type="none", **kwargs)
         self.shape = shape
+        self.overlap_grad_reduce = overlap_grad_reduce
         self.logprob_chunk_bytes = logprob_chunk_bytes or default_chunk_bytes()
 
     def forward(  # type: ignore[override]
@@ -186,6 +192,7 @@ class PolicyModel(GPTModel):
             group=group,
             chunk=chunk_tokens(weight.shape[0], self.logprob_chunk_bytes, weight.dtype),
             foretold_N=foretold_N,
+            dummy_gradient=self.overlap_grad_reduce,
         )
 
     def _tied(self) -> bool:
@@ -219,6 +226,7 @@ def build_model(shape: ModelShape, config: Config, parallel: Parallel) -> list[P
             config=megatron_config,
             shape=shape,
             logprob_chunk_bytes=config.model.logprob_chunk_bytes,
+            overlap_grad_reduce=config.parallel.overlap_grad_reduce,
             transformer_layer_spec=block,
             vocab_size=padded_vocab_size(
                 shape.vocab_size, config.model.make_vocab_size_divisible_by, parallel.tensor_size

@@ -17,7 +17,7 @@ from tests.support import FAMILIES, VARIANTS
 LAYOUT_BOUND = 1e-5
 HF_BOUND = 1e-4
 # Rounding is random: two bf16 runs that are equally good differ by this much in their distance from fp32.
-BF16_BOUND = 1.5
+BF16_BOUND = 1.25
 _TIMED = {"step_seconds", "tokens_per_second", "peak_memory_gb"}
 _REWARDS = {"rewards/chosen", "rewards/rejected", "rewards/margins"}
 
@@ -38,15 +38,17 @@ def _assert_metrics(found: dict[str, float], expected: dict[str, float], bound: 
             assert abs(found[name] - value) <= bound * _scale(expected, name, 0.2) + 1e-12, name
 
 
-def _assert_tensors(found: dict[str, Any], expected: dict[str, Any], bound: float) -> None:
+def _assert_tensors(found: dict[str, Any], expected: dict[str, Any], bound: float, family: str) -> None:
     assert found.keys() == expected.keys()
     for name, value in expected.items():
-        scale = value.norm()
-        if name.endswith("k_proj.bias"):
-            # The same number on all keys changes no softmax: of channels that are not rotated the true gradient is zero, and
-            # what is computed is the rounding of terms as large as the query's.
-            scale = max(scale, expected[name.replace("k_proj", "q_proj")].norm())
-        error = (found[name] - value).norm() / scale
+        difference, scale = found[name] - value, value.norm()
+        if family == "glm" and name.endswith("k_proj.bias"):
+            # The same number on all keys changes no softmax. So the true gradient of channels that are not rotated, half of
+            # a head's 16, is zero; what is computed is the rounding of terms as large as those of the query's bias.
+            rest = difference.view(-1, 16)[:, 8:]
+            assert rest.norm() <= bound * expected[name.replace("k_proj", "q_proj")].norm(), name
+            difference, scale = difference.view(-1, 16)[:, :8], value.view(-1, 16)[:, :8].norm()
+        error = difference.norm() / scale
         assert error <= bound, f"{name}: relative error {error:.1e}"
 
 
@@ -60,10 +62,10 @@ def _of(bf16: bool) -> Any:
 def test_layout_agrees_with_one_process_without_sharing(results: dict[str, Any], family: str, case: Case) -> None:
     found, expected = results[family][case.name], results[family][case.oracle]
     _assert_metrics(found["metrics"], expected["metrics"], LAYOUT_BOUND)
-    _assert_tensors(found["gradients"], expected["gradients"], LAYOUT_BOUND)
+    _assert_tensors(found["gradients"], expected["gradients"], LAYOUT_BOUND, family)
     for step, other in zip(found["steps"], expected["steps"], strict=True):
         _assert_metrics(step, other, LAYOUT_BOUND)
-    _assert_tensors(found["weights"], expected["weights"], LAYOUT_BOUND)
+    _assert_tensors(found["weights"], expected["weights"], LAYOUT_BOUND, family)
 
 
 _HUGGING_FACE = [
@@ -100,7 +102,7 @@ def test_one_process_agrees_with_hugging_face(
     gradients = dict(answer.gradients)
     if "lm_head.weight" not in found["gradients"]:
         gradients.pop("lm_head.weight", None)
-    _assert_tensors(found["gradients"], gradients, HF_BOUND)
+    _assert_tensors(found["gradients"], gradients, HF_BOUND, family)
 
 
 @_of(bf16=True)

@@ -105,12 +105,12 @@ class Platform:
             torch.cuda.set_rng_state(state["cuda"])
 
 
-def _left_in_control_group() -> int:
+def _left_in_control_group(root: Path = Path("/sys/fs/cgroup"), process: Path = Path("/proc/self/cgroup")) -> int:
     """Memory left under the limit of a container or a Slurm job; a huge number where there is none."""
-    folders = [Path("/sys/fs/cgroup")]
+    folders = [root]
     with contextlib.suppress(OSError):
-        for line in Path("/proc/self/cgroup").read_text().splitlines():
-            folders.append(Path("/sys/fs/cgroup") / line.split(":", 2)[2].lstrip("/"))
+        for line in process.read_text().splitlines():
+            folders.append(root / line.split(":", 2)[2].lstrip("/"))
     left = sys.maxsize
     for folder in folders:
         # Version 2, then version 1.

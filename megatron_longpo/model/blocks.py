@@ -376,22 +376,24 @@ def _boundaries(lengths: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32).to(device)
 
 
+def _flash_pieces(q: Tensor, k: Tensor, lengths: tuple[int, ...] | None, scale: float) -> dict[str, Any]:
+    """What both of flash-attn's functions are told of a call, by its own names."""
+    of_q, of_k = lengths or (q.shape[0],), lengths or (k.shape[0],)
+    return {
+        "cu_seqlens_q": _boundaries(of_q, q.device),
+        "cu_seqlens_k": _boundaries(of_k, q.device),
+        "max_seqlen_q": max(of_q),
+        "max_seqlen_k": max(of_k),
+        "dropout_p": 0.0,
+        "softmax_scale": scale,
+        "causal": lengths is not None,
+    }
+
+
 def _flash_forward(
     q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...] | None, scale: float
 ) -> tuple[Tensor, Tensor]:
-    of_q, of_k = lengths or (q.shape[0],), lengths or (k.shape[0],)
-    out, lse, *_ = _flash_attn()._flash_attn_varlen_forward(
-        q,
-        k,
-        v,
-        _boundaries(of_q, q.device),
-        _boundaries(of_k, q.device),
-        max(of_q),
-        max(of_k),
-        0.0,
-        scale,
-        causal=lengths is not None,
-    )
+    out, lse, *_ = _flash_attn()._flash_attn_varlen_forward(q, k, v, **_flash_pieces(q, k, lengths, scale))
     return out, lse
 
 
@@ -405,7 +407,6 @@ def _flash_backward(
     lengths: tuple[int, ...] | None,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    of_q, of_k = lengths or (q.shape[0],), lengths or (k.shape[0],)
     gq, gk, gv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     _flash_attn()._flash_attn_varlen_backward(
         g,
@@ -417,13 +418,7 @@ def _flash_backward(
         gq,
         gk,
         gv,
-        _boundaries(of_q, q.device),
-        _boundaries(of_k, q.device),
-        max(of_q),
-        max(of_k),
-        0.0,
-        scale,
-        causal=lengths is not None,
+        **_flash_pieces(q, k, lengths, scale),
         window_size_left=-1,
         window_size_right=-1,
         softcap=0.0,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 import types
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_longpo import memory
+from megatron_longpo import memory, platform
 from megatron_longpo.config import from_dict
 from megatron_longpo.model import blocks as blocks_module
 from megatron_longpo.model.attention import rotate
@@ -22,6 +24,7 @@ from megatron_longpo.model.rotary import Rotary, rotary_of
 from megatron_longpo.model.shape import ModelShape
 from megatron_longpo.parallel import Parallel
 from megatron_longpo.sequence import KeyBlock, QueryGroup, Row, lay_out
+from tests.support import dense_attention
 
 
 def test_branches_on_one_trunk_are_one_block() -> None:
@@ -258,19 +261,12 @@ def test_a_sliding_window_is_a_mask(window: int, seed: int) -> None:
     layout, tensors = _tree(seed)
     blocks = blocks_of(layout.groups, window, layout.positions_S)
     direction = torch.randn_like(tensors[0])
-    mask = torch.zeros(len(tensors[0]), len(tensors[0]), dtype=torch.bool)
-    positions = torch.from_numpy(layout.positions_S)
-    for group in layout.groups:
-        for block in group.keys:
-            size = (group.end - group.start, block.end - block.start)
-            visible = torch.ones(size, dtype=torch.bool)
-            mask[group.start : group.end, block.start : block.end] = visible.tril() if block.causal else visible
-    n = layout.length
-    mask[:n, :n] &= positions[None, :] > positions[:, None] - window
     query, key, value = tensors
-    scores = torch.einsum("shd,thd->hst", query, key.repeat_interleave(2, 1)) * 0.3
-    weights = scores.masked_fill(~mask, -torch.inf).softmax(-1).nan_to_num(0)
-    dense = torch.einsum("hst,thd->shd", weights, value.repeat_interleave(2, 1))
+    n = layout.length
+    positions = torch.from_numpy(layout.positions_S)
+    within = torch.zeros(len(query), len(query), dtype=torch.bool)
+    within[:n, :n] = positions[None, :] > positions[:, None] - window
+    dense = dense_attention(layout.groups, query, key, value, 0.3, within)
     found = block_attention(query, key, value, blocks, 0.3)
     torch.testing.assert_close(found, dense, rtol=1e-4, atol=1e-5)
     pairs = [torch.autograd.grad((x * direction).sum(), tensors) for x in (found, dense)]
@@ -338,3 +334,24 @@ def test_interleaved_rows_there_and_back() -> None:
     halves = _halves(rows, shape)
     assert halves[:8, 0].tolist() == [0, 2, 1, 3, 4, 5, 6, 7]
     assert torch.equal(_neighbours(halves, shape), rows)
+
+
+def test_limits_of_containers_and_jobs_are_seen(tmp_path: Path) -> None:
+    """Version 2 and version 1; cached files do not count, ``max`` and missing files set no limit."""
+    process = tmp_path / "cgroup"
+    process.write_text("0::/slurm/job_1\n")
+    root = tmp_path / "root"
+    job = root / "slurm" / "job_1"
+    job.mkdir(parents=True)
+    assert platform._left_in_control_group(root, process) == sys.maxsize
+    (root / "memory.max").write_text("max\n")
+    (job / "memory.max").write_text("1000\n")
+    (job / "memory.current").write_text("700\n")
+    (job / "memory.stat").write_text("anon 100\ninactive_file 200\n")
+    assert platform._left_in_control_group(root, process) == 1000 - (700 - 200)
+    first = root / "memory"
+    first.mkdir()
+    (first / "memory.limit_in_bytes").write_text("450\n")
+    (first / "memory.usage_in_bytes").write_text("50\n")
+    (first / "memory.stat").write_text("cache 0\n")
+    assert platform._left_in_control_group(root, process) == 400

@@ -20,6 +20,7 @@ from megatron_longpo.sequence import (
     local_groups,
     shard,
 )
+from tests.support import dense_attention
 
 
 def _row(tokens: list[int], first_answer: int, slot: int, nll: bool, sample: int = 0) -> Row:
@@ -173,15 +174,7 @@ def test_block_attention_is_masked_attention() -> None:
     n = layout.length + 3  # padding at the end
     query, key, value = (torch.randn(n, h, 16, requires_grad=True) for h in (6, 2, 2))
     out = block_attention(query, key, value, blocks_of(layout.groups), 0.25)
-    mask = torch.zeros(n, n, dtype=torch.bool)
-    for group in layout.groups:
-        for block in group.keys:
-            size = (group.end - group.start, block.end - block.start)
-            visible = torch.ones(size, dtype=torch.bool)
-            mask[group.start : group.end, block.start : block.end] = visible.tril() if block.causal else visible
-    scores = torch.einsum("shd,thd->hst", query, key.repeat_interleave(3, 1)) * 0.25
-    weights = scores.masked_fill(~mask, -torch.inf).softmax(-1).nan_to_num(0)
-    dense = torch.einsum("hst,thd->shd", weights, value.repeat_interleave(3, 1))
+    dense = dense_attention(layout.groups, query, key, value, 0.25)
     torch.testing.assert_close(out, dense, rtol=1e-5, atol=1e-6)
     assert (out[layout.length :] == 0).all()
     direction = torch.randn_like(out)

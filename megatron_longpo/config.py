@@ -85,6 +85,21 @@ class ModelConfig:
 
     rotary_base: float | None = None
     """RoPE theta of the policy (paper: 1e7). Default: the checkpoint's."""
+    rope_type: Literal["default", "linear", "llama3", "yarn"] | None = None
+    """Another RoPE scaling for the policy, with the numbers below by Hugging Face's names; default: none at all. The
+    reference keeps its checkpoint's. Not given: the checkpoint's."""
+    rotary_scaling_factor: float | None = None
+    """The scaling's factor (linear, llama3, yarn)."""
+    original_max_position_embeddings: int | None = None
+    """Context before scaling (llama3, yarn). Default: the checkpoint's longest."""
+    attention_factor: float | None = None
+    """Scale of cosines and sines (yarn). Default: from the factor."""
+    beta_fast: float | None = None
+    beta_slow: float | None = None
+    """Turns within the original context above which channels are kept and below which they are stretched (yarn)."""
+    low_freq_factor: float | None = None
+    high_freq_factor: float | None = None
+    """The same bounds of llama3."""
     max_position_embeddings: int | None = None
     """Longest context that the trained model claims when exported. Default: the checkpoint's, or seq_length where that
     is longer."""
@@ -482,6 +497,12 @@ def check(config: Config) -> None:
             f"recompute_modules={', '.join(sorted(unknown))} is unknown; use core_attn, mlp and mlp_up "
             "(norms and activations are always computed again)"
         )
+
+
+def scaling_numbers(model: ModelConfig) -> dict[str, Any]:
+    """The numbers of a RoPE scaling by Hugging Face's names; None where not given."""
+    names = "original_max_position_embeddings attention_factor beta_fast beta_slow low_freq_factor high_freq_factor"
+    return {"factor": model.rotary_scaling_factor, **{name: getattr(model, name) for name in names.split()}}
 
 
 def virtual_pipeline_size(config: ParallelConfig, num_layers: int) -> int | None:

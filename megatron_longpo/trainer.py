@@ -27,6 +27,7 @@ from torch import Tensor
 from megatron_longpo import memory, platform
 from megatron_longpo import parallel as parallel_module
 from megatron_longpo.batch import MicroBatch, batch_loss, foretold_gradient, policy_batch, policy_layout
+from megatron_longpo.checkpoint.card import training_record
 from megatron_longpo.checkpoint.training import (
     ASSETS,
     Checkpointer,
@@ -37,7 +38,7 @@ from megatron_longpo.checkpoint.training import (
     read_progress,
     resolve,
 )
-from megatron_longpo.config import Config, check, check_against_model, virtual_pipeline_size
+from megatron_longpo.config import Config, check, check_against_model, scaling_numbers, virtual_pipeline_size
 from megatron_longpo.data.indexed import Manifest, PreferenceData, read_manifest
 from megatron_longpo.data.preference import Mode, Sample
 from megatron_longpo.data.sampler import BatchSampler, deal_batch
@@ -45,7 +46,7 @@ from megatron_longpo.errors import ConfigError, DataError, LongPOError
 from megatron_longpo.metrics import Reporter, log, reduce_samples
 from megatron_longpo.model.attention import resolve_comm_type
 from megatron_longpo.model.gpt import PolicyModel, build_model, transformer_config
-from megatron_longpo.model.rotary import rotary_of
+from megatron_longpo.model.rotary import changed_scaling, rotary_of
 from megatron_longpo.model.shape import ModelShape
 from megatron_longpo.optimization import build_optimizer, build_scheduler, check_schedule, wrap_for_training
 from megatron_longpo.parallel import Parallel
@@ -84,6 +85,7 @@ class Plan:
         trained = d.seq_length or self.manifest.longest
         return self.shape.replace(
             rotary_base=m.rotary_base or self.shape.rotary_base,
+            rope_scaling=changed_scaling(self.shape, m.rope_type, scaling_numbers(m), "model"),
             max_position_embeddings=m.max_position_embeddings or max(self.shape.max_position_embeddings, trained),
             weights_hash=None,
         )
@@ -138,6 +140,7 @@ def _check_same_architecture(shape: ModelShape, reference: ModelShape, config: C
         "weights_hash": None,
         "dtype": "",
         "rope_scaling": None,
+        "base_model": None,
     }
     if shape.replace(**ignored) != reference.replace(**ignored):
         raise ConfigError(
@@ -213,7 +216,7 @@ class Trainer:
             seed=config.training.seed,
         )
         self.costs = [row_cost(int(n), plan.shape) for n in self.data.long_lengths()]
-        self.rotary = rotary_of(plan.shape, plan.policy_shape.rotary_base)
+        self.rotary = rotary_of(plan.policy_shape, plan.policy_shape.rotary_base)
 
         reference_weights, resumed = self._agree()
         self._log_model()
@@ -279,6 +282,7 @@ class Trainer:
             "optimizer": c.optimizer.optimizer,
             "use_distributed_optimizer": c.parallel.use_distributed_optimizer,
             "rotary_base": plan.policy_shape.rotary_base,
+            "rope_scaling": plan.policy_shape.rope_scaling,
             **{
                 f: getattr(c.objective, f) for f in ("objective", "beta", "preference_weight", "nll_scope", "loss_type")
             },
@@ -584,7 +588,16 @@ class Trainer:
 
     def _save(self) -> None:
         if self.checkpointer is not None:
-            self.checkpointer.save(self.step, self.plan.train_iters, self.chunks, self.optimizer, self.scheduler)
+            record = training_record(
+                step=self.step,
+                train_iters=self.plan.train_iters,
+                layout=self.parallel.describe(),
+                manifest=dataclasses.asdict(self.plan.manifest),
+                records=self.reporter.records,
+            )
+            self.checkpointer.save(
+                self.step, self.plan.train_iters, self.chunks, self.optimizer, self.scheduler, record
+            )
 
 
 @contextmanager

@@ -303,8 +303,9 @@ def _operations(trainer: Any) -> dict[str, float]:
 
 
 def _ceilings(length: int, shape: Any, dtype_name: str) -> dict[str, float]:
-    """GFLOP/s of this machine, with these threads, in what the step is made of: a large matrix product, and torch's own
-    causal attention (one row, the model's heads) forward and backward."""
+    """GFLOP/s of this machine, with these threads, in what the step is made of: a large matrix product, a layer's own
+    products (narrower, forward and backward, nothing made again), and torch's own causal attention (one row, the model's
+    heads) forward and backward."""
     import torch
 
     dtype = getattr(torch, dtype_name)
@@ -321,6 +322,19 @@ def _ceilings(length: int, shape: Any, dtype_name: str) -> dict[str, float]:
     x, y = (torch.randn(4096, 4096).to(dtype) for _ in range(2))
     product = best(lambda: x @ y, 2.0 * 4096**3)
     n = min(length, 8192)
+    width, heads = shape.hidden_size, shape.num_attention_heads * shape.kv_channels
+    qkv = heads + 2 * shape.num_query_groups * shape.kv_channels
+    sizes = [(qkv, width), (width, heads), (2 * shape.ffn_hidden_size, width), (width, shape.ffn_hidden_size)]
+    layer = [tuple(torch.randn(*size).to(dtype) for size in ((n, i), (n, o), (o, i))) for o, i in sizes]
+
+    def products() -> None:
+        for inputs, outputs, weight in layer:
+            inputs @ weight.T
+            outputs @ weight
+            outputs.T @ inputs
+
+    own = best(products, 6.0 * n * sum(o * i for o, i in sizes))
+    layer.clear()
     q = torch.randn(1, shape.num_attention_heads, n, shape.kv_channels).to(dtype).requires_grad_()
     k, v = (torch.randn_like(q).requires_grad_() for _ in range(2))
     direction = torch.randn_like(q)
@@ -329,7 +343,11 @@ def _ceilings(length: int, shape: Any, dtype_name: str) -> dict[str, float]:
         out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
         torch.autograd.grad(out, (q, k, v), direction)
 
-    return {"matrix product": product, "attention": best(attend, 7.0 * n * n * q.shape[1] * q.shape[3])}
+    return {
+        "matrix product": product,
+        "own products": own,
+        "attention": best(attend, 7.0 * n * n * q.shape[1] * q.shape[3]),
+    }
 
 
 # Which profiler events make a part; each moment counts for the outermost of them that it is in.
@@ -517,7 +535,7 @@ def report(a: argparse.Namespace, results: list[dict[str, Any]]) -> None:
         )
         lines += ["", "Work and rate, over all ranks (nothing that is computed again counts as work):", ""]
         head = "tokens branches layout | TFLOP | growth of TFLOP | growth of seconds | GFLOP/s"
-        head += " | linear layers | ceiling | attention | ceiling | log-probs"
+        head += " | linear layers | own products | 4096 product | attention | ceiling | log-probs"
         lines += _table(head, [_rates(r, mine[0]) for r in mine])
     text = "\n".join(lines) + "\n"
     print(text)
@@ -577,6 +595,7 @@ def _rates(row: dict[str, Any], first: dict[str, Any]) -> list[str]:
         f"{seconds / f['step_seconds']:.2f}",
         f"{work / seconds / 1e9:.0f}",
         rate("linear layers"),
+        f"{o['ceilings']['own products']:.0f}",
         f"{o['ceilings']['matrix product']:.0f}",
         rate("attention"),
         f"{o['ceilings']['attention']:.0f}",

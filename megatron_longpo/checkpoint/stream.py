@@ -1,20 +1,26 @@
 """Tensors into and out of checkpoints one at a time, so that a conversion never holds a model.
 
 The distributed checkpoint is torch.distributed.checkpoint's format, which megatron-core's torch_dist reads: a planner
-that names every chunk in advance and makes each as it is written, and one that reads any slice.
+that names every chunk in advance and makes each as it is written, and a reader of any slice. Several processes share
+the work where there is a process group: each writes its own chunks, or its own safetensors shards.
 """
 
 from __future__ import annotations
 
+import io
 import json
+import math
 import os
+import pickle
 import struct
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
+import torch.distributed as dist
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -29,18 +35,19 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 from torch.distributed.checkpoint.planner import (
-    LoadPlan,
-    LoadPlanner,
-    ReadItem,
     SavePlan,
     SavePlanner,
     TensorWriteData,
     WriteItem,
     WriteItemType,
 )
-from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from megatron_longpo.errors import CheckpointError
+
+
+def _bytes(shape: Sequence[int], dtype: torch.dtype) -> int:
+    return math.prod(shape) * dtype.itemsize
+
 
 # --------------------------------------------------------------------------------------------------
 # Distributed checkpoints
@@ -66,10 +73,84 @@ class LazyChunk:
     dtype: torch.dtype
     make: Callable[[], Tensor]
 
+    @property
+    def bytes(self) -> int:
+        return _bytes(self.sizes, self.dtype)
+
+
+# How much may be made before it is written, beyond the largest chunk.
+_AHEAD_BYTES = 2**28
+
+
+class Ahead:
+    """Makes values in a thread, in order, while those before are being used: reading and writing overlap.
+
+    Values that are made and not yet dropped take at most the largest one's bytes and 256 MiB.
+
+    Args:
+        items: bytes of each value, and what makes it.
+    """
+
+    def __init__(self, items: Sequence[tuple[int, Callable[[], Tensor]]]) -> None:
+        self._items = items
+        self._limit = max((n for n, _ in items), default=0) + _AHEAD_BYTES
+        self._ready: dict[int, Tensor | BaseException] = {}
+        self._held = 0
+        self._stopped = False
+        self._changed = threading.Condition()
+        self._thread = threading.Thread(target=self._work, daemon=True)
+        self._thread.start()
+
+    def _work(self) -> None:
+        for number, (size, make) in enumerate(self._items):
+            with self._changed:
+                self._changed.wait_for(lambda size=size: self._stopped or self._held + size <= self._limit)  # type: ignore[misc]
+                if self._stopped:
+                    return
+                self._held += size
+            try:
+                value: Tensor | BaseException = make()
+            except BaseException as error:
+                value = error
+            with self._changed:
+                self._ready[number] = value
+                self._changed.notify_all()
+            if isinstance(value, BaseException):
+                return
+            del value
+
+    def __iter__(self) -> Iterator[Tensor]:
+        """The values in order; a value counts as dropped when the next one is asked for.
+
+        Raises:
+            BaseException: what making a value raised.
+        """
+        try:
+            for number, (size, _) in enumerate(self._items):
+                with self._changed:
+                    self._changed.wait_for(lambda number=number: number in self._ready)  # type: ignore[misc]
+                    value = self._ready.pop(number)
+                if isinstance(value, BaseException):
+                    raise value
+                yield value
+                del value
+                with self._changed:
+                    self._held -= size
+                    self._changed.notify_all()
+        finally:
+            with self._changed:
+                self._stopped = True
+                self._changed.notify_all()
+            self._thread.join()
+
 
 class _LazySavePlanner(SavePlanner):
+    """Names all chunks in advance; their values come in the same order, since the writer is told to take no other."""
+
     def __init__(self, chunks: Sequence[LazyChunk]) -> None:
         self._chunks = {(c.key, c.offsets): c for c in chunks}
+        self._order = list(self._chunks)
+        self._values: Iterator[Tensor] | None = None
 
     def set_up_planner(self, state_dict: Any, storage_meta: Any = None, is_coordinator: bool = False) -> None:
         pass
@@ -98,53 +179,69 @@ class _LazySavePlanner(SavePlanner):
 
     def resolve_data(self, write_item: WriteItem) -> Tensor:
         assert write_item.index.offset is not None
-        chunk = self._chunks[(write_item.index.fqn, tuple(write_item.index.offset))]
-        tensor = chunk.make()
+        if self._values is None:
+            self._values = iter(Ahead([(c.bytes, c.make) for c in self._chunks.values()]))
+        key = (write_item.index.fqn, tuple(write_item.index.offset))
+        assert self._order.pop(0) == key, "chunks are written in the order of the plan"
+        tensor = next(self._values)
+        chunk = self._chunks[key]
         assert tuple(tensor.shape) == chunk.sizes and tensor.dtype == chunk.dtype
+        if not self._order:
+            self.close()
         return tensor
+
+    def close(self) -> None:
+        """End the thread, if it still runs."""
+        if self._values is not None:
+            self._values.close()  # type: ignore[attr-defined]
+            self._values = None
 
 
 def write_distributed(folder: Path, chunks: Sequence[LazyChunk]) -> None:
-    """Write chunks to a new distributed checkpoint, each made, written and dropped in turn."""
-    dcp.save(
-        {},
-        storage_writer=FileSystemWriter(folder, single_file_per_rank=True, thread_count=1),
-        planner=_LazySavePlanner(chunks),
-    )
-    torch.save({}, folder / "common.pt")
-    save_config(CheckpointingConfig("torch_dist", 1), str(folder))
+    """Write this process's chunks to a new distributed checkpoint, each made, written and dropped in turn; collective.
+
+    Raises:
+        CheckpointException: of torch.distributed.checkpoint, with what any process raised.
+    """
+    planner = _LazySavePlanner(chunks)
+    try:
+        # Nothing copied ahead: on CUDA that would sort the chunks.
+        writer = FileSystemWriter(folder, single_file_per_rank=True, thread_count=1, per_thread_copy_ahead=0)
+        dcp.save({}, storage_writer=writer, planner=planner)
+    finally:
+        planner.close()
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        torch.save({}, folder / "common.pt")
+        save_config(CheckpointingConfig("torch_dist", 1), str(folder))
 
 
-class _SlicePlanner(LoadPlanner):
-    def __init__(self, key: str, offsets: Sequence[int], into: Tensor) -> None:
-        self._key, self._offsets, self._into = key, offsets, into
+class _Part(io.RawIOBase):
+    """A part of a file as a file of its own."""
 
-    def set_up_planner(self, state_dict: Any, metadata: Metadata | None = None, is_coordinator: bool = False) -> None:
-        self._metadata = metadata
+    def __init__(self, stream: BinaryIO, start: int, length: int) -> None:
+        self._stream, self._start, self._length, self._place = stream, start, length, 0
 
-    def create_local_plan(self) -> LoadPlan:
-        assert self._metadata is not None
-        stored = self._metadata.state_dict_metadata[self._key]
-        chunk = ChunkStorageMetadata(torch.Size(self._offsets), self._into.size())
-        return LoadPlan(create_read_items_for_chunk_list(self._key, stored, [chunk]))  # type: ignore[arg-type]
+    def readable(self) -> bool:
+        return True
 
-    def create_global_plan(self, global_plan: list[LoadPlan]) -> list[LoadPlan]:
-        return global_plan
+    def seekable(self) -> bool:
+        return True
 
-    def finish_plan(self, central_plan: LoadPlan) -> LoadPlan:
-        return central_plan
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._place, os.SEEK_END: self._length}[whence]
+        self._place = base + offset
+        return self._place
 
-    def load_bytes(self, read_item: ReadItem, value: Any) -> None:
-        raise CheckpointError(f"{self._key} is not a tensor")
+    def tell(self) -> int:
+        return self._place
 
-    def resolve_tensor(self, read_item: ReadItem) -> Tensor:
-        part = self._into
-        for dimension, (start, length) in enumerate(zip(read_item.dest_offsets, read_item.lengths, strict=True)):
-            part = part.narrow(dimension, start, length)
-        return part
-
-    def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
-        pass
+    def readinto(self, buffer: Any) -> int:
+        view = memoryview(buffer).cast("B")
+        wanted = min(len(view), max(0, self._length - self._place))
+        self._stream.seek(self._start + self._place)
+        count = self._stream.readinto(view[:wanted])  # type: ignore[attr-defined]
+        self._place += count
+        return int(count)
 
 
 class DistributedReader:
@@ -185,19 +282,55 @@ class DistributedReader:
         return self._tensors[key].properties.dtype
 
     def read(self, key: str, offsets: Sequence[int], sizes: Sequence[int]) -> Tensor:
-        """The slice of ``sizes`` at ``offsets``, as stored."""
-        into = torch.empty(*sizes, dtype=self.dtype(key))
-        planner = _SlicePlanner(key, offsets, into)
-        planner.set_up_planner({}, self._metadata, True)
-        try:
-            self._reader.read_data(planner.create_local_plan(), planner).wait()
-        except Exception as error:
-            raise CheckpointError(f"{self.folder}: {key} cannot be read ({error}); the checkpoint is damaged") from None
+        """The slice of ``sizes`` at ``offsets``, as stored. A slice that was written as one piece is not copied.
+
+        Raises:
+            CheckpointError: there is none, or its file is damaged.
+        """
+        self.shape(key)
+        into: Tensor | None = None
+        covered = 0
+        for chunk in self._tensors[key].chunks:
+            # Where this stored piece and the slice meet.
+            starts = [max(a, b) for a, b in zip(offsets, chunk.offsets, strict=True)]
+            ends = [min(a + n, b + m) for a, n, b, m in zip(offsets, sizes, chunk.offsets, chunk.sizes, strict=True)]
+            if any(end <= start for start, end in zip(starts, ends, strict=True)):
+                continue
+            piece = self._piece(key, chunk)
+            for dimension, (start, end, base) in enumerate(zip(starts, ends, chunk.offsets, strict=True)):
+                piece = piece.narrow(dimension, start - base, end - start)
+            if tuple(piece.shape) == tuple(sizes):
+                return piece
+            if into is None:
+                into = torch.empty(*sizes, dtype=self.dtype(key))
+            target = into
+            for dimension, (start, end, base) in enumerate(zip(starts, ends, offsets, strict=True)):
+                target = target.narrow(dimension, start - base, end - start)
+            target.copy_(piece)
+            covered += piece.numel()
+        if into is None or covered != into.numel():
+            raise CheckpointError(f"{self.folder}: {key} is not all there; the checkpoint is damaged")
         return into
+
+    def _piece(self, key: str, chunk: ChunkStorageMetadata) -> Tensor:
+        try:
+            place = self._metadata.storage_data[MetadataIndex(key, chunk.offsets)]
+            # Unbuffered: torch reads whole tensors.
+            with open(self.folder / place.relative_path, "rb", buffering=0) as stream:
+                part = _Part(stream, place.offset, place.length)  # type: ignore[arg-type]
+                tensor: Tensor = torch.load(part, map_location="cpu", weights_only=True)  # type: ignore[arg-type]
+            if tensor.shape != chunk.sizes:
+                raise ValueError(f"{list(tensor.shape)} instead of {list(chunk.sizes)}")
+            return tensor
+        except Exception as error:
+            detail = " ".join(str(error).split())[:300]
+            raise CheckpointError(
+                f"{self.folder}: {key} cannot be read ({detail}); the checkpoint is damaged"
+            ) from None
 
 
 # --------------------------------------------------------------------------------------------------
-# safetensors
+# Hugging Face folders
 # --------------------------------------------------------------------------------------------------
 
 _DTYPE_NAMES = {
@@ -214,35 +347,72 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-class SafetensorsFolder:
-    """Tensors of a Hugging Face model folder: one model.safetensors, or shards with an index.
+@dataclass(frozen=True)
+class _Described:
+    """Where a tensor lies, and what it is; a dtype that is not converted stays a name."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: torch.dtype | str
+
+
+class HuggingFaceWeights:
+    """Tensors of a Hugging Face model folder: safetensors, or pickles where there are none; one file or shards.
+
+    Pickles are opened by torch's weights_only loader, which runs no code of theirs.
 
     Raises:
-        CheckpointError: no safetensors there, or a shard that the index names is missing or truncated.
+        CheckpointError: no weights there; a shard that the index names is missing, truncated or no weights; a tensor in
+            a shard other than the index says.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        index = folder / "model.safetensors.index.json"
-        if index.is_file():
-            try:
-                weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-                files = sorted(set(weight_map.values()))
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise CheckpointError(f"{index}: cannot be read ({error}); download the model again") from None
-        elif (folder / "model.safetensors").is_file():
-            files = ["model.safetensors"]
+        self._pickle: tuple[Path, dict[str, Tensor]] | None = None
+        # One at a time: two threads may read.
+        self._lock = threading.Lock()
+        for stem, suffix in (("model", ".safetensors"), ("pytorch_model", ".bin")):
+            index, single = folder / f"{stem}{suffix}.index.json", folder / f"{stem}{suffix}"
+            if index.is_file() or single.is_file():
+                break
         else:
             raise CheckpointError(
-                f"{folder}: holds no model.safetensors and no model.safetensors.index.json; save the model with "
-                "safe_serialization"
+                f"{folder}: holds no model.safetensors, model.safetensors.index.json, pytorch_model.bin or "
+                "pytorch_model.bin.index.json; give the folder that save_pretrained wrote"
             )
-        self._file_of: dict[str, Path] = {}
+        self._is_pickle = suffix == ".bin"
+        weight_map: dict[str, str] | None = None
+        if index.is_file():
+            try:
+                weight_map = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+                files = sorted(set(weight_map.values()))
+            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+                raise CheckpointError(f"{index}: cannot be read ({error}); download the model again") from None
+        else:
+            files = [single.name]
+        self._found: dict[str, _Described] = {}
         for name in files:
             path = folder / str(name)
-            with self._open(path) as tensors:
-                for key in tensors.keys():  # noqa: SIM118
-                    self._file_of[key] = path
+            for key, described in self._describe(path).items():
+                if weight_map is not None and weight_map.get(key, name) != name:
+                    continue
+                self._found[key] = described
+        for key, name in (weight_map or {}).items():
+            if key not in self._found:
+                raise CheckpointError(
+                    f"{folder / name}: lacks {key}, which {index.name} says is there; download it again"
+                )
+
+    def _describe(self, path: Path) -> dict[str, _Described]:
+        if self._is_pickle:
+            return {k: _Described(path, tuple(v.shape), v.dtype) for k, v in self._unpickle(path).items()}
+        found = {}
+        with self._open(path) as tensors:
+            for key in tensors.keys():  # noqa: SIM118
+                part = tensors.get_slice(key)
+                name = part.get_dtype()
+                found[key] = _Described(path, tuple(part.get_shape()), _DTYPES_BY_NAME.get(name, name))
+        return found
 
     def _open(self, path: Path) -> Any:
         try:
@@ -254,17 +424,63 @@ class SafetensorsFolder:
                 f"{path}: cannot be read ({error}); it is truncated or damaged, download it again"
             ) from None
 
+    def _unpickle(self, path: Path) -> dict[str, Tensor]:
+        """All tensors of a pickle, mapped rather than read; the last file stays open."""
+        if self._pickle is None or self._pickle[0] != path:
+            self._pickle = None
+            try:
+                content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            except FileNotFoundError:
+                raise CheckpointError(
+                    f"{path}: is named by the index and not there; download the model again"
+                ) from None
+            except pickle.UnpicklingError as error:
+                raise CheckpointError(
+                    f"{path}: holds more than weights, and is not opened ({' '.join(str(error).split())[:200]}); save the model "
+                    "with safe_serialization"
+                ) from None
+            except (RuntimeError, OSError, ValueError, EOFError) as error:
+                detail = " ".join(str(error).split())[:200]
+                raise CheckpointError(
+                    f"{path}: cannot be read ({detail}); it is truncated or damaged, or of a torch before 1.6: download it "
+                    "again, or save it again with safe_serialization"
+                ) from None
+            if not isinstance(content, dict) or not all(isinstance(v, Tensor) for v in content.values()):
+                raise CheckpointError(f"{path}: is not a state dict of tensors; save the model with save_pretrained")
+            self._pickle = (path, content)
+        return self._pickle[1]
+
     def names(self) -> set[str]:
-        return set(self._file_of)
+        return set(self._found)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        with self._open(self._file_of[name]) as tensors:
-            return tuple(tensors.get_slice(name).get_shape())
+        return self._found[name].shape
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Dtype of a weight.
+
+        Raises:
+            CheckpointError: quantised, or no floating-point number at all.
+        """
+        found = self._found[name]
+        if not isinstance(found.dtype, torch.dtype) or found.dtype not in _DTYPE_NAMES:
+            raise CheckpointError(
+                f"{found.file}: {name} has dtype {found.dtype}; {', '.join(map(dtype_name, _DTYPE_NAMES))} can be converted: "
+                "give the model as it was before quantisation"
+            )
+        return found.dtype
 
     def read(self, name: str) -> Tensor:
-        """One tensor, read from its shard now."""
-        with self._open(self._file_of[name]) as tensors:
-            return tensors.get_tensor(name)
+        """One tensor, read from its file now; what was read before is let go."""
+        path = self._found[name].file
+        with self._lock:
+            if self._is_pickle:
+                return self._unpickle(path)[name].clone()
+            with self._open(path) as tensors:
+                return tensors.get_tensor(name)
+
+
+_DTYPES_BY_NAME = {name: dtype for dtype, name in _DTYPE_NAMES.items()}
 
 
 @dataclass(frozen=True)
@@ -277,10 +493,7 @@ class LazyTensor:
 
     @property
     def bytes(self) -> int:
-        size = self.dtype.itemsize
-        for n in self.shape:
-            size *= n
-        return size
+        return _bytes(self.shape, self.dtype)
 
 
 def plan_shards(tensors: Sequence[LazyTensor], max_shard_bytes: int) -> list[list[LazyTensor]]:
@@ -296,38 +509,51 @@ def plan_shards(tensors: Sequence[LazyTensor], max_shard_bytes: int) -> list[lis
     return shards
 
 
-def write_safetensors(
-    folder: Path, tensors: Sequence[LazyTensor], values: Iterator[Tensor], max_shard_bytes: int
-) -> None:
-    """Write model.safetensors, or shards with an index, taking the values one by one in the order described.
+def shard_name(number: int, count: int) -> str:
+    """``model-00002-of-00007.safetensors`` of shard 1 of 7."""
+    return "model.safetensors" if count == 1 else f"model-{number + 1:05d}-of-{count:05d}.safetensors"
+
+
+def write_index(folder: Path, shards: Sequence[Sequence[LazyTensor]]) -> None:
+    """model.safetensors.index.json, where there are several shards."""
+    if len(shards) == 1:
+        return
+    weight_map = {t.name: shard_name(i, len(shards)) for i, shard in enumerate(shards) for t in shard}
+    index = {"metadata": {"total_size": sum(t.bytes for shard in shards for t in shard)}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+# Values are cast and written in pieces of this many elements, so that a cast holds no second copy of a tensor.
+_PIECE = 2**24
+
+
+def write_shard(path: Path, tensors: Sequence[LazyTensor], values: Iterator[Tensor]) -> None:
+    """Write a safetensors file, taking the values one by one in the order described.
 
     The format (safetensors' README): header length as 64 bits little-endian, JSON header, raw values.
     """
-    shards = plan_shards(tensors, max_shard_bytes)
-    weight_map = {}
-    for number, shard in enumerate(shards, 1):
-        name = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        offset = 0
-        for tensor in shard:
-            header[tensor.name] = {
-                "dtype": _DTYPE_NAMES[tensor.dtype],
-                "shape": list(tensor.shape),
-                "data_offsets": [offset, offset + tensor.bytes],
-            }
-            offset += tensor.bytes
-            weight_map[tensor.name] = name
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
-        with open(folder / name, "wb") as stream:
-            stream.write(struct.pack("<Q", len(text)))
-            stream.write(text)
-            for tensor in shard:
-                value = next(values).to(tensor.dtype).contiguous()
-                assert tuple(value.shape) == tensor.shape
-                stream.write(value.reshape(-1).view(torch.uint8).numpy().data)
-            stream.flush()
-            os.fsync(stream.fileno())
-    if len(shards) > 1:
-        index = {"metadata": {"total_size": sum(t.bytes for t in tensors)}, "weight_map": weight_map}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for tensor in tensors:
+        header[tensor.name] = {
+            "dtype": _DTYPE_NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, offset + tensor.bytes],
+        }
+        offset += tensor.bytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb", buffering=0) as stream:
+        _write_all(stream, struct.pack("<Q", len(text)) + text)
+        for tensor in tensors:
+            value = next(values)
+            assert tuple(value.shape) == tensor.shape
+            for piece in value.contiguous().view(-1).split(_PIECE):
+                _write_all(stream, piece.to(tensor.dtype).view(torch.uint8).numpy().data)
+        os.fsync(stream.fileno())
+
+
+def _write_all(stream: Any, content: Any) -> None:
+    view = memoryview(content)
+    while len(view):
+        view = view[stream.write(view) :]

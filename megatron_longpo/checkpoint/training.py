@@ -3,6 +3,7 @@
     OUTPUT/iter_0000010/                     weights, optimizer, schedule, data position, RNG
         .metadata, *.distcp, common.pt       megatron-core's files
         model.json, run.yaml, hf/            shape, resolved configuration, tokenizer and config for export
+        training.json                        steps, data and figures, for the exported model's card
     OUTPUT/latest_checkpointed_iteration.txt
 
 A checkpoint is written to a folder of another name and renamed when every rank is done; a run killed at any moment
@@ -12,6 +13,7 @@ finds the last whole one.
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import shutil
 import uuid
@@ -30,6 +32,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_longpo import platform
+from megatron_longpo.checkpoint.card import RECORD, RUN_CONFIG
 from megatron_longpo.config import Config
 from megatron_longpo.data.indexed import write_atomically
 from megatron_longpo.errors import CheckpointError
@@ -227,8 +230,12 @@ class Checkpointer:
         chunks: Sequence[PolicyModel],
         optimizer: MegatronOptimizer,
         scheduler: OptimizerParamScheduler,
+        record: dict[str, Any],
     ) -> None:
-        """Save after ``step``; collective. With async_save it is whole once ``poll`` or ``finish`` says so."""
+        """Save after ``step``; collective. With async_save it is whole once ``poll`` or ``finish`` says so.
+
+        ``record`` is what the exported model's card will say of the run.
+        """
         if self._saved_step == step:
             return
         if self._queue is not None:
@@ -244,10 +251,10 @@ class Checkpointer:
         state = self._state(step, train_iters, chunks, optimizer, scheduler, is_loading=False)
         if self._queue is None:
             dist_checkpointing.save(state, str(writing))
-            self._publish(writing, step)
+            self._publish(writing, step, record)
         else:
             request = dist_checkpointing.save(state, str(writing), async_sharded_save=True)
-            request.add_finalize_fn(lambda: self._publish(writing, step))
+            request.add_finalize_fn(lambda: self._publish(writing, step, record))
             self._queue.schedule_async_request(request)
 
     def poll(self) -> None:
@@ -261,16 +268,17 @@ class Checkpointer:
             self._queue.maybe_finalize_async_calls(blocking=True)
             self._queue.close()
 
-    def _write_companions(self, folder: Path) -> None:
+    def _write_companions(self, folder: Path, record: dict[str, Any]) -> None:
         # A name of their own for these weights: a reference made of them is told apart without reading them.
         self.shape.replace(weights_hash=uuid.uuid4().hex).write(folder)
-        (folder / "run.yaml").write_text(self.config.as_yaml(), encoding="utf-8")
+        (folder / RUN_CONFIG).write_text(self.config.as_yaml(), encoding="utf-8")
+        (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         if self.assets is not None and self.assets.is_dir():
             shutil.copytree(self.assets, folder / ASSETS, copy_function=_link_or_copy)
 
-    def _publish(self, writing: Path, step: int) -> None:
+    def _publish(self, writing: Path, step: int, record: dict[str, Any]) -> None:
         if self.parallel.rank == 0:
-            self._write_companions(writing)
+            self._write_companions(writing, record)
             final = folder_of(self.output, step)
             shutil.rmtree(final, ignore_errors=True)
             os.replace(writing, final)

@@ -8,6 +8,7 @@ Shape legend: H = hidden size, D = head size, Q/K = query/key-value heads, F = M
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from megatron_longpo.errors import CheckpointError
-from megatron_longpo.model.rotary import check_scaling
+from megatron_longpo.model.rotary import SCALING_KEYS, check_scaling
 from megatron_longpo.model.shape import ModelShape
 
 Kind = Literal["plain", "qkv", "gate_up"]
@@ -225,15 +226,42 @@ def _rope(config: dict[str, Any], family: Family, source: str) -> tuple[float, d
     return float(theta), check_scaling(scaling, source), float(percent)
 
 
-def config_for_export(config: dict[str, Any], shape: ModelShape, dtype: str) -> dict[str, Any]:
-    """The source's config.json with the RoPE theta, longest context and dtype of the exported model."""
+def config_for_export(config: dict[str, Any], shape: ModelShape, dtype: str, source: str) -> dict[str, Any]:
+    """The source's config.json with the RoPE theta and scaling, longest context and dtype of the exported model.
+
+    Kept in the form that the source has: ``rope_parameters`` (transformers 5), or ``rope_theta`` and ``rope_scaling``.
+
+    Args:
+        config: as imported.
+        source: its name, for errors.
+    """
+    exported = _with_rope(config, shape, with_scaling=False)
+    if not _means(exported, shape, source):
+        exported = _with_rope(config, shape, with_scaling=True)
+        assert _means(exported, shape, source)
+    exported["dtype" if "dtype" in config else "torch_dtype"] = dtype
+    return exported
+
+
+def _means(config: dict[str, Any], shape: ModelShape, source: str) -> bool:
+    found = shape_from_hf(config, source)
+    return found.rotary_base == shape.rotary_base and found.rope_scaling == shape.rope_scaling
+
+
+def _with_rope(config: dict[str, Any], shape: ModelShape, *, with_scaling: bool) -> dict[str, Any]:
     config = dict(config)
+    scaling = {"rope_type": "default", **(shape.rope_scaling or {})} if with_scaling else None
     if isinstance(config.get("rope_parameters"), dict):
-        config["rope_parameters"] = {**config["rope_parameters"], "rope_theta": shape.rotary_base}
+        kept = {k: v for k, v in config["rope_parameters"].items() if scaling is None or k not in SCALING_KEYS}
+        config["rope_parameters"] = {**kept, "rope_theta": shape.rotary_base, **(scaling or {})}
+        if scaling is not None:
+            config.pop("rope_scaling", None)
+    elif scaling is not None:
+        # `type` is how versions of transformers before 4.43 call it.
+        config["rope_scaling"] = {**scaling, "type": scaling["rope_type"]} if shape.rope_scaling else None
     if "rope_theta" in config or "rope_parameters" not in config:
         config["rope_theta"] = shape.rotary_base
     config["max_position_embeddings"] = shape.max_position_embeddings
-    config["dtype" if "dtype" in config else "torch_dtype"] = dtype
     return config
 
 
@@ -271,32 +299,46 @@ def our_shape(entry: Entry, shape: ModelShape) -> tuple[int, ...]:
     return (sum(s[0] for s in shapes), *shapes[0][1:])
 
 
-def fuse(entry: Entry, tensors: list[Tensor], shape: ModelShape) -> Tensor:
-    """Our tensor from theirs."""
+def fuse(entry: Entry, tensors: Iterable[Tensor], shape: ModelShape) -> Tensor:
+    """Our tensor from theirs, which are taken one at a time."""
+    source = iter(tensors)
     if entry.kind == "plain":
-        return tensors[0]
-    if entry.kind == "gate_up":
-        return torch.cat(tensors)
-    query, key, value = tensors
-    groups, d = shape.num_query_groups, shape.kv_channels
-    rest = query.shape[1:]
-    query, key = (_halves(x, shape) for x in (query, key))
-    parts = [x.reshape(groups, -1, d, *rest) for x in (query, key, value)]
-    return torch.cat(parts, dim=1).reshape(-1, *rest)
+        return next(source)
+    fused: Tensor | None = None
+    for number in range(len(entry.theirs)):
+        tensor = next(source)
+        if fused is None:
+            fused = torch.empty(our_shape(entry, shape), dtype=tensor.dtype)
+        part = parts_of(entry, fused, shape)[number]
+        part.copy_((tensor if number == 2 or entry.kind != "qkv" else _halves(tensor, shape)).view(part.shape))
+        del tensor
+    assert fused is not None
+    return fused
 
 
-def split(entry: Entry, tensor: Tensor, shape: ModelShape) -> list[Tensor]:
-    """Their tensors from ours."""
+def split(entry: Entry, tensor: Tensor, shape: ModelShape) -> Iterator[Tensor]:
+    """Their tensors from ours, made one at a time."""
     if entry.kind == "plain":
-        return [tensor]
+        yield tensor
+        return
+    sizes = their_shapes(entry, shape)
+    for number, part in enumerate(parts_of(entry, tensor, shape)):
+        theirs = part.reshape(sizes[number])
+        yield theirs if number == 2 or entry.kind != "qkv" else _neighbours(theirs, shape)
+
+
+def parts_of(entry: Entry, fused: Tensor, shape: ModelShape) -> list[Tensor]:
+    """Views of our tensor, one for each of theirs, that hold its values in its order (interleaved rotary channels but in
+    halves)."""
+    if entry.kind == "plain":
+        return [fused]
     if entry.kind == "gate_up":
-        return list(tensor.chunk(2))
-    groups, d = shape.num_query_groups, shape.kv_channels
-    rest = tensor.shape[1:]
+        return list(fused.chunk(2))
+    # [key-value groups, query heads of a group + key + value, head size, ...]
+    groups = shape.num_query_groups
     per_group = shape.num_attention_heads // groups
-    mixed = tensor.reshape(groups, per_group + 2, d, *rest)
-    query, key, value = (x.reshape(-1, *rest) for x in mixed.split([per_group, 1, 1], dim=1))
-    return [_neighbours(query, shape), _neighbours(key, shape), value]
+    mixed = fused.view(groups, per_group + 2, shape.kv_channels, *fused.shape[1:])
+    return list(mixed.split([per_group, 1, 1], dim=1))
 
 
 def _halves(x: Tensor, shape: ModelShape) -> Tensor:

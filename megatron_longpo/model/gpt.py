@@ -169,10 +169,7 @@ class PolicyModel(GPTModel):
         Returns:
             Last stage: [N] log-probs in fp32. Other stages: hidden states [s (/TP with sequence parallelism), 1, H].
         """
-        hidden = self.embedding(input_ids=tokens_1s, position_ids=positions_1s) if self.pre_process else None
-        # Angles travel with the plan: the attention rotates, so that all layers share one pair of tables.
-        cos_sin = rotary.cos_sin(positions_1s[0], self.config.params_dtype)
-        hidden = self.decoder(hidden_states=hidden, attention_mask=None, packed_seq_params=plan.with_rotary(*cos_sin))
+        hidden = self.hidden_states(tokens_1s, positions_1s, plan, rotary)
         if not self.post_process:
             return hidden
         group = self.pg_collection.tp
@@ -195,6 +192,16 @@ class PolicyModel(GPTModel):
             dummy_gradient=self.overlap_grad_reduce,
         )
 
+    def hidden_states(self, tokens_1s: Tensor, positions_1s: Tensor, plan: AttentionPlan, rotary: Rotary) -> Tensor:
+        """What the decoder of this stage gives, [s (/TP with sequence parallelism), 1, H]; normed on the last stage."""
+        hidden = self.embedding(input_ids=tokens_1s, position_ids=positions_1s) if self.pre_process else None
+        # Angles travel with the plan: the attention rotates, so that all layers share one pair of tables.
+        cos_sin = rotary.cos_sin(positions_1s[0], self.config.params_dtype)
+        found: Tensor = self.decoder(
+            hidden_states=hidden, attention_mask=None, packed_seq_params=plan.with_rotary(*cos_sin)
+        )
+        return found
+
     def _tied(self) -> bool:
         return bool(self.share_embeddings_and_output_weights)
 
@@ -205,9 +212,15 @@ def padded_vocab_size(vocab_size: int, divisible_by: int, tensor_parallel_size: 
     return -(-vocab_size // multiple) * multiple
 
 
-def build_model(shape: ModelShape, config: Config, parallel: Parallel) -> list[PolicyModel]:
-    """This pipeline rank's model chunks (one, or one a virtual stage), weights not yet loaded."""
-    engine = platform.have_transformer_engine()
+def build_model(
+    shape: ModelShape, config: Config, parallel: Parallel, *, reference_layers: bool = False
+) -> list[PolicyModel]:
+    """This pipeline rank's model chunks (one, or one a virtual stage), weights not yet loaded.
+
+    ``reference_layers``: megatron-core's own layers even where Transformer Engine is there; on the meta device, if that is
+    torch's default at the moment, the model stays there.
+    """
+    engine = platform.have_transformer_engine() and not reference_layers
     megatron_config = transformer_config(shape, config, use_transformer_engine=engine)
     spec = layer_spec(engine, shape.qk_layernorm)
     chunks = []
@@ -245,7 +258,8 @@ def build_model(shape: ModelShape, config: Config, parallel: Parallel) -> list[P
             whole.get(t.recompute_granularity, 0),
             t.recompute_granularity in ("selective", "full") and "mlp_up" in t.recompute_modules,
         )
-        chunks.append(model.to(platform.CURRENT.device))
+        is_meta = any(p.is_meta for p in model.parameters())
+        chunks.append(model if is_meta else model.to(platform.CURRENT.device))
     return chunks
 
 

@@ -35,6 +35,10 @@ _OPTIONAL: dict[str, tuple[str, ...]] = {
     "yarn": ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate")
 }
 
+SCALING_KEYS = frozenset(
+    {"rope_type", "type", "factor"}.union(*(set(keys) for keys in (*_NEEDED.values(), *_OPTIONAL.values())))
+)
+
 
 @dataclass(frozen=True)
 class Rotary:
@@ -77,6 +81,37 @@ def check_scaling(scaling: dict[str, Any], source: str) -> dict[str, Any] | None
         else:
             found[key] = value
     return found
+
+
+def changed_scaling(
+    shape: ModelShape, rope_type: str | None, numbers: dict[str, Any], source: str
+) -> dict[str, Any] | None:
+    """The scaling of a model that is told another one.
+
+    Args:
+        shape: of the model as it is; its longest context is the original one where none is given.
+        rope_type: None: as it is.
+        numbers: by the names above; those that are None are not given.
+        source: where they come from, for errors.
+
+    Raises:
+        CheckpointError: numbers without a type, a missing or odd number, or one that the type does not have.
+    """
+    given = {k: v for k, v in numbers.items() if v is not None}
+    if rope_type is None:
+        for name, value in given.items():
+            raise CheckpointError(f"{source}: {name}={value} without rope_type; give rope_type={' or '.join(_NEEDED)}")
+        return shape.rope_scaling
+    known = {*_NEEDED.get(rope_type, given), *_OPTIONAL.get(rope_type, ())}
+    foreign = sorted(set(given) - known)
+    if foreign:
+        raise CheckpointError(
+            f"{source}: rope_type={rope_type} has no {foreign[0]}; it takes {', '.join(sorted(known)) or 'no numbers'}"
+        )
+    if "original_max_position_embeddings" in known:
+        original = (shape.rope_scaling or {}).get("original_max_position_embeddings", shape.max_position_embeddings)
+        given.setdefault("original_max_position_embeddings", original)
+    return check_scaling({"rope_type": rope_type, **given}, source)
 
 
 def rotary_of(shape: ModelShape, rotary_base: float) -> Rotary:

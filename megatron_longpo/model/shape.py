@@ -35,6 +35,7 @@ class ModelShape:
         rope_scaling: ``rope_type`` with its numbers (``model/rotary.py``); None: plain.
         tokenizer_hash: hash of the tokenizer's vocabulary, or None where the checkpoint carried no tokenizer.
         weights_hash: hash of all weights in file order, as imported; None for a trained checkpoint.
+        base_model: what the imported model is called.
         dtype: dtype of the imported weights, which export gives back unless told otherwise.
     """
 
@@ -60,6 +61,7 @@ class ModelShape:
     rope_scaling: dict[str, Any] | None = None
     tokenizer_hash: str | None = None
     weights_hash: str | None = None
+    base_model: str | None = None
 
     def replace(self, **changes: Any) -> ModelShape:
         return dataclasses.replace(self, **changes)

@@ -17,7 +17,7 @@ import psutil
 import pytest
 import torch
 
-from megatron_longpo.checkpoint.stream import DistributedReader, SafetensorsFolder
+from megatron_longpo.checkpoint.stream import DistributedReader, HuggingFaceWeights
 from megatron_longpo.checkpoint.training import folder_of, latest_step
 from megatron_longpo.metrics import SAMPLE_COLUMNS, read_metrics
 from tests.support import ROOT, environment, make_data, make_model, run, torchrun
@@ -96,7 +96,7 @@ def test_tokenised_rows_to_a_trained_hugging_face_model(model: Path, tmp_path: P
     trained = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32)
     assert trained.config.rope_parameters["rope_theta"] == 40000
     assert trained.config.max_position_embeddings == 1024
-    before = SafetensorsFolder(model / "hf").read("model.embed_tokens.weight")
+    before = HuggingFaceWeights(model / "hf").read("model.embed_tokens.weight")
     assert not torch.equal(trained.model.embed_tokens.weight, before)
 
 

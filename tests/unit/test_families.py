@@ -1,0 +1,223 @@
+"""The models that the paper names, by their published configurations: every one is read as what it is."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+
+from megatron_longpo.errors import CheckpointError
+from megatron_longpo.model.families import config_for_export, entries_of, shape_from_hf, their_shapes
+from megatron_longpo.model.rotary import changed_scaling
+
+_LLAMA = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "rms_norm_eps": 1e-5}
+_MISTRAL = {
+    "architectures": ["MistralForCausalLM"],
+    "model_type": "mistral",
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 32768,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": False,
+}
+_QWEN2 = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "model_type": "qwen2",
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1000000.0,
+    "use_sliding_window": False,
+    "max_position_embeddings": 32768,
+}
+_GLM = {
+    "architectures": ["GlmForCausalLM"],
+    "model_type": "glm",
+    "hidden_act": "silu",
+    "attention_bias": True,
+    "hidden_size": 4096,
+    "intermediate_size": 13696,
+    "num_hidden_layers": 40,
+    "num_attention_heads": 32,
+    "head_dim": 128,
+    "vocab_size": 151552,
+    "rms_norm_eps": 1.5625e-07,
+    "tie_word_embeddings": False,
+}
+
+
+def _sizes(
+    hidden: int, ffn: int, layers: int, heads: int, groups: int, vocabulary: int, longest: int
+) -> dict[str, Any]:
+    return {
+        "hidden_size": hidden,
+        "intermediate_size": ffn,
+        "num_hidden_layers": layers,
+        "vocab_size": vocabulary,
+        "num_attention_heads": heads,
+        "num_key_value_heads": groups,
+        "max_position_embeddings": longest,
+    }
+
+
+_LLAMA31 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+# Name -> config.json's entries, and the parameters that the model is known to have.
+PUBLISHED: dict[str, tuple[dict[str, Any], int]] = {
+    "Llama-2-7B": ({**_LLAMA, **_sizes(4096, 11008, 32, 32, 32, 32000, 4096)}, 6_738_415_616),
+    "Llama-3-8B": ({**_LLAMA, **_sizes(4096, 14336, 32, 32, 8, 128256, 8192), "rope_theta": 5e5}, 8_030_261_248),
+    "Llama-3.1-8B": (
+        {
+            **_LLAMA,
+            **_sizes(4096, 14336, 32, 32, 8, 128256, 131072),
+            "rope_theta": 5e5,
+            "rope_scaling": {"rope_type": "llama3", **_LLAMA31},
+        },
+        8_030_261_248,
+    ),
+    "Llama-3.2-1B": (
+        {
+            **_LLAMA,
+            **_sizes(2048, 8192, 16, 32, 8, 128256, 131072),
+            "rope_theta": 5e5,
+            "head_dim": 64,
+            "tie_word_embeddings": True,
+            "rope_scaling": {"rope_type": "llama3", **_LLAMA31, "factor": 32.0},
+        },
+        1_235_814_400,
+    ),
+    "LWM-Text-1M": (
+        {**_LLAMA, **_sizes(4096, 11008, 32, 32, 32, 32000, 1048576), "rope_theta": 5e7},
+        6_738_415_616,
+    ),
+    "SmolLM2-135M": (
+        {**_LLAMA, **_sizes(576, 1536, 30, 9, 3, 49152, 8192), "rope_theta": 1e5, "tie_word_embeddings": True},
+        134_515_008,
+    ),
+    "Mistral-7B-v0.1": ({**_MISTRAL, "vocab_size": 32000, "sliding_window": 4096}, 7_241_732_096),
+    "Mistral-7B-v0.2": ({**_MISTRAL, "vocab_size": 32000, "sliding_window": None, "rope_theta": 1e6}, 7_241_732_096),
+    "Mistral-7B-v0.3": ({**_MISTRAL, "vocab_size": 32768, "sliding_window": None, "rope_theta": 1e6}, 7_248_023_552),
+    "Yarn-Mistral-7B-128k": (
+        {
+            **_MISTRAL,
+            "vocab_size": 32000,
+            "sliding_window": 131072,
+            "rope_scaling": {
+                "type": "yarn",
+                "factor": 16.0,
+                "original_max_position_embeddings": 8192,
+                "finetuned": True,
+            },
+        },
+        7_241_732_096,
+    ),
+    "Qwen2.5-0.5B": (
+        {**_QWEN2, **_sizes(896, 4864, 24, 14, 2, 151936, 32768), "tie_word_embeddings": True},
+        494_032_768,
+    ),
+    "Qwen2.5-7B": (
+        {**_QWEN2, **_sizes(3584, 18944, 28, 28, 4, 152064, 131072), "tie_word_embeddings": False},
+        7_615_616_512,
+    ),
+    "Qwen2.5-72B": (
+        {**_QWEN2, **_sizes(8192, 29568, 80, 64, 8, 152064, 131072), "tie_word_embeddings": False},
+        72_706_203_648,
+    ),
+    "Qwen3-8B": (
+        {
+            **_sizes(4096, 12288, 36, 32, 8, 151936, 40960),
+            "head_dim": 128,
+            "rope_theta": 1e6,
+            "architectures": ["Qwen3ForCausalLM"],
+            "model_type": "qwen3",
+            "rms_norm_eps": 1e-6,
+            "attention_bias": False,
+            "use_sliding_window": False,
+            "tie_word_embeddings": False,
+        },
+        8_190_735_360,
+    ),
+    "GLM-4-9B": (
+        {**_GLM, "num_key_value_heads": 2, "max_position_embeddings": 131072, "rope_theta": 5e6},
+        9_399_951_360,
+    ),
+    "GLM-4-9B-1M": (
+        {**_GLM, "num_key_value_heads": 4, "max_position_embeddings": 1048576, "rope_theta": 1e8},
+        9_483_857_920,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_models_have_their_parameters(name: str) -> None:
+    config, parameters = PUBLISHED[name]
+    shape = shape_from_hf(config, name)
+    total = 0
+    for entry in entries_of(shape):
+        once = sum(math.prod(sizes) for sizes in their_shapes(entry, shape))
+        total += once * (shape.num_layers if entry.stacked else 1)
+    assert total == parameters
+
+
+def test_published_rope() -> None:
+    def shape(name: str) -> Any:
+        return shape_from_hf(PUBLISHED[name][0], name)
+
+    assert shape("Mistral-7B-v0.1").window_size == 4096 and shape("Mistral-7B-v0.3").window_size is None
+    assert shape("Llama-3.1-8B").rope_scaling == {"rope_type": "llama3", **_LLAMA31}
+    yarn = {"rope_type": "yarn", "factor": 16.0, "original_max_position_embeddings": 8192}
+    assert shape("Yarn-Mistral-7B-128k").rope_scaling == yarn
+    glm = shape("GLM-4-9B-1M")
+    assert glm.rotary_interleaved and glm.rotary_percent == 0.5 and glm.rotary_base == 1e8
+    assert shape("LWM-Text-1M").rotary_base == 5e7
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_export_of_an_unchanged_model_keeps_its_config(name: str) -> None:
+    config = {**PUBLISHED[name][0], "torch_dtype": "bfloat16"}
+    config.setdefault("rope_theta", 10000.0)
+    assert config_for_export(config, shape_from_hf(config, name), "bfloat16", name) == config
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("style", ["rope_scaling", "rope_parameters"])
+def test_changed_rope_is_exported_in_the_sources_form(name: str, style: str) -> None:
+    config = dict(PUBLISHED[name][0])
+    if style == "rope_parameters":
+        scaling = config.pop("rope_scaling", {"rope_type": "default"})
+        config["rope_parameters"] = {"rope_theta": config.pop("rope_theta", 10000.0), **scaling}
+    before = shape_from_hf(config, name)
+    scaling = changed_scaling(before, "yarn", {"factor": 4.0, "beta_fast": 24.0}, "test")
+    changed = before.replace(rotary_base=1e7, rope_scaling=scaling, max_position_embeddings=2_000_000)
+    exported = config_for_export(config, changed, "bfloat16", name)
+    assert ("rope_parameters" in exported) == (style == "rope_parameters")
+    after = shape_from_hf(exported, name)
+    assert after == changed
+    # And none at all.
+    plain = config_for_export(config, before.replace(rope_scaling=None), "bfloat16", name)
+    assert shape_from_hf(plain, name).rope_scaling is None
+
+
+def test_a_longer_claim_does_not_stretch_the_scaling() -> None:
+    """A config.json that leaves the original context out means the context it claims; export writes it down."""
+    config = {**PUBLISHED["Mistral-7B-v0.2"][0], "rope_scaling": {"type": "yarn", "factor": 2.0}}
+    before = shape_from_hf(config, "test")
+    assert before.rope_scaling is not None and before.rope_scaling["original_max_position_embeddings"] == 32768
+    exported = config_for_export(config, before.replace(max_position_embeddings=65536), "float32", "test")
+    assert shape_from_hf(exported, "test").rope_scaling == before.rope_scaling
+
+
+def test_scalings_that_make_no_sense_are_refused() -> None:
+    shape = shape_from_hf(PUBLISHED["Mistral-7B-v0.2"][0], "test")
+    for rope_type, numbers, message in [
+        (None, {"factor": 4.0}, "without rope_type"),
+        ("yarn", {}, "needs factor > 0"),
+        ("linear", {"factor": 2.0, "beta_fast": 3.0}, "has no beta_fast"),
+        ("yarn", {"factor": -1.0}, "needs factor > 0"),
+        ("dynamic", {"factor": 2.0}, "is not supported"),
+    ]:
+        with pytest.raises(CheckpointError, match=message):
+            changed_scaling(shape, rope_type, numbers, "test")

@@ -35,11 +35,13 @@ setup(
         "pyarrow>=15",
         "datasets>=2.19",
         "jinja2>=3.1",
+        "requests>=2.31",
     ],
     extras_require={
         "gpu": ["transformer-engine[pytorch]>=2.0", "flash-attn>=2.7", "apex"],
         "eval": ["lm-eval>=0.4.8", "rouge-score>=0.1.2"],
         "vllm": ["vllm>=0.8"],
+        "language": ["py3langid>=0.4"],
         "wandb": ["wandb>=0.17"],
         "demo": ["gguf>=0.10", "accelerate>=1.0"],
         "dev": [
@@ -50,6 +52,13 @@ setup(
             "mypy>=1.11",
             "types-PyYAML",
             "types-psutil",
+            "types-requests",
+            "py3langid>=0.4",
+            # A real server with OpenAI's interface for the tests: `transformers serve`.
+            "fastapi>=0.115",
+            "uvicorn>=0.30",
+            "python-multipart>=0.0.9",
+            "openai>=1.60",
         ],
     },
     classifiers=[

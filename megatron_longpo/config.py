@@ -12,7 +12,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 import yaml
@@ -106,7 +106,7 @@ class ModelConfig:
     make_vocab_size_divisible_by: int = 128
     """The vocabulary is padded to a multiple of this times the tensor-parallel size. Padding is never computed with."""
     logprob_chunk_bytes: int | None = None
-    """Memory for the logits of one chunk of tokens. Default: 64 MiB on the CPU, 1 GiB on CUDA."""
+    """Memory for the logits of one chunk of tokens. Default: 128 MiB on the CPU, 1 GiB on CUDA."""
 
 
 @dataclass(frozen=True)
@@ -253,8 +253,11 @@ class Config:
 # --------------------------------------------------------------------------------------------------
 
 
-def from_dict(values: Any, source: str) -> Config:
-    """A Config from plain values by section.
+Root = TypeVar("Root")
+
+
+def from_dict(values: Any, source: str, root: type[Root] = Config) -> Root:  # type: ignore[assignment]
+    """A Config, or another dataclass of sections, from plain values by section.
 
     Raises:
         ConfigError: not a mapping of mappings, an unknown section or key, or a value of the wrong type.
@@ -263,7 +266,7 @@ def from_dict(values: Any, source: str) -> Config:
         values = {}
     if not isinstance(values, dict):
         raise ConfigError(f"{source}: holds {_kind(values)}; a configuration is a mapping of sections")
-    sections = {f.name: f for f in dataclasses.fields(Config)}
+    sections = {f.name: f for f in dataclasses.fields(root)}  # type: ignore[arg-type]
     built: dict[str, Any] = {}
     for name, content in values.items():
         if name not in sections:
@@ -272,7 +275,7 @@ def from_dict(values: Any, source: str) -> Config:
             content = {}
         if not isinstance(content, dict):
             raise ConfigError(f"{source}: section {name!r} holds {_kind(content)}; it must be a mapping of keys")
-        section_type = type(getattr(Config(), name))
+        section_type = type(getattr(root(), name))
         fields = {f.name: f for f in dataclasses.fields(section_type)}
         checked = {}
         for key, value in content.items():
@@ -280,7 +283,7 @@ def from_dict(values: Any, source: str) -> Config:
                 raise ConfigError(f"{source}: key {name}.{key} is unknown; {_nearest(str(key), fields)}")
             checked[key] = _checked(value, section_type, key, f"{source}: {name}.{key}")
         built[name] = section_type(**checked)
-    return Config(**built)
+    return root(**built)
 
 
 def _nearest(name: str, known: Any) -> str:
@@ -340,7 +343,7 @@ def _checked(value: Any, section: type, key: str, where: str) -> Any:
     raise ConfigError(f"{where}={value!r} is {_kind(value)}; it must be {' or '.join(rule)}")
 
 
-def from_yaml(path: str | Path) -> Config:
+def from_yaml(path: str | Path, root: type[Root] = Config) -> Root:  # type: ignore[assignment]
     """Read a YAML file.
 
     Raises:
@@ -358,10 +361,17 @@ def from_yaml(path: str | Path) -> Config:
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         detail = " ".join(str(error).split())
         raise ConfigError(f"--config {path}: is not YAML ({detail}); mend it at that place") from None
-    return from_dict(values, f"--config {path}")
+    return from_dict(values, f"--config {path}", root)
 
 
-def from_command_line(arguments: Sequence[str], *, prog: str, quiet: bool = False) -> tuple[Config, bool]:
+def from_command_line(
+    arguments: Sequence[str],
+    *,
+    prog: str,
+    quiet: bool = False,
+    root: type[Root] = Config,  # type: ignore[assignment]
+    description: str = "LongPO training.",
+) -> tuple[Root, bool]:
     """Configuration of ``--config FILE`` and flags; the second value says whether ``--print-config`` was given.
 
     Exits with status 2 on flags that cannot be read (the message goes to stderr unless ``quiet``).
@@ -374,13 +384,13 @@ def from_command_line(arguments: Sequence[str], *, prog: str, quiet: bool = Fals
     print_config = "--print-config" in arguments
     if print_config:
         arguments.remove("--print-config")
-    base = from_yaml(path) if path is not None else Config()
+    base = from_yaml(path, root) if path is not None else root()
     config = tyro.cli(
-        Annotated[Config, tyro.conf.OmitArgPrefixes],  # type: ignore[arg-type]
+        Annotated[root, tyro.conf.OmitArgPrefixes],  # type: ignore[arg-type]
         prog=prog,
         default=base,
         args=arguments,
-        description="LongPO training. Also: --config FILE.yaml (read first), --print-config (show what results, and stop).",
+        description=f"{description} Also: --config FILE.yaml (read first), --print-config (show what results, and stop).",
         config=(tyro.conf.OmitArgPrefixes,),
         console_outputs=not quiet,
     )

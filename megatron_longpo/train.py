@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 
-from megatron_longpo.config import from_command_line
+from megatron_longpo.config import Config, from_command_line
 from megatron_longpo.failure import run_or_fail
 from megatron_longpo.trainer import run
 
@@ -13,6 +13,7 @@ from megatron_longpo.trainer import run
 def main() -> None:
     """Parse, run."""
     first = os.environ.get("RANK", "0") == "0"
+    config: Config
     config, print_config = from_command_line(sys.argv[1:], prog="megatron_longpo.train", quiet=not first)
     if print_config:
         if first:

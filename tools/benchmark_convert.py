@@ -1,7 +1,8 @@
 """Conversion against a plain copy, on one disk in one run: seconds, GB/s and peak memory of import, verify and export.
 
-A random model of real shapes (by default those of a 1.5B: about 3 GB) is written; its safetensors are copied tensor by
-tensor (the ceiling), imported, compared bit by bit and exported, in turn and in processes of their own, as often as asked.
+A random model of real shapes (by default those of a 1.5B: about 3 GB) is written; it is imported, compared bit by bit and
+exported, each right after its safetensors were copied tensor by tensor (the ceiling), since disks have moods; all in processes of
+their own, as often as asked.
 
     python tools/benchmark_convert.py --folder /path/on/the/disk --output convert
     python tools/benchmark_convert.py --folder DIR --processes 2        (import and export by torchrun)
@@ -17,7 +18,7 @@ import shutil
 import socket
 import subprocess
 import sys
-import threading
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -54,14 +55,15 @@ def main() -> None:
     config = config_of(a.size, a.layers)
     size, largest = make(folder / "hf", config)
     print(f"model: {size / 1e9:.2f} GB, largest tensor of ours {largest / 1e9:.2f} GB", flush=True)
-    names = ("copy", "import", "verify", "export")
+    names = ("import", "verify", "export")
     seconds: dict[str, list[float]] = {n: [] for n in names}
     memory: dict[str, list[float]] = {n: [] for n in names}
+    copies: dict[str, list[float]] = {n: [] for n in names}
     for _ in range(a.repeats):
-        for name in ("copied", "ckpt", "back"):
+        for name in ("ckpt", "back"):
             shutil.rmtree(folder / name, ignore_errors=True)
+        plain = [sys.executable, __file__, "--folder", a.folder, "--copy", str(folder / "hf"), str(folder / "copied")]
         commands = {
-            "copy": [sys.executable, __file__, "--folder", a.folder, "--copy", folder / "hf", folder / "copied"],
             "import": [*launch(a.processes), TOOL, "import", "--hf", folder / "hf", "--output", folder / "ckpt"],
             "verify": [
                 *(*launch(a.processes), TOOL, "verify", "--no-logits"),
@@ -73,11 +75,30 @@ def main() -> None:
             ],
         }
         for name, command in commands.items():
+            touch_disk(folder, size * 4 // 3)
+            copies[name].append(watched("copy", plain)[0])
+            shutil.rmtree(folder / "copied")
+            touch_disk(folder, size * 4 // 3)
             taken, peak = watched(name, list(map(str, command)))
             seconds[name].append(taken)
             memory[name].append(peak)
-            print(f"{name}: {taken:.2f} s, {size / 1e9 / taken:.2f} GB/s, peak {peak:.2f} GB", flush=True)
-    report(a, size, largest, seconds, memory)
+            print(
+                f"{name}: {taken:.2f} s, {size / 1e9 / taken:.2f} GB/s, peak {peak:.2f} GB; copy {copies[name][-1]:.2f} s",
+                flush=True,
+            )
+    report(a, size, largest, seconds, memory, copies)
+
+
+def touch_disk(folder: Path, size: int) -> None:
+    """Write and remove more than will be written next: a virtual disk's first write to a block can be five times slower than
+    the next one, and who gets the new blocks would decide."""
+    block = os.urandom(2**24)
+    with open(folder / "filler", "wb", buffering=0) as stream:
+        for _ in range(size // len(block) + 1):
+            stream.write(block)
+        os.fsync(stream.fileno())
+    (folder / "filler").unlink()
+    os.sync()
 
 
 def launch(processes: int) -> list[str]:
@@ -153,56 +174,54 @@ def copy(source: Path, target: Path) -> float:
 
 def watched(name: str, command: list[str]) -> tuple[float, float]:
     """Run a command: the seconds that it says its work took (programs' start is not counted), and the largest resident
-    set among its processes in GB, sampled often and as the system kept it."""
-    import psutil
-
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    peak = 0.0
-
-    def sample() -> None:
-        nonlocal peak
-        while process.poll() is None:
-            try:
-                root = psutil.Process(process.pid)
-                for p in (root, *root.children(recursive=True)):
-                    status = Path(f"/proc/{p.pid}/status").read_text()
-                    found = re.search(r"VmHWM:\s+(\d+)", status)
-                    peak = max(peak, int(found[1]) * 1024 / 1e9 if found else 0.0)
-            except (psutil.Error, OSError):
-                pass
-            time.sleep(0.02)
-
-    thread = threading.Thread(target=sample)
-    thread.start()
-    out, error = process.communicate()
-    thread.join()
-    found = re.search(rf"^{name}: .*?([\d.]+) s", out, re.MULTILINE)
-    if process.returncode or found is None:
-        sys.exit(f"error: {name} failed: {out[-500:]} {error[-3000:]}")
-    return float(found[1]), peak
+    set among its processes in GB, as the system kept it."""
+    # What was written before is not to be waited for now.
+    os.sync()
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as error:
+        process = subprocess.Popen(command, stdout=out, stderr=error)
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        out.seek(0)
+        error.seek(0)
+        found = re.search(rf"^{name}: .*?([\d.]+) s", out.read(), re.MULTILINE)
+        if process.returncode or found is None:
+            sys.exit(f"error: {name} failed: {error.read()[-3000:]}")
+    return float(found[1]), usage.ru_maxrss * 1024 / 1e9
 
 
 def report(
-    a: argparse.Namespace, size: int, largest: int, seconds: dict[str, list[float]], memory: dict[str, list[float]]
+    a: argparse.Namespace,
+    size: int,
+    largest: int,
+    seconds: dict[str, list[float]],
+    memory: dict[str, list[float]],
+    copies: dict[str, list[float]],
 ) -> None:
-    """The table: medians, the rate against the copy's, memory against the largest tensor and 1 GB."""
-    plain = float(np.median(seconds["copy"]))
+    """The table: medians, the rate against that of the copy made just before, memory against the largest tensor and 1 GB."""
     lines = [
         f"{size / 1e9:.2f} GB, {a.processes} process(es), {a.repeats} run(s); largest tensor {largest / 1e9:.2f} GB.",
         "",
-        "| | s | GB/s | rate against the copy's | peak memory of a process, GB | beyond the largest tensor, GB |",
-        "|---|---|---|---|---|---|",
+        "| | s | GB/s | copy s | rate against the copy's | peak memory of a process, GB | beyond the largest tensor, GB |",
+        "|---|---|---|---|---|---|---|",
     ]
     for name, times in seconds.items():
-        s, m = float(np.median(times)), max(memory[name])
+        s, m, c = float(np.median(times)), max(memory[name]), float(np.median(copies[name]))
+        rate = float(np.median(np.array(copies[name]) / np.array(times)))
         lines.append(
-            f"| {name} | {s:.2f} | {size / 1e9 / s:.2f} | {plain / s:.2f} | {m:.2f} | {m - largest / 1e9:.2f} |"
+            f"| {name} | {s:.2f} | {size / 1e9 / s:.2f} | {c:.2f} | {rate:.2f} | {m:.2f} | {m - largest / 1e9:.2f} |"
         )
     text = "\n".join(lines) + "\n"
     print(text)
     if a.output:
         Path(f"{a.output}.md").write_text(text, encoding="utf-8")
-        content = {"bytes": size, "largest": largest, "seconds": seconds, "peak_gb": memory, "processes": a.processes}
+        content = {
+            "bytes": size,
+            "largest": largest,
+            "seconds": seconds,
+            "copies": copies,
+            "peak_gb": memory,
+            "processes": a.processes,
+        }
         Path(f"{a.output}.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 

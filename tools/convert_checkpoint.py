@@ -194,7 +194,7 @@ def say(text: str) -> None:
 
 def tell(work: Work, result: Conversion, output: str) -> None:
     say(
-        f"{work.name}: {result.tensors} tensors, {result.bytes / 1e9:.2f} GB in {work.seconds:.1f} s "
+        f"{work.name}: {result.tensors} tensors, {result.bytes / 1e9:.2f} GB in {work.seconds:.2f} s "
         f"({result.bytes / 1e9 / work.seconds:.2f} GB/s) -> {output}"
     )
 
@@ -249,7 +249,7 @@ def prove(a: argparse.Namespace, checkpoint: Path, hf: Path) -> None:
     with work as report:
         found = compare(checkpoint, hf, changes=changes, progress=report)
     say(
-        f"verify: {found.tensors} tensors, {found.bytes / 1e9:.2f} GB compared bit by bit in {work.seconds:.1f} s: "
+        f"verify: {found.tensors} tensors, {found.bytes / 1e9:.2f} GB compared bit by bit in {work.seconds:.2f} s: "
         + ("equal" if found.is_equal else f"{len(found.differences)} differ")
     )
     agreement = None if a.no_logits else logits(a, checkpoint, hf, changes)

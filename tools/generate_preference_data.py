@@ -1,45 +1,120 @@
-"""A model generates its own short-to-long preference pairs from plain documents."""
+"""A model generates its own short-to-long preference pairs from plain documents.
+
+    python tools/generate_preference_data.py --documents ./texts --model ./model --output pairs.jsonl
+    python tools/generate_preference_data.py --config examples/pairs.yaml --documents './books/*.jsonl.zst' ...
+    torchrun --nproc-per-node 8 tools/generate_preference_data.py ...           one part a GPU, merged at the end
+    sbatch --array 0-15 ... tools/generate_preference_data.py ...               one part a task; then:
+    python tools/generate_preference_data.py merge --output pairs.jsonl
+
+Killed at any moment, the same command goes on. --help lists every option, --restart begins again.
+"""
 
 from __future__ import annotations
 
-import argparse
+import os
+import sys
+import time
 from pathlib import Path
 
+from megatron_longpo.config import from_command_line
+from megatron_longpo.errors import ConfigError
 from megatron_longpo.failure import run_or_fail
-from megatron_longpo.generation.pairs import PairSettings, TransformersEngine, make_pairs, read_documents
+from megatron_longpo.generation.pairs import make_part, merge, part_folder, read_stage_manifest
+from megatron_longpo.generation.settings import GenerationConfig, check
+
+PROGRAM = "generate_preference_data.py"
 
 
 def main() -> None:
-    """Parse, generate, report."""
-    defaults = PairSettings()
-    parser = argparse.ArgumentParser(prog="generate_preference_data.py", description=__doc__)
-    parser.add_argument("--documents", required=True, nargs="+", help="text files, or folders of .txt and .md")
-    parser.add_argument("--model", required=True, help="Hugging Face model folder")
-    parser.add_argument("--output", required=True, help="preference JSONL")
-    parser.add_argument("--context-tokens", type=int, default=defaults.context_tokens, help="documents are cut to this")
-    parser.add_argument("--chunk-tokens", type=int, default=defaults.chunk_tokens, help="size of a chunk")
-    parser.add_argument("--turns", type=int, default=defaults.turns, help="chunks a document")
-    parser.add_argument("--answer-tokens", type=int, default=defaults.answer_tokens, help="most tokens of an answer")
-    parser.add_argument("--max-documents", type=int, help="use the first so many documents")
-    parser.add_argument("--seed", type=int, default=defaults.seed)
-    a = parser.parse_args()
-    documents = list(read_documents(a.documents))[: a.max_documents]
-    output = Path(a.output)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    counts = make_pairs(
-        documents,
-        TransformersEngine(a.model),
-        output,
-        PairSettings(
-            context_tokens=a.context_tokens,
-            chunk_tokens=a.chunk_tokens,
-            turns=a.turns,
-            answer_tokens=a.answer_tokens,
-            seed=a.seed,
-        ),
-        log=lambda line: print(line, flush=True),
+    """Generate this part, and merge where that can be done; or merge alone."""
+    arguments = sys.argv[1:]
+    if arguments and arguments[0] == "merge":
+        merge_command(arguments[1:])
+        return
+    restart = "--restart" in arguments
+    if restart:
+        arguments.remove("--restart")
+    config, print_config = from_command_line(
+        arguments, prog=PROGRAM, root=GenerationConfig, description=__doc__.split("\n")[0]
     )
-    print(f"{output}: " + ", ".join(f"{count} {what}" for what, count in counts.items()))
+    if print_config:
+        print(config.as_yaml(), end="")
+        return
+    check(config)
+    rank, world_size, launcher = part_of(config)
+    use_device()
+    # After the checks: it loads a model.
+    from megatron_longpo.generation.engines import make_engine
+
+    assert config.run.output is not None
+    output = Path(config.run.output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    if world_size > 1:
+        print(f"part {rank} of {world_size} ({launcher})", flush=True)
+    make_part(config, make_engine(config.engine), rank, world_size, restart=restart)
+    if launcher == "torchrun" and rank == 0:
+        wait_for_others(output, world_size)
+    if world_size == 1 or (launcher == "torchrun" and rank == 0):
+        tell(output, merge(output))
+    elif launcher != "torchrun":
+        print(
+            f"part {rank} of {world_size} is done; after the last one: python tools/{PROGRAM} merge --output {output}"
+        )
+
+
+def merge_command(arguments: list[str]) -> None:
+    if len(arguments) != 2 or arguments[0] != "--output":
+        raise ConfigError(f"merge takes --output OUTPUT and nothing else, not {' '.join(arguments) or 'nothing'}")
+    tell(Path(arguments[1]), merge(Path(arguments[1])))
+
+
+def part_of(config: GenerationConfig) -> tuple[int, int, str]:
+    """Which part this process makes, of how many, and who says so."""
+    environment = os.environ
+    if config.run.rank is not None and config.run.world_size is not None:
+        return config.run.rank, config.run.world_size, "--rank"
+    if "TORCHELASTIC_RUN_ID" in environment:
+        return int(environment["RANK"]), int(environment["WORLD_SIZE"]), "torchrun"
+    if "SLURM_ARRAY_TASK_ID" in environment:
+        first, count = (int(environment[f"SLURM_ARRAY_TASK_{k}"]) for k in ("MIN", "COUNT"))
+        step = int(environment.get("SLURM_ARRAY_TASK_STEP", "1"))
+        return (int(environment["SLURM_ARRAY_TASK_ID"]) - first) // step, count, "a Slurm array"
+    return 0, 1, "alone"
+
+
+def use_device() -> None:
+    """Each process of a node has its GPU."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+
+
+def wait_for_others(output: Path, world_size: int) -> None:
+    """Until all parts are finished; a process that fails makes torchrun end this one."""
+    told = time.monotonic()
+    while True:
+        missing = []
+        for rank in range(world_size):
+            manifest = part_folder(output, rank, world_size) / "long.manifest.json"
+            if not manifest.exists() or not read_stage_manifest(manifest)["finished"]:
+                missing.append(rank)
+        if not missing:
+            return
+        if time.monotonic() - told > 60:
+            told = time.monotonic()
+            print(f"waiting for part(s) {', '.join(map(str, missing))}", flush=True)
+        time.sleep(0.5)
+
+
+def tell(output: Path, report: dict) -> None:  # type: ignore[type-arg]
+    counts, reasons = report["counts"], report["reasons"]
+    print(
+        f"{output}: {counts.get('samples', 0)} samples with {counts.get('turns kept', 0)} turns of "
+        f"{counts.get('documents read', 0)} documents; kept aside: "
+        + (", ".join(f"{n} {reason}" for reason, n in reasons.items()) or "nothing")
+        + f"; {output}.report/report.html"
+    )
 
 
 if __name__ == "__main__":

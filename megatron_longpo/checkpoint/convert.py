@@ -397,7 +397,7 @@ def compare(
 
     items = [(sizes[number], read(entry, layer)) for number, (entry, layer) in mine]
     with together(hf):
-        for (number, (entry, layer)), tensor in zip(mine, Ahead(items), strict=True):
+        for (number, (entry, layer)), tensor in zip(mine, Ahead(items, ahead=2**26), strict=True):
             for pattern, part in zip(entry.theirs, split(entry, tensor, ours), strict=True):
                 name = pattern.format(layer=layer)
                 found = _difference(part, source.read(name), name, layer)

@@ -15,6 +15,7 @@ import pickle
 import struct
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -80,20 +81,22 @@ class LazyChunk:
 
 # How much may be made before it is written, beyond the largest chunk.
 _AHEAD_BYTES = 2**28
+_FLUSH_SECONDS = 0.1
 
 
 class Ahead:
     """Makes values in a thread, in order, while those before are being used: reading and writing overlap.
 
-    Values that are made and not yet dropped take at most the largest one's bytes and 256 MiB.
+    Values that are made and not yet dropped take at most the largest one's bytes and ``ahead`` bytes.
 
     Args:
         items: bytes of each value, and what makes it.
+        ahead: how much is made beyond the value that is being used.
     """
 
-    def __init__(self, items: Sequence[tuple[int, Callable[[], Tensor]]]) -> None:
+    def __init__(self, items: Sequence[tuple[int, Callable[[], Tensor]]], ahead: int = _AHEAD_BYTES) -> None:
         self._items = items
-        self._limit = max((n for n, _ in items), default=0) + _AHEAD_BYTES
+        self._limit = max((n for n, _ in items), default=0) + ahead
         self._ready: dict[int, Tensor | BaseException] = {}
         self._held = 0
         self._stopped = False
@@ -142,6 +145,36 @@ class Ahead:
                 self._stopped = True
                 self._changed.notify_all()
             self._thread.join()
+
+
+@contextmanager
+def _flushing(path: Path) -> Iterator[None]:
+    """Bring a file to the disk while it is being written, so that the wait at its end is short.
+
+    The system would gather gigabytes in memory first, and write them when the last ``fsync`` asks for it.
+    """
+    done = threading.Event()
+
+    def flush() -> None:
+        while not done.wait(_FLUSH_SECONDS):
+            try:
+                descriptor = os.open(path, os.O_RDONLY)
+            except OSError:
+                continue
+            try:
+                os.fdatasync(descriptor)
+            except OSError:
+                return  # whoever writes the file hears of it too
+            finally:
+                os.close(descriptor)
+
+    thread = threading.Thread(target=flush, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
 
 
 class _LazySavePlanner(SavePlanner):
@@ -207,7 +240,9 @@ def write_distributed(folder: Path, chunks: Sequence[LazyChunk]) -> None:
     try:
         # Nothing copied ahead: on CUDA that would sort the chunks.
         writer = FileSystemWriter(folder, single_file_per_rank=True, thread_count=1, per_thread_copy_ahead=0)
-        dcp.save({}, storage_writer=writer, planner=planner)
+        rank = dist.get_rank() if dist.is_initialized() else 0
+        with _flushing(folder / f"__{rank}_0.distcp"):
+            dcp.save({}, storage_writer=writer, planner=planner)
     finally:
         planner.close()
     if not dist.is_initialized() or dist.get_rank() == 0:
@@ -543,7 +578,7 @@ def write_shard(path: Path, tensors: Sequence[LazyTensor], values: Iterator[Tens
         offset += tensor.bytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with open(path, "wb", buffering=0) as stream:
+    with open(path, "wb", buffering=0) as stream, _flushing(path):
         _write_all(stream, struct.pack("<Q", len(text)) + text)
         for tensor in tensors:
             value = next(values)

@@ -92,6 +92,10 @@ class ChatTokenizer(ABC):
     def encode(self, text: str, *, continues: bool) -> list[int]:
         """Token ids; special tokens written in the text become their ids, none is added."""
 
+    def count(self, texts: Sequence[str]) -> list[int]:
+        """Tokens of each text by itself."""
+        return [len(self.encode(text, continues=False)) for text in texts]
+
     @abstractmethod
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
         """The conversation as text."""
@@ -153,6 +157,11 @@ class FastChatTokenizer(ChatTokenizer):
             if whole[: len(head)] == head:
                 return whole[len(head) :]
         return self._ids(text)
+
+    def count(self, texts: Sequence[str]) -> list[int]:
+        if not texts:
+            return []
+        return [len(ids) for ids in self._tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]]
 
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
         return str(

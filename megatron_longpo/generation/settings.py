@@ -107,7 +107,9 @@ class EngineConfig:
     """A file, or one of mistral, mistral-v3, llama-2, chatml. Default: the tokenizer's own."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     batch_size: int = 4
-    """transformers: prompts of a document that are answered together."""
+    """transformers: prompts that are answered together."""
+    documents_at_once: int = 1
+    """transformers: documents whose prompts may be answered together, to fill a batch."""
     prefill_tokens: int = 8192
     """transformers: a long prompt is read in pieces of this many tokens."""
     tensor_parallel_size: int = 1

@@ -49,7 +49,7 @@ documents: {seq_length: 1200, min_chunk_tokens: 100, max_chunk_tokens: 300, min_
   overlong: cut}
 questions: {questions_per_chunk: 1, question_pattern: '(.+)', question_tokens: 12}
 answers: {answer_tokens: 16}
-engine: {dtype: float32}
+engine: {dtype: float32, documents_at_once: 2}
 # A model of random weights writes what it writes.
 filters: {keep_truncated: true, min_question_words: 0, max_quoted_words: 1.0, max_compression: 100.0}
 """

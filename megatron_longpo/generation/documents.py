@@ -244,12 +244,13 @@ _UNITS: dict[str, tuple[re.Pattern[str], ...]] = {
         re.compile(r"(?m)(?=^(?:// ?|# ?|-- ?|/\* ?)?(?:={3,} ?)?(?:[Ff]ile(?:name)?|[Pp]ath): ?\S+)"),
         re.compile(
             r"(?m)(?=^(?:@\w|async def |def |class |func |fn |pub |impl |struct |enum |trait |interface |export |function |"
-            r"public |private |protected |static |template ?<|namespace |module |type |typedef |(?:[\w:<>*&]+ )+[\w:~]+\([^;]*$))"
+            r"public |private |protected |static |template ?<|namespace |module |type |typedef |(?:[\w:<>*&]+ )+[\w:~]+\([^;\n]*$))"
         ),
         *(_BLANK_LINE, _LINE, _WORD),
     ),
 }
 _BATCH = 512
+_LONGEST_COUNTED = 2**14
 
 
 @dataclass(frozen=True)
@@ -304,7 +305,10 @@ def _counted(text: str, pieces: Sequence[tuple[int, int]], count: Count) -> list
     spans = []
     for first in range(0, len(pieces), _BATCH):
         batch = pieces[first : first + _BATCH]
-        spans += [Span(a, b, n) for (a, b), n in zip(batch, count([text[a:b] for a, b in batch]), strict=True)]
+        # A very long piece is counted in parts: a tokenizer may take time that grows with the square of a word's length.
+        parts = [[text[p : min(b, p + _LONGEST_COUNTED)] for p in range(a, b, _LONGEST_COUNTED)] for a, b in batch]
+        counts = iter(count([part for piece in parts for part in piece]))
+        spans += [Span(a, b, sum(next(counts) for _ in piece)) for (a, b), piece in zip(batch, parts, strict=True)]
     return spans
 
 

@@ -491,7 +491,8 @@ def _answer(
                 ]
             )
     spent = [_Spent() for _ in lines]
-    sampling = Sampling(a.answer_tokens, a.answer_temperature, a.answer_top_p)
+    usual = (a.answer_tokens, a.answer_temperature, a.answer_top_p)
+    sampling = Sampling(*(usual if stage == "short" else config.long_sampling))
     replies = _timed(engine, groups, sampling, rope, spent, owners) if groups else []
     for number, asked, row_replies in zip(owners, places, replies, strict=True):
         for i, reply in zip(asked, row_replies, strict=True):
@@ -577,6 +578,7 @@ def stage_identities(
         "files": files,
         "seed": config.run.seed,
         "answer_tokens": c["answers"]["answer_tokens"],
+        "document_tokens": list(config.document_tokens),
         "tokenizer": e.tokenizer or e.model,
     }
     asked = {**cut, **c["questions"], **engine_identity}

@@ -85,6 +85,10 @@ class AnswersConfig:
     answer_temperature: float = 0.0
     """0: greedy (the paper); the released code has 1."""
     answer_top_p: float = 1.0
+    long_answer_tokens: int | None = None
+    long_answer_temperature: float | None = None
+    long_answer_top_p: float | None = None
+    """The same of the answers on the whole document. Default: as on the chunk."""
     rotary_base: float | None = None
     """RoPE theta of the long answers, for a model beyond its range. In-process engines alone."""
     rope_type: Literal["default", "linear", "llama3", "yarn"] | None = None
@@ -207,10 +211,19 @@ class GenerationConfig:
         return smallest, largest
 
     @property
+    def long_sampling(self) -> tuple[int, float, float]:
+        """Most tokens, temperature and top-p of the long answers."""
+        a = self.answers
+        given = a.long_answer_tokens, a.long_answer_temperature, a.long_answer_top_p
+        usual = a.answer_tokens, a.answer_temperature, a.answer_top_p
+        tokens, temperature, top_p = (u if g is None else g for g, u in zip(given, usual, strict=True))
+        return int(tokens), float(temperature), float(top_p)
+
+    @property
     def document_tokens(self) -> tuple[int, int]:
         """Shortest and longest document."""
         d = self.documents
-        room = d.chunks_per_document * (self.answers.answer_tokens + 2 * _ROOM)
+        room = d.chunks_per_document * (max(self.answers.answer_tokens, self.long_sampling[0]) + 2 * _ROOM)
         longest = d.max_document_tokens if d.max_document_tokens is not None else d.seq_length - room
         shortest = d.min_document_tokens if d.min_document_tokens is not None else min(d.seq_length // 2, longest)
         return shortest, longest
@@ -251,10 +264,15 @@ def check(c: GenerationConfig) -> None:
     for name, value in (
         ("question_temperature", c.questions.question_temperature),
         ("answer_temperature", c.answers.answer_temperature),
+        ("long_answer_temperature", c.long_sampling[1]),
     ):
         if value < 0:
             raise ConfigError(f"{name}={value} must not be negative; 0 is greedy")
-    for name, value in (("question_top_p", c.questions.question_top_p), ("answer_top_p", c.answers.answer_top_p)):
+    for name, value in (
+        ("question_top_p", c.questions.question_top_p),
+        ("answer_top_p", c.answers.answer_top_p),
+        ("long_answer_top_p", c.long_sampling[2]),
+    ):
         if not 0 < value <= 1:
             raise ConfigError(f"{name}={value} must be above 0 and at most 1")
     try:

@@ -114,6 +114,18 @@ def test_a_document_of_two_million_tokens_is_cut(tmp_path: Path) -> None:
         assert all(16384 <= tokens <= 30000 for _, _, tokens in line["chunks"])
 
 
+@pytest.mark.parametrize("domain", DOMAINS)
+@pytest.mark.parametrize(
+    "piece", ["x", "word ", "f(x) g(y)\n", "\n", "int f(\n", "... ", "\\section", ".'\"'", "# File: a\n"]
+)
+def test_no_text_takes_long_to_cut(domain: Any, piece: str) -> None:
+    text = piece * (2 * 10**5 // len(piece))
+    began = time.monotonic()
+    units = units_of(text, domain, letters, 5000)
+    group_units(units, 1000, 6000)
+    assert time.monotonic() - began < 10
+
+
 def _config(model: Path, **documents: Any) -> GenerationConfig:
     return GenerationConfig(
         documents=DocumentsConfig(documents=("x",), **documents),
@@ -406,3 +418,33 @@ def test_what_passes_is_tried_again_and_what_does_not_is_not(scripted: Any, monk
     engine, times = scripted(lambda n, b: (500, b"", {}), retries=2)
     with pytest.raises(EngineError, match=r"no answer after 3 tries \(the last: status 500\)"):
         engine.answer([_prompts("d", "one")], Sampling(5))
+
+
+def test_a_slurm_array_is_a_split(monkeypatch: pytest.MonkeyPatch) -> None:
+    import sys
+
+    from tests.support import ROOT
+
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    from generate_preference_data import part_of
+
+    for name in ("TORCHELASTIC_RUN_ID", "RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    assert part_of(_config(Path("m"))) == (0, 1, "alone")
+    for key, value in {"ID": "14", "MIN": "10", "MAX": "16", "COUNT": "4", "STEP": "2"}.items():
+        monkeypatch.setenv(f"SLURM_ARRAY_TASK_{key}", value)
+    assert part_of(_config(Path("m"))) == (2, 4, "a Slurm array")
+    sys.modules.pop("generate_preference_data", None)
+
+
+def test_examples_are_configurations_that_work() -> None:
+    import dataclasses
+
+    from megatron_longpo.config import from_yaml
+    from tests.support import ROOT
+
+    for name in ("pairs_128k.yaml", "demo_pairs.yaml"):
+        config = from_yaml(ROOT / "examples" / name, GenerationConfig)
+        documents = dataclasses.replace(config.documents, documents=("x",))
+        engine = dataclasses.replace(config.engine, model="m")
+        check(dataclasses.replace(config, documents=documents, engine=engine, run=RunConfig(output="o")))

@@ -27,7 +27,7 @@ def main() -> None:
     """Run all stages and show what came of them."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", default=".demo", help="where everything is put")
-    parser.add_argument("--documents", type=int, default=24, help="essays to train on")
+    parser.add_argument("--documents", type=int, default=20, help="essays to train on")
     parser.add_argument("--train-epochs", type=float, default=1)
     a = parser.parse_args()
     folder = Path(a.folder)
@@ -163,10 +163,10 @@ def show(folder: Path, seconds: dict[str, float]) -> None:
     metrics = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
     manifest = json.loads(Path(f"{folder / 'data'}.json").read_text())
     report = json.loads((folder / "report.json").read_text())
-    epoch = max(1, round(manifest["samples"] / 4))
-    table = Table("mean over", "first epoch", "last epoch", title="LongPO on SmolLM2-135M-Instruct")
+    third = max(1, len(metrics) // 3)
+    table = Table("mean over", "first third", "last third", title="LongPO on SmolLM2-135M-Instruct")
     for name in ("loss", "nll", "preference", "rewards/margins", "rewards/accuracies", "tokens_per_second"):
-        first, last = (sum(r[name] for r in part) / len(part) for part in (metrics[:epoch], metrics[-epoch:]))
+        first, last = (sum(r[name] for r in part) / len(part) for part in (metrics[:third], metrics[-third:]))
         table.add_row(name, f"{first:.4f}", f"{last:.4f}")
     console = Console(width=110)
     console.print(table)

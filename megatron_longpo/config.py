@@ -91,7 +91,7 @@ class ModelConfig:
     rotary_scaling_factor: float | None = None
     """The scaling's factor (linear, llama3, yarn)."""
     original_max_position_embeddings: int | None = None
-    """Context before scaling (llama3, yarn). Default: the checkpoint's longest."""
+    """Context before scaling (llama3, yarn). Default: that of the checkpoint's own scaling, else its longest."""
     attention_factor: float | None = None
     """Scale of cosines and sines (yarn). Default: from the factor."""
     beta_fast: float | None = None

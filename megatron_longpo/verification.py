@@ -17,7 +17,7 @@ from torch import Tensor
 
 from megatron_longpo import parallel as parallel_module
 from megatron_longpo import platform
-from megatron_longpo.checkpoint.convert import Changes, layer_weights, read_hf_config
+from megatron_longpo.checkpoint.convert import Changes, layer_weights, read_hf_config, sides
 from megatron_longpo.checkpoint.processes import gathered, rank, together
 from megatron_longpo.checkpoint.stream import DistributedReader, HuggingFaceWeights
 from megatron_longpo.checkpoint.training import resolve
@@ -25,7 +25,7 @@ from megatron_longpo.config import Config
 from megatron_longpo.errors import CheckpointError
 from megatron_longpo.model import gpt
 from megatron_longpo.model.attention import AttentionPlan
-from megatron_longpo.model.families import config_for_export, shape_from_hf
+from megatron_longpo.model.families import FAMILIES, config_for_export, shape_from_hf
 from megatron_longpo.model.rotary import rotary_of
 from megatron_longpo.model.shape import ModelShape
 from megatron_longpo.parallel import Parallel
@@ -78,7 +78,7 @@ def compare_logits(
     Args:
         checkpoint, hf: as for ``convert.compare``.
         rows: token ids.
-        changes: of RoPE, for both sides.
+        changes: as for ``convert.compare``.
         first_position: of each row's first token; beyond the model's context, to try its RoPE there.
         bound: of the logits' largest difference, as a part of the largest logit.
         whole: keep weights that were loaded, and so both models, in memory.
@@ -111,14 +111,14 @@ def _compare(
     parallel: Parallel,
     progress: Callable[[int, int], None],
 ) -> Agreement:
-    shape = changes.of(ModelShape.read(folder), "verify")
+    config = read_hf_config(hf)
+    shape, theirs = sides(ModelShape.read(folder), shape_from_hf(config, str(hf / "config.json")), changes)
     for row in rows:
         if not row or min(row) < 0 or max(row) >= shape.vocab_size:
             raise CheckpointError(
                 f"a row of {len(row)} tokens to verify with is empty or goes beyond the vocabulary of {shape.vocab_size}; "
                 "give ids of the model's tokenizer"
             )
-    theirs = shape_from_hf(read_hf_config(hf), str(hf / "config.json"))
     # Weights that were cast on the way are compared as the narrower side has them.
     reader, source = DistributedReader(folder), HuggingFaceWeights(hf)
     narrow = min(
@@ -135,7 +135,7 @@ def _compare(
 
     ours_out, theirs_out = _Layers(one_more), _Layers(one_more)
     ours = _ours(reader, shape, narrow, whole, ours_out, parallel)
-    other = _theirs(hf, source, shape, narrow, whole, theirs_out)
+    other = _theirs(hf, source, config, theirs, narrow, whole, theirs_out)
     distances: dict[str, float] = {}
     same, places = 0, 0
     for row in rows:
@@ -234,19 +234,27 @@ def _ours(
 
 
 def _theirs(
-    hf: Path, source: HuggingFaceWeights, shape: ModelShape, narrow: torch.dtype, whole: bool, layers: _Layers
+    hf: Path,
+    source: HuggingFaceWeights,
+    content: dict[str, Any],
+    shape: ModelShape,
+    narrow: torch.dtype,
+    whole: bool,
+    layers: _Layers,
 ) -> Callable[[Sequence[int], int], Tensor]:
     """transformers' model, from tokens to logits."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    path = hf / "config.json"
-    content = config_for_export(read_hf_config(hf), shape, "float32", str(path))
-    config = AutoConfig.for_model(**{"model_type": content["model_type"], **json.loads(json.dumps(content))})
+    path = str(hf / "config.json")
+    if shape_from_hf(content, path) != shape:
+        content = config_for_export(content, shape, "float32", path)
+    kind = content.get("model_type") or FAMILIES[shape.family].model_type
+    config = AutoConfig.for_model(**{**json.loads(json.dumps(content)), "model_type": kind})
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32)
     model.eval()
     # Its buffers come from the configuration.
-    model.model.rotary_emb = type(model.model.rotary_emb)(config=model.config)
+    model.model.rotary_emb = type(model.model.rotary_emb)(config=model.config).to(platform.CURRENT.device)
 
     def lend(module: torch.nn.Module, prefix: str) -> None:
         def load() -> Iterator[tuple[str, Tensor]]:
@@ -268,7 +276,6 @@ def _theirs(
         layer.register_forward_hook(layers.hook)
     lend(model.model.norm, "model.norm.")
     lend(model.lm_head, "lm_head.")
-    model.to(platform.CURRENT.device) if platform.CURRENT.is_cuda else None
 
     def run(row: Sequence[int], first: int) -> Tensor:
         device = platform.CURRENT.device

@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -46,14 +47,16 @@ def main() -> None:
     parser.add_argument("--copy", nargs=2, help=argparse.SUPPRESS)
     a = parser.parse_args()
     if a.copy:
-        print(f"copy: {copy(Path(a.copy[0]), Path(a.copy[1])):.3f} s")
+        print(f"copy: done in {copy(Path(a.copy[0]), Path(a.copy[1])):.3f} s")
         return
     folder = Path(a.folder)
     if folder.exists() and any(folder.iterdir()):
         sys.exit(f"error: {folder} is not empty; name a new folder")
     folder.mkdir(parents=True, exist_ok=True)
     config = config_of(a.size, a.layers)
-    size, largest = make(folder / "hf", config)
+    # In a process of its own: a child's peak is never below what its parent once had.
+    with ProcessPoolExecutor(1) as pool:
+        size, largest = pool.submit(make, folder / "hf", config).result()
     print(f"model: {size / 1e9:.2f} GB, largest tensor of ours {largest / 1e9:.2f} GB", flush=True)
     names = ("import", "verify", "export")
     seconds: dict[str, list[float]] = {n: [] for n in names}
@@ -183,10 +186,11 @@ def watched(name: str, command: list[str]) -> tuple[float, float]:
         process.returncode = os.waitstatus_to_exitcode(status)
         out.seek(0)
         error.seek(0)
-        found = re.search(rf"^{name}: .*?([\d.]+) s", out.read(), re.MULTILINE)
-        if process.returncode or found is None:
+        # The last such line: lines of progress come before it.
+        found = re.findall(rf"^{name}: .*? in ([\d.]+) s", out.read(), re.MULTILINE)
+        if process.returncode or not found:
             sys.exit(f"error: {name} failed: {error.read()[-3000:]}")
-    return float(found[1]), usage.ru_maxrss * 1024 / 1e9
+    return float(found[-1]), usage.ru_maxrss * 1024 / 1e9
 
 
 def report(

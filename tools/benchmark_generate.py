@@ -85,7 +85,7 @@ def reuse(a: argparse.Namespace) -> dict[str, object]:
         (shared,) = engine.answer([prompts], sampling)
         seconds["shared"].append(time.monotonic() - began)
         began = time.monotonic()
-        scratch = [reply for (reply,) in engine.answer([[p] for p in prompts], sampling)]
+        scratch = [engine.answer([[p]], sampling)[0][0] for p in prompts]
         seconds["from scratch"].append(time.monotonic() - began)
         same = same and [r.text for r in shared] == [r.text for r in scratch]
     medians = {k: float(np.median(v)) for k, v in seconds.items()}

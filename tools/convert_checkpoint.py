@@ -40,6 +40,7 @@ _LINE_SECONDS = 10.0
 def main() -> None:
     """Parse, convert or verify, report."""
     arguments = parse()
+    check_report(arguments)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         dist.init_process_group("gloo", timeout=datetime.timedelta(hours=24))
     {"import": import_, "export": export, "verify": verify}[arguments.command](arguments)
@@ -75,14 +76,28 @@ def parse() -> argparse.Namespace:
     for command in (to_hf, both):
         command.add_argument("--no-logits", action="store_true", help="compare tensors alone")
         command.add_argument("--text", metavar="FILE", help="run the models on this text (default: random tokens)")
-        command.add_argument("--tokens", type=int, default=64, help="of a row (default: 64)")
-        command.add_argument("--rows", type=int, default=1, help="rows of random tokens (default: 1)")
+        command.add_argument("--tokens", type=positive, default=64, help="of a row (default: 64)")
+        command.add_argument("--rows", type=positive, default=1, help="rows of random tokens (default: 1)")
         command.add_argument("--seed", type=int, default=0, help="of the random tokens")
         command.add_argument("--first-position", type=int, default=0, help="position of each row's first token")
         command.add_argument("--bound", type=float, default=1e-4, help="of the logits' largest relative difference")
         command.add_argument("--whole", action="store_true", help="keep both models in memory instead of a layer")
         command.add_argument("--report", metavar="FILE", help="write what was compared as JSON")
     return parser.parse_args()
+
+
+def check_report(a: argparse.Namespace) -> None:
+    """Whether the report can be written, before any long work.
+
+    Raises:
+        CheckpointError: it cannot.
+    """
+    if getattr(a, "report", None):
+        try:
+            with open(a.report, "a", encoding="utf-8"):
+                pass
+        except OSError as error:
+            raise CheckpointError(f"--report {a.report}: cannot be written ({error}); name another file") from None
 
 
 def add_changes(command: argparse.ArgumentParser) -> None:
@@ -104,6 +119,12 @@ def changes_of(a: argparse.Namespace) -> Changes:
     names = "original_max_position_embeddings attention_factor beta_fast beta_slow low_freq_factor high_freq_factor"
     numbers = {"factor": a.rotary_scaling_factor, **{name: getattr(a, name) for name in names.split()}}
     return Changes(a.rotary_base, a.rope_type, numbers, a.max_position_embeddings)
+
+
+def positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number of at least 1")
+    return int(text)
 
 
 def size_in_bytes(text: str) -> int:
@@ -142,6 +163,7 @@ class Work:
         self.name, self.began = name, time.monotonic()
         self.active = rank() == 0
         self._alone = not dist.is_initialized() or dist.get_world_size() == 1
+        self._ended: float | None = None
         self._unsent = self._done = 0
         self._told = self.began
         self._line = self.began
@@ -157,9 +179,14 @@ class Work:
     def __exit__(self, *_: Any) -> None:
         self._bar.stop()
 
+    def stop(self) -> None:
+        """What comes now is other work."""
+        self._bar.stop()
+        self._ended = time.monotonic()
+
     @property
     def seconds(self) -> float:
-        return time.monotonic() - self.began
+        return (self._ended or time.monotonic()) - self.began
 
     def _report(self, more: int, total: int) -> None:
         self._unsent += more
@@ -216,6 +243,7 @@ def export(a: argparse.Namespace) -> None:
     """Export, and verify before the folder appears under its name."""
 
     def check(checkpoint: Path, written: Path, shape: ModelShape) -> None:
+        work.stop()
         if not a.no_verify:
             prove(a, checkpoint, written)
 
@@ -252,7 +280,10 @@ def prove(a: argparse.Namespace, checkpoint: Path, hf: Path) -> None:
         f"verify: {found.tensors} tensors, {found.bytes / 1e9:.2f} GB compared bit by bit in {work.seconds:.2f} s: "
         + ("equal" if found.is_equal else f"{len(found.differences)} differ")
     )
-    agreement = None if a.no_logits else logits(a, checkpoint, hf, changes)
+    if not found.is_equal:
+        show(found)
+    # Other tensors altogether: nothing to run side by side.
+    agreement = None if a.no_logits or not found.tensors else logits(a, checkpoint, hf, changes)
     if agreement is not None:
         say(
             f"verify: logits of {agreement.tokens} tokens differ by at most {agreement.distances[-1]:.1e} of the largest one "
@@ -262,8 +293,6 @@ def prove(a: argparse.Namespace, checkpoint: Path, hf: Path) -> None:
             say(f"verify: the first place beyond the bound is {agreement.first_beyond}")
     if a.report and rank() == 0:
         write_report(Path(a.report), found, agreement)
-    if not found.is_equal:
-        show(found)
     if not found.is_equal or (agreement is not None and not agreement.is_close):
         reasons = found.settings[:1] + [f"{d.name} at {list(d.index)}" for d in found.differences[:1]]
         reasons += [] if agreement is None or agreement.is_close else [f"logits by {agreement.distances[-1]:.1e}"]

@@ -48,10 +48,15 @@ def main() -> None:
 
     assert config.run.output is not None
     output = Path(config.run.output)
-    output.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        if not output.name or output.is_dir():
+            raise IsADirectoryError("it is a folder")
+        output.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"output={output}: cannot be written ({error}); name a file") from None
     if world_size > 1:
         print(f"part {rank} of {world_size} ({launcher})", flush=True)
-    make_part(config, make_engine(config.engine), rank, world_size, restart=restart)
+    make_part(config, make_engine(config.engine, config.documents.seq_length), rank, world_size, restart=restart)
     if launcher == "torchrun" and rank == 0:
         wait_for_others(output, world_size)
     if world_size == 1 or (launcher == "torchrun" and rank == 0):
@@ -78,7 +83,13 @@ def part_of(config: GenerationConfig) -> tuple[int, int, str]:
     if "SLURM_ARRAY_TASK_ID" in environment:
         first, count = (int(environment[f"SLURM_ARRAY_TASK_{k}"]) for k in ("MIN", "COUNT"))
         step = int(environment.get("SLURM_ARRAY_TASK_STEP", "1"))
-        return (int(environment["SLURM_ARRAY_TASK_ID"]) - first) // step, count, "a Slurm array"
+        rank = (int(environment["SLURM_ARRAY_TASK_ID"]) - first) // step
+        if rank >= count:
+            raise ConfigError(
+                f"the Slurm array's task {environment['SLURM_ARRAY_TASK_ID']} is none of {count} in a row from {first}; use an "
+                "array such as 0-15, and --rank with --world-size to make single parts again"
+            )
+        return rank, count, "a Slurm array"
     return 0, 1, "alone"
 
 

@@ -31,12 +31,18 @@ def training_record(
     """
     tenth = max(1, len(records) // 10)
     ends = {"first": records[:tenth], "last": records[-tenth:]}
-    means = {
-        end: {k: sum(r[k] for r in part) / len(part) for k in part[0] if isinstance(part[0][k], (int, float))}
-        for end, part in ends.items()
-        if part
-    }
+    means = {end: _means(part) for end, part in ends.items() if part}
     return {"step": step, "train_iters": train_iters, "layout": layout, "data": manifest, "metrics": means, "of": tenth}
+
+
+def _means(records: list[dict[str, Any]]) -> dict[str, float]:
+    """Means of all figures, each over the records that have it."""
+    values: dict[str, list[float]] = {}
+    for record in records:
+        for key, value in record.items():
+            if isinstance(value, (int, float)):
+                values.setdefault(key, []).append(value)
+    return {key: sum(found) / len(found) for key, found in values.items()}
 
 
 def write_card(checkpoint: Path, output: Path, shape: ModelShape, dtype: str) -> None:
@@ -53,12 +59,13 @@ def write_card(checkpoint: Path, output: Path, shape: ModelShape, dtype: str) ->
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         config = yaml.safe_load((checkpoint / RUN_CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
+        text = card(shape, dtype, record, config)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
         raise CheckpointError(f"{path}: cannot be read ({error}); remove it to export without a card") from None
     readme = output / "README.md"
     if readme.is_file():
         os.replace(readme, output / "BASE_MODEL_README.md")
-    readme.write_text(card(shape, dtype, record, config), encoding="utf-8")
+    readme.write_text(text, encoding="utf-8")
 
 
 def card(shape: ModelShape, dtype: str, record: dict[str, Any], config: dict[str, Any]) -> str:

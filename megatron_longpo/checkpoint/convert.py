@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_longpo.checkpoint.card import write_card
+from megatron_longpo.checkpoint.card import RUN_CONFIG, write_card
 from megatron_longpo.checkpoint.processes import deal, gathered, rank, together
 from megatron_longpo.checkpoint.stream import (
     DTYPES,
@@ -150,7 +150,7 @@ def import_hf(
         CheckpointError: what the model's files lack or have too much, a weight that is not finite, an output that is there
             already, or too small a disk.
     """
-    hf, output = Path(hf), Path(output)
+    hf, output = Path(hf), Path(os.path.abspath(output))
     _refuse_existing(output)
     config = read_hf_config(hf)
     shape = changes.of(shape_from_hf(config, str(hf / "config.json")), "import")
@@ -167,7 +167,10 @@ def import_hf(
             for pattern in entry.theirs:
                 tensor = source.read(pattern.format(layer=layer))
                 _check_finite(tensor, f"{hf}: {pattern.format(layer=layer)}", "the model is damaged")
-                tensor = tensor.to(stored[entry.ours])
+                if tensor.dtype != stored[entry.ours]:
+                    tensor = tensor.to(stored[entry.ours])
+                    what = f"{hf}: {pattern.format(layer=layer)}, cast to {dtype},"
+                    _check_finite(tensor, what, "its values do not fit; give --dtype bfloat16 or float32")
                 digests[pattern.format(layer=layer)] = _digest(tensor)
                 yield tensor
                 del tensor
@@ -191,7 +194,8 @@ def import_hf(
         total += chunk.bytes
     mine = deal(chunks, [c.bytes for c in chunks])
     with _whole_or_nothing(output, total) as writing:
-        write_distributed(writing, mine)
+        with together(output):
+            write_distributed(writing, mine)
         parts = gathered(digests)
         text = "".join(f"{n} {d}\n" for n, d in sorted(x for part in parts for x in part.items()))
         with together(output):
@@ -240,7 +244,7 @@ def export_hf(
         CheckpointError: the checkpoint lacks a tensor, a weight is not finite, the output is there already, or too small a
             disk.
     """
-    folder, output = resolve(checkpoint), Path(output)
+    folder, output = resolve(checkpoint), Path(os.path.abspath(output))
     _refuse_existing(output)
     stored = ModelShape.read(folder)
     shape = changes.of(stored, "export")
@@ -250,8 +254,8 @@ def export_hf(
     for entry, layer in _steps(shape):
         _check_stored(reader, entry, shape, folder)
         wanted = DTYPES[dtype or shape.dtype]
-        if dtype is None and shape.weights_hash is not None:
-            # As imported; training has one dtype for all.
+        if dtype is None and not (folder / RUN_CONFIG).is_file():
+            # Converted, not trained: as imported. Training has a dtype of its own.
             wanted = reader.dtype(entry.ours)
         for number, (name, sizes) in enumerate(zip(entry.theirs, their_shapes(entry, shape), strict=True)):
             described.append(LazyTensor(name.format(layer=layer), sizes, wanted))
@@ -282,19 +286,24 @@ def export_hf(
         made = iter(Ahead([(size(run), lambda run=run: read(run)) for run in runs]))  # type: ignore[misc]
         try:
             for run in runs:
-                entry = origin[run[0].name][0]
                 numbers = {origin[t.name][2]: t for t in run}
-                for number, part in enumerate(split(entry, next(made), shape)):
+                # No name is left on a tensor when the next is made.
+                parts = split(origin[run[0].name][0], next(made), shape)
+                for number in range(len(origin[run[0].name][0].theirs)):
+                    part = next(parts)
                     if number in numbers:
                         yield part
                         progress(numbers[number].bytes, total)
+                    del part
+                del parts
         finally:
             made.close()  # type: ignore[attr-defined]
 
     with _whole_or_nothing(output, total) as writing:
         with together(output):
             for number, shard in deal(list(enumerate(shards)), [sum(t.bytes for t in s) for s in shards]):
-                write_shard(writing / shard_name(number, len(shards)), shard, values(shard))
+                with closing(values(shard)) as tensors:  # type: ignore[type-var]
+                    write_shard(writing / shard_name(number, len(shards)), shard, tensors)
             if rank() == 0:
                 write_index(writing, shards)
                 _copy_assets(folder / ASSETS, writing)
@@ -367,46 +376,72 @@ def compare(
     Args:
         checkpoint: as for ``export_hf``.
         hf: model folder.
-        changes: that import or export was given; they are what is expected to differ.
+        changes: that import or export was given: they are made to one side, which must then equal the other.
         progress: called with bytes (of the Hugging Face side) done and in all.
 
     Raises:
         CheckpointError: a side lacks a tensor or cannot be read.
     """
-    folder, hf = resolve(checkpoint), Path(hf)
-    ours = changes.of(ModelShape.read(folder), "verify")
-    theirs = changes.of(shape_from_hf(read_hf_config(hf), str(hf / "config.json")), "verify")
-    source, reader = HuggingFaceWeights(hf), DistributedReader(folder)
-    _check_names(source, theirs, hf)
-    settings = [
-        f"{f.name}: {FILE_NAME} has {getattr(ours, f.name)}, config.json {getattr(theirs, f.name)}"
-        for f in dataclasses.fields(ModelShape)
-        if f.name not in ("dtype", "tokenizer_hash", "weights_hash", "base_model", "init_method_std")
-        and getattr(ours, f.name) != getattr(theirs, f.name)
-    ]
-    steps = list(_steps(ours))
-    for entry, _ in steps:
-        _check_stored(reader, entry, ours, folder)
-    sizes = [_bytes_of(entry, layer, source, ours) for entry, layer in steps]
-    total = sum(sizes)
+    hf = Path(hf)
     differences: list[tuple[int, Difference]] = []
-    mine = deal(list(enumerate(steps)), sizes)
-
-    def read(entry: Entry, layer: int | None) -> Callable[[], Tensor]:
-        return lambda: _read_ours(reader, entry, layer, ours)
-
-    items = [(sizes[number], read(entry, layer)) for number, (entry, layer) in mine]
     with together(hf):
-        for (number, (entry, layer)), tensor in zip(mine, Ahead(items, ahead=2**26), strict=True):
-            for pattern, part in zip(entry.theirs, split(entry, tensor, ours), strict=True):
+        folder = resolve(checkpoint)
+        ours, theirs = sides(
+            ModelShape.read(folder), shape_from_hf(read_hf_config(hf), str(hf / "config.json")), changes
+        )
+        settings = [
+            f"{name}: {FILE_NAME} has {getattr(ours, name)}, config.json {getattr(theirs, name)}"
+            for name in _unequal(ours, theirs)
+        ]
+        if set(_unequal(ours, theirs)) - _SETTINGS:
+            # Of other tensors altogether.
+            return Comparison(0, 0, ours.num_layers, settings, [])
+        source, reader = HuggingFaceWeights(hf), DistributedReader(folder)
+        _check_names(source, theirs, hf)
+        steps = list(_steps(ours))
+        for entry, _ in steps:
+            _check_stored(reader, entry, ours, folder)
+        sizes = [_bytes_of(entry, layer, source, ours) for entry, layer in steps]
+    total = sum(sizes)
+    mine = deal(list(enumerate(steps)), sizes)
+    items: list[tuple[int, Callable[[], Tensor]]] = [
+        (
+            torch.Size(our_shape(entry, ours)).numel() * reader.dtype(entry.ours).itemsize,
+            lambda entry=entry, layer=layer: _read_ours(reader, entry, layer, ours),  # type: ignore[misc]
+        )
+        for _, (entry, layer) in mine
+    ]
+    with together(hf), closing(iter(Ahead(items, ahead=2**26))) as made:  # type: ignore[type-var]
+        for number, (entry, layer) in mine:
+            # No name is left on a tensor when the next is made.
+            parts = split(entry, next(made), ours)
+            for pattern in entry.theirs:
                 name = pattern.format(layer=layer)
-                found = _difference(part, source.read(name), name, layer)
+                found = _difference(next(parts), source.read(name), name, layer)
                 if found is not None:
                     differences.append((number, found))
+            del parts
             progress(sizes[number], total)
     every = sorted((x for part in gathered(differences) for x in part), key=lambda x: x[0])
     count = sum(len(e.theirs) for e, _ in steps)
     return Comparison(count, total, ours.num_layers, settings, [x for _, x in every])
+
+
+# What may differ between two checkpoints of the same tensors.
+_SETTINGS = frozenset({"rotary_base", "rope_scaling", "max_position_embeddings", "layernorm_epsilon", "window_size"})
+_NOT_COMPARED = ("dtype", "tokenizer_hash", "weights_hash", "base_model", "init_method_std")
+
+
+def _unequal(ours: ModelShape, theirs: ModelShape) -> list[str]:
+    names = [f.name for f in dataclasses.fields(ModelShape) if f.name not in _NOT_COMPARED]
+    return [name for name in names if getattr(ours, name) != getattr(theirs, name)]
+
+
+def sides(ours: ModelShape, theirs: ModelShape, changes: Changes) -> tuple[ModelShape, ModelShape]:
+    """Both sides' shapes, one of them with the changes: export made them to ours, import to theirs. Whichever leaves less
+    that differs."""
+    exported, imported = (changes.of(ours, "verify"), theirs), (ours, changes.of(theirs, "verify"))
+    return imported if len(_unequal(*imported)) < len(_unequal(*exported)) else exported
 
 
 def _difference(ours: Tensor, theirs: Tensor, name: str, layer: int | None) -> Difference | None:

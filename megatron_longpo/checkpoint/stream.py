@@ -87,7 +87,8 @@ _FLUSH_SECONDS = 0.1
 class Ahead:
     """Makes values in a thread, in order, while those before are being used: reading and writing overlap.
 
-    Values that are made and not yet dropped take at most the largest one's bytes and ``ahead`` bytes.
+    Values that are made and not yet given take, with the one given last, at most the largest one's bytes and ``ahead`` bytes;
+    a consumer that keeps a value while it asks for the next has it besides.
 
     Args:
         items: bytes of each value, and what makes it.
@@ -584,7 +585,14 @@ def write_shard(path: Path, tensors: Sequence[LazyTensor], values: Iterator[Tens
             value = next(values)
             assert tuple(value.shape) == tensor.shape
             for piece in value.contiguous().view(-1).split(_PIECE):
-                _write_all(stream, piece.to(tensor.dtype).view(torch.uint8).numpy().data)
+                cast = piece.to(tensor.dtype)
+                if cast.dtype != piece.dtype and not torch.isfinite(torch.stack(torch.aminmax(cast))).all():
+                    raise CheckpointError(
+                        f"{tensor.name}: values do not fit {dtype_name(tensor.dtype)}; give --dtype bfloat16 or float32"
+                    )
+                _write_all(stream, cast.view(torch.uint8).numpy().data)
+            # Not kept while the next is made.
+            del value, piece, cast
         os.fsync(stream.fileno())
 
 

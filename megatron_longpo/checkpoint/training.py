@@ -137,7 +137,8 @@ def check_same_run(progress: Progress, identity: dict[str, Any], folder: Path) -
         CheckpointError: the first setting that differs.
     """
     for name, value in identity.items():
-        before = progress.identity.get(name)
+        # Saved before there was such a setting, a run had the only value there was.
+        before = progress.identity.get(name, value)
         if before != value:
             raise CheckpointError(
                 f"{folder}: the run in this folder has {name}={before}, now it is {value}; give the same to go on, or "

@@ -92,6 +92,14 @@ class ChatTokenizer(ABC):
     def encode(self, text: str, *, continues: bool) -> list[int]:
         """Token ids; special tokens written in the text become their ids, none is added."""
 
+    def answer_ends(self) -> frozenset[int]:
+        """Special tokens that the template puts right after an answer."""
+        answer = "ANSWER"
+        messages: list[Message] = [{"role": "user", "content": "QUESTION"}, {"role": "assistant", "content": answer}]
+        after = self.render(messages, add_generation_prompt=False).rpartition(answer)[2].lstrip()
+        ends = [t for t in self.special_texts if t and after.startswith(t)]
+        return frozenset(self.encode(max(ends, key=len), continues=False)) & self.special_ids if ends else frozenset()
+
     def count(self, texts: Sequence[str]) -> list[int]:
         """Tokens of each text by itself."""
         return [len(self.encode(text, continues=False)) for text in texts]

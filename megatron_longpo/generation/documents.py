@@ -8,6 +8,7 @@ from __future__ import annotations
 import glob
 import gzip
 import hashlib
+import io
 import json
 import re
 import zlib
@@ -15,6 +16,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
+
+import pyarrow
+import pyarrow.parquet
 
 from megatron_longpo.errors import DataError
 
@@ -70,6 +74,8 @@ def find_files(documents: Sequence[str], domain: str) -> list[tuple[Path, Domain
     """
     found: dict[Path, Domain] = {}
     for name in documents:
+        if not name.strip():
+            raise DataError("--documents '': is empty (a variable that is not set?); name files, folders or globs")
         path = Path(name)
         if path.is_dir():
             files = sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith("."))
@@ -135,7 +141,7 @@ def _values_of(path: Path, column: str) -> Iterator[tuple[str, str | bytes, str 
             yield from _rows_of_jsonl(path, column)
         else:
             yield path.name, path.read_bytes(), None
-    except (OSError, EOFError, zlib.error) as error:
+    except (OSError, EOFError, zlib.error, pyarrow.ArrowException) as error:
         raise DataError(f"--documents {path}: cannot be read ({error}); give a whole file") from None
 
 
@@ -143,6 +149,8 @@ def _rows_of_jsonl(path: Path, column: str) -> Iterator[tuple[str, str | bytes, 
     with _opened(path) as stream:
         for line, raw in enumerate(stream, 1):
             name = f"{path.name}:{line}"
+            if line == 1:
+                raw = raw.removeprefix(b"\xef\xbb\xbf")
             try:
                 row = json.loads(raw.decode("utf-8", errors="surrogateescape"))
             except (ValueError, RecursionError):
@@ -164,21 +172,14 @@ def _escapes(text: str) -> bool:
 
 
 def _opened(path: Path) -> Any:
-    if path.name.endswith(".gz"):
+    if path.name.lower().endswith(".gz"):
         return gzip.open(path, "rb")
-    if path.name.endswith(".zst"):
-        import io
-
-        import pyarrow
-
+    if path.name.lower().endswith(".zst"):
         return io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd"), 2**20)
     return open(path, "rb")
 
 
 def _rows_of_parquet(path: Path, column: str) -> Iterator[tuple[str, str | bytes, str | None]]:
-    import pyarrow
-    import pyarrow.parquet
-
     try:
         file = pyarrow.parquet.ParquetFile(path)
     except pyarrow.ArrowException as error:
@@ -192,6 +193,8 @@ def _rows_of_parquet(path: Path, column: str) -> Iterator[tuple[str, str | bytes
     for batch in file.iter_batches(batch_size=64, columns=[column]):
         # As bytes: a text column may hold what is not UTF-8.
         values = batch.column(0)
+        if pyarrow.types.is_dictionary(values.type):
+            values = values.dictionary_decode()
         kind = values.type
         if pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind):
             values = values.cast(pyarrow.large_binary())
@@ -244,7 +247,8 @@ _UNITS: dict[str, tuple[re.Pattern[str], ...]] = {
         re.compile(r"(?m)(?=^(?:// ?|# ?|-- ?|/\* ?)?(?:={3,} ?)?(?:[Ff]ile(?:name)?|[Pp]ath): ?\S+)"),
         re.compile(
             r"(?m)(?=^(?:@\w|async def |def |class |func |fn |pub |impl |struct |enum |trait |interface |export |function |"
-            r"public |private |protected |static |template ?<|namespace |module |type |typedef |(?:[\w:<>*&]+ )+[\w:~]+\([^;\n]*$))"
+            r"public |private |protected |static |template ?<|namespace |module |type |typedef |"
+            r"(?:[\w:<>*&]+ )+[\w:~]+\([^;\n]*$))"
         ),
         *(_BLANK_LINE, _LINE, _WORD),
     ),
@@ -265,22 +269,24 @@ class Span:
 def units_of(text: str, domain: Domain, count: Count, largest: int) -> list[Span]:
     """A text cut where its domain has its joints, no unit above ``largest`` tokens; what is too large is cut finer.
 
-    The units are the text without the white space between them.
+    The units are the text without the white space between them; a unit's tokens are those of the white space after it too,
+    so that a stretch of units has at most their sum.
     """
-    units = _counted(text, _pieces(text, 0, len(text), _UNITS[domain][0]), count)
+    units = _counted(text, _pieces(text, 0, len(text), _UNITS[domain][0]), len(text), count)
     for pattern in (*_UNITS[domain][1:], None):
         if all(u.tokens <= largest for u in units):
             break
         finer: list[Span] = []
-        for unit in units:
+        for number, unit in enumerate(units):
+            stop = units[number + 1].start if number + 1 < len(units) else len(text)
             if unit.tokens <= largest:
                 finer.append(unit)
             elif pattern is not None:
-                finer += _counted(text, _pieces(text, unit.start, unit.end, pattern), count)
+                finer += _counted(text, _pieces(text, unit.start, unit.end, pattern), stop, count)
             else:
-                # One word of that length: cut anywhere, at most a token a character.
-                places = range(unit.start, unit.end, max(1, largest // 4))
-                finer += _counted(text, [(p, min(unit.end, p + max(1, largest // 4))) for p in places], count)
+                # One word, or white space, of that length: cut anywhere.
+                step = max(1, largest // 4)
+                finer += _counted(text, [(p, min(stop, p + step)) for p in range(unit.start, stop, step)], stop, count)
         units = finer
     return units
 
@@ -301,12 +307,14 @@ def _pieces(text: str, start: int, end: int, pattern: re.Pattern[str]) -> list[t
     return stripped
 
 
-def _counted(text: str, pieces: Sequence[tuple[int, int]], count: Count) -> list[Span]:
+def _counted(text: str, pieces: Sequence[tuple[int, int]], stop: int, count: Count) -> list[Span]:
     spans = []
+    nexts = [a for a, _ in pieces[1:]] + [stop]
     for first in range(0, len(pieces), _BATCH):
         batch = pieces[first : first + _BATCH]
         # A very long piece is counted in parts: a tokenizer may take time that grows with the square of a word's length.
-        parts = [[text[p : min(b, p + _LONGEST_COUNTED)] for p in range(a, b, _LONGEST_COUNTED)] for a, b in batch]
+        ranges = zip((a for a, _ in batch), nexts[first : first + _BATCH], strict=True)
+        parts = [[text[p : min(b, p + _LONGEST_COUNTED)] for p in range(a, b, _LONGEST_COUNTED)] for a, b in ranges]
         counts = iter(count([part for piece in parts for part in piece]))
         spans += [Span(a, b, sum(next(counts) for _ in piece)) for (a, b), piece in zip(batch, parts, strict=True)]
     return spans

@@ -10,8 +10,10 @@ import dataclasses
 import email.utils
 import hashlib
 import json
+import math
 import os
 import random
+import re
 import threading
 import time
 from abc import ABC, abstractmethod
@@ -199,11 +201,16 @@ class TransformersEngine(Engine):
         self._rope = Rope()
         kinds = getattr(self.model.config, "layer_types", None) or ()
         window = getattr(self.model.config, "sliding_window", None) and not kinds
-        # Such layers keep part of their keys alone, and mask by themselves.
-        self._has_windows = bool(window) or any("sliding" in kind for kind in kinds)
+        plain = (
+            not window and all(kind == "full_attention" for kind in kinds) and hasattr(self.model.model, "rotary_emb")
+        )
+        # Others keep part of their keys alone, mask by themselves, or go by a key's place in memory.
+        self._can_pack = plain and not getattr(self.model, "_is_stateful", False)
+        # What has a state has nothing that could be shared or padded.
+        self._can_share = not getattr(self.model, "_is_stateful", False)
         ends = self.model.generation_config.eos_token_id
-        # What a model says that ends an answer, and any other special token: it has no place in a text.
-        self._ends = self.tokenizer.special_ids | frozenset([ends] if isinstance(ends, int) else ends or ())
+        # What the model says that ends an answer, and what its template ends one with.
+        self._ends = self.tokenizer.answer_ends() | frozenset([ends] if isinstance(ends, int) else ends or ())
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -259,18 +266,23 @@ class TransformersEngine(Engine):
 
     def _answer_group(self, rows: Sequence[list[int]], seeds: Sequence[int], sampling: Sampling) -> list[Reply]:
         replies: list[Reply] = []
-        shared = _common_prefix(rows) if _is_mostly_shared(rows) else 0
+        shared = _common_prefix(rows) if self._can_share and _is_mostly_shared(rows) else 0
+        size = self.batch_size if self._can_share else 1
+        if not shared and max(map(len, rows)) > self.prefill_tokens:
+            # Long rows that share nothing are read one by one, in pieces: a batch of them would be one piece.
+            size = 1
         with torch.inference_mode():
             cache = self._read(rows[0][:shared]) if len(rows) > 1 and shared else None
             if cache is None:
                 shared = 0
-            for first in range(0, len(rows), self.batch_size):
-                batch = list(rows[first : first + self.batch_size])
-                last = first + self.batch_size >= len(rows)
+            for first in range(0, len(rows), size):
+                batch = list(rows[first : first + size])
+                last = first + size >= len(rows)
                 mine = cache if last else _copy(cache)
-                packed = len(batch) > 1 and shared > 0 and not self._has_windows
+                own = sum(len(row) - shared for row in batch)
+                packed = len(batch) > 1 and shared > 0 and own <= _LONGEST_PACKED and self._can_pack
                 decode = self._decode_packed if packed else self._decode
-                replies += decode(batch, shared, mine, sampling, list(seeds[first : first + self.batch_size]))
+                replies += decode(batch, shared, mine, sampling, list(seeds[first : first + size]))
         return replies
 
     def _read(self, ids: Sequence[int], cache: Any = None) -> Any:
@@ -389,6 +401,10 @@ class TransformersEngine(Engine):
         return self._replies(rows, written, finished)
 
 
+# The mask of packed rows has this many lines at most.
+_LONGEST_PACKED = 4096
+
+
 def _common_prefix(rows: Sequence[Sequence[int]]) -> int:
     """Tokens that all rows begin with, less one: every row must have one of its own to go on from."""
     shortest = min(map(len, rows))
@@ -427,12 +443,13 @@ class VLLMEngine(Engine):
 
     Args:
         config: model, dtype, GPUs.
+        longest: tokens of a row for which a changed RoPE is to do.
 
     Raises:
         ConfigError: vLLM is not installed.
     """
 
-    def __init__(self, config: EngineConfig, rope: Rope = Rope()) -> None:
+    def __init__(self, config: EngineConfig, longest: int) -> None:
         try:
             from vllm import LLM
         except ImportError:
@@ -442,7 +459,7 @@ class VLLMEngine(Engine):
         assert config.model is not None
         self.tokenizer = load_tokenizer(config.model, config.chat_template)
         self.groups_at_once = config.concurrency
-        self._config, self._rope = config, rope
+        self._config, self._longest = config, longest
         self._llm: Any = None
         self._made = Rope()
         self._make: Callable[..., Any] = LLM
@@ -469,6 +486,9 @@ class VLLMEngine(Engine):
                 overrides["rope_theta"] = rope.base
             if rope.scaling is not None:
                 overrides["rope_scaling"] = rope.scaling
+            if not rope.is_models:
+                # Beyond the model's own range; answers and template besides.
+                overrides["max_position_embeddings"] = self._longest
             more = {"hf_overrides": overrides} if overrides else {}
             self._llm = self._make(
                 model=self._config.model,
@@ -488,25 +508,34 @@ class VLLMEngine(Engine):
     ) -> list[list[Reply]]:
         from vllm import SamplingParams
 
+        llm = self._model(rope)
+        longest = llm.llm_engine.model_config.max_model_len
+        rows = [[self.tokenizer.prompt(list(p.messages)) for p in group] for group in groups]
         prompts, parameters = [], []
-        for group in groups:
-            for p in group:
-                prompts.append({"prompt_token_ids": self.tokenizer.prompt(list(p.messages))})
+        for group, tokens in zip(groups, rows, strict=True):
+            for p, ids in zip(group, tokens, strict=True):
+                if len(ids) >= longest:
+                    continue
+                prompts.append({"prompt_token_ids": ids})
                 parameters.append(
                     SamplingParams(
                         max_tokens=sampling.max_tokens,
                         temperature=sampling.temperature,
                         top_p=sampling.top_p,
                         seed=p.seed,
-                        stop_token_ids=sorted(self.tokenizer.special_ids),
+                        stop_token_ids=sorted(self.tokenizer.answer_ends()),
                         skip_special_tokens=True,
                     )
                 )
-        outputs = iter(self._model(rope).generate(prompts, parameters, use_tqdm=False))
+        outputs = iter(llm.generate(prompts, parameters, use_tqdm=False))
         replies = []
-        for group in groups:
+        for tokens in rows:
             row = []
-            for _ in group:
+            for ids in tokens:
+                if len(ids) >= longest:
+                    why = f"{len(ids)} tokens; the engine takes {longest}"
+                    row.append(Reply("", False, len(ids), 0, refused=why))
+                    continue
                 out = next(outputs)
                 done = out.outputs[0]
                 row.append(
@@ -525,6 +554,10 @@ class VLLMEngine(Engine):
 # What may pass: too many requests, a server that is starting, overloaded or gone for a moment.
 _PASSING = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
 _LONGEST_PAUSE = 60.0
+_TOO_LONG = re.compile(
+    r"context|too long|too large|maximum.{0,40}(?:length|tokens)|length.{0,40}exceed|exceed.{0,40}(?:length|tokens)",
+    re.I,
+)
 
 
 class OpenAIEngine(Engine):
@@ -550,7 +583,9 @@ class OpenAIEngine(Engine):
         self._config = config
         self._url = config.base_url.rstrip("/") + "/chat/completions"
         key = os.environ.get(config.api_key_variable)
-        self._headers = {"Authorization": f"Bearer {key}"} if key else {}
+        if key is not None and not (key.isascii() and key.isprintable()):
+            raise ConfigError(f"{config.api_key_variable} holds characters that no key has; set it again")
+        self._key = key
         self._sessions = threading.local()
         self._new_session: Callable[[], Any] = requests.Session
         self._pool = ThreadPoolExecutor(config.concurrency)
@@ -601,8 +636,8 @@ class OpenAIEngine(Engine):
                     self.retried += 1
                 # Full jitter: clients that failed together do not come back together.
                 time.sleep(random.uniform(0.2, 1.0) * min(_LONGEST_PAUSE, 0.25 * 2**attempt))
-            pause = self._not_before - time.monotonic()
-            if pause > 0:
+            while (pause := self._not_before - time.monotonic()) > 0:
+                # Another thread may be asked for a longer pause meanwhile.
                 time.sleep(pause)
             reply, trouble = self._try(body)
             if reply is not None:
@@ -612,6 +647,12 @@ class OpenAIEngine(Engine):
             "retries; what was answered is kept, the same command goes on"
         )
 
+    def _sign(self, request: Any) -> Any:
+        # As requests' own authentication, so that no .netrc takes the key's place.
+        if self._key:
+            request.headers["Authorization"] = f"Bearer {self._key}"
+        return request
+
     def _try(self, body: dict[str, Any]) -> tuple[Reply | None, str]:
         """A reply, or what went wrong in a way that may pass."""
         import requests
@@ -620,11 +661,12 @@ class OpenAIEngine(Engine):
         if session is None:
             session = self._sessions.session = self._new_session()
         try:
-            answer = session.post(
-                self._url, json=body, headers=self._headers, timeout=(10.0, self._config.timeout_seconds)
-            )
+            timeout = (10.0, self._config.timeout_seconds)
+            answer = session.post(self._url, json=body, auth=self._sign, timeout=timeout)
             # JSON is UTF-8, whatever the headers leave out.
             status, text = answer.status_code, answer.content.decode("utf-8", errors="replace")
+        except (requests.exceptions.InvalidURL, requests.exceptions.InvalidSchema, ValueError) as error:
+            raise EngineError(f"{self._url}: is no address ({type(error).__name__}); look at base_url") from None
         except (requests.RequestException, OSError) as error:
             # A connection that failed is not used again.
             self._sessions.session = None
@@ -634,8 +676,8 @@ class OpenAIEngine(Engine):
             return None, f"status {status}"
         if status != 200:
             detail = " ".join(text.split())[:300]
-            if status in (400, 413, 422):
-                # This prompt will not do, whatever is tried: too long, most often.
+            if status == 413 or (status in (400, 422) and _TOO_LONG.search(text)):
+                # This prompt will not do, whatever is tried.
                 return Reply("", False, 0, 0, refused=f"status {status}: {detail}"), ""
             fix = (
                 f"set {self._config.api_key_variable}"
@@ -647,19 +689,17 @@ class OpenAIEngine(Engine):
             content = json.loads(text)
             choice = content["choices"][0]
             words = choice["message"]["content"]
-            used = content.get("usage") or {}
             if not isinstance(words, str):
                 words = ""
-            return (
-                Reply(
-                    words.strip(),
-                    choice.get("finish_reason") != "length",
-                    int(used.get("prompt_tokens") or 0),
-                    int(used.get("completion_tokens") or 0),
-                ),
-                "",
-            )
-        except (ValueError, KeyError, IndexError, TypeError) as error:
+            used = content.get("usage") or {}
+            read, wrote = used.get("prompt_tokens"), used.get("completion_tokens")
+            if read is None or wrote is None:
+                # A server that does not count: the limit of the short rows needs it.
+                read, wrote = len(self.tokenizer.prompt(body["messages"])), self.tokenizer.count([words])[0]
+            # "length" and "content_filter" are answers cut off.
+            finished = choice.get("finish_reason") in (None, "stop")
+            return Reply(words.strip(), finished, int(read), int(wrote)), ""
+        except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
             self._sessions.session = None
             return None, f"a body that is no completion ({type(error).__name__})"
 
@@ -671,14 +711,16 @@ class OpenAIEngine(Engine):
         except ValueError:
             try:
                 seconds = email.utils.parsedate_to_datetime(retry_after).timestamp() - time.time()
-            except (TypeError, ValueError):
+            except (TypeError, ValueError, OverflowError):
                 return
+        if not math.isfinite(seconds):
+            return
         with self._lock:
             self._not_before = max(self._not_before, time.monotonic() + min(max(0.0, seconds), 10 * _LONGEST_PAUSE))
 
 
-def make_engine(config: EngineConfig) -> Engine:
-    """The engine that a configuration names.
+def make_engine(config: EngineConfig, seq_length: int) -> Engine:
+    """The engine that a configuration names, for rows of at most ``seq_length`` tokens.
 
     Raises:
         ConfigError, DataError: it cannot be had.
@@ -687,7 +729,7 @@ def make_engine(config: EngineConfig) -> Engine:
     if config.engine == "openai":
         return OpenAIEngine(config)
     if config.engine == "vllm":
-        return VLLMEngine(config)
+        return VLLMEngine(config, seq_length)
     return TransformersEngine(
         config.model,
         dtype=config.dtype,

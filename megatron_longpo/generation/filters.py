@@ -14,6 +14,8 @@ _WORDS = re.compile(r"\w+")
 
 def questions_in(reply: str, pattern: str) -> list[str]:
     """The questions of a reply: the first group of each match, line by line, without quotation marks around them."""
+    # Long runs of spaces make patterns slow, and mean nothing.
+    reply = re.sub(r"[ \t]{2,}", " ", re.sub(r"\n{3,}", "\n\n", reply))
     found = [m.group(1) or "" for m in re.finditer(pattern, reply, re.MULTILINE)]
     return [q.strip().strip("\"“”'*_ ").strip() for q in found]
 

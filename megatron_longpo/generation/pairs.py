@@ -20,6 +20,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import re
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -69,6 +70,10 @@ def part_folder(output: Path, rank: int, world_size: int) -> Path:
     return work_folder(output) / f"part-{rank:02d}-of-{world_size:02d}"
 
 
+def _part_folders(output: Path) -> list[Path]:
+    return sorted(p for p in work_folder(output).glob("part-*") if re.fullmatch(r"part-\d+-of-\d+", p.name))
+
+
 class Stage:
     """An append-only file of JSON lines with a manifest.
 
@@ -92,7 +97,12 @@ class Stage:
             self.finished = bool(manifest["finished"])
         else:
             self._write_manifest()
-        self.records = 0 if not self.path.exists() else self._cut_to_whole_lines()
+        self.records = 0 if not self.path.exists() else self._whole_lines()
+        if self.finished and self.records != manifest.get("records"):
+            raise DataError(
+                f"{self.path}: has {self.records} lines and was finished with {manifest.get('records')}; begin again with "
+                "--restart"
+            )
 
     def _check(self, before: dict[str, Any]) -> None:
         for key in sorted({*before, *self.identity}):
@@ -107,19 +117,21 @@ class Stage:
             "schema_version": _SCHEMA_VERSION,
             "stage": self.name,
             "finished": self.finished,
+            "records": self.records if self.finished else None,
             "identity": self.identity,
         }
         write_atomically(self.manifest_path, json.dumps(content, indent=2).encode() + b"\n")
 
-    def _cut_to_whole_lines(self) -> int:
-        """Lines that are whole; what a kill left of the last one is cut off."""
+    def _whole_lines(self) -> int:
+        """Lines that are whole; what a kill left of the last one of an unfinished file is cut off."""
         count, end = 0, 0
         with open(self.path, "rb+") as stream:
             for raw in stream:
                 if not raw.endswith(b"\n"):
                     break
                 count, end = count + 1, end + len(raw)
-            stream.truncate(end)
+            if not self.finished:
+                stream.truncate(end)
         return count
 
     def __enter__(self) -> Stage:
@@ -182,12 +194,19 @@ def read_lines(path: Path, skip: int = 0) -> Iterator[Line]:
     Raises:
         DataError: a line that is not JSON.
     """
-    with open(path, "rb") as stream:
+    try:
+        stream = open(path, "rb")  # noqa: SIM115
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error}); begin again with --restart") from None
+    with stream:
         for number, raw in enumerate(stream):
             if number < skip:
                 continue
             try:
-                yield json.loads(raw)
+                line = json.loads(raw)
+                if not isinstance(line, dict):
+                    raise ValueError("not an object")
+                yield line
             except ValueError as error:
                 raise DataError(f"{path}: line {number + 1} is damaged ({error}); begin again with --restart") from None
 
@@ -265,8 +284,11 @@ class Cutter:
         first = 0
         while first < len(units):
             span, after = take_units(units, longest, first)
+            part = {**base, "part": len(lines)}
             if span.tokens >= shortest:
-                lines.append({**base, "part": len(lines), **self._part(text, units[first:after], span)})
+                lines.append({**part, **self._part(text, units[first:after], span)})
+            elif d.overlong == "split":
+                lines.append({**part, "reason": "document_too_short", "tokens": span.tokens})
             first = after
             if d.overlong != "split":
                 break
@@ -311,7 +333,7 @@ def _own_documents(
 ) -> Iterator[tuple[int, RawDocument]]:
     """This part's documents from a number on. Repetitions are told from all documents, so all are read."""
     d = config.documents
-    window = config.engine.documents_at_once
+    window = config.window
     seen: set[bytes] = set()
     for raw in itertools.islice(read_documents(find_files(d.documents, d.domain), d.text_column), d.max_documents):
         error = raw.error
@@ -347,9 +369,13 @@ def _drop_unfinished(stage: Stage) -> int:
     last = -1
     with open(stage.path, "rb+") as stream:
         for raw in stream:
-            line = json.loads(raw)
+            try:
+                line = json.loads(raw)
+                is_last = line["part"] + 1 == line.get("parts", 1)
+            except (ValueError, KeyError, TypeError):
+                raise DataError(f"{stage.path}: line {count + 1} is damaged; begin again with --restart") from None
             end, count = end + len(raw), count + 1
-            if line["part"] + 1 == line.get("parts", 1):
+            if is_last:
                 whole_end, whole_count, last = end, count, line["number"]
         stream.truncate(whole_end)
     stage.records = whole_count
@@ -636,7 +662,7 @@ def _files(config: GenerationConfig) -> list[tuple[Path, Any]]:
 
 
 def _refuse_another_split(output: Path, world_size: int, *, restart: bool) -> None:
-    others = {p.name.split("-of-")[1] for p in work_folder(output).glob("part-*-of-*")} - {f"{world_size:02d}"}
+    others = {p.name.split("-of-")[1] for p in _part_folders(output)} - {f"{world_size:02d}"}
     if others and not restart:
         raise DataError(
             f"{work_folder(output)}: holds a run split in {int(min(others))} parts, not {world_size}; give that "
@@ -645,7 +671,7 @@ def _refuse_another_split(output: Path, world_size: int, *, restart: bool) -> No
     if restart:
         import shutil
 
-        for old in work_folder(output).glob("part-*-of-*"):
+        for old in _part_folders(output):
             if old.name.split("-of-")[1] in others:
                 shutil.rmtree(old, ignore_errors=True)
 
@@ -713,7 +739,7 @@ def parts_of(output: Path) -> list[Path]:
     Raises:
         DataError: none, or some are not there or not finished.
     """
-    found = sorted(work_folder(output).glob("part-*-of-*"))
+    found = _part_folders(output)
     if not found:
         raise DataError(f"{work_folder(output)}: holds no part of a run; generate pairs with --output {output} first")
     world = int(found[0].name.split("-of-")[1])
@@ -744,6 +770,9 @@ def all_rows(output: Path) -> Iterator[tuple[Line, Line, Line, Line]]:
     """Lines of all stages of all parts together, in the order of the documents."""
 
     def rows(folder: Path) -> Iterator[tuple[tuple[int, int], tuple[Line, ...]]]:
+        for name in STAGES:
+            manifest = read_stage_manifest(folder / f"{name}.manifest.json")
+            Stage(folder, name, manifest["identity"])  # raises where lines are missing
         for row in zip(*(read_lines(folder / f"{name}.jsonl") for name in STAGES), strict=True):
             yield (row[0]["number"], row[0]["part"]), row
 

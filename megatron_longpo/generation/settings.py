@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -60,7 +61,7 @@ class QuestionsConfig:
         "clear by itself, and write nothing else."
     )
     """Instruction after the chunk; {count} stands for the number of questions."""
-    question_pattern: str = r"^\s*(?:\*\*)?\d+\s*[.):]\s*(?:\*\*)?\s*(\S.*?)\s*(?:\*\*)?\s*$"
+    question_pattern: str = r"^[ \t]*(?:\*\*)?\d+[ \t]*[.):][ \t]*(?:\*\*[ \t]*)?(\S.*)$"
     """Regular expression, line by line, whose first group is a question."""
     question_tokens: int = 512
     """Most tokens of the reply with the questions."""
@@ -125,7 +126,7 @@ class EngineConfig:
     concurrency: int = 16
     """openai: requests under way at once; vllm: documents given at once."""
     timeout_seconds: float = 600.0
-    """openai: of a request."""
+    """openai: without anything coming from the server."""
     retries: int = 8
     """openai: of a request that fails for a reason that may pass, with growing pauses."""
 
@@ -202,6 +203,11 @@ class GenerationConfig:
         return yaml.safe_dump(self.as_dict(), sort_keys=False, allow_unicode=True)
 
     @property
+    def window(self) -> int:
+        """Documents that stay together however the work is split."""
+        return self.engine.documents_at_once if self.engine.engine == "transformers" else 1
+
+    @property
     def chunk_tokens(self) -> tuple[int, int]:
         """Smallest and largest chunk."""
         d = self.documents
@@ -245,11 +251,19 @@ def check(c: GenerationConfig) -> None:
         for f in dataclasses.fields(section):
             value = getattr(section, f.name)
             whole = isinstance(value, int) and not isinstance(value, bool)
-            if whole and value < 1 and f.name not in ("min_document_tokens", "retries"):
-                raise ConfigError(f"{f.name}={value} must be at least 1")
+            least = 0 if f.name in ("min_document_tokens", "retries") else 1
+            if whole and value < least:
+                raise ConfigError(f"{f.name}={value} must be at least {least}")
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ConfigError(f"{f.name}={value} must be a number")
     smallest, largest = c.chunk_tokens
     if smallest > largest:
         raise ConfigError(f"min_chunk_tokens={smallest} is above max_chunk_tokens={largest}; lower it")
+    if largest - smallest < largest // 4:
+        raise ConfigError(
+            f"min_chunk_tokens={smallest} is too near max_chunk_tokens={largest}: texts would be cut into crumbs to fit between "
+            "them; leave a quarter of the larger"
+        )
     shortest, longest = c.document_tokens
     if longest < 1 or shortest > longest:
         raise ConfigError(
@@ -277,7 +291,7 @@ def check(c: GenerationConfig) -> None:
             raise ConfigError(f"{name}={value} must be above 0 and at most 1")
     try:
         pattern = re.compile(c.questions.question_pattern, re.MULTILINE)
-    except re.error as error:
+    except (re.error, OverflowError, RecursionError) as error:
         raise ConfigError(
             f"question_pattern={c.questions.question_pattern!r} is no regular expression ({error})"
         ) from None
@@ -285,7 +299,7 @@ def check(c: GenerationConfig) -> None:
         raise ConfigError(f"question_pattern={c.questions.question_pattern!r} has no group; put the question in (...)")
     try:
         c.questions.question_prompt.format(count=1)
-    except (KeyError, IndexError, ValueError) as error:
+    except (KeyError, IndexError, ValueError, AttributeError, TypeError) as error:
         raise ConfigError(
             f"question_prompt={c.questions.question_prompt!r} cannot be filled in ({error!r}); only {{count}} may stand in "
             "braces, write {{{{ and }}}} for braces"
@@ -293,6 +307,10 @@ def check(c: GenerationConfig) -> None:
     if not c.questions.lead_ins:
         raise ConfigError('lead_ins is empty; give at least one phrase, "" for none')
     e, a = c.engine, c.answers
+    if not e.base_url.startswith(("http://", "https://")):
+        raise ConfigError(f"base_url={e.base_url} must begin with http:// or https://")
+    if not e.timeout_seconds > 0:
+        raise ConfigError(f"timeout_seconds={e.timeout_seconds} must be positive")
     if "@" in e.base_url:
         raise ConfigError(
             f"base_url holds a name or a key before @; it would be written down: put the key into the environment variable "

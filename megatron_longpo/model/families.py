@@ -214,6 +214,9 @@ def shape_from_hf(config: dict[str, Any], source: str) -> ModelShape:
 def _rope(config: dict[str, Any], family: Family, source: str) -> tuple[float, dict[str, Any] | None, float]:
     """RoPE theta, scaling and share of rotated channels: transformers 5 keeps them in ``rope_parameters``, 4 in
     ``rope_theta``, ``rope_scaling`` and ``partial_rotary_factor``."""
+    for key in ("rope_parameters", "rope_scaling"):
+        if config.get(key) is not None and not isinstance(config[key], dict):
+            raise CheckpointError(f"{source}: {key}={config[key]!r} must be a mapping, or null")
     parameters = config.get("rope_parameters") or {}
     scaling = {**(config.get("rope_scaling") or {}), **parameters}
     theta = parameters.get("rope_theta", config.get("rope_theta", 10000.0))
@@ -259,7 +262,7 @@ def _with_rope(config: dict[str, Any], shape: ModelShape, *, with_scaling: bool)
     elif scaling is not None:
         # `type` is how versions of transformers before 4.43 call it.
         config["rope_scaling"] = {**scaling, "type": scaling["rope_type"]} if shape.rope_scaling else None
-    if "rope_theta" in config or "rope_parameters" not in config:
+    if "rope_theta" in config or not isinstance(config.get("rope_parameters"), dict):
         config["rope_theta"] = shape.rotary_base
     config["max_position_embeddings"] = shape.max_position_embeddings
     return config
@@ -310,7 +313,7 @@ def fuse(entry: Entry, tensors: Iterable[Tensor], shape: ModelShape) -> Tensor:
         if fused is None:
             fused = torch.empty(our_shape(entry, shape), dtype=tensor.dtype)
         part = parts_of(entry, fused, shape)[number]
-        part.copy_((tensor if number == 2 or entry.kind != "qkv" else _halves(tensor, shape)).view(part.shape))
+        part.copy_((tensor if number == 2 or entry.kind != "qkv" else _halves(tensor, shape)).reshape(part.shape))
         del tensor
     assert fused is not None
     return fused

@@ -17,8 +17,13 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 KILLS, PARTS = 10, 3
 
 
-def attempt(arguments: list[str], seconds: float | None) -> bool:
-    """Run the program in a child, killed after so many seconds; says whether it finished."""
+def lines_in(folder: Path) -> dict[str, int]:
+    """Whole lines of each stage of a part."""
+    return {p.name: p.read_bytes().count(b"\n") for p in folder.glob("*.jsonl")}
+
+
+def attempt(arguments: list[str], folder: Path, more: int | None) -> bool:
+    """Run the program in a child, killed when its part has so many lines more; says whether it finished."""
     import generate_preference_data
 
     child = os.fork()
@@ -30,13 +35,15 @@ def attempt(arguments: list[str], seconds: float | None) -> bool:
             print(repr(error), file=sys.stderr, flush=True)
             os._exit(1)
         os._exit(0)
-    end = None if seconds is None else time.monotonic() + seconds
+    limit = None if more is None else sum(lines_in(folder).values()) + more
     while True:
         done, status = os.waitpid(child, os.WNOHANG)
         if done:
             assert os.waitstatus_to_exitcode(status) == 0, "the program failed by itself"
             return True
-        if end is not None and time.monotonic() >= end:
+        if limit is not None and sum(lines_in(folder).values()) >= limit:
+            # At any moment of the next bit of work.
+            time.sleep(random.uniform(0.0, 0.15))
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
             return False
@@ -48,23 +55,25 @@ def main() -> None:
 
     import megatron_longpo.generation.engines  # noqa: F401
 
-    arguments, longest = sys.argv[2:], float(sys.argv[1])
+    arguments = sys.argv[1:]
+    output = Path(arguments[arguments.index("--output") + 1])
+    folders = [output.with_name(output.name + ".work") / f"part-{p:02d}-of-{PARTS:02d}" for p in range(PARTS)]
     rng = random.Random(7)
-    kills, finished = 0, set()
+    kills, cut, finished = 0, set(), set()
     while kills < KILLS:
-        part = rng.randrange(PARTS)
+        part = rng.choice([p for p in range(PARTS) if p not in finished])
         split = ["--rank", str(part), "--world-size", str(PARTS)]
-        # A part that is finished is begun again once in a while, as a scheduler would.
-        if attempt([*arguments, *split], rng.uniform(0.0, longest)):
+        if attempt([*arguments, *split], folders[part], rng.randint(1, 3)):
             finished.add(part)
-            longest *= 0.7
         else:
             kills += 1
-    print(f"killed {kills} times; finished between: {sorted(finished)}")
+            counts = lines_in(folders[part])
+            # The stage that was being written.
+            cut |= {n for n, c in counts.items() if 0 < c < counts["documents.jsonl"]} or {"documents.jsonl"}
+    print(f"killed {kills} times; while writing: {' '.join(sorted(cut))}")
     for part in range(PARTS):
-        attempt([*arguments, "--rank", str(part), "--world-size", str(PARTS)], None)
-    output = arguments[arguments.index("--output") + 1]
-    attempt(["merge", "--output", output], None)
+        attempt([*arguments, "--rank", str(part), "--world-size", str(PARTS)], folders[part], None)
+    attempt(["merge", "--output", str(output)], folders[0], None)
 
 
 if __name__ == "__main__":

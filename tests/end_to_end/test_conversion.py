@@ -320,18 +320,59 @@ def test_rope_changed_on_the_way_out_is_what_transformers_computes(converted: Pa
     assert rope["rope_type"] == "yarn" and rope["factor"] == 4.0 and rope["rope_theta"] == 1e6
     done = run([*TOOL, "verify", *ckpt, "--hf", str(tmp_path / "hf")], expect=2)
     assert "rotary_base: model.json has 10000.0, config.json 1000000.0" in done.stdout
+    # What export wrote is looked at, not what it should have written.
+    exported = Changes(1e6, "yarn", {"factor": 4.0, "original_max_position_embeddings": 64}, 2048)
+    assert compare(converted / "qwen2.ckpt", tmp_path / "hf", changes=exported).is_equal
+    tokens = [list(range(60))]
+    assert compare_logits(
+        converted / "qwen2.ckpt", tmp_path / "hf", tokens, changes=exported, first_position=500
+    ).is_close
+    _change(tmp_path / "hf", rope_parameters={"rope_type": "default", "rope_theta": 123.0}, max_position_embeddings=7)
+    damaged = compare(converted / "qwen2.ckpt", tmp_path / "hf", changes=exported)
+    assert [line.split(":")[0] for line in damaged.settings] == [
+        "rotary_base",
+        "max_position_embeddings",
+        "rope_scaling",
+    ]
+    apart = compare_logits(converted / "qwen2.ckpt", tmp_path / "hf", tokens, changes=exported, first_position=500)
+    assert not apart.is_close
     changes = Changes(rope_type="yarn", scaling={"factor": 4.0, "original_max_position_embeddings": 64})
     import_hf(converted / "qwen2", tmp_path / "ckpt", changes=changes)
     assert ModelShape.read(tmp_path / "ckpt").rope_scaling == {"rope_type": "yarn", **changes.scaling}
+    assert compare(tmp_path / "ckpt", converted / "qwen2", changes=changes).is_equal
+    assert compare_logits(tmp_path / "ckpt", converted / "qwen2", tokens, changes=changes, first_position=500).is_close
+    assert not compare(tmp_path / "ckpt", converted / "qwen2").is_equal
+
+
+def test_models_of_other_tensors_differ_without_being_run(converted: Path, tmp_path: Path) -> None:
+    verify = [*TOOL, "verify", "--checkpoint", str(converted / "qwen2.ckpt"), "--hf", str(converted / "llama")]
+    done = run(verify, expect=2)
+    assert "family: model.json has qwen2, config.json llama" in done.stdout and "Traceback" not in done.stderr
+    done = run([*verify, "--report", str(tmp_path / "none" / "report.json")], expect=2)
+    assert "--report" in done.stderr and "cannot be written" in done.stderr
+
+
+def test_values_that_do_not_fit_a_dtype_are_refused(broken: Path, tmp_path: Path) -> None:
+    weight = load_file(broken / "model.safetensors")["model.norm.weight"]
+    weight[3] = 70000.0
+    _set(broken, "model.norm.weight", weight)
+    with pytest.raises(CheckpointError, match=r"model.norm.weight, cast to float16, holds NaN or Inf"):
+        import_hf(broken, tmp_path / "ckpt", dtype="float16")
+    import_hf(broken, tmp_path / "ckpt")
+    with pytest.raises(CheckpointError, match=r"model.norm.weight: values do not fit float16"):
+        export_hf(tmp_path / "ckpt", tmp_path / "back", dtype="float16")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["ckpt", "hf"]
 
 
 def test_a_trained_model_is_exported_with_its_rope_and_a_card(converted: Path, tmp_path: Path) -> None:
     """Two steps with YaRN and another theta; optimizer states in the checkpoint; export verifies what was trained."""
-    (converted / "llama.ckpt" / "hf" / "README.md").write_text("The base model's card.")
+    # Imported in bf16 and trained in fp32: given back in bf16.
+    import_hf(converted / "llama", tmp_path / "ckpt", dtype="bfloat16", name="llama")
+    (tmp_path / "ckpt" / "hf" / "README.md").write_text("The base model's card.")
     train = torchrun(1, "-m", "megatron_longpo.train")
     train += [
         "--load",
-        str(converted / "llama.ckpt"),
+        str(tmp_path / "ckpt"),
         "--data-path",
         str(converted / "data"),
         "--save",
@@ -377,8 +418,10 @@ def test_a_trained_model_is_exported_with_its_rope_and_a_card(converted: Path, t
     assert (tmp_path / "hf" / "BASE_MODEL_README.md").read_text() == "The base model's card."
     # The weights moved, and only the trained ones are there.
     before, after = tensors(converted / "llama"), tensors(tmp_path / "hf")
+    assert {value.dtype for value in after.values()} == {torch.bfloat16}
+    assert json.loads((tmp_path / "hf" / "config.json").read_text())["dtype"] == "bfloat16"
     assert before.keys() >= after.keys() and not torch.equal(
-        before["model.layers.0.mlp.up_proj.weight"], after["model.layers.0.mlp.up_proj.weight"]
+        before["model.layers.0.mlp.up_proj.weight"].bfloat16(), after["model.layers.0.mlp.up_proj.weight"]
     )
 
 

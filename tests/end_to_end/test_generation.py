@@ -137,8 +137,8 @@ def test_killed_ten_times_in_three_parts(made: Path, undisturbed: Path) -> None:
     output = made / "killed.jsonl"
     script = str(ROOT / "tests" / "end_to_end" / "killed_generation.py")
     quiet = environment(TOKENIZERS_PARALLELISM="false")
-    done = run([sys.executable, script, "2.0", *arguments(made, output)], env=quiet)
-    assert "killed 10 times" in done.stdout
+    done = run([sys.executable, script, *arguments(made, output)], env=quiet)
+    assert "killed 10 times" in done.stdout and done.stdout.count(".jsonl") >= 2, "in several stages"
     assert output.read_bytes() == undisturbed.read_bytes()
     assert lines(made / "killed.jsonl.rejects.jsonl") == lines(made / "pairs.jsonl.rejects.jsonl")
 

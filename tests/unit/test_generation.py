@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import threading
@@ -52,7 +53,9 @@ def letters(texts: Any) -> list[int]:
 @settings(max_examples=300, deadline=None)
 def test_chunks_are_stretches_of_the_text_of_the_asked_size(text: str, domain: Any, smallest: int, more: int) -> None:
     units = units_of(text, domain, letters, more)
-    assert all(u.tokens <= more and u.tokens == u.end - u.start for u in units)
+    # With the white space after it.
+    nexts = [*(u.start for u in units[1:]), len(text)][: len(units)]
+    assert all(u.tokens <= more and u.tokens == n - u.start for u, n in zip(units, nexts, strict=True))
     ends = [0]
     for unit in units:
         # Nothing is lost but white space, nothing is there twice.
@@ -60,7 +63,7 @@ def test_chunks_are_stretches_of_the_text_of_the_asked_size(text: str, domain: A
         ends.append(unit.end)
     assert text[ends[-1] :].strip() == ""
     chunks = group_units(units, smallest, smallest + more)
-    assert all(smallest <= c.tokens <= smallest + more for c in chunks)
+    assert all(smallest <= c.tokens <= smallest + more and c.end - c.start <= c.tokens for c in chunks)
     assert all(a.end <= b.start for a, b in itertools.pairwise(chunks))
     if sum(u.tokens for u in units) >= 2 * (smallest + more):
         assert chunks, "a long enough text has a chunk"
@@ -90,13 +93,13 @@ def test_domains_are_cut_at_their_joints() -> None:
         "// File: b.c\nint y;",
     ]
     assert pieces("One.\n \n\nTwo. Three.", "book") == ["One.", "Two. Three."]
-    assert pieces("One.Two. 三。四。", "book", 4) == ["One.", "Two.", "三。", "四。"]
+    assert pieces("One.Two. 三。四。", "book", 6) == ["One.", "Two.", "三。", "四。"]
     assert pieces("abcdefgh", "other", 4) == list("abcdefgh")
 
 
 def test_runs_of_units() -> None:
-    units = units_of("aa bb cc dd", "other", letters, 2)
-    assert take_units(units, 4) == (units[0].__class__(0, 5, 4), 2)
+    units = units_of("aa bb cc dd", "other", letters, 3)
+    assert take_units(units, 6) == (units[0].__class__(0, 5, 6), 2)
     assert take_units(units, 1, 3)[1] == 4
 
 
@@ -110,7 +113,7 @@ def test_a_document_of_two_million_tokens_is_cut(tmp_path: Path) -> None:
     assert sum(line["tokens"] for line in lines) > 1_900_000 and time.monotonic() - began < 120
     assert len(lines) > 14 and [line["part"] for line in lines] == list(range(len(lines)))
     for line in lines:
-        assert line["text"] in text and len(line["chunks"]) == 4
+        assert line["text"] in text and len(line["chunks"]) == (4 if line is not lines[-1] else 3)
         assert all(16384 <= tokens <= 30000 for _, _, tokens in line["chunks"])
 
 
@@ -132,6 +135,25 @@ def _config(model: Path, **documents: Any) -> GenerationConfig:
         engine=EngineConfig(model=str(model)),
         run=RunConfig(output="out.jsonl"),
     )
+
+
+def test_lengths_are_those_of_the_texts(tmp_path: Path) -> None:
+    """White space counts: documents and chunks, counted whole, keep their limits."""
+    make_fast_tokenizer(tmp_path)
+    config = _config(tmp_path, seq_length=6000, overlong="cut", chunks_per_document=1, min_document_tokens=100)
+    config = dataclasses.replace(config, answers=AnswersConfig(answer_tokens=100))
+    cutter = Cutter(config)
+    smallest, largest = config.chunk_tokens
+    for name, text in {
+        "dialogue": "\n\n".join(f"Yes {i}." for i in range(3000)),
+        "code": "\n".join("    " * (i % 9) + f"call({i})" for i in range(3000)),
+        "blank lines": ("word" + "\n" * 60) * 300,
+    }.items():
+        (line,) = cutter.lines(0, RawDocument(0, name, "other", text))
+        assert cutter.tokenizer.count([line["text"]])[0] <= config.document_tokens[1], name
+        for start, end, tokens in line["chunks"]:
+            real = cutter.tokenizer.count([line["text"][start:end]])[0]
+            assert real <= tokens <= largest and tokens >= smallest, name
 
 
 def test_files_and_domains(tmp_path: Path) -> None:
@@ -165,6 +187,7 @@ def test_lengths_follow_the_target() -> None:
         (GenerationConfig(), "documents is not given"),
         (_config(Path("m"), seq_length=2000), "raise seq_length, or lower answer_tokens"),
         (_config(Path("m"), min_chunk_tokens=40000), "above max_chunk_tokens=30000"),
+        (_config(Path("m"), min_chunk_tokens=29000), "is too near max_chunk_tokens=30000"),
         (_config(Path("m"), chunks_per_document=0), "chunks_per_document=0 must be at least 1"),
     ],
 )
@@ -179,6 +202,10 @@ def test_configurations_that_cannot_work_are_refused(config: GenerationConfig, m
         ({"questions": QuestionsConfig(question_pattern="(")}, "no regular expression"),
         ({"questions": QuestionsConfig(question_pattern="x")}, "has no group"),
         ({"questions": QuestionsConfig(question_prompt="{chunk}")}, "cannot be filled in"),
+        ({"questions": QuestionsConfig(question_prompt="{count.x}")}, "cannot be filled in"),
+        ({"answers": AnswersConfig(answer_temperature=float("nan"))}, "answer_temperature=nan"),
+        ({"engine": EngineConfig(model="m", retries=-1)}, "retries=-1"),
+        ({"engine": EngineConfig(model="m", base_url="host/v1")}, "must begin with http"),
         ({"questions": QuestionsConfig(lead_ins=())}, "lead_ins is empty"),
         ({"answers": AnswersConfig(answer_top_p=0.0)}, "answer_top_p=0.0"),
         ({"engine": EngineConfig(engine="openai", model="m")}, "needs tokenizer"),
@@ -188,8 +215,6 @@ def test_configurations_that_cannot_work_are_refused(config: GenerationConfig, m
     ],
 )
 def test_sections_that_cannot_work_are_refused(section: dict[str, Any], message: str) -> None:
-    import dataclasses
-
     with pytest.raises(ConfigError, match=message):
         check(dataclasses.replace(_config(Path("m")), **section))
 
@@ -204,6 +229,10 @@ def test_numbered_questions_are_found() -> None:
     reply = 'Here they are:\n1. What is it?\n2) "Why?"\n **3. How so?**\n4: Where?\nThanks for 5 things.\n'
     assert questions_in(reply, pattern) == ["What is it?", "Why?", "How so?", "Where?"]
     assert questions_in("No numbers? None at all.", pattern) == []
+    assert questions_in("1.\n2. What is it?", pattern) == ["What is it?"]
+    began = time.monotonic()
+    assert len(questions_in("1. What is" + " " * 20000 + "it?" + "\n" * 20000, pattern)) == 1
+    assert time.monotonic() - began < 2
 
 
 def test_reasons_not_to_keep() -> None:
@@ -309,12 +338,13 @@ def test_a_shared_document_changes_no_answer(chat_model: Path) -> None:
     whole = TransformersEngine(chat_model, dtype="float32", batch_size=8)
     for sampling in (Sampling(20), Sampling(20, temperature=0.8, top_p=0.9)):
         (together,) = engine.answer([prompts], sampling)
-        alone = [r for (r,) in whole.answer([[p] for p in prompts], sampling)]
+        alone = [whole.answer([[p]], sampling)[0][0] for p in prompts]
         assert [r.text for r in together] == [r.text for r in alone]
         assert [r.new_tokens for r in together] == [r.new_tokens for r in alone]
         assert whole.answer([prompts], sampling) == [together]
     (greedy,) = engine.answer([prompts], Sampling(20))
-    ends = sorted(whole.tokenizer.special_ids | {2})
+    assert whole.tokenizer.answer_ends() == {1}, "<|im_end|>"
+    ends = [1, 2]
     for prompt, reply in zip(prompts, greedy, strict=True):
         ids = torch.tensor([whole.tokenizer.prompt(list(prompt.messages))])
         made = whole.model.generate(
@@ -411,6 +441,9 @@ def test_what_passes_is_tried_again_and_what_does_not_is_not(scripted: Any, monk
     engine, times = scripted(lambda n, b: (400, b'{"error": "context length exceeded"}', {}))
     ((reply,),) = engine.answer([_prompts("d", "one")], Sampling(5))
     assert reply.refused is not None and "context length" in reply.refused and len(times) == 1
+    engine, times = scripted(lambda n, b: (400, b'{"error": "seed is not supported"}', {}))
+    with pytest.raises(EngineError, match="seed is not supported"):
+        engine.answer([_prompts("d", "one")], Sampling(5))
     engine, times = scripted(lambda n, b: (401, b"no", {}))
     with pytest.raises(EngineError, match="set OPENAI_API_KEY"):
         engine.answer([_prompts("d", "one")], Sampling(5))
@@ -438,8 +471,6 @@ def test_a_slurm_array_is_a_split(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_examples_are_configurations_that_work() -> None:
-    import dataclasses
-
     from megatron_longpo.config import from_yaml
     from tests.support import ROOT
 

@@ -588,16 +588,19 @@ class Trainer:
 
     def _save(self) -> None:
         if self.checkpointer is not None:
-            record = training_record(
-                step=self.step,
-                train_iters=self.plan.train_iters,
-                layout=self.parallel.describe(),
-                manifest=dataclasses.asdict(self.plan.manifest),
-                records=self.reporter.records,
-            )
             self.checkpointer.save(
-                self.step, self.plan.train_iters, self.chunks, self.optimizer, self.scheduler, record
+                self.step, self.plan.train_iters, self.chunks, self.optimizer, self.scheduler, self.record()
             )
+
+    def record(self) -> dict[str, Any]:
+        """What a checkpoint of now says of the run, for the exported model's card."""
+        return training_record(
+            step=self.step,
+            train_iters=self.plan.train_iters,
+            layout=self.parallel.describe(),
+            manifest=dataclasses.asdict(self.plan.manifest),
+            records=self.reporter.records,
+        )
 
 
 @contextmanager

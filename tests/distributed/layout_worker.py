@@ -44,7 +44,7 @@ def main() -> None:
             trainer = Trainer(plan, parallel)
             output = folder / "saved" / f"{family}@{name}"
             saver = Checkpointer(output, config, plan.policy_shape, plan.load / ASSETS, parallel, {})
-            saver.save(0, 1, trainer.chunks, trainer.optimizer, trainer.scheduler, {})
+            saver.save(0, 1, trainer.chunks, trainer.optimizer, trainer.scheduler, trainer.record())
     parallel_module.stop_processes()
 
 

@@ -411,13 +411,13 @@ def compare(
         )
         for _, (entry, layer) in mine
     ]
-    with together(hf), closing(iter(Ahead(items, ahead=2**26))) as made:  # type: ignore[type-var]
+    with together(hf), closing(iter(Ahead(items))) as made:  # type: ignore[type-var]
         for number, (entry, layer) in mine:
             # No name is left on a tensor when the next is made.
             parts = split(entry, next(made), ours)
             for pattern in entry.theirs:
                 name = pattern.format(layer=layer)
-                found = _difference(next(parts), source.read(name), name, layer)
+                found = _difference(next(parts), source, name, layer)
                 if found is not None:
                     differences.append((number, found))
             del parts
@@ -444,30 +444,29 @@ def sides(ours: ModelShape, theirs: ModelShape, changes: Changes) -> tuple[Model
     return imported if len(_unequal(*imported)) < len(_unequal(*exported)) else exported
 
 
-def _difference(ours: Tensor, theirs: Tensor, name: str, layer: int | None) -> Difference | None:
-    if ours.shape != theirs.shape:
-        return Difference(name, layer, (), float(len(ours)), float(len(theirs)), float("inf"))
-    a, b = ours.contiguous().view(-1), theirs.contiguous().view(-1)
-    first: int | None = None
-    largest = 0.0
-    for start in range(0, a.numel(), _PIECE):
-        x, y = a[start : start + _PIECE], b[start : start + _PIECE]
+def _difference(ours: Tensor, source: HuggingFaceWeights, name: str, layer: int | None) -> Difference | None:
+    """First difference of a tensor, theirs read some rows at a time."""
+    rows = max(1, _PIECE * len(ours) // max(1, ours.numel()))
+    index: tuple[int, ...] | None = None
+    here = there = largest = 0.0
+    for start in range(0, len(ours), rows):
+        x = ours[start : start + rows]
+        y = source.read_rows(name, start, start + rows)
         if _same_bits(x, y):
             continue
         narrow = x.dtype if x.dtype.itemsize <= y.dtype.itemsize else y.dtype
-        gap = (x.to(narrow).double() - y.to(narrow).double()).abs()
+        a, b = x.to(narrow), y.to(narrow)
         # Of unequal bits some are equal as numbers: 0 and -0.
-        largest = max(largest, float(gap.nan_to_num(float("inf")).max()))
-        if first is None:
-            unequal = _as_integers(x.to(narrow)) != _as_integers(y.to(narrow))
-            first = start + int(unequal.nonzero()[0])
-    if first is None:
-        return None
-    index = tuple(int(i) for i in torch.unravel_index(torch.tensor(first), ours.shape))
-    return Difference(name, layer, index, float(a[first]), float(b[first]), largest)
+        gap = (a.double() - b.double()).abs().nan_to_num(float("inf"), posinf=float("inf"))
+        largest = max(largest, float(gap.max()))
+        if index is None:
+            row, *rest = (_as_integers(a) != _as_integers(b)).nonzero()[0].tolist()
+            index, here, there = (start + row, *rest), float(x[(row, *rest)]), float(y[(row, *rest)])
+    return None if index is None else Difference(name, layer, index, here, there, largest)
 
 
 def _same_bits(x: Tensor, y: Tensor) -> bool:
+    x, y = x.contiguous(), y.contiguous()
     if x.dtype == y.dtype:
         return torch.equal(_as_integers(x), _as_integers(y))
     # Whichever side was cast: import casts theirs to ours, export ours to theirs.
@@ -480,7 +479,7 @@ def _same_bits(x: Tensor, y: Tensor) -> bool:
 
 
 def _as_integers(x: Tensor) -> Tensor:
-    return x.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[x.dtype.itemsize])
+    return x.contiguous().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[x.dtype.itemsize])
 
 
 # --------------------------------------------------------------------------------------------------

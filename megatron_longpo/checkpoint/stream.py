@@ -80,7 +80,7 @@ class LazyChunk:
 
 
 # How much may be made before it is written, beyond the largest chunk.
-_AHEAD_BYTES = 2**28
+_AHEAD_BYTES = 2**26
 _FLUSH_SECONDS = 0.1
 
 
@@ -514,6 +514,16 @@ class HuggingFaceWeights:
                 return self._unpickle(path)[name].clone()
             with self._open(path) as tensors:
                 return tensors.get_tensor(name)
+
+    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Some rows (of the first dimension) of a tensor, read from its file now."""
+        path = self._found[name].file
+        with self._lock:
+            if self._is_pickle:
+                return self._unpickle(path)[name][start:stop].clone()
+            with self._open(path) as tensors:
+                found: Tensor = tensors.get_slice(name)[start:stop]
+                return found
 
 
 _DTYPES_BY_NAME = {name: dtype for dtype, name in _DTYPE_NAMES.items()}

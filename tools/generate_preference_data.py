@@ -31,6 +31,7 @@ def main() -> None:
     if arguments and arguments[0] == "merge":
         merge_command(arguments[1:])
         return
+    began = time.time()
     restart = "--restart" in arguments
     if restart:
         arguments.remove("--restart")
@@ -58,7 +59,7 @@ def main() -> None:
         print(f"part {rank} of {world_size} ({launcher})", flush=True)
     make_part(config, make_engine(config.engine, config.documents.seq_length), rank, world_size, restart=restart)
     if launcher == "torchrun" and rank == 0:
-        wait_for_others(output, world_size)
+        wait_for_others(output, world_size, began if restart else 0.0)
     if world_size == 1 or (launcher == "torchrun" and rank == 0):
         tell(output, merge(output))
     elif launcher != "torchrun":
@@ -101,14 +102,17 @@ def use_device() -> None:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
 
 
-def wait_for_others(output: Path, world_size: int) -> None:
-    """Until all parts are finished; a process that fails makes torchrun end this one."""
+def wait_for_others(output: Path, world_size: int, since: float) -> None:
+    """Until all parts are finished; a process that fails makes torchrun end this one.
+
+    ``since``: a manifest from before that moment is of the run that is begun again.
+    """
     told = time.monotonic()
     while True:
         missing = []
         for rank in range(world_size):
             manifest = part_folder(output, rank, world_size) / "long.manifest.json"
-            if not manifest.exists() or not read_stage_manifest(manifest)["finished"]:
+            if not is_finished(manifest, since):
                 missing.append(rank)
         if not missing:
             return
@@ -116,6 +120,13 @@ def wait_for_others(output: Path, world_size: int) -> None:
             told = time.monotonic()
             print(f"waiting for part(s) {', '.join(map(str, missing))}", flush=True)
         time.sleep(0.5)
+
+
+def is_finished(manifest: Path, since: float) -> bool:
+    try:
+        return manifest.stat().st_mtime >= since and bool(read_stage_manifest(manifest)["finished"])
+    except FileNotFoundError:
+        return False
 
 
 def tell(output: Path, report: dict) -> None:  # type: ignore[type-arg]

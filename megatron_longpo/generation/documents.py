@@ -33,7 +33,7 @@ _CODE = (
     *(".php", ".cs", ".scala", ".kt", ".swift", ".jl", ".lua", ".pl", ".r", ".sh", ".sql", ".hs", ".ml"),
 )
 # More of a document than this that is not text in UTF-8 makes it no text.
-_MOST_BROKEN = 0.01
+MOST_BROKEN = 0.01
 
 
 @dataclass(frozen=True)

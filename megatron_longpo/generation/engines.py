@@ -6,7 +6,6 @@ which an engine computes once.
 
 from __future__ import annotations
 
-import dataclasses
 import email.utils
 import hashlib
 import json
@@ -738,7 +737,3 @@ def make_engine(config: EngineConfig, seq_length: int) -> Engine:
         documents_at_once=config.documents_at_once,
         chat_template=config.chat_template,
     )
-
-
-def as_dict(reply: Reply) -> dict[str, Any]:
-    return dataclasses.asdict(reply)

@@ -36,6 +36,7 @@ from megatron_longpo.data.indexed import write_atomically
 from megatron_longpo.errors import DataError
 from megatron_longpo.generation.chat import load_tokenizer, user_message
 from megatron_longpo.generation.documents import (
+    MOST_BROKEN,
     RawDocument,
     Span,
     digest,
@@ -217,7 +218,7 @@ def _short(value: Any) -> str:
 
 
 def lock(folder: Path) -> int:
-    """Hold a part's folder for this process; gives the descriptor to keep.
+    """Hold a folder for this process; gives the descriptor to keep.
 
     Raises:
         DataError: another process works on it.
@@ -227,9 +228,7 @@ def lock(folder: Path) -> int:
         fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(held)
-        raise DataError(
-            f"{folder}: another process works on this part; wait for it, or name another --output"
-        ) from None
+        raise DataError(f"{folder}: another process works on it; wait for it, or name another --output") from None
     except OSError:
         pass  # a file system without locks
     return held
@@ -266,7 +265,7 @@ class Cutter:
         text = raw.text.strip()
         if not text:
             return [{**base, "reason": "empty"}]
-        if raw.broken > 0.01 * len(text):
+        if raw.broken > MOST_BROKEN * len(text):
             return [{**base, "reason": "not_text"}]
         if any(special in text for special in self._specials):
             # In a prompt it would end a turn, and the data tools refuse it.
@@ -824,6 +823,14 @@ def merge(output: Path) -> dict[str, Any]:
         DataError: parts that are not there, not finished, or not of one run.
     """
     parts_of(output)
+    held = lock(work_folder(output))
+    try:
+        return _merge(output)
+    finally:
+        os.close(held)
+
+
+def _merge(output: Path) -> dict[str, Any]:
     config = from_yaml(work_folder(output) / "run.yaml", GenerationConfig)
     language = LanguageFilter(config.filters.languages, config.filters.min_language_probability)
     report = Report(config.run.report_samples, config.run.seed)

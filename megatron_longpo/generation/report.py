@@ -15,8 +15,6 @@ import numpy as np
 from megatron_longpo.data.indexed import write_atomically
 from megatron_longpo.generation.documents import DOMAINS
 
-_BINS = 24
-
 
 class Histogram:
     """Counts of lengths in bins of powers of the square root of two; its memory does not grow."""

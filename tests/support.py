@@ -73,6 +73,31 @@ def make_model(family: str, folder: Path, *, vocab_size: int = VOCABULARY, seed:
     return folder
 
 
+def make_chat_model(folder: Path, std: float = 0.15) -> Path:
+    """A tiny Llama of random weights for ``make_fast_tokenizer``'s tokenizer, whose answers are no sense and repeatable."""
+    import torch
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=402,
+        hidden_size=48,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=4096,
+        eos_token_id=1,
+    )
+    model = transformers.LlamaForCausalLM(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0, std)
+    model.save_pretrained(folder)
+    return folder
+
+
 def random_sample(rng: np.random.Generator, turns: int, *, context: int, vocab_size: int = VOCABULARY) -> Sample:
     """A sample as the text schema makes them, of random tokens; answers of a turn begin alike now and then."""
 

@@ -105,7 +105,7 @@ def reuse(a: argparse.Namespace) -> dict[str, object]:
 
 def bookkeeping(a: argparse.Namespace) -> dict[str, object]:
     """Documents a second through the documents stage, and how memory grows between its first tenth and its end."""
-    from megatron_longpo.generation import pairs
+    from megatron_longpo.generation import pairs, stages
     from megatron_longpo.generation.settings import DocumentsConfig, EngineConfig, GenerationConfig, RunConfig
 
     with tempfile.TemporaryDirectory() as name:
@@ -130,9 +130,9 @@ def bookkeeping(a: argparse.Namespace) -> dict[str, object]:
             engine=EngineConfig(model=a.model),
             run=RunConfig(output=str(folder / "out.jsonl")),
         )
-        part = pairs.part_folder(folder / "out.jsonl", 0, 1)
+        part = stages.part_folder(folder / "out.jsonl", 0, 1)
         part.mkdir(parents=True)
-        stage = pairs.Stage(part, "documents", {})
+        stage = stages.Stage(part, "documents", {})
         early = 0.0
         original = stage.append
 
@@ -149,7 +149,7 @@ def bookkeeping(a: argparse.Namespace) -> dict[str, object]:
         seconds = time.monotonic() - began
         late = resident_gb()
         began = time.monotonic()
-        chunks = sum(len(line.get("chunks", ())) for line in pairs.read_lines(stage.path))
+        chunks = sum(len(line.get("chunks", ())) for line in stages.read_lines(stage.path))
         reading = time.monotonic() - began
     rate = a.bookkeeping / seconds
     print(

@@ -19,8 +19,10 @@ from pathlib import Path
 from megatron_longpo.config import from_command_line
 from megatron_longpo.errors import ConfigError
 from megatron_longpo.failure import run_or_fail
-from megatron_longpo.generation.pairs import make_part, merge, part_folder, read_stage_manifest
+from megatron_longpo.generation.merging import merge
+from megatron_longpo.generation.pairs import make_part
 from megatron_longpo.generation.settings import GenerationConfig, check
+from megatron_longpo.generation.stages import part_folder, read_stage_manifest
 
 PROGRAM = "generate_preference_data.py"
 

@@ -5,7 +5,7 @@
 Each stage is a file of lines, one for each line of the stage before, appended as they are made: a run that is killed goes
 on after its last whole line. A stage's manifest holds what made it, so that it is not gone on with under other settings.
 What is drawn is drawn by seed and document, and a document is answered by itself, so that the result does not depend on
-how the work is split or broken off. The parts of a split run are merged by ``merge``.
+how the work is split or broken off. The parts of a split run are merged by ``merging.merge``.
 
     OUTPUT.work/part-00-of-03/documents.jsonl  .manifest.json      and questions, short, long
     OUTPUT  OUTPUT.rejects.jsonl  OUTPUT.report/report.html  report.json
@@ -13,25 +13,21 @@ how the work is split or broken off. The parts of a split run are merged by ``me
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
-import heapq
 import itertools
 import json
 import multiprocessing
 import os
-import re
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
-from megatron_longpo.config import from_yaml
 from megatron_longpo.data.indexed import write_atomically
 from megatron_longpo.errors import DataError
 from megatron_longpo.generation.chat import load_tokenizer, user_message
@@ -47,192 +43,19 @@ from megatron_longpo.generation.documents import (
     units_of,
 )
 from megatron_longpo.generation.engines import Engine, Prompt, Reply, Rope, Sampling
-from megatron_longpo.generation.filters import LanguageFilter, is_refusal, questions_in, why_not_ask, why_not_keep
+from megatron_longpo.generation.filters import LanguageFilter, is_refusal, questions_in, why_not_ask
 from megatron_longpo.generation.progress import Progress
-from megatron_longpo.generation.report import Report
 from megatron_longpo.generation.settings import GenerationConfig
-
-STAGES = ("documents", "questions", "short", "long")
-_SCHEMA_VERSION = 1
-_SYNC_EVERY = 256
-Line = dict[str, Any]
-
-
-# --------------------------------------------------------------------------------------------------
-# Stages on disk
-# --------------------------------------------------------------------------------------------------
-
-
-def work_folder(output: Path) -> Path:
-    return output.with_name(output.name + ".work")
-
-
-def part_folder(output: Path, rank: int, world_size: int) -> Path:
-    return work_folder(output) / f"part-{rank:02d}-of-{world_size:02d}"
-
-
-def _part_folders(output: Path) -> list[Path]:
-    return sorted(p for p in work_folder(output).glob("part-*") if re.fullmatch(r"part-\d+-of-\d+", p.name))
-
-
-class Stage:
-    """An append-only file of JSON lines with a manifest.
-
-    Args:
-        folder: of the part.
-        name: of the stage.
-        identity: what makes its lines what they are.
-
-    Raises:
-        DataError: the file was made with something else.
-    """
-
-    def __init__(self, folder: Path, name: str, identity: dict[str, Any]) -> None:
-        self.path = folder / f"{name}.jsonl"
-        self.manifest_path = folder / f"{name}.manifest.json"
-        self.name, self.identity = name, json.loads(json.dumps(identity))
-        self.finished = False
-        if self.manifest_path.exists():
-            manifest = read_stage_manifest(self.manifest_path)
-            self._check(manifest["identity"])
-            self.finished = bool(manifest["finished"])
-        else:
-            self._write_manifest()
-        self.records = 0 if not self.path.exists() else self._whole_lines()
-        if self.finished and self.records != manifest.get("records"):
-            raise DataError(
-                f"{self.path}: has {self.records} lines and was finished with {manifest.get('records')}; begin again with "
-                "--restart"
-            )
-
-    def _check(self, before: dict[str, Any]) -> None:
-        for key in sorted({*before, *self.identity}):
-            if before.get(key) != self.identity.get(key):
-                raise DataError(
-                    f"{self.path}: was made with {key}={_short(before.get(key))}, now it is {_short(self.identity.get(key))}; "
-                    "give the same to go on, another --output, or --restart to begin again"
-                )
-
-    def _write_manifest(self) -> None:
-        content = {
-            "schema_version": _SCHEMA_VERSION,
-            "stage": self.name,
-            "finished": self.finished,
-            "records": self.records if self.finished else None,
-            "identity": self.identity,
-        }
-        write_atomically(self.manifest_path, json.dumps(content, indent=2).encode() + b"\n")
-
-    def _whole_lines(self) -> int:
-        """Lines that are whole; what a kill left of the last one of an unfinished file is cut off."""
-        count, end = 0, 0
-        with open(self.path, "rb+") as stream:
-            for raw in stream:
-                if not raw.endswith(b"\n"):
-                    break
-                count, end = count + 1, end + len(raw)
-            if not self.finished:
-                stream.truncate(end)
-        return count
-
-    def __enter__(self) -> Stage:
-        self._stream: BinaryIO = open(self.path, "ab", buffering=0)
-        self._unsynced = 0
-        return self
-
-    def __exit__(self, kind: Any, *_: Any) -> None:
-        os.fsync(self._stream.fileno())
-        self._stream.close()
-
-    def append(self, lines: Sequence[Line]) -> None:
-        """Add lines, in one write."""
-        if not lines:
-            return
-        raw = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-        view = memoryview(raw.encode("utf-8", errors="replace"))
-        while len(view):
-            view = view[self._stream.write(view) :]
-        self.records += len(lines)
-        self._unsynced += len(lines)
-        if self._unsynced >= _SYNC_EVERY:
-            os.fsync(self._stream.fileno())
-            self._unsynced = 0
-
-    def drop_after(self, records: int) -> None:
-        """Cut all lines off but the first so many."""
-        end = 0
-        with open(self.path, "rb+") as stream:
-            for raw in itertools.islice(stream, records):
-                end += len(raw)
-            stream.truncate(end)
-        self.records = records
-
-    def finish(self) -> None:
-        """Say that no line will follow."""
-        self.finished = True
-        self._write_manifest()
-
-
-def read_stage_manifest(path: Path) -> dict[str, Any]:
-    """Manifest of a stage.
-
-    Raises:
-        DataError: damaged, or of another version.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if content["schema_version"] == _SCHEMA_VERSION and "identity" in content and "finished" in content:
-            return dict(content)
-        problem = "is of another version"
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        problem = f"cannot be read ({error})"
-    raise DataError(f"{path}: {problem}; begin again with --restart")
-
-
-def read_lines(path: Path, skip: int = 0) -> Iterator[Line]:
-    """Lines of a stage from ``skip`` on.
-
-    Raises:
-        DataError: a line that is not JSON.
-    """
-    try:
-        stream = open(path, "rb")  # noqa: SIM115
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error}); begin again with --restart") from None
-    with stream:
-        for number, raw in enumerate(stream):
-            if number < skip:
-                continue
-            try:
-                line = json.loads(raw)
-                if not isinstance(line, dict):
-                    raise ValueError("not an object")
-                yield line
-            except ValueError as error:
-                raise DataError(f"{path}: line {number + 1} is damaged ({error}); begin again with --restart") from None
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 120 else text[:117] + "..."
-
-
-def lock(folder: Path) -> int:
-    """Hold a folder for this process; gives the descriptor to keep.
-
-    Raises:
-        DataError: another process works on it.
-    """
-    held = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(held)
-        raise DataError(f"{folder}: another process works on it; wait for it, or name another --output") from None
-    except OSError:
-        pass  # a file system without locks
-    return held
-
+from megatron_longpo.generation.stages import (
+    STAGES,
+    Line,
+    Stage,
+    lock,
+    part_folder,
+    part_folders,
+    read_lines,
+    work_folder,
+)
 
 # --------------------------------------------------------------------------------------------------
 # Documents
@@ -428,7 +251,7 @@ def ask(config: GenerationConfig, engine: Engine, lines: Sequence[Line]) -> list
                 groups.append(
                     [
                         Prompt(
-                            (user_message(_chunk(line, i), told),),
+                            (user_message(chunk_text(line, i), told),),
                             seed_of(seed, line["id"], line["chunks"][i], "question", attempt),
                         )
                         for i in places
@@ -462,7 +285,7 @@ def answer_short(config: GenerationConfig, engine: Engine, lines: Sequence[tuple
     """Lines of the short stage: each turn's answer on its chunk (chosen)."""
 
     def text(document: Line, turn: int) -> str:
-        return _chunk(document, turn)
+        return chunk_text(document, turn)
 
     return _answer(config, engine, [(d, q, None) for d, q in lines], text, "short", Rope())
 
@@ -581,7 +404,7 @@ def _line_of(document: Line, turns: Sequence[Line | None], spent: _Spent) -> Lin
     }
 
 
-def _chunk(document: Line, turn: int) -> str:
+def chunk_text(document: Line, turn: int) -> str:
     start, end, _ = document["chunks"][turn]
     return str(document["text"][start:end])
 
@@ -661,7 +484,7 @@ def _files(config: GenerationConfig) -> list[tuple[Path, Any]]:
 
 
 def _refuse_another_split(output: Path, world_size: int, *, restart: bool) -> None:
-    others = {p.name.split("-of-")[1] for p in _part_folders(output)} - {f"{world_size:02d}"}
+    others = {p.name.split("-of-")[1] for p in part_folders(output)} - {f"{world_size:02d}"}
     if others and not restart:
         raise DataError(
             f"{work_folder(output)}: holds a run split in {int(min(others))} parts, not {world_size}; give that "
@@ -670,7 +493,7 @@ def _refuse_another_split(output: Path, world_size: int, *, restart: bool) -> No
     if restart:
         import shutil
 
-        for old in _part_folders(output):
+        for old in part_folders(output):
             if old.name.split("-of-")[1] in others:
                 shutil.rmtree(old, ignore_errors=True)
 
@@ -725,132 +548,3 @@ def _undone(batches: Iterator[list[Any]], stage: Stage) -> Iterator[list[Any]]:
             stage.drop_after(done)
         yield batch
         done += len(batch)
-
-
-# --------------------------------------------------------------------------------------------------
-# Merging
-# --------------------------------------------------------------------------------------------------
-
-
-def parts_of(output: Path) -> list[Path]:
-    """Folders of all parts.
-
-    Raises:
-        DataError: none, or some are not there or not finished.
-    """
-    found = _part_folders(output)
-    if not found:
-        raise DataError(f"{work_folder(output)}: holds no part of a run; generate pairs with --output {output} first")
-    world = int(found[0].name.split("-of-")[1])
-    missing = []
-    for rank in range(world):
-        manifest = part_folder(output, rank, world) / "long.manifest.json"
-        if not manifest.exists() or not read_stage_manifest(manifest)["finished"]:
-            missing.append(rank)
-    if missing:
-        raise DataError(
-            f"{work_folder(output)}: part(s) {', '.join(map(str, missing))} of {world} are not finished; run them with "
-            "--rank and --world-size, then merge"
-        )
-    identities = [
-        read_stage_manifest(part_folder(output, r, world) / "long.manifest.json")["identity"] for r in range(world)
-    ]
-    for rank, identity in enumerate(identities):
-        for key in sorted({*identity, *identities[0]}):
-            if identity.get(key) != identities[0].get(key):
-                raise DataError(
-                    f"{work_folder(output)}: part {rank} was made with {key}={_short(identity.get(key))}, part 0 with "
-                    f"{_short(identities[0].get(key))}; make them again with one configuration"
-                )
-    return [part_folder(output, r, world) for r in range(world)]
-
-
-def all_rows(output: Path) -> Iterator[tuple[Line, Line, Line, Line]]:
-    """Lines of all stages of all parts together, in the order of the documents."""
-
-    def rows(folder: Path) -> Iterator[tuple[tuple[int, int], tuple[Line, ...]]]:
-        for name in STAGES:
-            manifest = read_stage_manifest(folder / f"{name}.manifest.json")
-            Stage(folder, name, manifest["identity"])  # raises where lines are missing
-        for row in zip(*(read_lines(folder / f"{name}.jsonl") for name in STAGES), strict=True):
-            yield (row[0]["number"], row[0]["part"]), row
-
-    for _, row in heapq.merge(*(rows(folder) for folder in parts_of(output)), key=lambda x: x[0]):
-        yield row  # type: ignore[misc]
-
-
-def judge(
-    config: GenerationConfig, language: LanguageFilter, row: tuple[Line, Line, Line, Line]
-) -> tuple[Line | None, list[Line]]:
-    """A document's sample, if anything of it is kept, and its rejects with reasons."""
-    document, questions, short, long = row
-    base = {"number": document["number"], "part": document["part"], "name": document["name"]}
-    if "reason" in document:
-        detail = {"tokens": document["tokens"]} if "tokens" in document else {}
-        return None, [{**base, "reason": document["reason"], **detail}]
-    turns, rejects = [], []
-    for i, (asked, chosen, rejected) in enumerate(zip(questions["turns"], short["turns"], long["turns"], strict=True)):
-        found = next((t for t in (asked, chosen, rejected) if t.get("reason", "before") != "before"), None)
-        reason, detail_text = (found["reason"], found.get("detail", "")) if found else (None, "")
-        if reason is None:
-            reason = why_not_keep(chosen["text"], rejected["text"], config.filters)
-            detail_text = f"{chosen['text'][:150]} | {rejected['text'][:150]}"
-        if reason is None and not language.passes(asked["question"], chosen["text"], rejected["text"]):
-            reason, detail_text = "language", asked["question"][:300]
-        if reason is not None:
-            rejects.append({**base, "id": document["id"], "turn": i, "reason": reason, "detail": detail_text})
-            continue
-        turns.append(
-            {
-                "instruction": asked["instruction"],
-                "short_context": _chunk(document, i),
-                "chosen": chosen["text"],
-                "rejected": rejected["text"],
-            }
-        )
-    if not turns:
-        return None, [*rejects, {**base, "id": document["id"], "reason": "no_turn_left"}]
-    return {"id": f"{document['name']}-{document['id'][:12]}", "context": document["text"], "turns": turns}, rejects
-
-
-def merge(output: Path) -> dict[str, Any]:
-    """Merge all parts of a run: OUTPUT, OUTPUT.rejects.jsonl and OUTPUT.report, each whole or not there.
-
-    Returns:
-        What report.json says.
-
-    Raises:
-        DataError: parts that are not there, not finished, or not of one run.
-    """
-    parts_of(output)
-    held = lock(work_folder(output))
-    try:
-        return _merge(output)
-    finally:
-        os.close(held)
-
-
-def _merge(output: Path) -> dict[str, Any]:
-    config = from_yaml(work_folder(output) / "run.yaml", GenerationConfig)
-    language = LanguageFilter(config.filters.languages, config.filters.min_language_probability)
-    report = Report(config.run.report_samples, config.run.seed)
-    rejects_path = output.with_name(output.name + ".rejects.jsonl")
-    writing = [p.with_name(f".{p.name}.writing") for p in (output, rejects_path)]
-    with (
-        open(writing[0], "w", encoding="utf-8", errors="replace") as good,
-        open(writing[1], "w", encoding="utf-8", errors="replace") as bad,
-    ):
-        for row in all_rows(output):
-            sample, rejects = judge(config, language, row)
-            report.add(row, sample, rejects)
-            if sample is not None:
-                good.write(json.dumps(sample, ensure_ascii=False) + "\n")
-            for reject in rejects:
-                bad.write(json.dumps(reject, ensure_ascii=False) + "\n")
-        for stream in (good, bad):
-            stream.flush()
-            os.fsync(stream.fileno())
-    report.write(output.with_name(output.name + ".report"), config.as_yaml())
-    os.replace(writing[1], rejects_path)
-    os.replace(writing[0], output)
-    return report.as_dict()

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from tests.end_to_end.flaky_proxy import FlakyProxy, wait_until_up
-from tests.support import ROOT, environment, free_port, run, torchrun
+from tests.support import ROOT, environment, free_port, make_chat_model, run, torchrun
 from tests.unit.test_chat import make_fast_tokenizer
 
 TOOL = [sys.executable, "tools/generate_preference_data.py"]
@@ -59,28 +59,9 @@ filters: {keep_truncated: true, min_question_words: 0, max_quoted_words: 1.0, ma
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny chat model of random weights, some documents, a configuration."""
-    import torch
-    import transformers
-
     folder = tmp_path_factory.mktemp("generation")
     make_fast_tokenizer(folder / "model")
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=402,
-        hidden_size=48,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=4096,
-    )
-    model = transformers.LlamaForCausalLM(config)
-    with torch.no_grad():
-        for p in model.parameters():
-            if p.dim() > 1:
-                p.normal_(0, 0.15)
-    model.generation_config.eos_token_id = 1
-    model.save_pretrained(folder / "model")
+    make_chat_model(folder / "model")
     rng = random.Random(0)
     (folder / "texts").mkdir()
     for number in range(DOCUMENTS):

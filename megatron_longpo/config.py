@@ -26,6 +26,8 @@ class DataConfig:
 
     data_path: str | None = None
     """Prefix of the indexed binaries (PREFIX.bin, PREFIX.idx, PREFIX.json)."""
+    valid_data_path: str | None = None
+    """Prefix of held-out data. They are evaluated every eval_interval steps and at the end: OUTPUT/validation.jsonl."""
     shuffle: bool = True
     """Shuffle the samples of each epoch by seed; off: file order."""
     turns: Literal["chained", "independent"] = "chained"
@@ -145,6 +147,13 @@ class TrainingConfig:
     """Optimizer steps. Default: train_epochs over the data."""
     train_epochs: float = 1.0
     """Epochs, where train_iters is not given; rounded down to whole steps, at least one."""
+    eval_interval: int | None = None
+    """Evaluate the held-out data (valid_data_path) every so many steps. Default: before the first and after the
+    last alone."""
+    eval_iters: int | None = None
+    """Global batches of an evaluation, from the first sample. Default: all held-out data."""
+    skip_train: bool = False
+    """Evaluate the held-out data and stop; no optimizer is made, and data_path is not needed."""
     bf16: bool = False
     """Weights and activations in bfloat16, with fp32 gradients and master weights. Off: fp32."""
     recompute_granularity: Literal["auto", "none", "selective", "full"] = "auto"
@@ -338,8 +347,11 @@ def _checked(value: Any, section: type, key: str, where: str) -> Any:
                 return value
         elif typing.get_origin(option) is tuple:
             rule.append("a list of texts")
-            if isinstance(value, (list, tuple)) and all(isinstance(v, str) for v in value):
-                return tuple(value)
+            plain = isinstance(value, (list, tuple)) and all(
+                isinstance(v, (str, int)) and not isinstance(v, bool) for v in value
+            )
+            if plain:
+                return tuple(map(str, value))
     raise ConfigError(f"{where}={value!r} is {_kind(value)}; it must be {' or '.join(rule)}")
 
 
@@ -435,6 +447,7 @@ def check(config: Config) -> None:
     positive(c.parallel, "num_layers_per_virtual_pipeline_stage", "virtual_pipeline_model_parallel_size")
     positive(c.parallel, "distributed_timeout_minutes")
     positive(c.training, "micro_batch_size", "global_batch_size", "train_iters", "recompute_num_layers", "train_epochs")
+    positive(c.training, "eval_interval", "eval_iters")
     positive(c.checkpoint, "save_interval", "keep_last", "exit_interval", "exit_duration_in_mins")
     positive(c.logging, "log_interval", "plot_interval")
     positive(c.model, "rotary_base", "max_position_embeddings", "make_vocab_size_divisible_by", "logprob_chunk_bytes")
@@ -473,6 +486,10 @@ def check(config: Config) -> None:
         raise ConfigError("lr_decay_style=WSD needs lr_wsd_decay_iters, the number of its last, decaying steps")
     if o.clip_grad < 0 or o.weight_decay < 0:
         raise ConfigError(f"clip_grad={o.clip_grad} and weight_decay={o.weight_decay} must not be negative; 0 is off")
+    if c.data.valid_data_path is None:
+        for name in ("eval_interval", "eval_iters", "skip_train"):
+            if getattr(c.training, name):
+                raise ConfigError(f"{name} is about held-out data, and valid_data_path is not given; name its prefix")
     p = c.parallel
     if p.num_layers_per_virtual_pipeline_stage and p.virtual_pipeline_model_parallel_size:
         raise ConfigError(

@@ -48,17 +48,25 @@ def reduce_samples(
         parallel: groups.
         has_figures: whether this rank is one of the last stages, which know them.
     """
-    table = torch.zeros(batch_size, len(SAMPLE_COLUMNS), dtype=torch.float64, device=platform.CURRENT.device)
+    table = gather_samples(figures, batch_size, len(SAMPLE_COLUMNS), parallel, has_figures=has_figures)
+    means = table.mean(0).tolist()
+    result = dict(zip(SAMPLE_COLUMNS, means, strict=True))
+    result["tokens"] = float(table[:, SAMPLE_COLUMNS.index("tokens")].sum())
+    return result
+
+
+def gather_samples(
+    figures: dict[int, list[float]], batch_size: int, columns: int, parallel: Parallel, *, has_figures: bool
+) -> torch.Tensor:
+    """Figures of a whole batch, [batch_size, columns] in fp64, on every rank; see ``reduce_samples``."""
+    table = torch.zeros(batch_size, columns, dtype=torch.float64, device=platform.CURRENT.device)
     if has_figures:
         for place, row in figures.items():
             table[place] = torch.tensor(row, dtype=torch.float64, device=table.device)
         dist.all_reduce(table, group=parallel.data_group)
     if parallel.pipeline_size > 1:
         dist.broadcast(table, src=parallel.last_stage_rank, group=parallel.pipeline_group)
-    means = table.mean(0).tolist()
-    result = dict(zip(SAMPLE_COLUMNS, means, strict=True))
-    result["tokens"] = float(table[:, SAMPLE_COLUMNS.index("tokens")].sum())
-    return result
+    return table
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -115,6 +123,7 @@ class Reporter:
     ) -> None:
         self.output, self.train_iters, self.config, self.active = output, train_iters, config, active
         self.records: list[dict[str, Any]] = []
+        self.validations: list[dict[str, Any]] = []
         self._stream: TextIO | None = None
         self._tensorboard: Any = None
         self._wandb: Any = None
@@ -124,6 +133,7 @@ class Reporter:
         output.mkdir(parents=True, exist_ok=True)
         path = output / "metrics.jsonl"
         self.records = keep_until(path, resumed_step)
+        self.validations = keep_until(output / "validation.jsonl", resumed_step)
         self._stream = open(path, "a", encoding="utf-8")  # noqa: SIM115
         if config.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -159,6 +169,23 @@ class Reporter:
         if self.output is not None and record["step"] % self.config.plot_interval == 0:
             self.plot()
 
+    def validation(self, record: dict[str, Any]) -> None:
+        """Report one evaluation of held-out data."""
+        if not self.active:
+            return
+        self.validations.append(record)
+        flat = {f"valid/{k}": v for k, v in record.items() if k not in ("step", "by_length")}
+        if self.output is not None:
+            with open(self.output / "validation.jsonl", "a", encoding="utf-8") as stream:
+                stream.write(json.dumps(record) + "\n")
+        if self._tensorboard is not None:
+            for name, value in flat.items():
+                self._tensorboard.add_scalar(name, value, record["step"])
+        if self._wandb is not None:
+            self._wandb.log(flat, step=record["step"])
+        print(f"after step {record['step']}: {validation_line(record)}", flush=True)
+        self.plot()
+
     def _line(self, r: dict[str, Any]) -> str:
         done = r["step"] - self._clock.first_step
         left = (time.monotonic() - self._clock.start) / max(1, done) * (self.train_iters - r["step"])
@@ -172,7 +199,7 @@ class Reporter:
     def plot(self) -> None:
         """Draw OUTPUT/curves.png."""
         if self.active and self.output is not None and self.records:
-            draw_curves(self.records, self.output / "curves.png")
+            draw_curves(self.records, self.output / "curves.png", self.validations)
 
     def close(self) -> None:
         self.plot()
@@ -184,14 +211,23 @@ class Reporter:
             self._wandb.finish()
 
 
+def validation_line(r: dict[str, Any]) -> str:
+    """Held-out figures for people."""
+    parts = [f"held-out loss {r['loss']:.4f}", f"nll {r['nll']:.4f}"]
+    if "rewards/margins" in r:
+        parts += [f"margin {r['rewards/margins']:+.4f}", f"acc {r['rewards/accuracies']:.2f}"]
+        parts += [f"kl {r['kl/rejected']:+.4f} (chosen {r['kl/chosen']:+.4f}) a token"]
+    return " | ".join([*parts, f"{r['samples']} samples"])
+
+
 def _duration(seconds: float) -> str:
     hours, rest = divmod(round(seconds), 3600)
     minutes, seconds_ = divmod(rest, 60)
     return f"{hours}:{minutes:02d}:{seconds_:02d}" if hours else f"{minutes}:{seconds_:02d}"
 
 
-def draw_curves(records: list[dict[str, Any]], path: Path) -> None:
-    """Loss, log-probs, rewards, accuracy, gradient norm and speed against steps, as one PNG."""
+def draw_curves(records: list[dict[str, Any]], path: Path, validations: list[dict[str, Any]] | None = None) -> None:
+    """Loss, log-probs, rewards, accuracy, gradient norm and speed against steps, as one PNG; held-out figures as crosses."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -214,10 +250,14 @@ def draw_curves(records: list[dict[str, Any]], path: Path) -> None:
             axis.plot(
                 steps, [r.get(name, float("nan")) for r in records], label=name, marker="." if len(steps) < 40 else ""
             )
+        for i, name in enumerate(names):
+            held_out = [(r["step"], r[name]) for r in validations or () if name in r]
+            if held_out:
+                axis.plot(*zip(*held_out, strict=True), "x--", color=f"C{i}", label=f"{name}, held out", alpha=0.8)
         axis.set_title(title)
         axis.set_xlabel("step")
         axis.grid(alpha=0.3)
-        if len(names) > 1:
+        if len(axis.get_lines()) > 1:
             axis.legend(fontsize=8)
     temporary = path.with_name(path.name + ".tmp.png")
     figure.savefig(temporary, dpi=80)

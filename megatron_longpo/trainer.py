@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import json
 import math
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,11 +41,12 @@ from megatron_longpo.checkpoint.training import (
     resolve,
 )
 from megatron_longpo.config import Config, check, check_against_model, scaling_numbers, virtual_pipeline_size
-from megatron_longpo.data.indexed import Manifest, PreferenceData, read_manifest
+from megatron_longpo.data.indexed import Manifest, PreferenceData, read_manifest, write_atomically
 from megatron_longpo.data.preference import Mode, Sample
 from megatron_longpo.data.sampler import BatchSampler, deal_batch
 from megatron_longpo.errors import ConfigError, DataError, LongPOError
-from megatron_longpo.metrics import Reporter, log, reduce_samples
+from megatron_longpo.evaluation import preference
+from megatron_longpo.metrics import Reporter, gather_samples, log, reduce_samples, validation_line
 from megatron_longpo.model.attention import resolve_comm_type
 from megatron_longpo.model.gpt import PolicyModel, build_model, transformer_config
 from megatron_longpo.model.rotary import changed_scaling, rotary_of
@@ -62,6 +65,7 @@ class Plan:
         load: checkpoint that training starts from; reference_load: that of the reference.
         shape, reference_shape: of the two checkpoints.
         manifest: of the data.
+        valid_manifest: of the held-out data, or None.
         train_iters: optimizer steps of the whole run.
         world_size: processes.
         comm_type, comm_reason: how context parallelism exchanges, and why.
@@ -73,6 +77,7 @@ class Plan:
     shape: ModelShape
     reference_shape: ModelShape
     manifest: Manifest
+    valid_manifest: Manifest | None
     train_iters: int
     world_size: int
     comm_type: str
@@ -100,8 +105,14 @@ def make_plan(config: Config, world_size: int) -> Plan:
     check(config)
     if config.checkpoint.load is None:
         raise ConfigError("load is not given; name a converted checkpoint with --load CKPT")
+    if config.training.skip_train and config.data.data_path is None:
+        # Nothing is trained on; the held-out data say what rows there are.
+        config = dataclasses.replace(
+            config, data=dataclasses.replace(config.data, data_path=config.data.valid_data_path)
+        )
     if config.data.data_path is None:
         raise ConfigError("data_path is not given; name the prefix of preprocessed data with --data-path PREFIX")
+    assert config.checkpoint.load is not None
     load = resolve(config.checkpoint.load)
     reference_load = resolve(config.reference.reference_load or config.checkpoint.load)
     shape, reference_shape = ModelShape.read(load), ModelShape.read(reference_load)
@@ -124,12 +135,17 @@ def make_plan(config: Config, world_size: int) -> Plan:
     transformer_config(shape, config, use_transformer_engine=False)
     _check_same_architecture(shape, reference_shape, config)
     manifest = read_manifest(config.data.data_path)
-    _check_data(config, manifest, shape)
+    _check_data(config, config.data.data_path, manifest, shape)
+    valid_manifest = None
+    if config.data.valid_data_path is not None:
+        valid_manifest = read_manifest(config.data.valid_data_path)
+        _check_data(config, config.data.valid_data_path, valid_manifest, shape)
     t = config.training
     train_iters = t.train_iters or max(1, math.floor(t.train_epochs * manifest.samples / t.global_batch_size))
     check_schedule(config, train_iters)
     return Plan(
-        config, load, reference_load, shape, reference_shape, manifest, train_iters, world_size, comm_type, comm_reason
+        *(config, load, reference_load, shape, reference_shape, manifest, valid_manifest),
+        *(train_iters, world_size, comm_type, comm_reason),
     )
 
 
@@ -149,8 +165,8 @@ def _check_same_architecture(shape: ModelShape, reference: ModelShape, config: C
         )
 
 
-def _check_data(config: Config, manifest: Manifest, shape: ModelShape) -> None:
-    path = f"{config.data.data_path}.json"
+def _check_data(config: Config, prefix: str, manifest: Manifest, shape: ModelShape) -> None:
+    path = f"{prefix}.json"
     if manifest.vocab_size > shape.vocab_size:
         raise DataError(
             f"{path}: vocab_size={manifest.vocab_size} is larger than the model's {shape.vocab_size}; preprocess with "
@@ -191,6 +207,24 @@ def on_first_rank(action: Callable[[], Any]) -> None:
         raise message[0]
 
 
+class DataSet:
+    """Samples with what the step needs of them.
+
+    Args:
+        prefix: of the binaries.
+        verify: check their checksums, on the first rank.
+        shape: of the model, for the costs.
+
+    Raises:
+        DataError: damaged, or not there.
+    """
+
+    def __init__(self, prefix: str, *, verify: bool, shape: ModelShape) -> None:
+        on_first_rank(lambda: PreferenceData(prefix, verify=verify) and None)
+        self.samples = PreferenceData(prefix, verify=False)
+        self.costs = [row_cost(int(n), shape) for n in self.samples.long_lengths()]
+
+
 class Trainer:
     """One run.
 
@@ -206,25 +240,30 @@ class Trainer:
         self.active = parallel.rank == 0
         self.output = Path(config.checkpoint.save) if config.checkpoint.save else None
         assert config.data.data_path is not None
-        path, verify = config.data.data_path, config.data.verify_data
-        on_first_rank(lambda: PreferenceData(path, verify=verify) and None)
-        self.data = PreferenceData(path, verify=False)
+        verify = config.data.verify_data
+        self.data_set = DataSet(config.data.data_path, verify=verify, shape=plan.shape)
+        self.data = self.data_set.samples
+        valid = config.data.valid_data_path
+        self.valid_set = None if valid is None else DataSet(valid, verify=verify, shape=plan.shape)
         self.sampler = BatchSampler(
             len(self.data),
             config.training.global_batch_size,
             shuffle=config.data.shuffle,
             seed=config.training.seed,
         )
-        self.costs = [row_cost(int(n), plan.shape) for n in self.data.long_lengths()]
         self.rotary = rotary_of(plan.policy_shape, plan.policy_shape.rotary_base)
 
         reference_weights, resumed = self._agree()
         self._log_model()
         self.config = config = self._with_recompute()
         self.chunks = build_model(plan.shape, config, parallel)
-        self.reference = self._make_reference(reference_weights)
+        references = self._make_reference(reference_weights)
+        self.reference, self.valid_reference = references[0], references[-1]
         if resumed is None:
             load_weights(plan.load, self.chunks, parallel)
+        if config.training.skip_train:
+            self.model = list(self.chunks)
+            return
         self.model = wrap_for_training(self.chunks, config)
         self.optimizer = build_optimizer(config, self.model)
         self.scheduler = build_scheduler(config, self.optimizer, plan.train_iters)
@@ -265,7 +304,8 @@ class Trainer:
         def look() -> None:
             if scope_of(self.config.objective.objective) != "none":
                 found[0] = weights_fingerprint(plan.reference_load, plan.reference_shape)
-            found[1] = latest_step(self.output) if self.output else None
+            if self.output and not self.config.training.skip_train:
+                found[1] = latest_step(self.output)
 
         on_first_rank(look)
         dist.broadcast_object_list(found, src=0, device=platform.CURRENT.device)
@@ -317,11 +357,16 @@ class Trainer:
         """The configuration with ``recompute_granularity=auto`` decided: the same on all ranks, whose exchanges must
         agree."""
         config, parallel = self.config, self.parallel
+        if config.training.skip_train and config.training.recompute_granularity == "auto":
+            # Nothing is kept for a backward.
+            return dataclasses.replace(
+                config, training=dataclasses.replace(config.training, recompute_granularity="none")
+            )
         if config.training.recompute_granularity != "auto":
             return config
         t = config.training
         # The costliest samples; chained rows stand for independent ones, which are laid out to be measured.
-        dearest = np.argsort(self.costs)[::-1][: max(4, t.micro_batch_size)]
+        dearest = np.argsort(self.data_set.costs)[::-1][: max(4, t.micro_batch_size)]
         layouts = [policy_layout([self.data[int(i)]], data=config.data, objective=config.objective) for i in dearest]
         longest = sorted(layouts, key=lambda x: x.length)[-t.micro_batch_size :]
         found = memory.choices(
@@ -355,12 +400,16 @@ class Trainer:
     def _reference_base(self) -> float:
         return self.config.reference.reference_rotary_base or self.plan.reference_shape.rotary_base
 
-    def _make_reference(self, weights: str) -> Callable[[list[int]], np.ndarray | None]:
-        """A function from sample numbers to their [samples, 2] reference log-probs (None: the objective has none)."""
+    def _make_reference(self, weights: str) -> list[Callable[[list[int]], np.ndarray | None]]:
+        """For the data and, if any, the held-out ones a function from sample numbers to their [samples, 2] reference
+        log-probs (None: the objective has none)."""
         config, plan = self.config, self.plan
+        sets = [self.data] if self.valid_set is None else [self.data, self.valid_set.samples]
+        if config.training.skip_train:
+            sets = sets[-1:]
         scope = scope_of(config.objective.objective)
         if scope == "none":
-            return lambda numbers: None
+            return [lambda numbers: None] * len(sets)
         rotary = rotary_of(plan.reference_shape, self._reference_base())
 
         def score_with(model: Sequence[PolicyModel]) -> Callable[[list[Sample]], np.ndarray]:
@@ -376,28 +425,34 @@ class Trainer:
             )
 
         if config.reference.reference == "cached":
-            table = self._cached_reference(score_with(self.chunks), weights)
-            return lambda numbers: table[numbers]
+            tables = [self._cached_reference(data, score_with(self.chunks), weights) for data in sets]
+            return [table.__getitem__ for table in tables]
         if config.reference.reference_model == "resident":
             self._log("reference: online, a second model in memory")
             second = build_model(plan.reference_shape, config, self.parallel)
             load_weights(plan.reference_load, second, self.parallel)
             resident = score_with(second)
-            return lambda numbers: resident([self.data[i] for i in numbers])
+
+            def score_resident(data: PreferenceData, numbers: list[int]) -> np.ndarray:
+                return resident([data[i] for i in numbers])
+
+            return [partial(score_resident, data) for data in sets]
         self._log("reference: online, its weights wait in host memory")
         load_weights(plan.reference_load, self.chunks, self.parallel)
         frozen = [[p.detach().to("cpu", copy=True) for p in chunk.parameters()] for chunk in self.chunks]
         swapped = score_with(self.chunks)
 
-        def score_swapped(numbers: list[int]) -> np.ndarray:
+        def score_swapped(data: PreferenceData, numbers: list[int]) -> np.ndarray:
             with _holding(self.chunks, frozen):
-                return swapped([self.data[i] for i in numbers])
+                return swapped([data[i] for i in numbers])
 
-        return score_swapped
+        return [partial(score_swapped, data) for data in sets]
 
-    def _cached_reference(self, score_samples: Callable[[list[Sample]], np.ndarray], weights: str) -> np.ndarray:
+    def _cached_reference(
+        self, data: PreferenceData, score_samples: Callable[[list[Sample]], np.ndarray], weights: str
+    ) -> np.ndarray:
         plan = self.plan
-        cache = cache_for(self.config, self.data, weights, self._reference_base(), plan.reference_shape)
+        cache = cache_for(self.config, data, weights, self._reference_base(), plan.reference_shape)
         found: list[bool] = [False]
 
         def look() -> None:
@@ -406,11 +461,11 @@ class Trainer:
         on_first_rank(look)
         dist.broadcast_object_list(found, src=0, device=platform.CURRENT.device)
         if not found[0]:
-            self._log(f"reference: scoring {len(self.data)} samples once, into {cache.path}")
+            self._log(f"reference: scoring {len(data)} samples once, into {cache.path}")
             load_weights(plan.reference_load, self.chunks, self.parallel)
-            return fill(cache, self.data, score_samples, parallel=self.parallel, log=self._log)
-        self._log(f"reference: log-probs of {len(self.data)} samples found in {cache.path}")
-        holder = torch.zeros(len(self.data), 2, dtype=torch.float64)
+            return fill(cache, data, score_samples, parallel=self.parallel, log=self._log)
+        self._log(f"reference: log-probs of {len(data)} samples found in {cache.path}")
+        holder = torch.zeros(len(data), 2, dtype=torch.float64)
         if self.active:
             table = cache.read()
             assert table is not None
@@ -436,11 +491,15 @@ class Trainer:
     # ---------------------------------------------------------------------------------- the step
 
     def train(self) -> None:
-        """Run to the last step, saving on the way."""
+        """Run to the last step, saving and evaluating on the way."""
+        if self.step == 0 and self.valid_set is not None:
+            self._report_validation()
         while self.step < self.plan.train_iters:
             record = self.train_step()
             self.step += 1
             self.reporter.step(record)
+            if self._time_to_evaluate():
+                self._report_validation()
             if self.checkpointer is not None:
                 self.checkpointer.poll()
             stop = self._time_to_stop()
@@ -488,25 +547,29 @@ class Trainer:
             "peak_memory_gb": platform.CURRENT.peak_memory_bytes() / 2**30,
         }
 
-    def forward_backward(self, numbers: list[int], reference: np.ndarray | None) -> dict[int, list[float]]:
+    def forward_backward(
+        self, numbers: list[int], reference: np.ndarray | None, *, held_out: DataSet | None = None
+    ) -> dict[int, list[float]]:
         """Gradients of the mean loss over a global batch, in the buffers of DDP and reduced.
 
         Args:
             numbers: samples of the global batch, in order.
             reference: [global batch, 2] log-probs, or None.
+            held_out: the samples are of these, and no gradient is taken.
 
         Returns:
             Place in the batch -> figures, on the last pipeline stage; empty on the others.
         """
         t = self.config.training
+        source = held_out or self.data_set
         places = deal_batch(
-            [self.costs[i] for i in numbers],
+            [source.costs[i] for i in numbers],
             data_size=self.parallel.data_size,
             micro_batch_size=t.micro_batch_size,
         )[self.parallel.data_rank]
         prepared: list[tuple[list[int], list[Sample], MicroBatch]] = []
         for place in places:
-            samples = [self.data[numbers[i]] for i in place]
+            samples = [source.samples[numbers[i]] for i in place]
             prepared.append((place, samples, self._lay_out(samples)))
         figures: dict[int, list[float]] = {}
 
@@ -519,7 +582,9 @@ class Trainer:
                 self.rotary,
                 batch.loss_places_N,
                 batch.targets_N,
-                foretold_gradient(
+                None
+                if held_out
+                else foretold_gradient(
                     batch,
                     objective=self.config.objective,
                     parallel=self.parallel,
@@ -536,6 +601,9 @@ class Trainer:
                     parallel=self.parallel,
                     chosen_tokens=[s.length(Mode.CHOSEN) for s in samples],
                 )
+                if held_out:
+                    counts = batch.layout.response_tokens.reshape(-1, 2).tolist()
+                    rows = [row + [float(n) for n in pair] for row, pair in zip(rows, counts, strict=True)]
                 figures.update(zip(place, rows, strict=True))
                 return loss, {}
 
@@ -549,9 +617,59 @@ class Trainer:
             num_microbatches=len(prepared),
             seq_length=1,  # ignored: lengths vary
             micro_batch_size=1,
-            forward_only=False,
+            forward_only=held_out is not None,
         )
         return figures
+
+    # ---------------------------------------------------------------------------------- held-out data
+
+    def evaluate(self) -> np.ndarray:
+        """Figures of the held-out samples, [samples, preference.COLUMNS], the same on every rank and for every layout.
+
+        Collective; the weights stay as they are.
+        """
+        held_out = self.valid_set
+        assert held_out is not None
+        t = self.config.training
+        size = t.global_batch_size
+        count = len(held_out.samples) if t.eval_iters is None else min(len(held_out.samples), t.eval_iters * size)
+        tables = []
+        began = said = time.monotonic()
+        for start in range(0, count, size):
+            # The last batch is filled with its last sample, whose further figures are left out.
+            numbers = [min(start + i, count - 1) for i in range(size)]
+            reference = self.valid_reference(numbers)
+            with torch.no_grad():
+                figures = self.forward_backward(numbers, reference, held_out=held_out)
+            table = gather_samples(
+                figures, size, len(preference.COLUMNS), self.parallel, has_figures=self.parallel.is_last_stage
+            )
+            tables.append(table[: count - start])
+            now = time.monotonic()
+            if now - said > 10:
+                said, done = now, start + size
+                self._log(f"validation: {done}/{count} samples, {(now - began) / done * (count - done):.0f} s left")
+        return torch.cat(tables).cpu().numpy()
+
+    def _report_validation(self) -> None:
+        began = time.monotonic()
+        found = preference.summary(self.evaluate(), has_reference=self.config.objective.objective != "sft")
+        self._check_finite("loss on held-out data", found["loss"], [])
+        self.reporter.validation({"step": self.step, **found, "seconds": time.monotonic() - began})
+
+    def report_alone(self) -> None:
+        """Evaluate the held-out data, say what came of it, and write it to OUTPUT/validation.json where there is an output."""
+        found = preference.summary(self.evaluate(), has_reference=self.config.objective.objective != "sft")
+        self._log(validation_line(found))
+        if self.active and self.output is not None:
+            self.output.mkdir(parents=True, exist_ok=True)
+            write_atomically(self.output / "validation.json", (json.dumps(found, indent=2) + "\n").encode())
+
+    def _time_to_evaluate(self) -> bool:
+        if self.valid_set is None:
+            return False
+        interval = self.config.training.eval_interval
+        return self.step == self.plan.train_iters or (interval is not None and self.step % interval == 0)
 
     def _lay_out(self, samples: list[Sample]) -> MicroBatch:
         c = self.config
@@ -644,5 +762,8 @@ def run(config: Config) -> None:
     parallel_module.start_processes(config.parallel.distributed_timeout_minutes)
     parallel = groups_of(plan)
     trainer = Trainer(plan, parallel)
-    trainer.train()
+    if config.training.skip_train:
+        trainer.report_alone()
+    else:
+        trainer.train()
     parallel_module.stop_processes()

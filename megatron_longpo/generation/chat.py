@@ -54,6 +54,8 @@ BUILT_IN_TEMPLATES = {
         "{{ bos_token + '[INST] ' + message['content'] | trim + ' [/INST]' }}{% else %}"
         "{{ ' ' + message['content'] | trim + ' ' + eos_token }}{% endif %}{% endfor %}"
     ),
+    # None: the bare text, for base models.
+    "plain": "{{ bos_token }}{% for message in messages %}{{ message['content'] }}{% endfor %}",
     # ChatML, for tokenizers that have its two tokens.
     "chatml": (
         "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + "
@@ -112,9 +114,9 @@ class ChatTokenizer(ABC):
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids, without special tokens."""
 
-    def prompt(self, messages: Sequence[Message]) -> list[int]:
-        """Ids that the model is given to answer the conversation."""
-        return self.encode(self.render(messages, add_generation_prompt=True), continues=False)
+    def prompt(self, messages: Sequence[Message], prefix: str = "") -> list[int]:
+        """Ids that the model is given to answer the conversation, the answer beginning with ``prefix``."""
+        return self.encode(self.render(messages, add_generation_prompt=True) + prefix, continues=False)
 
 
 class FastChatTokenizer(ChatTokenizer):

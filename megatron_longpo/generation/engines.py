@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_longpo.errors import ConfigError, DataError, LongPOError
@@ -73,11 +74,13 @@ class Prompt:
 
     Attributes:
         messages: the conversation.
+        prefix: what the answer begins with; the engine goes on from there.
         seed: of the sampling; the same prompt with the same seed has the same answer (of in-process engines).
     """
 
     messages: tuple[Message, ...]
     seed: int = 0
+    prefix: str = ""
 
 
 @dataclass(frozen=True)
@@ -163,6 +166,8 @@ class TransformersEngine(Engine):
         dtype: of the weights; ``auto``: as stored.
         batch_size, prefill_tokens, documents_at_once: see ``EngineConfig``.
         chat_template: instead of the tokenizer's.
+        keep_prefix: keep what was read last, and of the next prompt read only what it does not begin with. Replies may then
+            depend in their last bits on what was asked before them.
 
     Raises:
         DataError: the folder holds no model that transformers loads.
@@ -177,8 +182,9 @@ class TransformersEngine(Engine):
         prefill_tokens: int = 8192,
         documents_at_once: int = 1,
         chat_template: str | None = None,
+        keep_prefix: bool = False,
     ) -> None:
-        from transformers import AutoModelForCausalLM
+        from transformers import AutoModelForCausalLM, DynamicCache
 
         if not Path(path).is_dir():
             raise DataError(f"--model {path}: there is no such folder; give a model folder")
@@ -196,6 +202,7 @@ class TransformersEngine(Engine):
             self.model.to("cuda")
         else:
             keep_freed_memory()
+            _use_few_queries(self.model)
         self._path = Path(path)
         self._rope = Rope()
         kinds = getattr(self.model.config, "layer_types", None) or ()
@@ -205,6 +212,12 @@ class TransformersEngine(Engine):
         )
         # Others keep part of their keys alone, mask by themselves, or go by a key's place in memory.
         self._can_pack = plain and not getattr(self.model, "_is_stateful", False)
+        self._keeps = keep_prefix and plain and hasattr(DynamicCache(), "layers")
+        if self._keeps:
+            # Read one by one, they are decoded together.
+            self.groups_at_once = max(batch_size, documents_at_once)
+        # Tokens whose keys and values are kept, and the cache, which may go on beyond them.
+        self._kept: tuple[list[int], Any] | None = None
         # What has a state has nothing that could be shared or padded.
         self._can_share = not getattr(self.model, "_is_stateful", False)
         ends = self.model.generation_config.eos_token_id
@@ -231,9 +244,11 @@ class TransformersEngine(Engine):
         rope: Rope = Rope(),
     ) -> list[list[Reply]]:
         self._set_rope(rope)
-        rows = [[self.tokenizer.prompt(list(p.messages)) for p in group] for group in groups]
+        rows = [[self.tokenizer.prompt(list(p.messages), p.prefix) for p in group] for group in groups]
         seeds = [[p.seed for p in group] for group in groups]
-        if any(_is_mostly_shared(group) for group in rows) or len(rows) == 1:
+        if self._keeps and all(len(group) == 1 for group in rows):
+            return self._answer_singly([group[0] for group in rows], [s[0] for s in seeds], sampling)
+        if self._keeps or any(_is_mostly_shared(group) for group in rows) or len(rows) == 1:
             return [self._answer_group(r, s, sampling) for r, s in zip(rows, seeds, strict=True)]
         # Nothing to share: batches are filled over the groups.
         flat = self._answer_group([r for group in rows for r in group], [x for s in seeds for x in s], sampling)
@@ -262,6 +277,7 @@ class TransformersEngine(Engine):
         inner = self.model.model
         inner.rotary_emb = type(inner.rotary_emb)(config=config).to(self.model.device)
         self._rope = rope
+        self._kept = None
 
     def _answer_group(self, rows: Sequence[list[int]], seeds: Sequence[int], sampling: Sampling) -> list[Reply]:
         replies: list[Reply] = []
@@ -271,7 +287,7 @@ class TransformersEngine(Engine):
             # Long rows that share nothing are read one by one, in pieces: a batch of them would be one piece.
             size = 1
         with torch.inference_mode():
-            cache = self._read(rows[0][:shared]) if len(rows) > 1 and shared else None
+            cache = self._read_on(rows[0][:shared]) if len(rows) > 1 and shared else None
             if cache is None:
                 shared = 0
             for first in range(0, len(rows), size):
@@ -280,6 +296,9 @@ class TransformersEngine(Engine):
                 mine = cache if last else _copy(cache)
                 own = sum(len(row) - shared for row in batch)
                 packed = len(batch) > 1 and shared > 0 and own <= _LONGEST_PACKED and self._can_pack
+                if last and not packed and len(batch) > 1:
+                    # It becomes a cache of several rows.
+                    self._kept = None
                 decode = self._decode_packed if packed else self._decode
                 replies += decode(batch, shared, mine, sampling, list(seeds[first : first + size]))
         return replies
@@ -295,6 +314,63 @@ class TransformersEngine(Engine):
             )
             cache = out.past_key_values
             done += piece.shape[1]
+        return cache
+
+    def _answer_singly(self, rows: list[list[int]], seeds: list[int], sampling: Sampling) -> list[list[Reply]]:
+        """Rows that are read one after the other, each from what the one before left, and decoded together."""
+        replies: list[list[Reply]] = []
+        with torch.inference_mode():
+            for first in range(0, len(rows), self.batch_size):
+                batch, own = rows[first : first + self.batch_size], seeds[first : first + self.batch_size]
+                if len(batch) == 1:
+                    cache = self._read_on(batch[0][:-1])
+                    found = self._decode(batch, len(batch[0]) - 1, cache, sampling, own)
+                else:
+                    found = self._decode(batch, 0, None, sampling, own, self._stacked(batch))
+                replies += [[r] for r in found]
+        return replies
+
+    def _stacked(self, rows: list[list[int]]) -> Any:
+        """A cache of several rows but for their last tokens, each ending at the same place."""
+        from transformers import DynamicCache
+
+        read: list[list[Any]] = []
+        for row in rows:
+            cache = self._read_on(row[:-1])
+            # What is kept is cut and read on from; this row's part is taken out of it.
+            read.append([(layer.keys.clone(), layer.values.clone()) for layer in cache.layers])
+        longest = max(map(len, rows)) - 1
+        result = DynamicCache()
+        for number in range(len(read[0])):
+            parts = []
+            for which in (0, 1):
+                pieces = [layers[number][which] for layers in read]
+                parts.append(torch.cat([F.pad(x, (0, 0, longest - x.shape[-2], 0)) for x in pieces]))
+            result.update(*parts, number)
+            for layers in read:
+                # Not needed twice.
+                layers[number] = None
+        return result
+
+    def _read_on(self, ids: list[int]) -> Any:
+        """The cache with a row read, from what is kept where that begins alike."""
+        if not self._keeps:
+            return self._read(ids)
+        cache, done = None, 0
+        if self._kept is not None:
+            before, cache = self._kept
+            done = next(
+                (i for i, (x, y) in enumerate(zip(before, ids, strict=False)) if x != y), min(len(before), len(ids))
+            )
+            self._kept = None
+            if done < _LEAST_KEPT:
+                cache, done = None, 0
+            elif cache.get_seq_length() > done:
+                # Negative: so many from the end, whatever the version of transformers.
+                cache.crop(done - cache.get_seq_length())
+        if done < len(ids):
+            cache = self._read(ids[done:], cache)
+        self._kept = (ids, cache)
         return cache
 
     def _decode_packed(
@@ -357,11 +433,20 @@ class TransformersEngine(Engine):
         ]
 
     def _decode(
-        self, rows: list[list[int]], shared: int, cache: Any, sampling: Sampling, seeds: list[int]
+        self,
+        rows: list[list[int]],
+        shared: int,
+        cache: Any,
+        sampling: Sampling,
+        seeds: list[int],
+        stacked: Any = None,
     ) -> list[Reply]:
-        """Rows as a batch, padded between the shared part and their own, so that all end at one place."""
+        """Rows as a batch, padded between the shared part and their own, so that all end at one place.
+
+        ``stacked``: a cache of them all but for their last tokens, padded in front.
+        """
         device, count = self.model.device, len(rows)
-        if shared == 0 and count == 1 and len(rows[0]) > self.prefill_tokens:
+        if shared == 0 and stacked is None and count == 1 and len(rows[0]) > self.prefill_tokens:
             cache, shared = self._read(rows[0][:-1]), len(rows[0]) - 1
         if cache is not None and count > 1:
             cache.batch_repeat_interleave(count)
@@ -377,6 +462,9 @@ class TransformersEngine(Engine):
             mask[i, shared + pad :] = 1
             positions[i, pad:] = torch.arange(shared, shared + len(row), device=device)
         even = all(len(row) == width for row in own)
+        if stacked is not None:
+            # The padding stands as it does in the cache; of each row the last token is still to be read.
+            cache, ids, positions = stacked, ids[:, -1:], positions[:, -1:]
         generators = [torch.Generator(device=device).manual_seed(seed) for seed in seeds]
         written: list[list[int]] = [[] for _ in rows]
         finished = [False] * count
@@ -402,6 +490,57 @@ class TransformersEngine(Engine):
 
 # The mask of packed rows has this many lines at most.
 _LONGEST_PACKED = 4096
+
+# Fewer tokens that begin alike are read again: a template's, say.
+_LEAST_KEPT = 64
+
+# Queries for which plain matrix products do better on a CPU than the blocks of its attention kernel.
+_FEW_QUERIES = 64
+
+
+def _few_queries_attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **more: Any,
+) -> tuple[Tensor, None]:
+    """transformers' SDPA attention, but for a few queries: those of a step of decoding, all heads of a key at once."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    batch, heads, queries, width = query.shape
+    known = not any(more.get(name) is not None for name in ("softcap", "position_bias", "cache", "s_aux"))
+    if queries > _FEW_QUERIES or (queries > 1 and attention_mask is None) or not known:
+        return sdpa_attention_forward(  # type: ignore[no-any-return]
+            module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **more
+        )
+    groups, length = key.shape[1], key.shape[2]
+    scale = scaling if scaling is not None else width**-0.5
+    rows = (query * scale).reshape(batch, groups, heads // groups * queries, width)
+    scores = (rows @ key.transpose(-1, -2)).float().view(batch, heads, queries, length)
+    if attention_mask is not None:
+        mask = attention_mask[..., :length]
+        scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
+    weights = scores.softmax(-1).to(value.dtype).view(batch, groups, heads // groups * queries, length)
+    return (weights @ value).view(batch, heads, queries, width).transpose(1, 2).contiguous(), None
+
+
+def _use_few_queries(model: Any) -> None:
+    """Let a model that would use SDPA decode by plain products."""
+    if getattr(model.config, "_attn_implementation", None) != "sdpa" or not hasattr(model, "set_attn_implementation"):
+        return
+    try:
+        from transformers import AttentionInterface, AttentionMaskInterface
+        from transformers.masking_utils import sdpa_mask
+    except ImportError:
+        # Before transformers let one register an attention and its mask.
+        return
+    AttentionInterface.register("few_queries", _few_queries_attention)
+    AttentionMaskInterface.register("few_queries", sdpa_mask)
+    model.set_attn_implementation("few_queries")
 
 
 def _common_prefix(rows: Sequence[Sequence[int]]) -> int:
@@ -509,7 +648,7 @@ class VLLMEngine(Engine):
 
         llm = self._model(rope)
         longest = llm.llm_engine.model_config.max_model_len
-        rows = [[self.tokenizer.prompt(list(p.messages)) for p in group] for group in groups]
+        rows = [[self.tokenizer.prompt(list(p.messages), p.prefix) for p in group] for group in groups]
         prompts, parameters = [], []
         for group, tokens in zip(groups, rows, strict=True):
             for p, ids in zip(group, tokens, strict=True):
@@ -619,9 +758,13 @@ class OpenAIEngine(Engine):
             raise
 
     def _ask(self, prompt: Prompt, sampling: Sampling) -> Reply:
+        messages = list(prompt.messages)
+        if prompt.prefix:
+            # This interface has no beginning of an answer; RULER puts it at the end of the question too.
+            messages[-1] = {**messages[-1], "content": messages[-1]["content"] + prompt.prefix}
         body = {
             "model": self._config.model,
-            "messages": list(prompt.messages),
+            "messages": messages,
             "max_tokens": sampling.max_tokens,
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
@@ -718,8 +861,10 @@ class OpenAIEngine(Engine):
             self._not_before = max(self._not_before, time.monotonic() + min(max(0.0, seconds), 10 * _LONGEST_PAUSE))
 
 
-def make_engine(config: EngineConfig, seq_length: int) -> Engine:
+def make_engine(config: EngineConfig, seq_length: int, *, keep_prefix: bool = False) -> Engine:
     """The engine that a configuration names, for rows of at most ``seq_length`` tokens.
+
+    ``keep_prefix``: see ``TransformersEngine``; vLLM keeps prefixes always.
 
     Raises:
         ConfigError, DataError: it cannot be had.
@@ -736,4 +881,5 @@ def make_engine(config: EngineConfig, seq_length: int) -> Engine:
         prefill_tokens=config.prefill_tokens,
         documents_at_once=config.documents_at_once,
         chat_template=config.chat_template,
+        keep_prefix=keep_prefix,
     )

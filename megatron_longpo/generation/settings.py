@@ -109,7 +109,7 @@ class EngineConfig:
     tokenizer: str | None = None
     """Tokenizer folder, where the model is none (openai)."""
     chat_template: str | None = None
-    """A file, or one of mistral, mistral-v3, llama-2, chatml. Default: the tokenizer's own."""
+    """A file, or one of mistral, mistral-v3, llama-2, chatml, plain (none). Default: the tokenizer's own."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     batch_size: int = 4
     """transformers: prompts that are answered together."""

@@ -25,6 +25,7 @@ def parity_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         make_model(family, folder / family)
         import_hf(folder / family, folder / f"{family}.ckpt")
     make_data(folder / "data", 8)
+    make_data(folder / "held_out", 7, seed=5)
     return folder
 
 

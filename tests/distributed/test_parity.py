@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 from cases import CASES, Case
 from hf_oracle import load, objective
-from worker import base_settings
+from worker import EVALUATED, base_settings
 
 from megatron_longpo.data.indexed import PreferenceData
 from megatron_longpo.data.sampler import BatchSampler
+from megatron_longpo.evaluation import preference
 from tests.support import FAMILIES, VARIANTS
 
 LAYOUT_BOUND = 1e-5
@@ -103,6 +104,41 @@ def test_one_process_agrees_with_hugging_face(
     if "lm_head.weight" not in found["gradients"]:
         gradients.pop("lm_head.weight", None)
     _assert_tensors(found["gradients"], gradients, HF_BOUND, family)
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if EVALUATED in c.families and not c.bf16], ids=lambda c: c.name)
+def test_held_out_figures_agree_with_one_process(results: dict[str, Any], case: Case) -> None:
+    """Every figure of every sample, the last batch being filled up."""
+    found, expected = results[EVALUATED][case.name]["held_out"], results[EVALUATED][case.oracle]["held_out"]
+    assert found.shape == expected.shape == (7, len(preference.COLUMNS))
+    for row, other in zip(found, expected, strict=True):
+        _assert_metrics(
+            dict(zip(preference.COLUMNS, row, strict=True)),
+            dict(zip(preference.COLUMNS, other, strict=True)),
+            LAYOUT_BOUND,
+        )
+
+
+def test_held_out_figures_agree_with_hugging_face(results: dict[str, Any], parity_folder: Path) -> None:
+    settings = base_settings(parity_folder, EVALUATED)
+    data = PreferenceData(parity_folder / "held_out")
+    answer = objective(
+        load(parity_folder / EVALUATED, settings["model"]["rotary_base"]),
+        load(parity_folder / EVALUATED, None),
+        [data[i] for i in range(7)],
+        kind="longpo",
+        beta=settings["objective"]["beta"],
+        weight=settings["objective"]["preference_weight"],
+    )
+    summary = preference.summary(results[EVALUATED]["one"]["held_out"])
+    both = [name for name in answer.metrics if name in summary]
+    assert {"loss", "nll", "preference", "logps/chosen", "logps/rejected"} <= set(both)
+    assert all(
+        abs(summary[n] - answer.metrics[n]) <= HF_BOUND * _scale(answer.metrics, n, 0.2) + 1e-12 for n in both
+    ), (summary, answer.metrics)
+    m, beta = answer.metrics, settings["objective"]["beta"]
+    margin = beta * ((m["logps/chosen"] - m["ref/chosen"]) - (m["logps/rejected"] - m["ref/rejected"]))
+    assert abs(summary["rewards/margins"] - margin) <= HF_BOUND * _scale(m, "rewards/margins", beta)
 
 
 @_of(bf16=True)

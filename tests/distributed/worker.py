@@ -18,6 +18,8 @@ from megatron_longpo.metrics import reduce_samples
 from megatron_longpo.trainer import Trainer, groups_of, make_plan
 
 STEPS = 3
+# The family on which held-out data are evaluated, under every layout.
+EVALUATED = "qwen2"
 
 
 def base_settings(folder: Path, family: str) -> dict[str, dict[str, Any]]:
@@ -42,6 +44,8 @@ def settings_of(case: Case, folder: Path, family: str) -> Config:
         "reference_cache": str(folder / "references" / family / case.name),
         **settings.get("reference", {}),
     }
+    if family == EVALUATED:
+        settings["data"]["valid_data_path"] = str(folder / "held_out")
     return from_dict(settings, case.name)
 
 
@@ -57,13 +61,22 @@ def run_case(config: Config) -> dict[str, Any]:
     metrics = reduce_samples(figures, len(numbers), parallel, has_figures=parallel.is_last_stage)
     gather_gradient_shards(trainer.model)
     gradients = canonical(trainer.chunks, plan.shape, parallel, lambda p: p.main_grad)
+    # Before any step, on seven of the eight samples: the second batch is not full.
+    held_out = trainer.evaluate() if config.data.valid_data_path else None
     steps = []
     for _ in range(STEPS):
         record = trainer.train_step()
         trainer.step += 1
         steps.append(record)
     weights = canonical(trainer.chunks, plan.shape, parallel, lambda p: p.detach())
-    return {"metrics": metrics, "gradients": gradients, "steps": steps, "weights": weights, "reference": reference}
+    return {
+        "metrics": metrics,
+        "gradients": gradients,
+        "steps": steps,
+        "weights": weights,
+        "reference": reference,
+        "held_out": held_out,
+    }
 
 
 def main() -> None:

@@ -6,16 +6,13 @@ import gzip
 import json
 import random
 import re
-import signal
-import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.end_to_end.flaky_proxy import FlakyProxy, wait_until_up
+from tests.end_to_end.flaky_proxy import FlakyProxy
 from tests.support import ROOT, environment, free_port, make_chat_model, run, torchrun
 from tests.unit.test_chat import make_fast_tokenizer
 
@@ -141,28 +138,9 @@ def test_other_settings_do_not_go_on(made: Path, undisturbed: Path) -> None:
     assert "holds no part of a run" in done.stderr
 
 
-@pytest.fixture(scope="module")
-def server(made: Path) -> Iterator[str]:
-    """transformers' own server with the tiny model."""
-    port = free_port()
-    binary = Path(sys.executable).parent / "transformers"
-    log = open(made / "server.log", "w")  # noqa: SIM115
-    process = subprocess.Popen(
-        [str(binary), "serve", str(made / "model"), "--port", str(port), "--device", "cpu", "--dtype", "float32"],
-        stdout=log,
-        stderr=subprocess.STDOUT,
-        env=environment(HF_HUB_OFFLINE="1"),
-    )
-    try:
-        wait_until_up(f"http://localhost:{port}/health", 120)
-        yield f"http://localhost:{port}"
-    finally:
-        process.send_signal(signal.SIGTERM)
-        process.wait(30)
-        log.close()
-
-
-def test_a_server_answers_as_the_model_in_the_process_does(made: Path, server: str, tmp_path: Path) -> None:
+def test_a_server_answers_as_the_model_in_the_process_does(
+    made: Path, chat_model: Path, server: str, tmp_path: Path
+) -> None:
     """Greedy, and again through a proxy that drops, refuses, cuts and stalls: the same samples, once each."""
     greedy = ["--question-temperature", "0", "--batch-size", "1", "--max-documents", "5"]
     run([*TOOL, *arguments(made, tmp_path / "own.jsonl"), *greedy])
@@ -173,6 +151,8 @@ def test_a_server_answers_as_the_model_in_the_process_does(made: Path, server: s
         remote = [
             "--engine",
             "openai",
+            "--model",
+            str(chat_model),
             "--base-url",
             url + "/v1",
             "--tokenizer",

@@ -1,0 +1,266 @@
+"""Samples through an engine: dealt over processes, answers on disk as they come, and gone on with after a kill.
+
+    OUTPUT/SUITE/settings.json                 what the answers depend on; another value needs another folder
+    OUTPUT/SUITE/parts/RANK-of-WORLD.jsonl     answers as they came
+    OUTPUT/SUITE/samples.jsonl                 all of them in order, when the last is there
+
+A restart may use more or fewer processes: what any part holds is done.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_longpo.data.indexed import write_atomically
+from megatron_longpo.errors import ConfigError, DataError
+from megatron_longpo.evaluation.samples import EvalSample
+from megatron_longpo.evaluation.scoring import SCORERS
+from megatron_longpo.generation.engines import Engine, Prompt, Reply, Sampling
+from megatron_longpo.generation.progress import Progress
+from megatron_longpo.generation.stages import lock
+
+
+@dataclass(frozen=True)
+class Window:
+    """Samples that stay together: what they begin with alike is read once.
+
+    Attributes:
+        keys: of its samples.
+        cost: of reading them, for dealing.
+        make: its samples, in groups that share a text.
+    """
+
+    keys: tuple[str, ...]
+    cost: float
+    make: Callable[[], list[list[EvalSample]]]
+
+
+@dataclass(frozen=True)
+class Share:
+    """Which part of the work this process does."""
+
+    rank: int = 0
+    world_size: int = 1
+
+
+class Results:
+    """The folder of a suite.
+
+    Args:
+        folder: OUTPUT/SUITE.
+        settings: what its answers depend on.
+        share: this process.
+        restart: forget what is there (one process).
+
+    Raises:
+        ConfigError: what is there was made with other settings, or several processes are to forget it.
+        DataError: another process works on this part.
+    """
+
+    def __init__(self, folder: Path, settings: dict[str, Any], share: Share, *, restart: bool = False) -> None:
+        self.folder, self.share = folder, share
+        self.parts = folder / "parts"
+        settings = json.loads(json.dumps(settings))
+        path = folder / "settings.json"
+        if restart:
+            if share.world_size > 1:
+                raise ConfigError(f"--restart is for one process; remove {folder}, then launch again without it")
+            shutil.rmtree(folder, ignore_errors=True)
+        self.parts.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            before = json.loads(path.read_text(encoding="utf-8"))
+            if before != settings:
+                names = [k for k in {**before, **settings} if before.get(k) != settings.get(k)]
+                told = "; ".join(f"{k} was {_brief(before.get(k))} and is {_brief(settings.get(k))}" for k in names)
+                raise ConfigError(
+                    f"{folder} holds answers made with other settings ({told}); name another --output, or --restart"
+                )
+        elif share.rank == 0:
+            write_atomically(path, (json.dumps(settings, indent=2, ensure_ascii=False) + "\n").encode())
+        mine = self.parts / f"{share.rank}-of-{share.world_size}"
+        mine.mkdir(exist_ok=True)
+        self._lock = lock(mine)
+        self._path = mine / "answers.jsonl"
+        _drop_torn_line(self._path)
+
+    def close(self) -> None:
+        os.close(self._lock)
+
+    def done(self) -> set[str]:
+        """Keys of the answers that any part holds."""
+        return {line["key"] for path in self._paths() for line in read_rows(path)}
+
+    def _paths(self) -> list[Path]:
+        return sorted(self.parts.glob("*/answers.jsonl"))
+
+    def add(self, rows: Sequence[dict[str, Any]]) -> None:
+        """Put answers on disk."""
+        with open(self._path, "a", encoding="utf-8") as stream:
+            stream.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+            stream.flush()
+            os.fsync(stream.fileno())
+
+    def wait(self, keys: Sequence[str]) -> None:
+        """Until all parts together hold all of these; a process that fails makes its launcher end this one."""
+        told = time.monotonic()
+        while missing := set(keys) - self.done():
+            if self.share.world_size == 1:
+                raise DataError(
+                    f"{self.folder}: {len(missing)} answers are missing ({min(missing)}, ...); run it again"
+                )
+            if time.monotonic() - told > 60:
+                told = time.monotonic()
+                print(f"waiting for {len(missing)} answers of other processes", flush=True)
+            time.sleep(0.5)
+
+    def merge(self, keys: Sequence[str]) -> list[dict[str, Any]]:
+        """These answers, and what earlier runs asked, in order: written to samples.jsonl."""
+        found = {row["key"]: row for path in self._paths() for row in read_rows(path)}
+        asked = [found.pop(key) for key in keys]
+        rows = asked + sorted(found.values(), key=lambda r: (r["task"], r["length"], r["index"]))
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        write_atomically(self.folder / "samples.jsonl", text.encode("utf-8", errors="replace"))
+        return rows
+
+
+def _drop_torn_line(path: Path) -> None:
+    """Cut off a line that a kill left half-written."""
+    if path.exists():
+        with open(path, "r+b") as stream:
+            content = stream.read()
+            end = content.rfind(b"\n") + 1
+            if end < len(content):
+                stream.truncate(end)
+
+
+def read_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """Whole rows of a JSONL file of answers; one that is being written, or was torn, is passed over."""
+    if path.exists():
+        with open(path, encoding="utf-8", errors="replace") as stream:
+            for line in stream:
+                try:
+                    row = json.loads(line)
+                except ValueError:
+                    continue
+                if isinstance(row, dict) and "key" in row and "score" in row:
+                    yield row
+
+
+def _brief(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def deal(windows: Sequence[Window], world_size: int) -> list[list[Window]]:
+    """Windows to processes: the costliest first, each to the one with least so far; every hand in the given order."""
+    order = sorted(range(len(windows)), key=lambda i: (-windows[i].cost, i))
+    hands: list[list[int]] = [[] for _ in range(world_size)]
+    costs = [0.0] * world_size
+    for i in order:
+        least = costs.index(min(costs))
+        hands[least].append(i)
+        costs[least] += windows[i].cost
+    return [[windows[i] for i in sorted(hand)] for hand in hands]
+
+
+# Answers what a window still lacks, some rows at a time, with the tokens that were read and written for them.
+Answer = Callable[[Window, set[str]], Iterator[tuple[list[dict[str, Any]], int]]]
+
+
+def run(name: str, windows: Sequence[Window], answer: Answer, results: Results) -> list[dict[str, Any]] | None:
+    """Answer what is not answered yet.
+
+    Args:
+        name: for the progress line.
+        windows: all samples.
+        answer: how.
+        results: where to.
+
+    Returns:
+        All rows in order on the first process, None on the others.
+    """
+    keys = [key for window in windows for key in window.keys]
+    done = results.done()
+    mine = deal(windows, results.share.world_size)[results.share.rank]
+    total = sum(len(w.keys) for w in mine)
+    before = sum(key in done for w in mine for key in w.keys)
+    with Progress(name, total, done=before, unit="samples") as progress:
+        for window in mine:
+            if all(key in done for key in window.keys):
+                continue
+            for rows, tokens in answer(window, done):
+                results.add(rows)
+                progress.add(len(rows), tokens)
+    if results.share.rank:
+        return None
+    results.wait(keys)
+    return results.merge(keys)
+
+
+def by_engine(engine: Engine) -> Answer:
+    """Answers of an engine, scored."""
+
+    def answer(window: Window, done: set[str]) -> Iterator[tuple[list[dict[str, Any]], int]]:
+        groups = [[s for s in group if s.key not in done] for group in window.make()]
+        # Alphabetically, texts that begin alike stand together, and an engine that keeps prefixes reads on from there.
+        groups = sorted((g for g in groups if g), key=lambda g: g[0].message)
+        at_once = max(1, engine.groups_at_once)
+        for first in range(0, len(groups), at_once):
+            batch = groups[first : first + at_once]
+            began = time.monotonic()
+            # Samples of a window are of one task, and so have one limit.
+            sampling = Sampling(batch[0][0].max_tokens)
+            replies = engine.answer([[prompt_of(s) for s in g] for g in batch], sampling)
+            seconds = (time.monotonic() - began) / sum(map(len, batch))
+            pairs = [(s, r) for g, rs in zip(batch, replies, strict=True) for s, r in zip(g, rs, strict=True)]
+            tokens = sum(r.prompt_tokens + r.new_tokens for _, r in pairs)
+            yield [row_of(s, r, seconds) for s, r in pairs], tokens
+
+    return answer
+
+
+def prompt_of(sample: EvalSample) -> Prompt:
+    return Prompt(({"role": "user", "content": sample.message},), prefix=sample.prefix)
+
+
+def row_of(sample: EvalSample, reply: Reply, seconds: float) -> dict[str, Any]:
+    """What is kept of an answer."""
+    return {
+        "key": sample.key,
+        "task": sample.task,
+        "length": sample.length,
+        "index": sample.index,
+        "score": 0.0 if reply.refused else SCORERS[sample.scorer](reply.text, sample.references),
+        "answer": reply.text,
+        "references": list(sample.references),
+        "digest": sample.digest,
+        "prompt_tokens": reply.prompt_tokens or sample.prompt_tokens,
+        "new_tokens": reply.new_tokens,
+        "finished": reply.finished,
+        "refused": reply.refused,
+        "seconds": round(seconds, 3),
+        **sample.details,
+    }
+
+
+def windows_of(
+    suite: str, task: str, length: int, count: int, size: int, make: Callable[[int], EvalSample]
+) -> list[Window]:
+    """Samples 0 to ``count`` - 1 of a task and length, so many a window, each a group of its own."""
+    result = []
+    for first in range(0, count, size):
+        numbers = range(first, min(first + size, count))
+
+        def made(numbers: range = numbers) -> list[list[EvalSample]]:
+            return [[make(i)] for i in numbers]
+
+        keys = tuple(f"{suite}/{task}/{length}/{i}" for i in numbers)
+        result.append(Window(keys, float(len(numbers) * length), made))
+    return result

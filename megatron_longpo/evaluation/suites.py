@@ -1,0 +1,313 @@
+"""The suites that generate answers, from configuration to numbers: RULER, InfiniteBench, the needle map."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_longpo.data.indexed import write_atomically
+from megatron_longpo.errors import ConfigError, DataError
+from megatron_longpo.evaluation import infinitebench, needle, ruler, short_context
+from megatron_longpo.evaluation.runner import Results, Share, Window, by_engine, run, windows_of
+from megatron_longpo.evaluation.settings import EvaluationConfig, names
+from megatron_longpo.generation.documents import find_files, read_documents
+from megatron_longpo.generation.engines import Engine, model_identity
+
+# Samples that stay together, so that an engine that keeps prefixes has something to keep.
+_WINDOW = 32
+
+
+def read_materials(c: EvaluationConfig) -> ruler.Materials:
+    """Texts, words and questions that a configuration names.
+
+    Raises:
+        ConfigError, DataError: something is missing or cannot be read.
+    """
+    r = c.ruler
+    essays = None
+    if r.haystack:
+        texts = []
+        for document in read_documents(find_files(r.haystack, "other"), "text"):
+            if document.error is None:
+                texts.append(document.text)
+            else:
+                print(f"haystack: {document.name} is left out ({document.error})", flush=True)
+        essays = "\n".join(texts)
+        if not essays.strip():
+            raise DataError(f"haystack={', '.join(r.haystack)}: holds no text; name other files")
+    words = None
+    if r.words is not None:
+        try:
+            words = Path(r.words).read_text(encoding="utf-8").split("\n")
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(
+                f"--words {r.words}: cannot be read ({error}); name a text file with a word a line"
+            ) from None
+        words = [w.strip() for w in words if w.strip()]
+    tasks = names(r.ruler_tasks) if "ruler" in c.suites else []
+    materials = ruler.Materials(
+        essays=essays,
+        words=words,
+        squad=ruler.read_squad(Path(r.squad)) if r.squad and "qa_1" in tasks else None,
+        hotpotqa=ruler.read_hotpotqa(Path(r.hotpotqa)) if r.hotpotqa and "qa_2" in tasks else None,
+    )
+    materials.check(tasks)
+    if "needle" in c.suites:
+        _ = materials.essay_words
+    return materials
+
+
+def digest_of(materials: ruler.Materials) -> dict[str, str | None]:
+    """Names for the content of materials."""
+
+    def of(value: Any) -> str | None:
+        if value is None:
+            return None
+        return hashlib.sha256(json.dumps(value, ensure_ascii=False).encode("utf-8", "replace")).hexdigest()[:16]
+
+    def pool(found: ruler.QuestionPool | None) -> str | None:
+        return None if found is None else of([[dataclasses.astuple(q) for q in found.questions], found.documents])
+
+    return {
+        "haystack": of(materials.essays),
+        "words": of(materials.common_words),
+        "squad": pool(materials.squad),
+        "hotpotqa": pool(materials.hotpotqa),
+    }
+
+
+class Suites:
+    """Runs suites of one model.
+
+    Args:
+        config: checked.
+        materials: read.
+        engine: of the model.
+        share: this process.
+        restart: forget what is there.
+    """
+
+    def __init__(
+        self,
+        config: EvaluationConfig,
+        materials: ruler.Materials,
+        engine: Engine,
+        share: Share,
+        *,
+        restart: bool = False,
+    ) -> None:
+        self.config, self.materials, self.engine, self.share, self.restart = config, materials, engine, share, restart
+        assert config.evaluate.output is not None
+        self.output = Path(config.evaluate.output)
+
+    def count(self, message: str, prefix: str) -> int:
+        return len(self.engine.tokenizer.prompt([{"role": "user", "content": message}], prefix))
+
+    def run(self, suite: str) -> dict[str, Any] | None:
+        """All samples of a suite answered; on the first process what results.json says of it, else None."""
+        version, settings, windows = {
+            "ruler": self._ruler,
+            "needle": self._needle,
+            "infinitebench": self._infinitebench,
+        }[suite]()
+        settings = {"version": version, "model": self.engine.identity, "seed": self.config.evaluate.seed, **settings}
+        results = Results(self.output / suite, settings, self.share, restart=self.restart)
+        try:
+            rows = run(suite, windows, by_engine(self.engine), results)
+        finally:
+            results.close()
+        if rows is None:
+            return None
+        return {"settings": settings, "metrics": METRICS[suite](rows)}
+
+    def _ruler(self) -> tuple[int, dict[str, Any], list[Window]]:
+        c = self.config
+        made = ruler.Ruler(self.materials, self.count, c.evaluate.seed)
+        windows = [
+            window
+            for task in names(c.ruler.ruler_tasks)
+            for length in c.lengths
+            for window in windows_of(
+                *("ruler", task, length, c.evaluate.samples, _WINDOW), partial(made.sample, task, length)
+            )
+        ]
+        for task in ("qa_1", "qa_2"):
+            if task in names(c.ruler.ruler_tasks) and c.evaluate.samples > len(self.materials.pool(task).questions):
+                raise ConfigError(
+                    f"samples={c.evaluate.samples} is more than the {len(self.materials.pool(task).questions)} questions of "
+                    f"{task}; lower it, or name a larger file"
+                )
+        # Too short a length is known before any long work.
+        for length in c.lengths[:1]:
+            for task in names(c.ruler.ruler_tasks):
+                made.sample(task, length, 0)
+        return ruler.VERSION, {"materials": digest_of(self.materials)}, windows
+
+    def _needle(self) -> tuple[int, dict[str, Any], list[Window]]:
+        c, n = self.config, self.config.needle
+        made = needle.NeedleMap(self.materials, self.count, c.evaluate.seed, n.needle_depths, n.needle_haystack)
+        windows = []
+        for length in c.lengths:
+            for trial in range(n.needle_trials):
+                keys = tuple(f"needle/depth {d:g}/{length}/{trial}" for d in made.depths)
+                cost = length * (1 if n.needle_haystack == "shared" else len(keys))
+                windows.append(Window(keys, float(cost), partial(made.trial, length, trial)))  # type: ignore[misc]
+        settings = {
+            "materials": {"haystack": digest_of(self.materials)["haystack"]},
+            "depths": n.needle_depths,
+            "haystacks": n.needle_haystack,
+        }
+        made.trial(c.lengths[0], 0)
+        return needle.VERSION, settings, windows
+
+    def _infinitebench(self) -> tuple[int, dict[str, Any], list[Window]]:
+        c, i = self.config, self.config.infinitebench
+        assert i.infinitebench is not None
+        folder, length = Path(i.infinitebench), c.lengths[-1]
+        windows: list[Window] = []
+        digests, bad = {}, []
+        for task in names(i.infinitebench_tasks):
+            rows, aside = infinitebench.read_task(folder, task)
+            bad += aside
+            text = json.dumps(rows, ensure_ascii=False)
+            digests[task] = hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:16]
+
+            def make(number: int, rows: list[dict[str, Any]] = rows, task: str = task) -> Any:
+                tokenizer, kind = self.engine.tokenizer, i.infinitebench_prompts
+                return infinitebench.sample_of(rows[number], task, number, length, kind, tokenizer, self.count)
+
+            count = min(len(rows), c.evaluate.samples)
+            windows += windows_of("infinitebench", task, length, count, _WINDOW, make)
+        if bad and self.share.rank == 0:
+            path = self.output / "infinitebench.rejected.jsonl"
+            self.output.mkdir(parents=True, exist_ok=True)
+            lines = [json.dumps(dataclasses.asdict(b), ensure_ascii=False) + "\n" for b in bad]
+            write_atomically(path, "".join(lines).encode("utf-8", "replace"))
+            print(f"infinitebench: {len(bad)} bad line(s) kept aside in {path}", flush=True)
+        return infinitebench.VERSION, {"files": digests, "prompts": i.infinitebench_prompts}, windows
+
+
+def run_short(config: EvaluationConfig, share: Share, *, restart: bool = False) -> dict[str, Any] | None:
+    """The short-context suite; like ``Suites.run``, by lm-evaluation-harness and its own model."""
+    from importlib.metadata import version
+
+    e, s, model = config.evaluate, config.short, config.engine.model
+    assert e.output is not None and model is not None
+    data = Path(s.short_data) if s.short_data else None
+    loaded = short_context.load_tasks(names(s.short_tasks), data, s.short_limit, e.seed)
+    settings = {
+        "version": short_context.VERSION,
+        "harness": version("lm-eval"),
+        "model": {"engine": "transformers", "model": model_identity(Path(model)), "dtype": config.engine.dtype},
+        "seed": e.seed,
+        "limit": s.short_limit,
+        "batch_size": s.short_batch_size,
+        "shots": {t: short_context.SHORT[t].shots for t in names(s.short_tasks)},
+        "local": {x.task: x.local for x in loaded if x.local},
+    }
+    windows, of = [], {}
+    size = 4 * s.short_batch_size
+    for task in loaded:
+        numbers = sorted(task.requests)
+        for first in range(0, len(numbers), size):
+            taken = numbers[first : first + size]
+            cost = sum(len(r.args[0]) for n in taken for r in task.requests[n])
+            window = Window(tuple(short_context.key_of(task, n) for n in taken), float(cost), list)
+            windows.append(window)
+            of[window.keys] = (task, taken)
+    results = Results(Path(e.output) / "short", settings, share, restart=restart)
+    found: list[Any] = []
+
+    def answer(window: Window, done: set[str]) -> Iterator[tuple[list[dict[str, Any]], int]]:
+        if not found:
+            found.append(short_context.make_model(model, config.engine.dtype, s.short_batch_size))
+        task, taken = of[window.keys]
+        yield short_context.answer(task, taken, found[0]), 0
+
+    try:
+        rows = run("short", windows, answer, results)
+    finally:
+        results.close()
+    return None if rows is None else {"settings": settings, "metrics": short_metrics(rows)}
+
+
+def short_metrics(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Per task over all its questions (so MMLU's subjects count by size, as in the harness), and the mean of the tasks."""
+    tasks = {t: cell(of) for t, of in by(rows, lambda r: r["task"]).items()}
+    return {"tasks": tasks, "average": float(np.mean([c["score"] for c in tasks.values()]))}
+
+
+# --------------------------------------------------------------------------------------------------
+# Numbers
+# --------------------------------------------------------------------------------------------------
+
+
+def cell(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Mean score, its standard error, how many, and how many the engine refused."""
+    scores = np.array([r["score"] for r in rows], dtype=float)
+    error = float(scores.std(ddof=1) / np.sqrt(len(scores))) if len(scores) > 1 else None
+    refused = sum(bool(r.get("refused")) for r in rows)
+    result: dict[str, Any] = {"score": float(scores.mean()), "stderr": error, "samples": len(rows)}
+    return {**result, "refused": refused} if refused else result
+
+
+def by(rows: Sequence[dict[str, Any]], key: Callable[[dict[str, Any]], Any]) -> dict[Any, list[dict[str, Any]]]:
+    """Rows in the order of first appearance of their keys."""
+    found: dict[Any, list[dict[str, Any]]] = {}
+    for row in rows:
+        found.setdefault(key(row), []).append(row)
+    return found
+
+
+def ruler_metrics(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Per task and length; per group the mean of its tasks; the average of all tasks, as the paper's tables."""
+    tasks = {t: by(of, lambda r: r["length"]) for t, of in by(rows, lambda r: r["task"]).items()}
+    ordered = {t: tasks[t] for t in ruler.TASKS if t in tasks}
+    cells = {t: {str(n): cell(x) for n, x in sorted(of.items())} for t, of in ordered.items()}
+    lengths = sorted({int(n) for of in cells.values() for n in of})
+
+    def mean(of: Sequence[str], length: int) -> float | None:
+        scores = [cells[t][str(length)]["score"] for t in of if str(length) in cells[t]]
+        return float(np.mean(scores)) if scores else None
+
+    members: dict[str, list[str]] = {}
+    for task in cells:
+        members.setdefault(ruler.GROUPS[task], []).append(task)
+    groups = {g: {str(n): mean(of, n) for n in lengths} for g, of in members.items()}
+    return {
+        "tasks": cells,
+        "groups": groups,
+        "average": {str(n): mean(list(cells), n) for n in lengths},
+        "over_lengths": {
+            **{g: float(np.mean([v for v in of.values() if v is not None])) for g, of in groups.items()},
+            "average": float(np.mean([m for n in lengths if (m := mean(list(cells), n)) is not None])),
+        },
+    }
+
+
+def needle_metrics(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Per depth and length."""
+    depths = by(sorted(rows, key=lambda r: (r["depth"], r["length"])), lambda r: f"{r['depth']:g}")
+    cells = {d: {str(n): cell(x) for n, x in by(of, lambda r: r["length"]).items()} for d, of in depths.items()}
+    return {"depths": cells, "average": cell(rows)}
+
+
+def infinitebench_metrics(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Per task, and their mean."""
+    of = by(rows, lambda r: (r["task"], r["length"]))
+    tasks: dict[str, dict[str, Any]] = {}
+    for (task, length), found in sorted(of.items(), key=lambda x: (infinitebench.TASKS.index(x[0][0]), x[0][1])):
+        tasks.setdefault(task, {})[str(length)] = {**cell(found), "cut": sum(bool(r.get("cut")) for r in found)}
+    lengths = sorted({int(n) for of in tasks.values() for n in of})
+    means = {str(n): float(np.mean([of[str(n)]["score"] for of in tasks.values() if str(n) in of])) for n in lengths}
+    return {"tasks": tasks, "average": means}
+
+
+METRICS = {"ruler": ruler_metrics, "needle": needle_metrics, "infinitebench": infinitebench_metrics}

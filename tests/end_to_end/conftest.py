@@ -1,0 +1,44 @@
+"""A tiny chat model and a real server of it, once for all tests that ask one."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.end_to_end.flaky_proxy import wait_until_up
+from tests.support import environment, free_port, make_chat_model
+from tests.unit.test_chat import make_fast_tokenizer
+
+
+@pytest.fixture(scope="session")
+def chat_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The model that the server serves; tests that make theirs alike have the same."""
+    folder = tmp_path_factory.mktemp("served")
+    make_fast_tokenizer(folder / "model")
+    return make_chat_model(folder / "model")
+
+
+@pytest.fixture(scope="session")
+def server(chat_model: Path) -> Iterator[str]:
+    """transformers' own server with the tiny model."""
+    port = free_port()
+    binary = Path(sys.executable).parent / "transformers"
+    log = open(chat_model.parent / "server.log", "w")  # noqa: SIM115
+    process = subprocess.Popen(
+        [str(binary), "serve", str(chat_model), "--port", str(port), "--device", "cpu", "--dtype", "float32"],
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        env=environment(HF_HUB_OFFLINE="1"),
+    )
+    try:
+        wait_until_up(f"http://localhost:{port}/health", 120)
+        yield f"http://localhost:{port}"
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait(30)
+        log.close()

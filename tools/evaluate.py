@@ -1,0 +1,212 @@
+"""Evaluate a Hugging Face checkpoint, or a server with OpenAI's interface; compare evaluations.
+
+    python tools/evaluate.py --model ./model --tasks ruler,needle --lengths 4096,8192 --haystack ./essays --output ./eval
+    torchrun --nproc-per-node 8 tools/evaluate.py ...                           samples dealt over the processes
+    python tools/evaluate.py --compare ./before ./after --output ./comparison   table with confidence intervals, plots
+
+Killed at any moment, the same command goes on. --help lists every option, --restart begins again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from megatron_longpo.config import from_command_line
+from megatron_longpo.data.indexed import read_manifest
+from megatron_longpo.errors import ConfigError
+from megatron_longpo.evaluation.runner import Share
+from megatron_longpo.evaluation.settings import EvaluationConfig, check
+from megatron_longpo.failure import run_or_fail
+
+PROGRAM = "evaluate.py"
+
+
+def main() -> None:
+    """Evaluate, or compare."""
+    arguments = sys.argv[1:]
+    if "--compare" in arguments:
+        compare_command(arguments)
+        return
+    restart = "--restart" in arguments
+    if restart:
+        arguments.remove("--restart")
+    config, print_config = from_command_line(
+        arguments,
+        prog=PROGRAM,
+        root=EvaluationConfig,
+        description=__doc__.split("\n")[0] + " Also: --compare DIR DIR ... [--output DIR], --restart.",
+        quiet=os.environ.get("RANK", "0") != "0",
+    )
+    if print_config:
+        print(config.as_yaml(), end="")
+        return
+    check(config)
+    share = share_of(config)
+    use_device()
+    evaluate(config, share, restart=restart)
+
+
+def evaluate(config: EvaluationConfig, share: Share, *, restart: bool) -> None:
+    """Run the suites one after the other; the report is written anew after each."""
+    from megatron_longpo.evaluation.report import show, write_report
+    from megatron_longpo.evaluation.suites import METRICS, Suites, read_materials, run_short
+
+    assert config.evaluate.output is not None and config.engine.model is not None
+    output = Path(config.evaluate.output)
+    make_folder(output)
+    materials = read_materials(config)
+    suites = [s for s in config.suites if s in METRICS]
+
+    def finish(suite: str, result: dict[str, Any] | None) -> None:
+        if result is not None:
+            write_report(output, {suite: result})
+            show(suite, result["metrics"])
+
+    if suites:
+        # After the checks: it loads a model.
+        from megatron_longpo.generation.engines import make_engine
+
+        engine = make_engine(config.engine, max(config.lengths), keep_prefix=True)
+        warn_of_positions(config, share)
+        generating = Suites(config, materials, engine, share, restart=restart)
+        for suite in suites:
+            finish(suite, generating.run(suite))
+        # Two models in memory would be one too many.
+        del generating, engine
+    if "short" in config.suites:
+        finish("short", run_short(config, share, restart=restart))
+    if "preference" in config.suites:
+        finish("preference", evaluate_preferences(config, share, restart=restart))
+    if share.rank == 0:
+        print(f"{output}: report.md, results.json", flush=True)
+
+
+def evaluate_preferences(config: EvaluationConfig, share: Share, *, restart: bool) -> dict[str, Any] | None:
+    """Held-out pairs by the trainer's own forward: log-probs of the model on the long rows, of the reference on the short."""
+    import torch.distributed as dist
+
+    from megatron_longpo.checkpoint.convert import import_hf
+    from megatron_longpo.config import from_dict
+    from megatron_longpo.evaluation import preference
+    from megatron_longpo.evaluation.runner import Results
+    from megatron_longpo.generation.engines import model_identity
+    from megatron_longpo.parallel import start_processes, stop_processes
+    from megatron_longpo.trainer import Trainer, groups_of, make_plan
+
+    p, model = config.preference, config.engine.model
+    assert config.evaluate.output is not None and model is not None and p.pairs is not None
+    folder = Path(config.evaluate.output) / "preference"
+    reference = p.reference_model or model
+    bf16 = config.engine.dtype != "float32"
+    settings = {
+        "version": preference.VERSION,
+        "model": {"model": model_identity(Path(model)), "bf16": bf16},
+        "reference": model_identity(Path(reference)),
+        "pairs": read_manifest(p.pairs).bin_sha256,
+        "beta": p.beta,
+    }
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if share.world_size != world_size:
+        raise ConfigError(
+            "tasks=preference computes with all processes together: launch them with torchrun, without --rank"
+        )
+    start_processes(30)
+    results = Results(folder, settings, share, restart=restart)
+    degrees = p.context_parallel_size * p.tensor_model_parallel_size
+    batch = max(1, world_size // degrees)
+    with tempfile.TemporaryDirectory(dir=folder) as own:
+        # The first process's folder, for all of them.
+        names = [own]
+        dist.broadcast_object_list(names, src=0)
+        work = Path(names[0])
+        checkpoints = {}
+        for name, source in (("model", model), ("reference", reference)):
+            checkpoints[name] = work / name if source != model or name == "model" else checkpoints["model"]
+            if name == "model" or source != model:
+                import_hf(source, checkpoints[name])
+        values = {
+            "data": {"valid_data_path": p.pairs},
+            "objective": {"beta": p.beta},
+            "reference": {"reference_load": str(checkpoints["reference"])},
+            "parallel": {
+                "context_parallel_size": p.context_parallel_size,
+                "tensor_model_parallel_size": p.tensor_model_parallel_size,
+            },
+            "training": {"skip_train": True, "global_batch_size": batch, "bf16": bf16},
+            "checkpoint": {"load": str(checkpoints["model"])},
+        }
+        plan = make_plan(from_dict(values, "preference"), world_size)
+        trainer = Trainer(plan, groups_of(plan))
+        table = trainer.evaluate()
+        dist.barrier()
+    results.close()
+    stop_processes()
+    if share.rank:
+        return None
+    preference.write_rows(table, folder / "samples.jsonl", settings["pairs"])
+    return {"settings": settings, "metrics": preference.summary(table)}
+
+
+def make_folder(output: Path) -> None:
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"output={output}: cannot be made ({error}); name a folder") from None
+
+
+def warn_of_positions(config: EvaluationConfig, share: Share) -> None:
+    """Lengths beyond what a model says of itself are measured, and said."""
+    try:
+        plain = json.loads((Path(config.engine.model or "") / "config.json").read_text(encoding="utf-8"))
+        positions = int(plain["max_position_embeddings"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    beyond = [n for n in config.lengths if n > positions]
+    if beyond and share.rank == 0:
+        print(
+            f"note: the model says it has {positions} positions; lengths {', '.join(map(str, beyond))} go beyond",
+            flush=True,
+        )
+
+
+def share_of(config: EvaluationConfig) -> Share:
+    """Which part this process does."""
+    e = config.evaluate
+    if e.rank is not None and e.world_size is not None:
+        return Share(e.rank, e.world_size)
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        return Share(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
+    return Share()
+
+
+def use_device() -> None:
+    """Each process of a node has its GPU."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+
+
+def compare_command(arguments: list[str]) -> None:
+    """Compare the folders after --compare; write to --output, default: COMPARISON beside the first."""
+    from megatron_longpo.evaluation.compare import write_comparison
+
+    parser = argparse.ArgumentParser(prog=PROGRAM)
+    parser.add_argument(
+        "--compare", nargs="+", metavar="DIR", required=True, help="evaluations; the others against the first"
+    )
+    parser.add_argument("--output", metavar="DIR", default="comparison", help="folder of table and picture")
+    parser.add_argument("--seed", type=int, default=1234, help="of the bootstrap")
+    a = parser.parse_args(arguments)
+    write_comparison([Path(f) for f in a.compare], Path(a.output), a.seed)
+    print(f"{a.output}: comparison.md, comparison.json, comparison.png", flush=True)
+
+
+if __name__ == "__main__":
+    run_or_fail(main)

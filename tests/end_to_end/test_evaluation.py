@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from megatron_longpo.checkpoint.convert import import_hf
 from tests.end_to_end.flaky_proxy import FlakyProxy
 from tests.end_to_end.test_generation import WORDS
 from tests.support import ROOT, environment, make_chat_model, make_data, make_model, run, torchrun
@@ -330,17 +331,7 @@ def test_preferences_by_tool_and_in_training_agree(made: Path) -> None:
     for name in ("loss", "nll", "logps/chosen", "kl/rejected", "rewards/margins"):
         assert two[name] == pytest.approx(found[name], rel=1e-5), name
     for name in ("policy", "reference"):
-        run(
-            [
-                sys.executable,
-                "tools/convert_checkpoint.py",
-                "import",
-                "--hf",
-                str(folder / name),
-                "--output",
-                str(folder / f"{name}.ckpt"),
-            ]
-        )
+        import_hf(folder / name, folder / f"{name}.ckpt")
     train = [
         *(
             sys.executable,
@@ -380,8 +371,6 @@ def test_preferences_by_tool_and_in_training_agree(made: Path) -> None:
     ]
     done = run([*alone, "--skip-train", "--global-batch-size", "2"])
     assert f"held-out loss {found['loss']:.4f}" in done.stdout
-    refused = run([*train[:7], "--eval-interval", "2"], expect=2)
-    assert "valid_data_path is not given" in refused.stderr
 
 
 def test_a_server_answers_as_the_model_in_this_process(

@@ -182,3 +182,18 @@ def test_bad_turns_have_a_reason(change: dict[str, object], reason: str) -> None
     with pytest.raises(BadRow) as caught:
         turn_of(turn, TEXT)
     assert caught.value.reason == reason
+
+
+def test_a_prompt_may_have_the_beginning_of_its_answer(tokenizer: ChatTokenizer) -> None:
+    messages = [{"role": "user", "content": "What is the tower?"}]
+    with_prefix = tokenizer.prompt(messages, " The tower")
+    rendered = tokenizer.render(messages, add_generation_prompt=True)
+    assert with_prefix == tokenizer.encode(rendered + " The tower", continues=False)
+    assert len(with_prefix) > len(tokenizer.prompt(messages))
+
+
+def test_base_models_get_the_bare_text(tmp_path: Path) -> None:
+    fast = load_tokenizer(make_fast_tokenizer(tmp_path, None), "plain")
+    messages = [{"role": "user", "content": "The tower stands"}]
+    text = fast.render(messages, add_generation_prompt=True)
+    assert text.endswith("The tower stands") and "None" not in text and fast.answer_ends() == frozenset()

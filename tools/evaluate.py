@@ -83,7 +83,7 @@ def evaluate(config: EvaluationConfig, share: Share, *, restart: bool) -> None:
         finish("short", run_short(config, share, restart=restart))
     if "preference" in config.suites:
         finish("preference", evaluate_preferences(config, share, restart=restart))
-    if share.rank == 0:
+    if share.rank == 0 or not share.together:
         print(f"{output}: report.md, results.json", flush=True)
 
 
@@ -103,7 +103,7 @@ def evaluate_preferences(config: EvaluationConfig, share: Share, *, restart: boo
     assert config.evaluate.output is not None and model is not None and p.pairs is not None
     folder = Path(config.evaluate.output) / "preference"
     reference = p.reference_model or model
-    bf16 = config.engine.dtype != "float32"
+    bf16 = computes_in_bf16(Path(model), config.engine.dtype)
     settings = {
         "version": preference.VERSION,
         "model": {"model": model_identity(Path(model)), "bf16": bf16},
@@ -117,6 +117,13 @@ def evaluate_preferences(config: EvaluationConfig, share: Share, *, restart: boo
             "tasks=preference computes with all processes together: launch them with torchrun, without --rank"
         )
     start_processes(30)
+    found = stored_result(Path(config.evaluate.output), "preference", settings)
+    if found is not None and not restart:
+        if share.rank == 0:
+            print("preference: done before", flush=True)
+        dist.barrier()
+        stop_processes()
+        return found if share.rank == 0 else None
     results = Results(folder, settings, share, restart=restart)
     degrees = p.context_parallel_size * p.tensor_model_parallel_size
     batch = max(1, world_size // degrees)
@@ -153,6 +160,28 @@ def evaluate_preferences(config: EvaluationConfig, share: Share, *, restart: boo
     return {"settings": settings, "metrics": preference.summary(table)}
 
 
+def computes_in_bf16(model: Path, dtype: str) -> bool:
+    """What the trainer computes in: fp32 where that is asked for or stored, else bf16."""
+    if dtype != "auto":
+        return dtype != "float32"
+    from megatron_longpo.checkpoint.convert import read_hf_config
+
+    config = read_hf_config(model)
+    return str(config.get("dtype", config.get("torch_dtype"))) != "float32"
+
+
+def stored_result(output: Path, suite: str, settings: dict[str, Any]) -> dict[str, Any] | None:
+    """What results.json has of a suite with these settings, or None."""
+    from megatron_longpo.evaluation.report import read_results
+
+    if not (output / "results.json").exists():
+        return None
+    found = read_results(output)["suites"].get(suite)
+    if found is None or found["settings"] != json.loads(json.dumps(settings)):
+        return None
+    return {"settings": settings, "metrics": found["metrics"]}
+
+
 def make_folder(output: Path) -> None:
     try:
         output.mkdir(parents=True, exist_ok=True)
@@ -181,7 +210,7 @@ def share_of(config: EvaluationConfig) -> Share:
     if e.rank is not None and e.world_size is not None:
         return Share(e.rank, e.world_size)
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        return Share(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
+        return Share(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), together=True)
     return Share()
 
 

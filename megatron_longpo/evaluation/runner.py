@@ -44,10 +44,16 @@ class Window:
 
 @dataclass(frozen=True)
 class Share:
-    """Which part of the work this process does."""
+    """Which part of the work this process does.
+
+    Attributes:
+        rank, world_size: the part, of how many.
+        together: whether the processes were launched together, so that each may wait for the others.
+    """
 
     rank: int = 0
     world_size: int = 1
+    together: bool = False
 
 
 class Results:
@@ -107,18 +113,32 @@ class Results:
             stream.flush()
             os.fsync(stream.fileno())
 
-    def wait(self, keys: Sequence[str]) -> None:
-        """Until all parts together hold all of these; a process that fails makes its launcher end this one."""
-        told = time.monotonic()
+    def wait(self, keys: Sequence[str]) -> bool:
+        """Whether all parts together hold all of these; processes that were launched together wait until they do.
+
+        A process that fails makes its launcher end those that wait.
+
+        Raises:
+            DataError: the only process lacks some.
+        """
+        told, pause = time.monotonic(), 0.2
         while missing := set(keys) - self.done():
             if self.share.world_size == 1:
                 raise DataError(
                     f"{self.folder}: {len(missing)} answers are missing ({min(missing)}, ...); run it again"
                 )
+            if not self.share.together:
+                print(
+                    f"{self.folder}: {len(missing)} answers of other parts are missing; the last part reports",
+                    flush=True,
+                )
+                return False
             if time.monotonic() - told > 60:
                 told = time.monotonic()
                 print(f"waiting for {len(missing)} answers of other processes", flush=True)
-            time.sleep(0.5)
+            time.sleep(pause)
+            pause = min(5.0, 1.5 * pause)
+        return True
 
     def merge(self, keys: Sequence[str]) -> list[dict[str, Any]]:
         """These answers, and what earlier runs asked, in order: written to samples.jsonl."""
@@ -184,7 +204,8 @@ def run(name: str, windows: Sequence[Window], answer: Answer, results: Results) 
         results: where to.
 
     Returns:
-        All rows in order on the first process, None on the others.
+        All rows in order on the process that reports, None on the others: of processes launched together the first reports, else
+        the one that ends last.
     """
     keys = [key for window in windows for key in window.keys]
     done = results.done()
@@ -198,10 +219,9 @@ def run(name: str, windows: Sequence[Window], answer: Answer, results: Results) 
             for rows, tokens in answer(window, done):
                 results.add(rows)
                 progress.add(len(rows), tokens)
-    if results.share.rank:
-        return None
-    results.wait(keys)
-    return results.merge(keys)
+    complete = results.wait(keys)
+    reports = complete and (results.share.rank == 0 or not results.share.together)
+    return results.merge(keys) if reports else None
 
 
 def by_engine(engine: Engine) -> Answer:

@@ -111,7 +111,7 @@ class Suites:
         return len(self.engine.tokenizer.prompt([{"role": "user", "content": message}], prefix))
 
     def run(self, suite: str) -> dict[str, Any] | None:
-        """All samples of a suite answered; on the first process what results.json says of it, else None."""
+        """All samples of a suite answered; on the process that reports what results.json says of it, else None."""
         version, settings, windows = {
             "ruler": self._ruler,
             "needle": self._needle,

@@ -108,7 +108,8 @@ class Results:
 
     def add(self, rows: Sequence[dict[str, Any]]) -> None:
         """Put answers on disk."""
-        with open(self._path, "a", encoding="utf-8") as stream:
+        # What is no text in UTF-8 (half a surrogate pair from a JSON file) must not end a run.
+        with open(self._path, "a", encoding="utf-8", errors="replace") as stream:
             stream.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
             stream.flush()
             os.fsync(stream.fileno())

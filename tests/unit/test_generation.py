@@ -463,3 +463,24 @@ def test_examples_are_configurations_that_work() -> None:
         documents = dataclasses.replace(config.documents, documents=("x",))
         engine = dataclasses.replace(config.engine, model="m")
         check(dataclasses.replace(config, documents=documents, engine=engine, run=RunConfig(output="o")))
+
+
+@pytest.mark.parametrize(("queries", "masked"), [(1, "none"), (1, "bool"), (5, "bool"), (1, "float"), (5, "float")])
+def test_attention_of_few_queries_is_that_of_sdpa(queries: int, masked: str) -> None:
+    """Grouped heads, with and without a mask, against torch's own kernel on repeated keys."""
+    import torch
+    import torch.nn.functional as F
+
+    from megatron_longpo.generation.engines import _few_queries_attention
+
+    torch.manual_seed(0)
+    q = torch.randn(2, 6, queries, 16)
+    k, v = torch.randn(2, 2, 33, 16), torch.randn(2, 2, 33, 16)
+    mask = torch.rand(2, 1, queries, 33) < 0.7
+    mask[..., 0] = True
+    given = {"none": None, "bool": mask, "float": torch.zeros(mask.shape).masked_fill_(~mask, -1e30)}[masked]
+    found, _ = _few_queries_attention(torch.nn.Module(), q, k, v, given, scaling=0.3)
+    whole = F.scaled_dot_product_attention(
+        q, k.repeat_interleave(3, 1), v.repeat_interleave(3, 1), attn_mask=None if masked == "none" else mask, scale=0.3
+    )
+    assert torch.allclose(found, whole.transpose(1, 2), atol=1e-6)

@@ -28,7 +28,7 @@ def main() -> None:
     """Run all stages and show what came of them."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", default=".demo", help="where everything is put")
-    parser.add_argument("--documents", type=int, default=18, help="essays, of which one in seven is held out")
+    parser.add_argument("--documents", type=int, default=14, help="essays; one pair in seven is held out")
     parser.add_argument("--train-epochs", type=float, default=1)
     a = parser.parse_args()
     folder = Path(a.folder)

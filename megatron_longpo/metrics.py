@@ -133,7 +133,7 @@ class Reporter:
         output.mkdir(parents=True, exist_ok=True)
         path = output / "metrics.jsonl"
         self.records = keep_until(path, resumed_step)
-        self.validations = keep_until(output / "validation.jsonl", resumed_step)
+        self.validations = keep_until(output / "validation.jsonl", resumed_step or -1)
         self._stream = open(path, "a", encoding="utf-8")  # noqa: SIM115
         if config.tensorboard:
             from torch.utils.tensorboard import SummaryWriter

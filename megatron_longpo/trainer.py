@@ -114,6 +114,13 @@ def make_plan(config: Config, world_size: int) -> Plan:
         raise ConfigError("data_path is not given; name the prefix of preprocessed data with --data-path PREFIX")
     assert config.checkpoint.load is not None
     load = resolve(config.checkpoint.load)
+    if config.training.skip_train and config.checkpoint.save is not None:
+        own = Path(config.checkpoint.save)
+        if latest_step(own) is not None and own.resolve() not in (load.resolve(), *load.resolve().parents):
+            raise ConfigError(
+                f"skip_train evaluates load={config.checkpoint.load}, and save={own} holds a run's checkpoints; to "
+                f"evaluate those give --load {own}, else leave save out"
+            )
     reference_load = resolve(config.reference.reference_load or config.checkpoint.load)
     shape, reference_shape = ModelShape.read(load), ModelShape.read(reference_load)
     check_against_model(
@@ -647,7 +654,7 @@ class Trainer:
             tables.append(table[: count - start])
             now = time.monotonic()
             if now - said > 10:
-                said, done = now, start + size
+                said, done = now, min(count, start + size)
                 self._log(f"validation: {done}/{count} samples, {(now - began) / done * (count - done):.0f} s left")
         return torch.cat(tables).cpu().numpy()
 
@@ -660,7 +667,8 @@ class Trainer:
     def report_alone(self) -> None:
         """Evaluate the held-out data, say what came of it, and write it to OUTPUT/validation.json where there is an output."""
         found = preference.summary(self.evaluate(), has_reference=self.config.objective.objective != "sft")
-        self._log(validation_line(found))
+        self._log(f"{self.plan.load}: {validation_line(found)}")
+        found = {"checkpoint": str(self.plan.load), **found}
         if self.active and self.output is not None:
             self.output.mkdir(parents=True, exist_ok=True)
             write_atomically(self.output / "validation.json", (json.dumps(found, indent=2) + "\n").encode())

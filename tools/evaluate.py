@@ -12,8 +12,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -55,12 +55,16 @@ def main() -> None:
 def evaluate(config: EvaluationConfig, share: Share, *, restart: bool) -> None:
     """Run the suites one after the other; the report is written anew after each."""
     from megatron_longpo.evaluation.report import show, write_report
-    from megatron_longpo.evaluation.suites import METRICS, Suites, read_materials, run_short
+    from megatron_longpo.evaluation.suites import METRICS, Suites, prepare, run_short
 
     assert config.evaluate.output is not None and config.engine.model is not None
     output = Path(config.evaluate.output)
     make_folder(output)
-    materials = read_materials(config)
+    if restart and share.world_size > 1:
+        raise ConfigError(f"--restart is for one process; remove {output}, then launch again without it")
+    if "preference" in config.suites:
+        check_preferences(config, share)
+    prepared = prepare(config)
     suites = [s for s in config.suites if s in METRICS]
 
     def finish(suite: str, result: dict[str, Any] | None) -> None:
@@ -74,21 +78,51 @@ def evaluate(config: EvaluationConfig, share: Share, *, restart: bool) -> None:
 
         engine = make_engine(config.engine, max(config.lengths), keep_prefix=True)
         warn_of_positions(config, share)
-        generating = Suites(config, materials, engine, share, restart=restart)
+        generating = Suites(config, prepared, engine, share, restart=restart)
         for suite in suites:
             finish(suite, generating.run(suite))
         # Two models in memory would be one too many.
         del generating, engine
+        free_memory()
     if "short" in config.suites:
-        finish("short", run_short(config, share, restart=restart))
+        finish("short", run_short(config, prepared, share, restart=restart))
     if "preference" in config.suites:
         finish("preference", evaluate_preferences(config, share, restart=restart))
     if share.rank == 0 or not share.together:
         print(f"{output}: report.md, results.json", flush=True)
 
 
+def check_preferences(config: EvaluationConfig, share: Share) -> None:
+    """What can be known of the preference suite before any long work.
+
+    Raises:
+        ConfigError, DataError, CheckpointError: the first thing that does not fit.
+    """
+    from megatron_longpo.checkpoint.convert import read_hf_config
+
+    p = config.preference
+    assert config.engine.model is not None and p.pairs is not None
+    read_manifest(p.pairs)
+    for folder in (config.engine.model, p.reference_model or config.engine.model):
+        read_hf_config(Path(folder))
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if share.world_size != world_size:
+        raise ConfigError(
+            "tasks=preference computes with all processes together; launch them with torchrun, without --rank"
+        )
+    degrees = p.context_parallel_size * p.tensor_model_parallel_size
+    if world_size % degrees:
+        raise ConfigError(
+            f"context_parallel_size x tensor_model_parallel_size = {degrees} do not divide the {world_size} processes; launch "
+            f"a multiple of {degrees}"
+        )
+
+
 def evaluate_preferences(config: EvaluationConfig, share: Share, *, restart: bool) -> dict[str, Any] | None:
-    """Held-out pairs by the trainer's own forward: log-probs of the model on the long rows, of the reference on the short."""
+    """Held-out pairs by the trainer's own forward: log-probs of the model on the long rows, of the reference on the short.
+
+    The output folder must be one that all processes see.
+    """
     import torch.distributed as dist
 
     from megatron_longpo.checkpoint.convert import import_hf
@@ -101,7 +135,8 @@ def evaluate_preferences(config: EvaluationConfig, share: Share, *, restart: boo
 
     p, model = config.preference, config.engine.model
     assert config.evaluate.output is not None and model is not None and p.pairs is not None
-    folder = Path(config.evaluate.output) / "preference"
+    output = Path(config.evaluate.output)
+    folder = output / "preference"
     reference = p.reference_model or model
     bf16 = computes_in_bf16(Path(model), config.engine.dtype)
     settings = {
@@ -111,53 +146,58 @@ def evaluate_preferences(config: EvaluationConfig, share: Share, *, restart: boo
         "pairs": read_manifest(p.pairs).bin_sha256,
         "beta": p.beta,
     }
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    if share.world_size != world_size:
-        raise ConfigError(
-            "tasks=preference computes with all processes together: launch them with torchrun, without --rank"
-        )
     start_processes(30)
-    found = stored_result(Path(config.evaluate.output), "preference", settings)
-    if found is not None and not restart:
+    found = None if restart else stored_result(output, "preference", settings)
+    if found is not None:
         if share.rank == 0:
             print("preference: done before", flush=True)
         dist.barrier()
         stop_processes()
         return found if share.rank == 0 else None
     results = Results(folder, settings, share, restart=restart)
+    # Where a killed run left its copies, they are in the way.
+    work = folder / "work"
+    if share.rank == 0:
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir()
+    dist.barrier()
+    checkpoints = {"model": work / "model", "reference": work / ("model" if reference == model else "reference")}
+    import_hf(model, checkpoints["model"])
+    if reference != model:
+        import_hf(reference, checkpoints["reference"])
     degrees = p.context_parallel_size * p.tensor_model_parallel_size
-    batch = max(1, world_size // degrees)
-    with tempfile.TemporaryDirectory(dir=folder) as own:
-        # The first process's folder, for all of them.
-        names = [own]
-        dist.broadcast_object_list(names, src=0)
-        work = Path(names[0])
-        checkpoints = {}
-        for name, source in (("model", model), ("reference", reference)):
-            checkpoints[name] = work / name if source != model or name == "model" else checkpoints["model"]
-            if name == "model" or source != model:
-                import_hf(source, checkpoints[name])
-        values = {
-            "data": {"valid_data_path": p.pairs},
-            "objective": {"beta": p.beta},
-            "reference": {"reference_load": str(checkpoints["reference"])},
-            "parallel": {
-                "context_parallel_size": p.context_parallel_size,
-                "tensor_model_parallel_size": p.tensor_model_parallel_size,
-            },
-            "training": {"skip_train": True, "global_batch_size": batch, "bf16": bf16},
-            "checkpoint": {"load": str(checkpoints["model"])},
-        }
-        plan = make_plan(from_dict(values, "preference"), world_size)
-        trainer = Trainer(plan, groups_of(plan))
-        table = trainer.evaluate()
-        dist.barrier()
+    values = {
+        "data": {"valid_data_path": p.pairs},
+        "objective": {"beta": p.beta},
+        "reference": {"reference_load": str(checkpoints["reference"]), "reference_cache": str(folder / "reference")},
+        "parallel": {
+            "context_parallel_size": p.context_parallel_size,
+            "tensor_model_parallel_size": p.tensor_model_parallel_size,
+        },
+        "training": {"skip_train": True, "global_batch_size": share.world_size // degrees, "bf16": bf16},
+        "checkpoint": {"load": str(checkpoints["model"])},
+    }
+    plan = make_plan(from_dict(values, "preference"), share.world_size)
+    table = Trainer(plan, groups_of(plan)).evaluate()
+    dist.barrier()
     results.close()
     stop_processes()
     if share.rank:
         return None
+    shutil.rmtree(work, ignore_errors=True)
     preference.write_rows(table, folder / "samples.jsonl", settings["pairs"])
-    return {"settings": settings, "metrics": preference.summary(table)}
+    return {"settings": settings, "asked": {"preference": len(table)}, "metrics": preference.summary(table)}
+
+
+def free_memory() -> None:
+    """What a model that is gone held."""
+    import gc
+
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def computes_in_bf16(model: Path, dtype: str) -> bool:
@@ -179,7 +219,7 @@ def stored_result(output: Path, suite: str, settings: dict[str, Any]) -> dict[st
     found = read_results(output)["suites"].get(suite)
     if found is None or found["settings"] != json.loads(json.dumps(settings)):
         return None
-    return {"settings": settings, "metrics": found["metrics"]}
+    return found if (output / suite / "samples.jsonl").exists() else None
 
 
 def make_folder(output: Path) -> None:

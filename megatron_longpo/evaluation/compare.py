@@ -52,7 +52,8 @@ class Difference:
     @property
     def is_clear(self) -> bool:
         """Whether the interval leaves out zero."""
-        return self.low > 0 or self.high < 0
+        # One question, or changes that are all alike, say nothing of others.
+        return (self.low > 0 or self.high < 0) and self.high > self.low
 
 
 @dataclass(frozen=True)
@@ -130,7 +131,7 @@ def _stratum(
     first: dict[str, tuple[float, str]], other: dict[str, tuple[float, str]]
 ) -> tuple[np.ndarray, np.ndarray, bool]:
     same = [key for key in first if key in other and first[key][1] == other[key][1]]
-    if same:
+    if len(same) == min(len(first), len(other)):
         # What both were asked; further questions of one side say nothing of the difference.
         return np.array([first[k][0] for k in same]), np.array([other[k][0] for k in same]), True
     return np.array([s for s, _ in first.values()]), np.array([s for s, _ in other.values()]), False
@@ -260,7 +261,8 @@ def _draw(differences: Sequence[Difference], first: str, path: Path) -> None:
     for axis, (label, scale, lines) in zip(axes[:, 0], panels, strict=True):
         for y, d in enumerate(lines):
             change = scale * (d.other_mean - d.first_mean)
-            colour = "tab:gray" if not d.is_clear else "tab:green" if d.low > 0 else "tab:red"
+            # Not green and red: of a loss the fall is good.
+            colour = "tab:gray" if not d.is_clear else "tab:blue" if d.low > 0 else "tab:orange"
             axis.plot([scale * d.low, scale * d.high], [y, y], color=colour, linewidth=2)
             axis.plot([change], [y], "o", color=colour, markersize=4)
         named = len({d.other for d in lines}) > 1

@@ -98,7 +98,7 @@ class NeedleMap:
             message = self._template.format(kind="number", context=context, query=key)
             return message, self._prefix.format(kind="number", query=key)
 
-        longest = max(needles, key=lambda n: len(n[0][0]))[0][0]
+        longest = max((key for (key, _), _ in needles), key=lambda key: self.count(key, ""))
         try:
             _, context, _ = largest_fit(
                 build,

@@ -37,8 +37,9 @@ VT_TEMPLATE = (
     "Memorize and track the chain(s) of variable assignment hidden in the following text.\n\n{context}\nQuestion: Find all "
     "variables that are assigned the value {query} in the text above."
 )
+# Spelt as the benchmark does.
 VT_PREFIX = (
-    " Answer: According to the chain(s) of variable assignment in the text above, {count} variables are assigned the value "
+    " Answer: According to the chain(s) of variable assignment in the text above, {count} variables are assgined the value "
     "{query}, they are: "
 )
 CWE_TEMPLATE = (
@@ -212,7 +213,8 @@ def _wonderwords() -> dict[str, list[str]]:
 
     folder = resources.files("wonderwords") / "assets"
     kinds = {"noun": "nounlist.txt", "adjective": "adjectivelist.txt", "verb": "verblist.txt"}
-    return {k: (folder / name).read_text(encoding="utf-8").split("\n") for k, name in kinds.items()}
+    read = {k: (folder / name).read_text(encoding="utf-8").split("\n") for k, name in kinds.items()}
+    return {k: [w.strip() for w in words if w.strip()] for k, words in read.items()}
 
 
 def read_squad(path: Path) -> QuestionPool:
@@ -346,6 +348,7 @@ class Ruler:
         self._fitted: dict[tuple[str, int, str], int] = {}
         self._is_first = False
         self._orders: dict[str, list[int]] = {}
+        self._fitting: dict[tuple[str, int], tuple[list[tuple[Question, tuple[int, ...]]], int]] = {}
 
     def sample(self, task: str, length: int, index: int) -> EvalSample:
         """The sample of that number.
@@ -469,7 +472,7 @@ class Ruler:
         def build_example(noises: int) -> _Built:
             message = VT_TEMPLATE.format(context=example.context(noises, seed), query=example.value)
             prefix = VT_PREFIX.format(count=len(example.names), query=example.value)
-            return _Built(message + prefix + " ".join(example.names) + "\n\n", "", ())
+            return _Built(message + prefix + " " + " ".join(example.names) + "\n\n\n\n", "", ())
 
         _, shown, _ = self._fit(("vt", length, "example"), build_example, 500 - MAX_TOKENS["vt"], 12, least=1)
         chain = _Chain.make(rng, letters=5)
@@ -496,13 +499,10 @@ class Ruler:
         seed = rng.random()
 
         def build(words: int) -> _Built:
-            # Beyond the vocabulary, pairs of its words.
-            chosen = [
-                vocabulary[i]
-                if i < len(vocabulary)
-                else f"{vocabulary[i % len(vocabulary)]}-{vocabulary[-1 - i // 2 % 997]}"
-                for i in range(words)
-            ]
+            # Beyond the vocabulary, pairs of its words: the nth time round with the nth next one.
+            size = len(vocabulary)
+            more = (f"{vocabulary[k % size]}-{vocabulary[(k + k // size + 1) % size]}" for k in range(words - size))
+            chosen = [*vocabulary[:words], *more]
             context, top = _word_list(chosen, common, rare, random.Random(seed))
             return _Built(example + "\n" + CWE_TEMPLATE.format(context=context), CWE_PREFIX, tuple(top))
 
@@ -532,22 +532,26 @@ class Ruler:
 
     def _qa(self, task: str, length: int, budget: int, index: int, name: str) -> tuple[_Built, int]:
         pool = self.materials.pool(task)
-        order = self._orders.get(task)
-        if order is None:
-            order = self._orders[task] = list(range(len(pool.questions)))
+        if task not in self._orders:
+            order = list(range(len(pool.questions)))
             random.Random(f"{self.seed}/{task}").shuffle(order)
-        # All lengths ask the same questions; one whose documents do not fit gives its place to one from the end.
-        for attempt in range(len(order)):
-            number = index if attempt == 0 else len(order) - attempt
-            if number >= len(order) or (attempt and number <= index):
-                break
-            question = pool.questions[order[number]]
+            self._orders[task] = order
+        # The questions of a length are, in one order for all lengths, those whose documents fit: each once.
+        fitting, seen = self._fitting.setdefault((task, length), ([], 0))
+        while len(fitting) <= index and seen < len(pool.questions):
+            question = pool.questions[self._orders[task][seen]]
+            seen += 1
             for documents in dict.fromkeys((question.documents, question.needed)):
-                try:
-                    return self._ask(task, pool, question, documents, length, budget, name)
-                except DataError:
-                    continue
-        raise DataError(f"none of the {len(order)} questions is left that fits")
+                texts = [pool.documents[i] for i in documents]
+                if self.count(_qa_message(texts, question.query), QA_PREFIX) <= budget:
+                    fitting.append((question, documents))
+                    break
+        self._fitting[task, length] = (fitting, seen)
+        if index >= len(fitting):
+            raise DataError(
+                f"{len(fitting)} of {len(pool.questions)} questions fit with their documents, and more are asked for"
+            )
+        return self._ask(task, pool, *fitting[index], length, budget, name)
 
     def _ask(
         self,
@@ -571,19 +575,24 @@ class Ruler:
         def build(count: int, words: int = 0) -> _Built:
             texts = [pool.documents[i] for i in (*documents, *distractors[:count])]
             # A pool that is too small for the length is gone through again.
-            texts += [pool.documents[others[i % len(others)]] for i in range(count - len(distractors)) if others]
+            again = distractors or list(documents)
+            texts += [pool.documents[again[i % len(again)]] for i in range(count - len(distractors))]
             if words:
-                more = distractors[count] if count < len(distractors) else distractors[-1]
+                more = distractors[count] if count < len(distractors) else again[count % len(again)]
                 texts.append(" ".join(pool.documents[more].split(" ")[:words]))
             random.Random(seed).shuffle(texts)
-            context = "\n\n".join(f"Document {i}:\n{text}" for i, text in enumerate(texts, 1))
-            return _Built(QA_TEMPLATE.format(context=context, query=question.query), QA_PREFIX, question.answers)
+            return _Built(_qa_message(texts, question.query), QA_PREFIX, question.answers)
 
         mean = max(20, sum(len(d) for d in pool.documents[:200]) // min(200, len(pool.documents)) // 4)
         count, built, tokens = self._fit((task, length, "units"), build, budget, budget // mean)
-        if tokens < _FILLED * length - MAX_TOKENS[task] and distractors:
+        if tokens < _FILLED * length - MAX_TOKENS[task]:
             _, built, tokens = self._fit((task, length, "words"), lambda n: build(count, n), budget, 40)
         return built, tokens
+
+
+def _qa_message(texts: Sequence[str], query: str) -> str:
+    context = "\n\n".join(f"Document {i}:\n{text}" for i, text in enumerate(texts, 1))
+    return QA_TEMPLATE.format(context=context, query=query)
 
 
 @dataclass(frozen=True)

@@ -78,6 +78,9 @@ class Results:
         if restart:
             if share.world_size > 1:
                 raise ConfigError(f"--restart is for one process; remove {folder}, then launch again without it")
+            for part in self.parts.glob("*-of-*"):
+                # Not under a process that is at work.
+                os.close(lock(part))
             shutil.rmtree(folder, ignore_errors=True)
         self.parts.mkdir(parents=True, exist_ok=True)
         if path.exists():
@@ -88,7 +91,8 @@ class Results:
                 raise ConfigError(
                     f"{folder} holds answers made with other settings ({told}); name another --output, or --restart"
                 )
-        elif share.rank == 0:
+        else:
+            # Whichever part comes first; those that come later are held against it.
             write_atomically(path, (json.dumps(settings, indent=2, ensure_ascii=False) + "\n").encode())
         mine = self.parts / f"{share.rank}-of-{share.world_size}"
         mine.mkdir(exist_ok=True)
@@ -142,10 +146,20 @@ class Results:
         return True
 
     def merge(self, keys: Sequence[str]) -> list[dict[str, Any]]:
-        """These answers, and what earlier runs asked, in order: written to samples.jsonl."""
-        found = {row["key"]: row for path in self._paths() for row in read_rows(path)}
-        asked = [found.pop(key) for key in keys]
-        rows = asked + sorted(found.values(), key=lambda r: (r["task"], r["length"], r["index"]))
+        """These answers, and those of other cells that earlier runs finished, in order: written to samples.jsonl.
+
+        A cell is a task and a length. Of a cell that is asked again with fewer samples those alone count; one that was begun
+        and not finished does not count.
+        """
+        path = self.folder / "asked.json"
+        cells: dict[str, list[str]] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        now: dict[str, list[str]] = {}
+        for key in keys:
+            now.setdefault(key.rpartition("/")[0], []).append(key)
+        cells |= now
+        write_atomically(path, (json.dumps(cells) + "\n").encode())
+        found = {row["key"]: row for part in self._paths() for row in read_rows(part)}
+        rows = [found[key] for of in cells.values() for key in of]
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         write_atomically(self.folder / "samples.jsonl", text.encode("utf-8", errors="replace"))
         return rows

@@ -80,10 +80,14 @@ def largest_fit(
     low: tuple[int, Any, int] | None = None
     high: int | None = None
     guess = max(start, least)
+    stuck = 0
     while True:
         built = build(guess)
         tokens = count(built)
         if tokens <= budget:
+            stuck = stuck + 1 if low is not None and high is None and tokens <= low[2] else 0
+            if stuck > 3:
+                raise DataError(f"what it is made of ends at {tokens} tokens, and {budget} are asked for")
             low = (guess, built, tokens)
             if tokens >= budget - budget // 400:
                 return low

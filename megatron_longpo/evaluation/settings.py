@@ -31,7 +31,7 @@ class EvaluateConfig:
     """Folder of the results. The same command goes on where it was; --restart begins again."""
     seed: int = 1234
     samples: int = 100
-    """Samples a task and length (ruler); at most so many of each file (infinitebench)."""
+    """Samples a task and length (ruler)."""
     rank: int | None = None
     world_size: int | None = None
     """This part of how many. Default: torchrun's RANK and WORLD_SIZE, or all."""
@@ -60,6 +60,8 @@ class InfiniteBenchConfig:
     infinitebench: str | None = None
     """Folder with the published longbook_sum_eng.jsonl, longbook_qa_eng.jsonl, longbook_choice_eng.jsonl."""
     infinitebench_tasks: tuple[str, ...] = _INFINITEBENCH_TASKS
+    infinitebench_samples: int | None = None
+    """The first so many rows of each file. Default: all."""
     infinitebench_prompts: str = "chat"
     """Prompts of the benchmark for chat models (those of GPT-4) or, base, for models that continue a text (YaRN-Mistral's)."""
 
@@ -183,12 +185,19 @@ def check(c: EvaluationConfig) -> None:
     if not c.lengths and any(s in c.suites for s in ("ruler", "needle", "infinitebench")):
         raise ConfigError("lengths is empty; name numbers of tokens such as 4096,8192")
     positive("samples", e.samples)
+    positive("infinitebench_samples", c.infinitebench.infinitebench_samples)
     positive("needle_trials", c.needle.needle_trials)
     positive("needle_depths", c.needle.needle_depths)
     positive("short_limit", c.short.short_limit)
     positive("short_batch_size", c.short.short_batch_size)
     positive("context_parallel_size", c.preference.context_parallel_size)
     positive("tensor_model_parallel_size", c.preference.tensor_model_parallel_size)
+    wanted = max((infinitebench.MAX_TOKENS[t] for t in names(c.infinitebench.infinitebench_tasks)), default=0)
+    if "infinitebench" in c.suites and c.lengths[-1] < wanted + 512:
+        raise ConfigError(
+            f"lengths={c.lengths[-1]} leaves no text beside answers of {wanted} tokens (infinitebench); give at least "
+            f"{wanted + 512}"
+        )
     if "infinitebench" in c.suites and c.infinitebench.infinitebench is None:
         raise ConfigError("infinitebench is not given; name the folder of its JSONL files with --infinitebench")
     if "preference" in c.suites and c.preference.pairs is None:

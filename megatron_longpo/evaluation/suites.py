@@ -64,6 +64,39 @@ def read_materials(c: EvaluationConfig) -> ruler.Materials:
     return materials
 
 
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """What the suites of a configuration need, read before any long work.
+
+    Attributes:
+        materials: of RULER and the needle map.
+        books: rows and bad lines of InfiniteBench, by task.
+        short: tasks of the harness.
+    """
+
+    materials: ruler.Materials
+    books: dict[str, tuple[list[dict[str, Any]], list[infinitebench.BadLine]]]
+    short: list[short_context.LoadedTask]
+
+
+def prepare(c: EvaluationConfig) -> Prepared:
+    """Read everything that a configuration names.
+
+    Raises:
+        ConfigError, DataError: something is missing or cannot be read.
+    """
+    books, short = {}, []
+    if "infinitebench" in c.suites:
+        assert c.infinitebench.infinitebench is not None
+        folder = Path(c.infinitebench.infinitebench)
+        books = {t: infinitebench.read_task(folder, t) for t in names(c.infinitebench.infinitebench_tasks)}
+    materials = read_materials(c)
+    if "short" in c.suites:
+        data = Path(c.short.short_data) if c.short.short_data else None
+        short = short_context.load_tasks(names(c.short.short_tasks), data, c.short.short_limit, c.evaluate.seed)
+    return Prepared(materials, books, short)
+
+
 def digest_of(materials: ruler.Materials) -> dict[str, str | None]:
     """Names for the content of materials."""
 
@@ -88,7 +121,7 @@ class Suites:
 
     Args:
         config: checked.
-        materials: read.
+        prepared: read.
         engine: of the model.
         share: this process.
         restart: forget what is there.
@@ -97,13 +130,14 @@ class Suites:
     def __init__(
         self,
         config: EvaluationConfig,
-        materials: ruler.Materials,
+        prepared: Prepared,
         engine: Engine,
         share: Share,
         *,
         restart: bool = False,
     ) -> None:
-        self.config, self.materials, self.engine, self.share, self.restart = config, materials, engine, share, restart
+        self.config, self.engine, self.share, self.restart = config, engine, share, restart
+        self.materials, self.books = prepared.materials, prepared.books
         assert config.evaluate.output is not None
         self.output = Path(config.evaluate.output)
 
@@ -117,7 +151,13 @@ class Suites:
             "needle": self._needle,
             "infinitebench": self._infinitebench,
         }[suite]()
-        settings = {"version": version, "model": self.engine.identity, "seed": self.config.evaluate.seed, **settings}
+        settings = {
+            "version": version,
+            "model": self.engine.identity,
+            "tokenizer": self.engine.tokenizer.vocabulary_hash,
+            "seed": self.config.evaluate.seed,
+            **settings,
+        }
         results = Results(self.output / suite, settings, self.share, restart=self.restart)
         try:
             rows = run(suite, windows, by_engine(self.engine), results)
@@ -125,7 +165,7 @@ class Suites:
             results.close()
         if rows is None:
             return None
-        return {"settings": settings, "metrics": METRICS[suite](rows)}
+        return {"settings": settings, "asked": asked_of(rows), "metrics": METRICS[suite](rows)}
 
     def _ruler(self) -> tuple[int, dict[str, Any], list[Window]]:
         c = self.config
@@ -147,7 +187,9 @@ class Suites:
         # Too short a length is known before any long work.
         for length in c.lengths[:1]:
             for task in names(c.ruler.ruler_tasks):
-                made.sample(task, length, 0)
+                # Of questions the last one too: so many must fit.
+                for index in (0, c.evaluate.samples - 1) if ruler.GROUPS[task] == "QA" else (0,):
+                    made.sample(task, length, index)
         return ruler.VERSION, {"materials": digest_of(self.materials)}, windows
 
     def _needle(self) -> tuple[int, dict[str, Any], list[Window]]:
@@ -169,12 +211,10 @@ class Suites:
 
     def _infinitebench(self) -> tuple[int, dict[str, Any], list[Window]]:
         c, i = self.config, self.config.infinitebench
-        assert i.infinitebench is not None
-        folder, length = Path(i.infinitebench), c.lengths[-1]
+        length = c.lengths[-1]
         windows: list[Window] = []
         digests, bad = {}, []
-        for task in names(i.infinitebench_tasks):
-            rows, aside = infinitebench.read_task(folder, task)
+        for task, (rows, aside) in self.books.items():
             bad += aside
             text = json.dumps(rows, ensure_ascii=False)
             digests[task] = hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:16]
@@ -183,7 +223,7 @@ class Suites:
                 tokenizer, kind = self.engine.tokenizer, i.infinitebench_prompts
                 return infinitebench.sample_of(rows[number], task, number, length, kind, tokenizer, self.count)
 
-            count = min(len(rows), c.evaluate.samples)
+            count = min(len(rows), i.infinitebench_samples or len(rows))
             windows += windows_of("infinitebench", task, length, count, _WINDOW, make)
         if bad and self.share.rank == 0:
             path = self.output / "infinitebench.rejected.jsonl"
@@ -194,14 +234,15 @@ class Suites:
         return infinitebench.VERSION, {"files": digests, "prompts": i.infinitebench_prompts}, windows
 
 
-def run_short(config: EvaluationConfig, share: Share, *, restart: bool = False) -> dict[str, Any] | None:
+def run_short(
+    config: EvaluationConfig, prepared: Prepared, share: Share, *, restart: bool = False
+) -> dict[str, Any] | None:
     """The short-context suite; like ``Suites.run``, by lm-evaluation-harness and its own model."""
     from importlib.metadata import version
 
     e, s, model = config.evaluate, config.short, config.engine.model
     assert e.output is not None and model is not None
-    data = Path(s.short_data) if s.short_data else None
-    loaded = short_context.load_tasks(names(s.short_tasks), data, s.short_limit, e.seed)
+    loaded = prepared.short
     settings = {
         "version": short_context.VERSION,
         "harness": version("lm-eval"),
@@ -235,7 +276,7 @@ def run_short(config: EvaluationConfig, share: Share, *, restart: bool = False) 
         rows = run("short", windows, answer, results)
     finally:
         results.close()
-    return None if rows is None else {"settings": settings, "metrics": short_metrics(rows)}
+    return None if rows is None else {"settings": settings, "asked": asked_of(rows), "metrics": short_metrics(rows)}
 
 
 def short_metrics(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -258,6 +299,11 @@ def cell(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {**result, "refused": refused} if refused else result
 
 
+def asked_of(rows: Sequence[dict[str, Any]]) -> dict[str, int]:
+    """Samples of each task and length."""
+    return {name: len(of) for name, of in by(rows, lambda r: r["key"].rpartition("/")[0]).items()}
+
+
 def by(rows: Sequence[dict[str, Any]], key: Callable[[dict[str, Any]], Any]) -> dict[Any, list[dict[str, Any]]]:
     """Rows in the order of first appearance of their keys."""
     found: dict[Any, list[dict[str, Any]]] = {}
@@ -274,8 +320,14 @@ def ruler_metrics(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     lengths = sorted({int(n) for of in cells.values() for n in of})
 
     def mean(of: Sequence[str], length: int) -> float | None:
-        scores = [cells[t][str(length)]["score"] for t in of if str(length) in cells[t]]
-        return float(np.mean(scores)) if scores else None
+        # A mean over some of the tasks would not compare with one over all.
+        if not all(str(length) in cells[t] for t in of):
+            return None
+        return float(np.mean([cells[t][str(length)]["score"] for t in of]))
+
+    def over(values: Sequence[float | None]) -> float | None:
+        known = [v for v in values if v is not None]
+        return float(np.mean(known)) if known else None
 
     members: dict[str, list[str]] = {}
     for task in cells:
@@ -286,8 +338,8 @@ def ruler_metrics(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "groups": groups,
         "average": {str(n): mean(list(cells), n) for n in lengths},
         "over_lengths": {
-            **{g: float(np.mean([v for v in of.values() if v is not None])) for g, of in groups.items()},
-            "average": float(np.mean([m for n in lengths if (m := mean(list(cells), n)) is not None])),
+            **{g: over(list(of.values())) for g, of in groups.items()},
+            "average": over([mean(list(cells), n) for n in lengths]),
         },
     }
 
@@ -306,7 +358,12 @@ def infinitebench_metrics(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     for (task, length), found in sorted(of.items(), key=lambda x: (infinitebench.TASKS.index(x[0][0]), x[0][1])):
         tasks.setdefault(task, {})[str(length)] = {**cell(found), "cut": sum(bool(r.get("cut")) for r in found)}
     lengths = sorted({int(n) for of in tasks.values() for n in of})
-    means = {str(n): float(np.mean([of[str(n)]["score"] for of in tasks.values() if str(n) in of])) for n in lengths}
+    means = {
+        str(n): float(np.mean([of[str(n)]["score"] for of in tasks.values()]))
+        if all(str(n) in of for of in tasks.values())
+        else None
+        for n in lengths
+    }
     return {"tasks": tasks, "average": means}
 
 

@@ -289,18 +289,22 @@ class TransformersEngine(Engine):
         with torch.inference_mode():
             cache = self._read_on(rows[0][:shared]) if len(rows) > 1 and shared else None
             if cache is None:
-                shared = 0
+                # Nothing is read on from what is kept, and it is in the way.
+                shared, self._kept = 0, None
             for first in range(0, len(rows), size):
                 batch = list(rows[first : first + size])
                 last = first + size >= len(rows)
-                mine = cache if last else _copy(cache)
                 own = sum(len(row) - shared for row in batch)
                 packed = len(batch) > 1 and shared > 0 and own <= _LONGEST_PACKED and self._can_pack
-                if last and not packed and len(batch) > 1:
-                    # It becomes a cache of several rows.
+                # A cache that stays one row is cut back afterwards; one that becomes several is copied for the next batch.
+                stays = cache is not None and self._can_pack and (packed or len(batch) == 1)
+                mine = cache if last or stays else _copy(cache)
+                if last and not stays:
                     self._kept = None
                 decode = self._decode_packed if packed else self._decode
                 replies += decode(batch, shared, mine, sampling, list(seeds[first : first + size]))
+                if stays:
+                    _crop(cache, shared)
         return replies
 
     def _read(self, ids: Sequence[int], cache: Any = None) -> Any:
@@ -321,6 +325,7 @@ class TransformersEngine(Engine):
         replies: list[list[Reply]] = []
         with torch.inference_mode():
             first = 0
+            cache: Any = None
             while first < len(rows):
                 size = 1
                 while first + size < len(rows) and size < self.batch_size:
@@ -331,6 +336,8 @@ class TransformersEngine(Engine):
                 batch, own = rows[first : first + size], seeds[first : first + size]
                 first += size
                 if len(batch) == 1:
+                    # The cache before is not needed beside the next one.
+                    cache = None
                     cache = self._read_on(batch[0][:-1])
                     found = self._decode(batch, len(batch[0]) - 1, cache, sampling, own)
                 else:
@@ -374,8 +381,7 @@ class TransformersEngine(Engine):
             if done < _LEAST_KEPT:
                 cache, done = None, 0
             elif cache.get_seq_length() > done:
-                # Negative: so many from the end, whatever the version of transformers.
-                cache.crop(done - cache.get_seq_length())
+                _crop(cache, done)
         if done < len(ids):
             cache = self._read(ids[done:], cache)
         self._kept = (ids, cache)
@@ -535,7 +541,9 @@ def _few_queries_attention(
     scores = (rows @ key.transpose(-1, -2)).float().view(batch, heads, queries, length)
     if attention_mask is not None:
         mask = attention_mask[..., :length]
-        scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
+        # Not minus infinity: padding that sees nothing would become NaN, and spread.
+        least = torch.finfo(scores.dtype).min
+        scores = scores.masked_fill(~mask, least) if mask.dtype == torch.bool else scores + mask
     weights = scores.softmax(-1).to(value.dtype).view(batch, groups, heads // groups * queries, length)
     return (weights @ value).view(batch, heads, queries, width).transpose(1, 2).contiguous(), None
 
@@ -565,6 +573,13 @@ def _common_prefix(rows: Sequence[Sequence[int]]) -> int:
 def _is_mostly_shared(rows: Sequence[Sequence[int]]) -> bool:
     """Whether what the rows begin with is longer than what each goes on with."""
     return len(rows) > 1 and 2 * _common_prefix(rows) >= max(map(len, rows))
+
+
+def _crop(cache: Any, length: int) -> None:
+    """Keep the first tokens of a cache alone."""
+    if cache.get_seq_length() > length:
+        # Negative: so many from the end, whatever the version of transformers.
+        cache.crop(length - cache.get_seq_length())
 
 
 def _copy(cache: Any) -> Any:

@@ -11,6 +11,7 @@ from hf_oracle import load, objective
 from worker import EVALUATED, base_settings
 
 from megatron_longpo.data.indexed import PreferenceData
+from megatron_longpo.data.preference import CHOSEN_RESPONSE, REJECTED_RESPONSE
 from megatron_longpo.data.sampler import BatchSampler
 from megatron_longpo.evaluation import preference
 from tests.support import FAMILIES, VARIANTS
@@ -122,14 +123,11 @@ def test_held_out_figures_agree_with_one_process(results: dict[str, Any], case: 
 def test_held_out_figures_agree_with_hugging_face(results: dict[str, Any], parity_folder: Path) -> None:
     settings = base_settings(parity_folder, EVALUATED)
     data = PreferenceData(parity_folder / "held_out")
-    answer = objective(
-        load(parity_folder / EVALUATED, settings["model"]["rotary_base"]),
-        load(parity_folder / EVALUATED, None),
-        [data[i] for i in range(7)],
-        kind="longpo",
-        beta=settings["objective"]["beta"],
-        weight=settings["objective"]["preference_weight"],
-    )
+    policy = load(parity_folder / EVALUATED, settings["model"]["rotary_base"])
+    reference = load(parity_folder / EVALUATED, None)
+    weights = {"beta": settings["objective"]["beta"], "weight": settings["objective"]["preference_weight"]}
+    answer = objective(policy, reference, [data[i] for i in range(7)], **weights)
+    answers = [objective(policy, reference, [data[i]], **weights) for i in range(7)]
     summary = preference.summary(results[EVALUATED]["one"]["held_out"])
     both = [name for name in answer.metrics if name in summary]
     assert {"loss", "nll", "preference", "logps/chosen", "logps/rejected"} <= set(both)
@@ -139,6 +137,15 @@ def test_held_out_figures_agree_with_hugging_face(results: dict[str, Any], parit
     m, beta = answer.metrics, settings["objective"]["beta"]
     margin = beta * ((m["logps/chosen"] - m["ref/chosen"]) - (m["logps/rejected"] - m["ref/rejected"]))
     assert abs(summary["rewards/margins"] - margin) <= HF_BOUND * _scale(m, "rewards/margins", beta)
+    # Estimates of the KL a token, sample by sample.
+    figures = preference.figures_of(results[EVALUATED]["one"]["held_out"])
+    for number in range(7):
+        m = answers[number].metrics
+        for side, first, second in (("chosen", "ref", "logps"), ("rejected", "logps", "ref")):
+            mode = CHOSEN_RESPONSE if side == "chosen" else REJECTED_RESPONSE
+            tokens = sum(len(p.tokens) for p in data[number].pieces if p.mode & mode == mode)
+            kl = (m[f"{first}/{side}"] - m[f"{second}/{side}"]) / tokens
+            assert abs(figures[f"kl/{side}"][number] - kl) <= HF_BOUND * abs(m[f"logps/{side}"]) / tokens
 
 
 @_of(bf16=True)

@@ -331,7 +331,7 @@ def test_variables_are_a_chain(materials: ruler.Materials) -> None:
     example, question = sample.message.rsplit("Memorize and track", 1)
     assert "they are: " in example and example.endswith("\n\n")
     value = re.search(r"assigned the value (\d{5}) in the text", question)
-    assert value is not None and f" 5 variables are assigned the value {value[1]}, they are: " in sample.prefix
+    assert value is not None and f" 5 variables are assgined the value {value[1]}, they are: " in sample.prefix
     assigned = dict(re.findall(r"VAR ([A-Z]{5}) = (?:VAR )?([A-Z]{5}|\d{5})", question))
     chain = [sample.references[0]]
     assert assigned[chain[0]] == value[1]
@@ -363,6 +363,11 @@ def test_frequent_coded_words_follow_zeta(materials: ruler.Materials) -> None:
     assert counts["..."] / counts[ordered[1]] == pytest.approx(4, rel=0.01)
 
 
+def documents_of(pool: ruler.QuestionPool, times: int) -> list[str]:
+    """The documents, every third one many times as long."""
+    return [d if i % 3 else " ".join([d] * times) for i, d in enumerate(pool.documents)]
+
+
 @pytest.mark.parametrize("task", ["qa_1", "qa_2"])
 def test_questions_come_with_their_documents(task: str, materials: ruler.Materials) -> None:
     pool = materials.pool(task)
@@ -377,10 +382,45 @@ def test_questions_come_with_their_documents(task: str, materials: ruler.Materia
         numbers = [int(n) for n in re.findall(r"^Document (\d+):$", sample.message, re.MULTILINE)]
         assert numbers == list(range(1, len(numbers) + 1)) and len(numbers) > 20
     assert len(asked) == 10
+    # Some questions are too long for a length: the others are asked, each once.
+    long = tuple(documents_of(pool, 60))
+    fewer = ruler.Materials(
+        essays="x", squad=ruler.QuestionPool(pool.questions, long), hotpotqa=ruler.QuestionPool(pool.questions, long)
+    )
+    once = ruler.Ruler(fewer, words_count, seed=3)
+    queries = [once.sample(task, 1500, i).message.rsplit("Question: ", 1)[1] for i in range(10)]
+    assert len(set(queries)) == 10
+    with pytest.raises(DataError, match=r"\d+ of 40 questions fit"):
+        once.sample(task, 1500, 39)
     # Where not all documents of a question fit, those that it needs do.
     short = made.sample("qa_2", 512, 0)
     question = next(q for q in materials.pool("qa_2").questions if q.answers == short.references)
     assert all(materials.pool("qa_2").documents[i] in short.message for i in question.needed)
+
+
+def test_words_are_words(materials: ruler.Materials) -> None:
+    first, second = materials.key_parts
+    for words in (first, second, materials.common_words):
+        assert all(w and w == w.strip() for w in words) and len(words) > 900
+
+
+@pytest.mark.parametrize("words", [60, 300])
+def test_few_words_are_paired_for_long_lists(words: int) -> None:
+    """A user's short list serves any length, every word different."""
+    few = ruler.Materials(words=[f"word{chr(97 + i % 26)}{i}" for i in range(words)])
+    few.check(["cwe"])
+    sample = ruler.Ruler(few, words_count, seed=3).sample("cwe", 16384, 1)
+    listed = sample.message.rsplit("often.\n", 1)[1].split("\nQuestion", 1)[0]
+    counts: dict[str, int] = {}
+    for word in re.findall(r"\d+\. (\S+)", listed):
+        counts[word] = counts.get(word, 0) + 1
+    assert set(counts.values()) == {3, 30} and len(counts) > words
+
+
+def test_a_small_pool_is_gone_through_again() -> None:
+    one = ruler.QuestionPool((ruler.Question("Q?", ("a",), (0,), (0,)),), ("Some words of the only document.",))
+    sample = ruler.Ruler(ruler.Materials(squad=one), words_count, seed=3).sample("qa_1", 2000, 0)
+    assert 0.95 * 2000 <= sample.prompt_tokens + sample.max_tokens <= 2000
 
 
 def test_formats_of_question_files(tmp_path: Path) -> None:
@@ -436,14 +476,14 @@ def test_too_short_a_length_is_said(materials: ruler.Materials) -> None:
 
 
 def test_sentences() -> None:
-    text = 'He said "No." Then 3.5 of them left! (Nobody cared.) e.g. this one? Yes.'
+    text = 'He said "No." Then 3.5 of them left! (Nobody cared.) Was it e.g. this one? Yes.'
     assert ruler.sentences_of(text) == [
         'He said "No."',
         "Then 3.5 of them left!",
         "(Nobody cared.)",
-        "e.g. this one?",
+        "Was it e.g. this one?",
         "Yes.",
-    ] or ruler.sentences_of(text)[:2] == ['He said "No."', "Then 3.5 of them left!"]
+    ]
     assert " ".join(ruler.sentences_of(text)) == text
 
 
@@ -570,6 +610,14 @@ def test_results_go_on_after_a_torn_line_whatever_the_split(tmp_path: Path) -> N
     again.close()
     assert rows is not None and [r["key"] for r in rows] == [f"s/t/1/{i}" for i in range(10)]
     assert len((tmp_path / "s" / "samples.jsonl").read_text().splitlines()) == 10
+    # Fewer samples of a cell that is asked again; another cell that was finished stays, one that was begun does not.
+    fewer = Results(tmp_path / "s", {"seed": 1}, Share(0, 1))
+    other = [Window(("s/u/1/0",), 1.0, list)]
+    run("s", other, _rows, fewer)
+    fewer.add([{"key": "s/v/1/0", "task": "v", "length": 1, "index": 0, "score": 0.0}])
+    rows = run("s", windows[:2], _rows, fewer)
+    fewer.close()
+    assert rows is not None and {r["key"] for r in rows} == {*(f"s/t/1/{i}" for i in range(4)), "s/u/1/0"}
     with pytest.raises(ConfigError, match=r"seed was 1 and is 2.*--restart"):
         Results(tmp_path / "s", {"seed": 2}, Share())
     Results(tmp_path / "s", {"seed": 2}, Share(), restart=True).close()
@@ -602,6 +650,19 @@ def test_comparison_pairs_what_is_the_same() -> None:
     assert paired.paired and paired.is_clear and paired.low > 0.03 and paired.high < 0.051
     assert not unpaired.paired and not unpaired.is_clear and unpaired.high - unpaired.low > 0.1
     assert paired.other_mean - paired.first_mean == pytest.approx(unpaired.other_mean - unpaired.first_mean)
+    # A few questions in common are no ground for leaving out the others.
+    mixed = {
+        k: (s, f"d{i}" if i < 3 else f"x{i}")
+        for i, (k, (s, _)) in enumerate(_evaluation("b", better).scores["ruler"]["vt", "1"].items())
+    }
+    (partly,) = [
+        d
+        for d in compare.compare([_evaluation("a", hard), compare.Evaluation("b", {"ruler": {("vt", "1"): mixed}})])
+        if d.name == "vt"
+    ]
+    assert not partly.paired and partly.samples == 60
+    (single,) = [d for d in compare.compare([_evaluation("a", {0: 0.0}), _evaluation("b", {0: 1.0})]) if d.name == "vt"]
+    assert not single.is_clear
     (same,) = [d for d in compare.compare([_evaluation("a", hard), _evaluation("b", hard)]) if d.name == "vt"]
     assert same.low == same.high == 0 and not same.is_clear
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import random
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -484,3 +485,48 @@ def test_attention_of_few_queries_is_that_of_sdpa(queries: int, masked: str) -> 
         q, k.repeat_interleave(3, 1), v.repeat_interleave(3, 1), attn_mask=None if masked == "none" else mask, scale=0.3
     )
     assert torch.allclose(found, whole.transpose(1, 2), atol=1e-6)
+
+
+def test_padding_that_sees_nothing_spreads_no_nan() -> None:
+    import torch
+
+    from megatron_longpo.generation.engines import _few_queries_attention
+
+    q, k, v = torch.randn(1, 2, 3, 8), torch.randn(1, 2, 3, 8), torch.randn(1, 2, 3, 8)
+    mask = torch.tensor([[False, False, False], [False, True, False], [False, True, True]])[None, None]
+    found, _ = _few_queries_attention(torch.nn.Module(), q, k, v, mask)
+    assert torch.isfinite(found).all()
+
+
+def test_replies_do_not_depend_on_what_is_kept(tmp_path: Path) -> None:
+    """A mix of calls on an engine that keeps prefixes: the tokens of one that reads every prompt whole and alone."""
+    from megatron_longpo.generation.engines import Prompt, Sampling, TransformersEngine
+    from tests.support import make_chat_model
+    from tests.unit.test_chat import make_fast_tokenizer
+
+    make_fast_tokenizer(tmp_path)
+    make_chat_model(tmp_path)
+    rng = random.Random(2)
+    words = ["tower", "river", "bank", "people", "climb", "view", "left", "built"]
+    text = " ".join(rng.choices(words, k=300))
+
+    def prompt(message: str) -> Prompt:
+        return Prompt(({"role": "user", "content": message},), prefix=" It")
+
+    calls = [
+        # Singles that share much, less, and all of what was read; short ones of unequal length beside long ones.
+        [[prompt(text)], [prompt(text[:900] + " other " + text[:300])], [prompt(text[:500])], [prompt("tower")]],
+        # A group on one text, more than a batch of it, then a single that goes on from the text.
+        [[prompt(f"{text} {word}?") for word in words[:5]]],
+        [[prompt(text + " and more")]],
+        [[prompt("tower")], [prompt("tower river bank people climb")]],
+        [[prompt(text)]],
+    ]
+    keeping = TransformersEngine(tmp_path, dtype="float32", batch_size=3, keep_prefix=True)
+    plain = TransformersEngine(tmp_path, dtype="float32", batch_size=1)
+    for call in calls:
+        found = keeping.answer(call, Sampling(12))
+        for group, replies in zip(call, found, strict=True):
+            for one, reply in zip(group, replies, strict=True):
+                ((alone,),) = plain.answer([[one]], Sampling(12))
+                assert reply == alone and reply.new_tokens

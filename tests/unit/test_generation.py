@@ -472,7 +472,7 @@ def test_attention_of_few_queries_is_that_of_sdpa(queries: int, masked: str) -> 
     import torch
     import torch.nn.functional as F
 
-    from megatron_longpo.generation.engines import _few_queries_attention
+    from megatron_longpo.generation.engines import _cached_attention
 
     torch.manual_seed(0)
     q = torch.randn(2, 6, queries, 16)
@@ -480,7 +480,7 @@ def test_attention_of_few_queries_is_that_of_sdpa(queries: int, masked: str) -> 
     mask = torch.rand(2, 1, queries, 33) < 0.7
     mask[..., 0] = True
     given = {"none": None, "bool": mask, "float": torch.zeros(mask.shape).masked_fill_(~mask, -1e30)}[masked]
-    found, _ = _few_queries_attention(torch.nn.Module(), q, k, v, given, scaling=0.3)
+    found, _ = _cached_attention(torch.nn.Module(), q, k, v, given, scaling=0.3)
     whole = F.scaled_dot_product_attention(
         q, k.repeat_interleave(3, 1), v.repeat_interleave(3, 1), attn_mask=None if masked == "none" else mask, scale=0.3
     )
@@ -490,11 +490,11 @@ def test_attention_of_few_queries_is_that_of_sdpa(queries: int, masked: str) -> 
 def test_padding_that_sees_nothing_spreads_no_nan() -> None:
     import torch
 
-    from megatron_longpo.generation.engines import _few_queries_attention
+    from megatron_longpo.generation.engines import _cached_attention
 
     q, k, v = torch.randn(1, 2, 3, 8), torch.randn(1, 2, 3, 8), torch.randn(1, 2, 3, 8)
     mask = torch.tensor([[False, False, False], [False, True, False], [False, True, True]])[None, None]
-    found, _ = _few_queries_attention(torch.nn.Module(), q, k, v, mask)
+    found, _ = _cached_attention(torch.nn.Module(), q, k, v, mask)
     assert torch.isfinite(found).all()
 
 
@@ -530,3 +530,21 @@ def test_replies_do_not_depend_on_what_is_kept(tmp_path: Path) -> None:
             for one, reply in zip(group, replies, strict=True):
                 ((alone,),) = plain.answer([[one]], Sampling(12))
                 assert reply == alone and reply.new_tokens
+
+
+@pytest.mark.parametrize("queries", [2, 70])
+def test_attention_after_a_past_is_that_of_sdpa(queries: int) -> None:
+    """Without a mask every query sees the past and itself up to its own place."""
+    import torch
+    import torch.nn.functional as F
+
+    from megatron_longpo.generation.engines import _cached_attention
+
+    torch.manual_seed(0)
+    q, k, v = torch.randn(1, 6, queries, 16), torch.randn(1, 2, 100, 16), torch.randn(1, 2, 100, 16)
+    found, _ = _cached_attention(torch.nn.Module(), q, k, v, None, scaling=0.3)
+    mask = torch.ones(queries, 100, dtype=torch.bool).tril(100 - queries)
+    whole = F.scaled_dot_product_attention(
+        q, k.repeat_interleave(3, 1), v.repeat_interleave(3, 1), attn_mask=mask, scale=0.3
+    )
+    assert torch.allclose(found, whole.transpose(1, 2), atol=1e-6)

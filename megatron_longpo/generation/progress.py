@@ -32,7 +32,7 @@ class Progress:
         from rich.progress import Progress as Bar
 
         self.name, self.total, self.done, self.unit = name, total, done, unit
-        self._first, self._tokens = done, 0
+        self._first, self._tokens, self._said = done, 0, -1
         self._began = self._line = time.monotonic()
         console = Console(file=sys.stderr)
         columns = (
@@ -51,7 +51,8 @@ class Progress:
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         self._bar.stop()
-        if kind is None and self.done > self._first:
+        # Not again what the last line said.
+        if kind is None and self.done > self._first and self.done != self._said:
             print(self._text(), flush=True)
 
     def add(self, rows: int, tokens: int = 0) -> None:
@@ -61,7 +62,7 @@ class Progress:
         self._bar.update(self._task, completed=self.done, note=self._rates())
         now = time.monotonic()
         if self._bar.disable and now - self._line >= _LINE_SECONDS:
-            self._line = now
+            self._line, self._said = now, self.done
             print(self._text(), flush=True)
 
     def _rates(self) -> str:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import gc
 import importlib
 import logging
 import os
@@ -54,6 +55,12 @@ class Platform:
     def device(self) -> torch.device:
         """The device of this process; on CUDA the current one, so ``use_local_rank`` must come first."""
         return torch.device("cuda", torch.cuda.current_device()) if self.is_cuda else torch.device("cpu")
+
+    def free_memory(self) -> None:
+        """Give back what objects held that nobody refers to any more."""
+        gc.collect()
+        if self.is_cuda:
+            torch.cuda.empty_cache()
 
     def use_local_rank(self, local_rank: int) -> None:
         """Bind the process to its accelerator.

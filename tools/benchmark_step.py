@@ -194,7 +194,8 @@ def ours(a: argparse.Namespace, length: int, branches: int) -> dict[str, Any]:
     from megatron_longpo.config import from_dict
     from megatron_longpo.data.indexed import Manifest, SampleWriter
     from megatron_longpo.model.shape import ModelShape
-    from megatron_longpo.trainer import Trainer, groups_of, make_plan
+    from megatron_longpo.plan import groups_of, make_plan
+    from megatron_longpo.trainer import Trainer
 
     torch.set_num_threads(a.threads)
     shape = ModelShape.read(Path(a.checkpoint))

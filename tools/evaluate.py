@@ -17,6 +17,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from megatron_longpo import platform
 from megatron_longpo.config import from_command_line
 from megatron_longpo.data.indexed import read_manifest
 from megatron_longpo.errors import ConfigError
@@ -48,7 +49,7 @@ def main() -> None:
         return
     check(config)
     share = share_of(config)
-    use_device()
+    platform.CURRENT.use_local_rank(int(os.environ.get("LOCAL_RANK", "0")))
     evaluate(config, share, restart=restart)
 
 
@@ -83,7 +84,7 @@ def evaluate(config: EvaluationConfig, share: Share, *, restart: bool) -> None:
             finish(suite, generating.run(suite))
         # Two models in memory would be one too many.
         del generating, engine
-        free_memory()
+        platform.CURRENT.free_memory()
     if "short" in config.suites:
         finish("short", run_short(config, prepared, share, restart=restart))
     if "preference" in config.suites:
@@ -131,7 +132,8 @@ def evaluate_preferences(config: EvaluationConfig, share: Share, *, restart: boo
     from megatron_longpo.evaluation.runner import Results
     from megatron_longpo.generation.engines import model_identity
     from megatron_longpo.parallel import start_processes, stop_processes
-    from megatron_longpo.trainer import Trainer, groups_of, make_plan
+    from megatron_longpo.plan import groups_of, make_plan
+    from megatron_longpo.trainer import Trainer
 
     p, model = config.preference, config.engine.model
     assert config.evaluate.output is not None and model is not None and p.pairs is not None
@@ -189,17 +191,6 @@ def evaluate_preferences(config: EvaluationConfig, share: Share, *, restart: boo
     return {"settings": settings, "asked": {"preference": len(table)}, "metrics": preference.summary(table)}
 
 
-def free_memory() -> None:
-    """What a model that is gone held."""
-    import gc
-
-    import torch
-
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
 def computes_in_bf16(model: Path, dtype: str) -> bool:
     """What the trainer computes in: fp32 where that is asked for or stored, else bf16."""
     if dtype != "auto":
@@ -254,16 +245,8 @@ def share_of(config: EvaluationConfig) -> Share:
     return Share()
 
 
-def use_device() -> None:
-    """Each process of a node has its GPU."""
-    import torch
-
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
-
-
 def compare_command(arguments: list[str]) -> None:
-    """Compare the folders after --compare; write to --output, default: COMPARISON beside the first."""
+    """Compare the folders after --compare; write to --output."""
     from megatron_longpo.evaluation.compare import write_comparison
 
     parser = argparse.ArgumentParser(prog=PROGRAM)

@@ -10,7 +10,8 @@ from megatron_longpo import parallel as parallel_module
 from megatron_longpo.checkpoint.training import ASSETS, Checkpointer
 from megatron_longpo.config import from_dict
 from megatron_longpo.failure import run_or_fail
-from megatron_longpo.trainer import Trainer, groups_of, make_plan
+from megatron_longpo.plan import groups_of, make_plan
+from megatron_longpo.trainer import Trainer
 
 LAYOUTS = {
     1: {"tp1": {}},

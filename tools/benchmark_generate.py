@@ -63,7 +63,8 @@ def reuse(a: argparse.Namespace) -> dict[str, object]:
     import torch
 
     from megatron_longpo.generation.chat import user_message
-    from megatron_longpo.generation.engines import Prompt, Sampling, TransformersEngine
+    from megatron_longpo.generation.engines import Prompt, Sampling
+    from megatron_longpo.generation.transformers_engine import TransformersEngine
 
     torch.set_num_threads(a.threads)
     engine = TransformersEngine(a.model, dtype=a.dtype, batch_size=a.turns)

@@ -16,6 +16,7 @@ import sys
 import time
 from pathlib import Path
 
+from megatron_longpo import platform
 from megatron_longpo.config import from_command_line
 from megatron_longpo.errors import ConfigError
 from megatron_longpo.failure import run_or_fail
@@ -45,7 +46,7 @@ def main() -> None:
         return
     check(config)
     rank, world_size, launcher = part_of(config)
-    use_device()
+    platform.CURRENT.use_local_rank(int(os.environ.get("LOCAL_RANK", "0")))
     # After the checks: it loads a model.
     from megatron_longpo.generation.engines import make_engine
 
@@ -94,14 +95,6 @@ def part_of(config: GenerationConfig) -> tuple[int, int, str]:
             )
         return rank, count, "a Slurm array"
     return 0, 1, "alone"
-
-
-def use_device() -> None:
-    """Each process of a node has its GPU."""
-    import torch
-
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
 
 
 def wait_for_others(output: Path, world_size: int, since: float) -> None:

@@ -151,7 +151,6 @@ class Materials:
     words: Sequence[str] | None = None
     squad: QuestionPool | None = None
     hotpotqa: QuestionPool | None = None
-    _pairs: dict[str, Any] = field(default_factory=dict)
 
     @cached_property
     def essay_words(self) -> list[str]:

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 from dataclasses import dataclass, field
-from typing import Any
 
-import yaml
-
+from megatron_longpo.config import Sections
 from megatron_longpo.errors import ConfigError
 from megatron_longpo.evaluation import infinitebench, needle, ruler, short_context
-from megatron_longpo.generation.settings import EngineConfig
+from megatron_longpo.generation.settings import EngineConfig, check_engine, check_part
 
 # A section has a field with the name of its module.
 _INFINITEBENCH_TASKS = infinitebench.TASKS
@@ -106,7 +102,7 @@ class PreferenceConfig:
 
 
 @dataclass(frozen=True)
-class EvaluationConfig:
+class EvaluationConfig(Sections):
     """One dataclass a section."""
 
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
@@ -116,12 +112,6 @@ class EvaluationConfig:
     needle: NeedleConfig = field(default_factory=NeedleConfig)
     short: ShortConfig = field(default_factory=ShortConfig)
     preference: PreferenceConfig = field(default_factory=PreferenceConfig)
-
-    def as_dict(self) -> dict[str, Any]:
-        return dict(json.loads(json.dumps(dataclasses.asdict(self))))
-
-    def as_yaml(self) -> str:
-        return yaml.safe_dump(self.as_dict(), sort_keys=False, allow_unicode=True)
 
     @property
     def suites(self) -> list[str]:
@@ -166,10 +156,7 @@ def check(c: EvaluationConfig) -> None:
     e = c.evaluate
     if e.output is None:
         raise ConfigError("output is not given; name the folder of the results with --output")
-    if c.engine.model is None:
-        raise ConfigError(
-            "model is not given; name a Hugging Face folder (or, for openai, the server's model) with --model"
-        )
+    check_engine(c.engine)
     if not c.suites:
         raise ConfigError(f"tasks is empty; name some of {', '.join(SUITES)}")
     for suite in c.suites:
@@ -210,9 +197,4 @@ def check(c: EvaluationConfig) -> None:
             f"tasks={','.join(needs_weights)} need log-probs of given text, which engine=openai does not give; leave "
             "them out, or use a model folder"
         )
-    if c.engine.engine == "openai" and c.engine.tokenizer is None:
-        raise ConfigError("engine=openai needs tokenizer, the folder of the served model's, to measure samples with")
-    if (e.rank is None) != (e.world_size is None):
-        raise ConfigError(f"rank={e.rank} and world_size={e.world_size} belong together; give both or none")
-    if e.rank is not None and e.world_size is not None and not 0 <= e.rank < e.world_size:
-        raise ConfigError(f"rank={e.rank} must be from 0 to world_size - 1 = {e.world_size - 1}")
+    check_part(e.rank, e.world_size)

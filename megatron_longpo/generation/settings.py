@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import yaml
-
+from megatron_longpo.config import Sections
 from megatron_longpo.errors import ConfigError
 
 # Of the paper's set-up, at its target of 131072 tokens; other targets scale them.
@@ -186,7 +184,7 @@ class RunConfig:
 
 
 @dataclass(frozen=True)
-class GenerationConfig:
+class GenerationConfig(Sections):
     """One dataclass a section."""
 
     documents: DocumentsConfig = field(default_factory=DocumentsConfig)
@@ -195,12 +193,6 @@ class GenerationConfig:
     engine: EngineConfig = field(default_factory=EngineConfig)
     filters: FiltersConfig = field(default_factory=FiltersConfig)
     run: RunConfig = field(default_factory=RunConfig)
-
-    def as_dict(self) -> dict[str, Any]:
-        return dict(json.loads(json.dumps(dataclasses.asdict(self))))
-
-    def as_yaml(self) -> str:
-        return yaml.safe_dump(self.as_dict(), sort_keys=False, allow_unicode=True)
 
     @property
     def window(self) -> int:
@@ -245,17 +237,8 @@ def check(c: GenerationConfig) -> None:
         raise ConfigError("documents is not given; name files, folders or globs with --documents")
     if c.run.output is None:
         raise ConfigError("output is not given; name the preference JSONL with --output")
-    if c.engine.model is None:
-        raise ConfigError("model is not given; name a model folder (or, for openai, the server's model) with --model")
-    for section in (c.documents, c.questions, c.answers, c.engine):
-        for f in dataclasses.fields(section):
-            value = getattr(section, f.name)
-            whole = isinstance(value, int) and not isinstance(value, bool)
-            least = 0 if f.name in ("min_document_tokens", "retries") else 1
-            if whole and value < least:
-                raise ConfigError(f"{f.name}={value} must be at least {least}")
-            if isinstance(value, float) and not math.isfinite(value):
-                raise ConfigError(f"{f.name}={value} must be a number")
+    for section in (c.documents, c.questions, c.answers):
+        _check_numbers(section)
     smallest, largest = c.chunk_tokens
     if smallest > largest:
         raise ConfigError(f"min_chunk_tokens={smallest} is above max_chunk_tokens={largest}; lower it")
@@ -306,7 +289,22 @@ def check(c: GenerationConfig) -> None:
         ) from None
     if not c.questions.lead_ins:
         raise ConfigError('lead_ins is empty; give at least one phrase, "" for none')
-    e, a = c.engine, c.answers
+    a = c.answers
+    check_engine(c.engine)
+    if c.engine.engine == "openai" and (a.rotary_base or a.rope_type):
+        raise ConfigError("rotary_base and rope_type are the server's affair with engine=openai; start it with them")
+    check_part(c.run.rank, c.run.world_size)
+
+
+def check_engine(e: EngineConfig) -> None:
+    """An engine by itself; evaluation has the same.
+
+    Raises:
+        ConfigError: the first value that breaks a rule.
+    """
+    if e.model is None:
+        raise ConfigError("model is not given; name a model folder (or, for openai, the server's model) with --model")
+    _check_numbers(e)
     if not e.base_url.startswith(("http://", "https://")):
         raise ConfigError(f"base_url={e.base_url} must begin with http:// or https://")
     if not e.timeout_seconds > 0:
@@ -317,10 +315,29 @@ def check(c: GenerationConfig) -> None:
             f"{e.api_key_variable}"
         )
     if e.engine == "openai" and e.tokenizer is None:
-        raise ConfigError("engine=openai needs tokenizer, the folder of the served model's, to measure documents with")
-    if e.engine == "openai" and (a.rotary_base or a.rope_type):
-        raise ConfigError("rotary_base and rope_type are the server's affair with engine=openai; start it with them")
-    if (c.run.rank is None) != (c.run.world_size is None):
-        raise ConfigError(f"rank={c.run.rank} and world_size={c.run.world_size} belong together; give both or none")
-    if c.run.rank is not None and c.run.world_size is not None and not 0 <= c.run.rank < c.run.world_size:
-        raise ConfigError(f"rank={c.run.rank} must be from 0 to world_size - 1 = {c.run.world_size - 1}")
+        raise ConfigError("engine=openai needs tokenizer, the folder of the served model's, to measure texts with")
+
+
+def check_part(rank: int | None, world_size: int | None) -> None:
+    """Which part of how many.
+
+    Raises:
+        ConfigError: one without the other, or no such part.
+    """
+    if rank is None and world_size is None:
+        return
+    if rank is None or world_size is None:
+        raise ConfigError(f"rank={rank} and world_size={world_size} belong together; give both or none")
+    if not 0 <= rank < world_size:
+        raise ConfigError(f"rank={rank} must be from 0 to world_size - 1 = {world_size - 1}")
+
+
+def _check_numbers(section: Any) -> None:
+    for f in dataclasses.fields(section):
+        value = getattr(section, f.name)
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        least = 0 if f.name in ("min_document_tokens", "retries") else 1
+        if whole and value < least:
+            raise ConfigError(f"{f.name}={value} must be at least {least}")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(f"{f.name}={value} must be a number")

@@ -18,10 +18,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_longpo.errors import ConfigError, DataError
-from megatron_longpo.generation import engines
+from megatron_longpo.generation import openai_engine
 from megatron_longpo.generation.documents import DOMAINS, RawDocument, find_files, group_units, take_units, units_of
-from megatron_longpo.generation.engines import EngineError, OpenAIEngine, Prompt, Rope, Sampling, TransformersEngine
+from megatron_longpo.generation.engines import EngineError, Prompt, Rope, Sampling
 from megatron_longpo.generation.filters import LanguageFilter, is_repetitive, questions_in, why_not_ask, why_not_keep
+from megatron_longpo.generation.openai_engine import OpenAIEngine
 from megatron_longpo.generation.pairs import Cutter
 from megatron_longpo.generation.settings import (
     AnswersConfig,
@@ -34,6 +35,7 @@ from megatron_longpo.generation.settings import (
     check,
 )
 from megatron_longpo.generation.stages import Stage, read_lines
+from megatron_longpo.generation.transformers_engine import TransformersEngine, _cached_attention
 from tests.support import make_chat_model
 from tests.unit.test_chat import make_fast_tokenizer
 
@@ -412,7 +414,7 @@ def test_the_servers_wish_to_wait_is_honoured(scripted: Any) -> None:
 
 
 def test_what_passes_is_tried_again_and_what_does_not_is_not(scripted: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engines.random, "uniform", lambda a, b: 0.0)
+    monkeypatch.setattr(openai_engine.random, "uniform", lambda a, b: 0.0)
     half = _completion("whole")[:30]
     moods = [(500, b"", {}), (200, half, {}), (200, half, {"Content-Length": "900"}), (503, b"", {}), (200, b"[]", {})]
 
@@ -472,8 +474,6 @@ def test_attention_of_few_queries_is_that_of_sdpa(queries: int, masked: str) -> 
     import torch
     import torch.nn.functional as F
 
-    from megatron_longpo.generation.engines import _cached_attention
-
     torch.manual_seed(0)
     q = torch.randn(2, 6, queries, 16)
     k, v = torch.randn(2, 2, 33, 16), torch.randn(2, 2, 33, 16)
@@ -490,8 +490,6 @@ def test_attention_of_few_queries_is_that_of_sdpa(queries: int, masked: str) -> 
 def test_padding_that_sees_nothing_spreads_no_nan() -> None:
     import torch
 
-    from megatron_longpo.generation.engines import _cached_attention
-
     q, k, v = torch.randn(1, 2, 3, 8), torch.randn(1, 2, 3, 8), torch.randn(1, 2, 3, 8)
     mask = torch.tensor([[False, False, False], [False, True, False], [False, True, True]])[None, None]
     found, _ = _cached_attention(torch.nn.Module(), q, k, v, mask)
@@ -500,7 +498,6 @@ def test_padding_that_sees_nothing_spreads_no_nan() -> None:
 
 def test_replies_do_not_depend_on_what_is_kept(tmp_path: Path) -> None:
     """A mix of calls on an engine that keeps prefixes: the tokens of one that reads every prompt whole and alone."""
-    from megatron_longpo.generation.engines import Prompt, Sampling, TransformersEngine
     from tests.support import make_chat_model
     from tests.unit.test_chat import make_fast_tokenizer
 
@@ -537,8 +534,6 @@ def test_attention_after_a_past_is_that_of_sdpa(queries: int) -> None:
     """Without a mask every query sees the past and itself up to its own place."""
     import torch
     import torch.nn.functional as F
-
-    from megatron_longpo.generation.engines import _cached_attention
 
     torch.manual_seed(0)
     q, k, v = torch.randn(1, 6, queries, 16), torch.randn(1, 2, 100, 16), torch.randn(1, 2, 100, 16)

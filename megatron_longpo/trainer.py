@@ -12,7 +12,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -487,33 +487,54 @@ class Trainer:
 
     # ---------------------------------------------------------------------------------- held-out data
 
-    def evaluate(self) -> np.ndarray:
+    def evaluate(
+        self,
+        kept: Mapping[int, Sequence[float]] | None = None,
+        keep: Callable[[list[int], np.ndarray], None] | None = None,
+    ) -> np.ndarray:
         """Figures of the held-out samples, [samples, preference.COLUMNS], the same on every rank and for every layout.
 
         Collective; the weights stay as they are.
+
+        Args:
+            kept: figures of samples that a broken-off run found, by number, the same on every rank; they are not computed again.
+            keep: called with the numbers of a batch and their figures, [numbers, preference.COLUMNS], as they come.
         """
         held_out = self.valid_set
         assert held_out is not None
         t = self.config.training
         size = t.global_batch_size
         count = len(held_out.samples) if t.eval_iters is None else min(len(held_out.samples), t.eval_iters * size)
-        tables = []
+        result = np.zeros((count, len(preference.COLUMNS)))
+        for number, figures in (kept or {}).items():
+            if number < count:
+                result[number] = figures
+        left = [n for n in range(count) if n not in (kept or {})]
         began = said = time.monotonic()
-        for start in range(0, count, size):
+        tokens = 0.0
+        for start in range(0, len(left), size):
+            fresh = left[start : start + size]
             # The last batch is filled with its last sample, whose further figures are left out.
-            numbers = [min(start + i, count - 1) for i in range(size)]
+            numbers = fresh + [fresh[-1]] * (size - len(fresh))
             reference = self.valid_reference(numbers)
             with torch.no_grad():
-                figures = self.forward_backward(numbers, reference, held_out=held_out)
+                found = self.forward_backward(numbers, reference, held_out=held_out)
             table = gather_samples(
-                figures, size, len(preference.COLUMNS), self.parallel, has_figures=self.parallel.is_last_stage
+                found, size, len(preference.COLUMNS), self.parallel, has_figures=self.parallel.is_last_stage
             )
-            tables.append(table[: count - start])
-            now = time.monotonic()
+            of_batch = table[: len(fresh)].cpu().numpy()
+            result[fresh] = of_batch
+            if keep is not None:
+                keep(fresh, of_batch)
+            now, done = time.monotonic(), start + len(fresh)
+            tokens += of_batch[:, preference.COLUMNS.index("tokens")].sum()
             if now - said > 10:
-                said, done = now, min(count, start + size)
-                self._log(f"validation: {done}/{count} samples, {(now - began) / done * (count - done):.0f} s left")
-        return torch.cat(tables).cpu().numpy()
+                said, rate = now, done / (now - began)
+                self._log(
+                    f"validation: {count - len(left) + done}/{count} samples, {tokens / (now - began):,.0f} tokens/s, "
+                    f"{(len(left) - done) / rate:.0f} s left"
+                )
+        return result
 
     def _report_validation(self) -> None:
         began = time.monotonic()

@@ -17,6 +17,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from megatron_longpo import platform
 from megatron_longpo.config import from_command_line
 from megatron_longpo.data.indexed import read_manifest
@@ -180,7 +182,18 @@ def evaluate_preferences(config: EvaluationConfig, share: Share, *, restart: boo
         "checkpoint": {"load": str(checkpoints["model"])},
     }
     plan = make_plan(from_dict(values, "preference"), share.world_size)
-    table = Trainer(plan, groups_of(plan)).evaluate()
+    trainer = Trainer(plan, groups_of(plan))
+    # From one process: all are to leave out the same samples.
+    kept = [preference.kept_figures(results.rows()) if share.rank == 0 else {}]
+    dist.broadcast_object_list(kept, src=0, device=platform.CURRENT.device)
+    if kept[0] and share.rank == 0:
+        print(f"preference: {len(kept[0])} samples were there", flush=True)
+
+    def keep(numbers: list[int], table: np.ndarray) -> None:
+        if share.rank == 0:
+            results.add(preference.kept_rows(numbers, table))
+
+    table = trainer.evaluate(kept[0], keep)
     dist.barrier()
     results.close()
     stop_processes()

@@ -15,6 +15,7 @@ after training in any case, since the answers are the same.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,29 @@ def summary(table: np.ndarray, *, has_reference: bool = True) -> dict[str, Any]:
             str(b): {"samples": int((bins == b).sum()), **means(bins == b)} for b in sorted(set(bins.tolist()))
         },
     }
+
+
+def kept_rows(numbers: Sequence[int], table: np.ndarray) -> list[dict[str, Any]]:
+    """What is kept of samples as they come, so that a run that is broken off need not compute them again.
+
+    Args:
+        numbers: of the samples.
+        table: [samples, COLUMNS].
+    """
+    return [
+        {
+            "key": f"preference/pair/0/{n}",
+            "index": n,
+            "score": float(row[COLUMNS.index("loss")]),
+            "figures": row.tolist(),
+        }
+        for n, row in zip(numbers, table, strict=True)
+    ]
+
+
+def kept_figures(rows: Iterable[dict[str, Any]]) -> dict[int, list[float]]:
+    """Figures by number of what ``kept_rows`` made; rows of other columns are passed over."""
+    return {row["index"]: row["figures"] for row in rows if len(row.get("figures", ())) == len(COLUMNS)}
 
 
 def write_rows(table: np.ndarray, path: Path, pairs: str) -> None:

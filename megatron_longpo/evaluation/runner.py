@@ -1,8 +1,9 @@
 """Samples through an engine: dealt over processes, answers on disk as they come, and gone on with after a kill.
 
-    OUTPUT/SUITE/settings.json                 what the answers depend on; another value needs another folder
-    OUTPUT/SUITE/parts/RANK-of-WORLD.jsonl     answers as they came
-    OUTPUT/SUITE/samples.jsonl                 all of them in order, when the last is there
+    OUTPUT/SUITE/settings.json                         what the answers depend on; another value needs another folder
+    OUTPUT/SUITE/parts/RANK-of-WORLD/answers.jsonl     as they came
+    OUTPUT/SUITE/samples.jsonl                         all of them in order, when the last is there
+    OUTPUT/SUITE/asked.json                            which those are, by task and length
 
 A restart may use more or fewer processes: what any part holds is done.
 """
@@ -105,7 +106,12 @@ class Results:
 
     def done(self) -> set[str]:
         """Keys of the answers that any part holds."""
-        return {line["key"] for path in self._paths() for line in read_rows(path)}
+        return {row["key"] for row in self.rows()}
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """What any part holds."""
+        for path in self._paths():
+            yield from read_rows(path)
 
     def _paths(self) -> list[Path]:
         return sorted(self.parts.glob("*/answers.jsonl"))
@@ -158,7 +164,7 @@ class Results:
             now.setdefault(key.rpartition("/")[0], []).append(key)
         cells |= now
         write_atomically(path, (json.dumps(cells) + "\n").encode())
-        found = {row["key"]: row for part in self._paths() for row in read_rows(part)}
+        found = {row["key"]: row for row in self.rows()}
         rows = [found[key] for of in cells.values() for key in of]
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         write_atomically(self.folder / "samples.jsonl", text.encode("utf-8", errors="replace"))
@@ -227,7 +233,9 @@ def run(name: str, windows: Sequence[Window], answer: Answer, results: Results) 
     mine = deal(windows, results.share.world_size)[results.share.rank]
     total = sum(len(w.keys) for w in mine)
     before = sum(key in done for w in mine for key in w.keys)
-    with Progress(name, total, done=before, unit="samples") as progress:
+    share = results.share
+    title = name if share.world_size == 1 else f"{name}, part {share.rank + 1} of {share.world_size}"
+    with Progress(title, total, done=before, unit="samples") as progress:
         for window in mine:
             if all(key in done for key in window.keys):
                 continue

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -140,7 +141,8 @@ def test_keeping_prefixes_changes_no_answer(made: Path, undisturbed: Path) -> No
     from megatron_longpo.evaluation.ruler import Materials, Ruler
     from megatron_longpo.evaluation.settings import EvaluationConfig
     from megatron_longpo.evaluation.suites import read_materials
-    from megatron_longpo.generation.engines import Prompt, Sampling, TransformersEngine
+    from megatron_longpo.generation.engines import Prompt, Sampling
+    from megatron_longpo.generation.transformers_engine import TransformersEngine
 
     config = from_dict(
         {"ruler": {"haystack": [str(made / "texts")], "ruler_tasks": ["niah_single_2", "niah_multivalue"]}},
@@ -177,9 +179,11 @@ def test_killed_and_split_anew_it_goes_on(made: Path, undisturbed: Path) -> None
     process.wait()
     kept = path.read_bytes().count(b"\n")
     assert 4 <= kept < 24
-    # On two processes; what is there is not asked again.
-    script = torchrun(2, *TOOL[1:], *arguments(made, output), *TASKS, "--tasks", "ruler,needle")
-    done = run(script)
+    # On two processes; what is there is not asked again. Preferences, which the two compute together, come after what
+    # they answer apart.
+    make_data(made / "pairs", 3, seed=3)
+    more = ["--tasks", "ruler,needle,preference", "--pairs", str(made / "pairs"), "--context-parallel-size", "2"]
+    done = run(torchrun(2, *TOOL[1:], *arguments(made, output), *TASKS, *more))
     assert "samples" in done.stdout
     assert path.read_bytes().count(b"\n") == kept
     for suite in ("ruler", "needle"):
@@ -187,6 +191,10 @@ def test_killed_and_split_anew_it_goes_on(made: Path, undisturbed: Path) -> None
         assert found.keys() == expected.keys()
         # The tiny model's likeliest tokens are far ahead of the next: other batches change no answer.
         assert found == expected
+    results = json.loads((output / "results.json").read_text())["suites"]
+    assert set(results) == {"ruler", "needle", "preference"}
+    of_pairs = [r["score"] for r in rows(output / "preference" / "samples.jsonl") if r["task"] == "nll"]
+    assert results["preference"]["metrics"]["nll"] == pytest.approx(sum(of_pairs) / 3) and len(of_pairs) == 3
 
 
 def test_comparison(made: Path, undisturbed: Path) -> None:
@@ -324,9 +332,18 @@ def test_preferences_by_tool_and_in_training_agree(made: Path) -> None:
     run([*tool, "--tasks", "preference", "--pairs", str(folder / "held_out"), "--output", str(output)])
     found = json.loads((output / "results.json").read_text())["suites"]["preference"]["metrics"]
     assert found["samples"] == 5 and sum(of["samples"] for of in found["by_length"].values()) == 5
-    # On two processes, context parallel.
+    # On two processes, context parallel, where a run was broken off in its third line.
+    kept = rows(output / "preference" / "parts" / "0-of-1" / "answers.jsonl")
+    assert [r["index"] for r in kept] == [0, 1, 2, 3, 4]
+    broken_off = folder / "two" / "preference" / "parts" / "0-of-1" / "answers.jsonl"
+    broken_off.parent.mkdir(parents=True)
+    broken_off.write_text("".join(json.dumps(r) + "\n" for r in kept[:2]) + json.dumps(kept[2])[:40])
+    shutil.copy(output / "preference" / "settings.json", folder / "two" / "preference")
     split = [*tool[1:], "--tasks", "preference", "--pairs", str(folder / "held_out"), "--output", str(folder / "two")]
-    run(torchrun(2, *split, "--context-parallel-size", "2"))
+    done = run(torchrun(2, *split, "--context-parallel-size", "2"))
+    assert "preference: 2 samples were there" in done.stdout
+    fresh = rows(folder / "two" / "preference" / "parts" / "0-of-2" / "answers.jsonl")
+    assert [r["index"] for r in fresh] == [2, 3, 4]
     two = json.loads((folder / "two" / "results.json").read_text())["suites"]["preference"]["metrics"]
     for name in ("loss", "nll", "logps/chosen", "kl/rejected", "rewards/margins"):
         assert two[name] == pytest.approx(found[name], rel=1e-5), name

@@ -10,6 +10,7 @@ A restart may use more or fewer processes: what any part holds is done.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -293,13 +294,34 @@ def row_of(sample: EvalSample, reply: Reply, seconds: float) -> dict[str, Any]:
     }
 
 
+def window_size(samples: int, world_size: int, at_once: int) -> int:
+    """Samples that stay together: many, since those of a task begin alike; but every process is to get several windows.
+
+    Args:
+        samples: of all windows together.
+        world_size: processes.
+        at_once: samples that the engine answers together; smaller windows would waste its batches.
+    """
+    of_each = -(-samples // world_size)
+    return max(1, min(at_once, of_each), min(_LARGEST_WINDOW, of_each // _WINDOWS_EACH))
+
+
+# More would leave more to do again after a kill, and share little more.
+_LARGEST_WINDOW = 32
+
+# So the last process ends at most an eighth after the mean.
+_WINDOWS_EACH = 8
+
+
 def windows_of(
     suite: str, task: str, length: int, count: int, size: int, make: Callable[[int], EvalSample]
 ) -> list[Window]:
-    """Samples 0 to ``count`` - 1 of a task and length, so many a window, each a group of its own."""
+    """Samples 0 to ``count`` - 1 of a task and length, each a group of its own, in even windows of at most ``size``."""
+    pieces = -(-count // size)
+    bounds = [count * i // pieces for i in range(pieces + 1)]
     result = []
-    for first in range(0, count, size):
-        numbers = range(first, min(first + size, count))
+    for first, end in itertools.pairwise(bounds):
+        numbers = range(first, end)
 
         def made(numbers: range = numbers) -> list[list[EvalSample]]:
             return [[make(i)] for i in numbers]

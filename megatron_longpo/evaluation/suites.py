@@ -15,13 +15,10 @@ import numpy as np
 from megatron_longpo.data.indexed import write_atomically
 from megatron_longpo.errors import ConfigError, DataError
 from megatron_longpo.evaluation import infinitebench, needle, ruler, short_context
-from megatron_longpo.evaluation.runner import Results, Share, Window, by_engine, run, windows_of
+from megatron_longpo.evaluation.runner import Results, Share, Window, by_engine, run, window_size, windows_of
 from megatron_longpo.evaluation.settings import EvaluationConfig, names
 from megatron_longpo.generation.documents import find_files, read_documents
 from megatron_longpo.generation.engines import Engine, model_identity
-
-# Samples that stay together, so that an engine that keeps prefixes has something to keep.
-_WINDOW = 32
 
 
 def read_materials(c: EvaluationConfig) -> ruler.Materials:
@@ -144,6 +141,9 @@ class Suites:
     def count(self, message: str, prefix: str) -> int:
         return len(self.engine.tokenizer.prompt([{"role": "user", "content": message}], prefix))
 
+    def window_size(self, samples: int) -> int:
+        return window_size(samples, self.share.world_size, self.engine.groups_at_once)
+
     def run(self, suite: str) -> dict[str, Any] | None:
         """All samples of a suite answered; on the process that reports what results.json says of it, else None."""
         version, settings, windows = {
@@ -170,13 +170,13 @@ class Suites:
     def _ruler(self) -> tuple[int, dict[str, Any], list[Window]]:
         c = self.config
         made = ruler.Ruler(self.materials, self.count, c.evaluate.seed)
+        cells = [(task, length) for task in names(c.ruler.ruler_tasks) for length in c.lengths]
+        samples = c.evaluate.samples
+        size = self.window_size(len(cells) * samples)
         windows = [
             window
-            for task in names(c.ruler.ruler_tasks)
-            for length in c.lengths
-            for window in windows_of(
-                *("ruler", task, length, c.evaluate.samples, _WINDOW), partial(made.sample, task, length)
-            )
+            for task, length in cells
+            for window in windows_of("ruler", task, length, samples, size, partial(made.sample, task, length))
         ]
         for task in ("qa_1", "qa_2"):
             if task in names(c.ruler.ruler_tasks) and c.evaluate.samples > len(self.materials.pool(task).questions):
@@ -214,6 +214,8 @@ class Suites:
         length = c.lengths[-1]
         windows: list[Window] = []
         digests, bad = {}, []
+        counts = {task: min(len(rows), i.infinitebench_samples or len(rows)) for task, (rows, _) in self.books.items()}
+        size = self.window_size(sum(counts.values()))
         for task, (rows, aside) in self.books.items():
             bad += aside
             text = json.dumps(rows, ensure_ascii=False)
@@ -223,8 +225,7 @@ class Suites:
                 tokenizer, kind = self.engine.tokenizer, i.infinitebench_prompts
                 return infinitebench.sample_of(rows[number], task, number, length, kind, tokenizer, self.count)
 
-            count = min(len(rows), i.infinitebench_samples or len(rows))
-            windows += windows_of("infinitebench", task, length, count, _WINDOW, make)
+            windows += windows_of("infinitebench", task, length, counts[task], size, make)
         if bad and self.share.rank == 0:
             path = self.output / "infinitebench.rejected.jsonl"
             self.output.mkdir(parents=True, exist_ok=True)

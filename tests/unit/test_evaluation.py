@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from megatron_longpo.errors import ConfigError
 from megatron_longpo.evaluation import compare, preference
-from megatron_longpo.evaluation.runner import Results, Share, Window, deal, read_rows, run
+from megatron_longpo.evaluation.runner import Results, Share, Window, deal, read_rows, run, window_size, windows_of
 from megatron_longpo.evaluation.settings import EvaluationConfig, check
 
 
@@ -65,6 +65,42 @@ def test_windows_are_dealt_once_and_evenly(costs: list[float], ranks: int) -> No
 def _evaluation(name: str, scores: dict[int, float], digest: str = "d") -> compare.Evaluation:
     cell = {f"ruler/vt/1/{i}": (s, f"{digest}{i}") for i, s in scores.items()}
     return compare.Evaluation(name, {"ruler": {("vt", "1"): cell}})
+
+
+@pytest.mark.parametrize(
+    ("samples", "world_size", "at_once", "size"),
+    [
+        (260, 1, 4, 32),  # one process: as much in common as can be
+        (260, 2, 4, 16),  # 130 each: eight windows of 16
+        (260, 64, 1, 1),  # 5 each
+        (260, 64, 64, 5),  # an engine that answers many at once gets all its samples together
+        (6500, 8, 64, 64),
+        (3, 8, 4, 1),
+    ],
+)
+def test_size_of_windows_by_hand(samples: int, world_size: int, at_once: int, size: int) -> None:
+    assert window_size(samples, world_size, at_once) == size
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    cells=st.integers(1, 30),
+    samples=st.integers(1, 120),
+    world_size=st.integers(1, 70),
+    at_once=st.integers(1, 8),
+)
+def test_many_processes_share_few_samples(cells: int, samples: int, world_size: int, at_once: int) -> None:
+    size = window_size(cells * samples, world_size, at_once)
+    windows = [w for cell in range(cells) for w in windows_of("ruler", f"t{cell}", 1024, samples, size, lambda i: i)]  # type: ignore[arg-type, return-value]
+    assert [k for w in windows for k in w.keys] == [
+        f"ruler/t{c}/1024/{i}" for c in range(cells) for i in range(samples)
+    ]
+    assert [i for w in windows[:1] for [i] in w.make()] == list(range(len(windows[0].keys)))
+    assert max(len(w.keys) for w in windows) <= size
+    loads = [sum(len(w.keys) for w in hand) for hand in deal(windows, world_size)]
+    mean = cells * samples / world_size
+    # Beyond the mean no more than a batch or an eighth (of a share rounded up).
+    assert max(loads) <= mean + max(at_once, (mean + 1) / 8, 1)
 
 
 def test_comparison_pairs_what_is_the_same() -> None:

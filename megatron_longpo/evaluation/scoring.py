@@ -16,6 +16,8 @@ _CONTROL = re.compile(r"[\x00-\x1f]")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _OPTIONS = "ABCD"
+# A dot does not match a line feed: of each line the last.
+_LAST_LETTER = re.compile(r"\b[A-D]\b(?!.*\b[A-D]\b)")
 # What stands in front of an option's letter in an answer that is a sentence; the first of these that occurs counts.
 _LEADS = ("answer is:", "answer:", "answer is", "option is")
 _MARKS = str.maketrans(dict.fromkeys("\n\"'.,?!{}", " "))
@@ -57,16 +59,23 @@ def token_f1(answer: str, references: Sequence[str]) -> float:
 
 
 def option_accuracy(answer: str, references: Sequence[str]) -> float:
-    """Whether the answer names the right option (En.MC).
+    """Whether the answer names the right option (En.MC), in the steps of the benchmark's present code.
 
-    An answer's first character decides where it is one of A to D. Else what follows the first known lead-in must begin with a
-    reference (its letter, or its text). Else the first word that is a run of the letters ABCD decides.
+    Right is an answer whose last A, B, C or D that stands alone, in the first line that has one, is a reference. Else its
+    first character decides where it is one of A to D; an answer that is a reference is right; what follows the first
+    known lead-in must begin with a reference (its letter, or its text); and last, the first word that is a run of the
+    letters ABCD decides.
     """
+    answer = answer.strip()
+    alone = _LAST_LETTER.search(answer)
+    if alone and alone.group() in references:
+        return 1.0
     if not answer:
-        # The original's code fails here; no answer is a wrong one.
         return 0.0
     if answer[0] in _OPTIONS:
         return float(answer[0] in references)
+    if answer in references:
+        return 1.0
     text = re.sub(" +", " ", answer.translate(_MARKS))
     for lead in _LEADS:
         place = text.find(lead)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_longpo.errors import DataError
+from megatron_longpo.generation.cached_attention import roomy_cache, use_cached_attention
 from megatron_longpo.generation.chat import load_tokenizer
 from megatron_longpo.generation.engines import AS_IT_IS, Engine, Prompt, Reply, Rope, Sampling, model_identity
-from megatron_longpo.platform import keep_freed_memory
 
 
 class TransformersEngine(Engine):
@@ -49,7 +48,7 @@ class TransformersEngine(Engine):
         chat_template: str | None = None,
         keep_prefix: bool = False,
     ) -> None:
-        from transformers import AutoModelForCausalLM, DynamicCache
+        from transformers import AutoModelForCausalLM
 
         if not Path(path).is_dir():
             raise DataError(f"--model {path}: there is no such folder; give a model folder")
@@ -66,8 +65,7 @@ class TransformersEngine(Engine):
         if torch.cuda.is_available():
             self.model.to("cuda")
         else:
-            keep_freed_memory()
-            _use_cached_attention(self.model)
+            use_cached_attention(self.model)
         self._path = Path(path)
         self._rope = Rope()
         kinds = getattr(self.model.config, "layer_types", None) or ()
@@ -77,7 +75,7 @@ class TransformersEngine(Engine):
         )
         # Others keep part of their keys alone, mask by themselves, or go by a key's place in memory.
         self._can_pack = plain and not getattr(self.model, "_is_stateful", False)
-        self._keeps = keep_prefix and plain and hasattr(DynamicCache(), "layers")
+        self._keeps = keep_prefix and plain and roomy_cache() is not None
         if self._keeps:
             # Read one by one, they are decoded together.
             self.groups_at_once = max(batch_size, documents_at_once)
@@ -174,6 +172,7 @@ class TransformersEngine(Engine):
 
     def _read(self, ids: Sequence[int], cache: Any = None) -> Any:
         """The cache with one row more read, in pieces."""
+        cache = self._new_cache() if cache is None else cache
         done = 0 if cache is None else cache.get_seq_length()
         for start in range(0, len(ids), self.prefill_tokens):
             piece = torch.tensor([list(ids[start : start + self.prefill_tokens])], device=self.model.device)
@@ -184,6 +183,10 @@ class TransformersEngine(Engine):
             cache = out.past_key_values
             done += piece.shape[1]
         return cache
+
+    def _new_cache(self) -> Any:
+        # Other models make what they need themselves.
+        return roomy_cache() if self._can_pack else None
 
     def _answer_singly(self, rows: list[list[int]], seeds: list[int], sampling: Sampling) -> list[list[Reply]]:
         """Rows that are read one after the other, each from what the one before left, and decoded together."""
@@ -212,15 +215,13 @@ class TransformersEngine(Engine):
 
     def _stacked(self, rows: list[list[int]]) -> Any:
         """A cache of several rows but for their last tokens, each ending at the same place."""
-        from transformers import DynamicCache
-
         read: list[list[Any]] = []
         for row in rows:
             cache = self._read_on(row[:-1])
             # What is kept is cut and read on from; this row's part is taken out of it.
             read.append([(layer.keys.clone(), layer.values.clone()) for layer in cache.layers])
         longest = max(map(len, rows)) - 1
-        result = DynamicCache()
+        result = self._new_cache()
         for number in range(len(read[0])):
             parts = []
             for which in (0, 1):
@@ -327,7 +328,9 @@ class TransformersEngine(Engine):
         device, count = self.model.device, len(rows)
         if shared == 0 and stacked is None and count == 1 and len(rows[0]) > self.prefill_tokens:
             cache, shared = self._read(rows[0][:-1]), len(rows[0]) - 1
-        if cache is not None and count > 1:
+        if cache is None:
+            cache = self._new_cache()
+        elif count > 1:
             cache.batch_repeat_interleave(count)
         own = [row[shared:] for row in rows]
         width = max(map(len, own))
@@ -376,86 +379,6 @@ _LONGEST_STACKED = 65536
 
 # Fewer tokens that begin alike are read again: a template's, say.
 _LEAST_KEPT = 64
-
-# Queries for which plain matrix products do better on a CPU than the blocks of its attention kernel.
-_FEW_QUERIES = 64
-
-
-def _cached_attention(
-    module: Any,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    **more: Any,
-) -> tuple[Tensor, None]:
-    """transformers' SDPA attention, but for what has a past: a CPU's kernel does a step of decoding slowly, and queries after a
-    past under a mask, the whole rectangle of it.
-
-    A few queries are plain products, all heads of a key at once. Many without a mask, after a past, are two blocks merged
-    by their log-sum-exps (``megatron_longpo/model/blocks.py``): all of the past, and themselves, causal.
-    """
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
-    batch, heads, queries, width = query.shape
-    known = key.shape[-1] == value.shape[-1] == width and not any(
-        more.get(name) is not None for name in ("softcap", "position_bias", "cache", "s_aux")
-    )
-    past = key.shape[2] - queries
-    if known and attention_mask is None and queries > 1 and past > 0 and batch == 1:
-        from megatron_longpo.model.blocks import Blocks, CausalBlock, FullBlock, blocks_forward
-
-        blocks = Blocks((CausalBlock(0, past, queries),), (FullBlock(0, queries, 0, past),))
-        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-        return blocks_forward(q, k, v, blocks, scaling if scaling is not None else width**-0.5)[0][None], None
-    if attention_mask is None and queries > 1 and past > 0:
-        # The mask that ``_cached_attention_mask`` left unmade; without one the kernel would let the first query see one key.
-        attention_mask = torch.ones(queries, key.shape[2], dtype=torch.bool, device=query.device).tril(past)[None, None]
-    if queries > _FEW_QUERIES or (queries > 1 and attention_mask is None) or not known:
-        return sdpa_attention_forward(  # type: ignore[no-any-return]
-            module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **more
-        )
-    groups, length = key.shape[1], key.shape[2]
-    scale = scaling if scaling is not None else width**-0.5
-    rows = (query * scale).reshape(batch, groups, heads // groups * queries, width)
-    scores = (rows @ key.transpose(-1, -2)).float().view(batch, heads, queries, length)
-    if attention_mask is not None:
-        mask = attention_mask[..., :length]
-        # Not minus infinity: padding that sees nothing would become NaN, and spread.
-        least = torch.finfo(scores.dtype).min
-        scores = scores.masked_fill(~mask, least) if mask.dtype == torch.bool else scores + mask
-    weights = scores.softmax(-1).to(value.dtype).view(batch, groups, heads // groups * queries, length)
-    return (weights @ value).view(batch, heads, queries, width).transpose(1, 2).contiguous(), None
-
-
-def _cached_attention_mask(batch_size: int, q_length: int, kv_length: int, **more: Any) -> Tensor | None:
-    """transformers' mask for SDPA, but none where one row goes on after its past and every place sees what is before it."""
-    from transformers.masking_utils import causal_mask_function, sdpa_mask
-
-    plain = more.get("mask_function") is causal_mask_function and more.get("allow_is_causal_skip", False)
-    if plain and more.get("attention_mask") is None and batch_size == 1 and 1 < q_length < kv_length:
-        return None
-    return sdpa_mask(batch_size=batch_size, q_length=q_length, kv_length=kv_length, **more)
-
-
-def _use_cached_attention(model: Any) -> None:
-    """Let a model that would use SDPA read and decode by ``_cached_attention``."""
-    if getattr(model.config, "_attn_implementation", None) != "sdpa" or not hasattr(model, "set_attn_implementation"):
-        return
-    try:
-        from transformers import AttentionInterface, AttentionMaskInterface
-        from transformers.masking_utils import sdpa_mask
-    except ImportError:
-        # Before transformers let one register an attention and its mask.
-        return
-    if not {"q_length", "kv_length", "mask_function"} <= set(inspect.signature(sdpa_mask).parameters):
-        # Earlier ways to ask for a mask.
-        return
-    AttentionInterface.register("cached_attention", _cached_attention)
-    AttentionMaskInterface.register("cached_attention", _cached_attention_mask)
-    model.set_attn_implementation("cached_attention")
 
 
 def _common_prefix(rows: Sequence[Sequence[int]]) -> int:

@@ -35,7 +35,7 @@ from megatron_longpo.generation.settings import (
     check,
 )
 from megatron_longpo.generation.stages import Stage, read_lines
-from megatron_longpo.generation.transformers_engine import TransformersEngine, _cached_attention
+from megatron_longpo.generation.transformers_engine import TransformersEngine
 from tests.support import make_chat_model
 from tests.unit.test_chat import make_fast_tokenizer
 
@@ -468,34 +468,6 @@ def test_examples_are_configurations_that_work() -> None:
         check(dataclasses.replace(config, documents=documents, engine=engine, run=RunConfig(output="o")))
 
 
-@pytest.mark.parametrize(("queries", "masked"), [(1, "none"), (1, "bool"), (5, "bool"), (1, "float"), (5, "float")])
-def test_attention_of_few_queries_is_that_of_sdpa(queries: int, masked: str) -> None:
-    """Grouped heads, with and without a mask, against torch's own kernel on repeated keys."""
-    import torch
-    import torch.nn.functional as F
-
-    torch.manual_seed(0)
-    q = torch.randn(2, 6, queries, 16)
-    k, v = torch.randn(2, 2, 33, 16), torch.randn(2, 2, 33, 16)
-    mask = torch.rand(2, 1, queries, 33) < 0.7
-    mask[..., 0] = True
-    given = {"none": None, "bool": mask, "float": torch.zeros(mask.shape).masked_fill_(~mask, -1e30)}[masked]
-    found, _ = _cached_attention(torch.nn.Module(), q, k, v, given, scaling=0.3)
-    whole = F.scaled_dot_product_attention(
-        q, k.repeat_interleave(3, 1), v.repeat_interleave(3, 1), attn_mask=None if masked == "none" else mask, scale=0.3
-    )
-    assert torch.allclose(found, whole.transpose(1, 2), atol=1e-6)
-
-
-def test_padding_that_sees_nothing_spreads_no_nan() -> None:
-    import torch
-
-    q, k, v = torch.randn(1, 2, 3, 8), torch.randn(1, 2, 3, 8), torch.randn(1, 2, 3, 8)
-    mask = torch.tensor([[False, False, False], [False, True, False], [False, True, True]])[None, None]
-    found, _ = _cached_attention(torch.nn.Module(), q, k, v, mask)
-    assert torch.isfinite(found).all()
-
-
 def test_replies_do_not_depend_on_what_is_kept(tmp_path: Path) -> None:
     """A mix of calls on an engine that keeps prefixes: the tokens of one that reads every prompt whole and alone."""
     from tests.support import make_chat_model
@@ -527,19 +499,3 @@ def test_replies_do_not_depend_on_what_is_kept(tmp_path: Path) -> None:
             for one, reply in zip(group, replies, strict=True):
                 ((alone,),) = plain.answer([[one]], Sampling(12))
                 assert reply == alone and reply.new_tokens
-
-
-@pytest.mark.parametrize("queries", [2, 70])
-def test_attention_after_a_past_is_that_of_sdpa(queries: int) -> None:
-    """Without a mask every query sees the past and itself up to its own place."""
-    import torch
-    import torch.nn.functional as F
-
-    torch.manual_seed(0)
-    q, k, v = torch.randn(1, 6, queries, 16), torch.randn(1, 2, 100, 16), torch.randn(1, 2, 100, 16)
-    found, _ = _cached_attention(torch.nn.Module(), q, k, v, None, scaling=0.3)
-    mask = torch.ones(queries, 100, dtype=torch.bool).tril(100 - queries)
-    whole = F.scaled_dot_product_attention(
-        q, k.repeat_interleave(3, 1), v.repeat_interleave(3, 1), attn_mask=mask, scale=0.3
-    )
-    assert torch.allclose(found, whole.transpose(1, 2), atol=1e-6)

@@ -63,11 +63,28 @@ def _f1(answer: str, references: list[str]) -> float:
 
 
 def _option(pred: str, label: list[str]) -> bool:
-    """En.MC step by step as arXiv 2402.13718's code says it; no answer is wrong."""
+    """En.MC step by step as arXiv 2402.13718's present code says it."""
+    pred = pred.strip()
+
+    def stands_alone(line: str, i: int) -> bool:
+        def is_word(c: str) -> bool:
+            return c.isalnum() or c == "_"
+
+        before, after = line[i - 1 : i] if i else "", line[i + 1 : i + 2]
+        return line[i] in "ABCD" and not (before and is_word(before)) and not (after and is_word(after))
+
+    for line in pred.split("\n"):
+        letters = [line[i] for i in range(len(line)) if stands_alone(line, i)]
+        if letters:
+            if letters[-1] in label:
+                return True
+            break
     if pred == "":
         return False
     if pred[0] in ("A", "B", "C", "D"):
         return pred[0] in label
+    if any(pred == s for s in label):
+        return True
     for c in "\n\"'.,?!{}":
         pred = pred.replace(c, " ")
     while "  " in pred:
@@ -161,6 +178,25 @@ def test_option_accuracy_agrees_with_its_definition() -> None:
         assert scoring.option_accuracy(answer, label) == float(_option(answer, label)), (answer, label)
         right += _option(answer, label)
     assert right > 100
+
+
+@pytest.mark.parametrize(
+    ("answer", "label", "expected"),
+    [
+        ("B", ["the river", "B"], 1.0),
+        ("B. the river", ["the river", "B"], 1.0),
+        ("A or B? I think it is B", ["the river", "B"], 1.0),
+        ("A or B? I think it is C", ["the river", "B"], 0.0),
+        # The last letter of the first line that has one, then the first character.
+        ("A\nB", ["the river", "B"], 0.0),
+        ("the river", ["the river", "B"], 1.0),
+        ("The answer is: the river", ["the river", "B"], 1.0),
+        ("The answer is: the tower", ["the river", "B"], 0.0),
+        (" \n", ["the river", "B"], 0.0),
+    ],
+)
+def test_option_accuracy_by_hand(answer: str, label: list[str], expected: float) -> None:
+    assert scoring.option_accuracy(answer, label) == expected
 
 
 def test_rouge_lsum_agrees_with_its_definition() -> None:

@@ -13,6 +13,13 @@ import torch.distributed as dist
 from megatron_longpo.errors import LongPOError
 
 _LINGER_SECONDS = 3.0
+_apart = False
+
+
+def work_apart(apart: bool = True) -> None:
+    """From here on this process works by itself, beside others of its launch: it fails by itself, and names its cause."""
+    global _apart
+    _apart = apart
 
 
 def _first_to_fail() -> bool:
@@ -20,8 +27,8 @@ def _first_to_fail() -> bool:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return True
     if not dist.is_initialized():
-        # What fails before the group is made fails on every rank alike.
-        return int(os.environ.get("RANK", "0")) == 0
+        # What fails before the group is made fails on every rank alike, unless each has work of its own.
+        return _apart or int(os.environ.get("RANK", "0")) == 0
     try:
         store = dist.distributed_c10d._get_default_store()
         return store.add("megatron_longpo/failed", 1) == 1
@@ -41,7 +48,8 @@ def run_or_fail(action: Callable[[], None]) -> None:
     except LongPOError as error:
         code, named = 2, _first_to_fail()
         if named:
-            print(f"error: {error}", file=sys.stderr)
+            whose = f"rank {os.environ.get('RANK', '0')}: " if _apart and "RANK" in os.environ else ""
+            print(f"error: {whose}{error}", file=sys.stderr)
         elif not dist.is_initialized() and os.environ.get("LOCAL_RANK") == "0":
             # Another node, whose disk may lack what the first one's has.
             print(f"rank {os.environ.get('RANK')}: {error}", file=sys.stderr)

@@ -23,9 +23,9 @@ from megatron_longpo import platform
 from megatron_longpo.config import from_command_line
 from megatron_longpo.data.indexed import read_manifest
 from megatron_longpo.errors import ConfigError
-from megatron_longpo.evaluation.runner import Share
+from megatron_longpo.evaluation.runner import Results, Share
 from megatron_longpo.evaluation.settings import EvaluationConfig, check
-from megatron_longpo.failure import run_or_fail
+from megatron_longpo.failure import run_or_fail, work_apart
 
 PROGRAM = "evaluate.py"
 
@@ -56,9 +56,9 @@ def main() -> None:
 
 
 def evaluate(config: EvaluationConfig, share: Share, *, restart: bool) -> None:
-    """Run the suites one after the other; the report is written anew after each."""
-    from megatron_longpo.evaluation.report import show, write_report
-    from megatron_longpo.evaluation.suites import METRICS, Suites, prepare, run_short
+    """Make all suites ready, then run one after the other; the report is written anew after each."""
+    from megatron_longpo.evaluation.report import forget, show, write_report
+    from megatron_longpo.evaluation.suites import METRICS, Suites, begin_short, prepare
 
     assert config.evaluate.output is not None and config.engine.model is not None
     output = Path(config.evaluate.output)
@@ -69,12 +69,18 @@ def evaluate(config: EvaluationConfig, share: Share, *, restart: bool) -> None:
         check_preferences(config, share)
     prepared = prepare(config)
     suites = [s for s in config.suites if s in METRICS]
+    if restart:
+        forget(output, config.suites)
+    reported = False
 
     def finish(suite: str, result: dict[str, Any] | None) -> None:
+        nonlocal reported
         if result is not None:
             write_report(output, {suite: result})
             show(suite, result["metrics"])
+            reported = True
 
+    begun = []
     if suites:
         # After the checks: it loads a model.
         from megatron_longpo.generation.engines import make_engine
@@ -82,16 +88,25 @@ def evaluate(config: EvaluationConfig, share: Share, *, restart: bool) -> None:
         engine = make_engine(config.engine, max(config.lengths), keep_prefix=True)
         warn_of_positions(config, share)
         generating = Suites(config, prepared, engine, share, restart=restart)
-        for suite in suites:
-            finish(suite, generating.run(suite))
-        # Two models in memory would be one too many.
+        begun = [generating.begin(suite) for suite in suites]
         del generating, engine
+    short = begin_short(config, prepared, share, restart=restart) if "short" in config.suites else None
+    preference = begin_preferences(config, share, restart=restart) if "preference" in config.suites else None
+    work_apart()
+    while begun:
+        # Not kept: it holds the model, and two in memory would be one too many.
+        suite = begun.pop(0)
+        finish(suite.name, suite.run())
+        del suite
+    platform.CURRENT.free_memory()
+    if short is not None:
+        finish("short", short.run())
+        del short
         platform.CURRENT.free_memory()
-    if "short" in config.suites:
-        finish("short", run_short(config, prepared, share, restart=restart))
-    if "preference" in config.suites:
-        finish("preference", evaluate_preferences(config, share, restart=restart))
-    if share.rank == 0 or not share.together:
+    work_apart(False)
+    if preference is not None:
+        finish("preference", evaluate_preferences(config, share, preference))
+    if reported:
         print(f"{output}: report.md, results.json", flush=True)
 
 
@@ -121,7 +136,24 @@ def check_preferences(config: EvaluationConfig, share: Share) -> None:
         )
 
 
-def evaluate_preferences(config: EvaluationConfig, share: Share, *, restart: bool) -> dict[str, Any] | None:
+def begin_preferences(config: EvaluationConfig, share: Share, *, restart: bool) -> Results:
+    """The folder of held-out pairs, open, before any long work."""
+    from megatron_longpo.evaluation import preference
+    from megatron_longpo.generation.engines import model_identity
+
+    p, model = config.preference, config.engine.model
+    assert config.evaluate.output is not None and model is not None and p.pairs is not None
+    settings = {
+        "version": preference.VERSION,
+        "model": {"model": model_identity(Path(model)), "bf16": computes_in_bf16(Path(model), config.engine.dtype)},
+        "reference": model_identity(Path(p.reference_model or model)),
+        "pairs": read_manifest(p.pairs).bin_sha256,
+        "beta": p.beta,
+    }
+    return Results(Path(config.evaluate.output) / "preference", settings, share, restart=restart)
+
+
+def evaluate_preferences(config: EvaluationConfig, share: Share, results: Results) -> dict[str, Any] | None:
     """Held-out pairs by the trainer's own forward: log-probs of the model on the long rows, of the reference on the short.
 
     The output folder must be one that all processes see.
@@ -131,8 +163,6 @@ def evaluate_preferences(config: EvaluationConfig, share: Share, *, restart: boo
     from megatron_longpo.checkpoint.convert import import_hf
     from megatron_longpo.config import from_dict
     from megatron_longpo.evaluation import preference
-    from megatron_longpo.evaluation.runner import Results
-    from megatron_longpo.generation.engines import model_identity
     from megatron_longpo.parallel import start_processes, stop_processes
     from megatron_longpo.plan import groups_of, make_plan
     from megatron_longpo.trainer import Trainer
@@ -140,25 +170,17 @@ def evaluate_preferences(config: EvaluationConfig, share: Share, *, restart: boo
     p, model = config.preference, config.engine.model
     assert config.evaluate.output is not None and model is not None and p.pairs is not None
     output = Path(config.evaluate.output)
-    folder = output / "preference"
+    folder, settings = results.folder, results.settings
     reference = p.reference_model or model
-    bf16 = computes_in_bf16(Path(model), config.engine.dtype)
-    settings = {
-        "version": preference.VERSION,
-        "model": {"model": model_identity(Path(model)), "bf16": bf16},
-        "reference": model_identity(Path(reference)),
-        "pairs": read_manifest(p.pairs).bin_sha256,
-        "beta": p.beta,
-    }
     start_processes(30)
-    found = None if restart else stored_result(output, "preference", settings)
+    found = stored_result(output, "preference", settings)
     if found is not None:
         if share.rank == 0:
             print("preference: done before", flush=True)
         dist.barrier()
+        results.close()
         stop_processes()
         return found if share.rank == 0 else None
-    results = Results(folder, settings, share, restart=restart)
     # Where a killed run left its copies, they are in the way.
     work = folder / "work"
     if share.rank == 0:
@@ -178,7 +200,11 @@ def evaluate_preferences(config: EvaluationConfig, share: Share, *, restart: boo
             "context_parallel_size": p.context_parallel_size,
             "tensor_model_parallel_size": p.tensor_model_parallel_size,
         },
-        "training": {"skip_train": True, "global_batch_size": share.world_size // degrees, "bf16": bf16},
+        "training": {
+            "skip_train": True,
+            "global_batch_size": share.world_size // degrees,
+            "bf16": settings["model"]["bf16"],
+        },
         "checkpoint": {"load": str(checkpoints["model"])},
     }
     plan = make_plan(from_dict(values, "preference"), share.world_size)

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -58,17 +59,24 @@ class Difference:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One folder, read: suite -> (task, length) -> scores by index with the digest of the question."""
+    """One folder, read.
+
+    Attributes:
+        name: of the folder.
+        scores: suite -> (task, length) -> scores by index with the digest of the question.
+        settings: suite -> what its answers depend on.
+    """
 
     name: str
     scores: dict[str, dict[tuple[str, str], dict[str, tuple[float, str]]]]
+    settings: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 def read_evaluation(folder: Path) -> Evaluation:
     """Answers of an evaluation.
 
     Raises:
-        ConfigError: the folder holds none.
+        ConfigError: the folder holds none, or lacks those of a suite that it reports.
     """
     content = read_results(folder)
     scores: dict[str, dict[tuple[str, str], dict[str, tuple[float, str]]]] = {}
@@ -77,9 +85,36 @@ def read_evaluation(folder: Path) -> Evaluation:
             length = str(row["length"]) if row["length"] else "-"
             cell = scores.setdefault(suite, {}).setdefault((row["task"], length), {})
             cell[row["key"]] = (float(row["score"]), str(row.get("digest")))
+        if suite not in scores:
+            raise ConfigError(f"{folder / suite / 'samples.jsonl'}: has no answers; evaluate {suite} again")
     if not scores:
-        raise ConfigError(f"{folder}: has no answers (SUITE/samples.jsonl); evaluate again")
-    return Evaluation(folder.name, scores)
+        raise ConfigError(f"{folder}: reports no suite; evaluate again")
+    return Evaluation(folder.name, scores, {s: of["settings"] for s, of in content["suites"].items()})
+
+
+# What must be alike, or numbers of a suite mean different things: where it goes by task, for the tasks of both.
+_ALIKE = ("version", "harness", "shots", "prompts", "depths", "haystacks", "reference", "beta")
+
+
+def check_alike(first: Evaluation, other: Evaluation) -> None:
+    """Whether what both evaluated was measured alike.
+
+    Raises:
+        ConfigError: not.
+    """
+    for suite, settings in first.settings.items():
+        for name in _ALIKE:
+            x, y = settings.get(name), other.settings.get(suite, settings).get(name)
+            if isinstance(x, dict) and isinstance(y, dict):
+                different = [k for k in x if k in y and x[k] != y[k]]
+                name, x, y = (
+                    (f"{name} of {different[0]}", x[different[0]], y[different[0]]) if different else (name, 0, 0)
+                )
+            if x != y:
+                raise ConfigError(
+                    f"{suite} of {first.name} has {name} {x} and that of {other.name} {y}, so their numbers do not compare; "
+                    f"evaluate one of them again with the other's"
+                )
 
 
 def bootstrap(
@@ -210,7 +245,9 @@ def write_comparison(folders: Sequence[Path], output: Path, seed: int = 1234) ->
     names = [e.name for e in evaluations]
     if len(set(names)) < len(names):
         # Folders of one name: by their whole path.
-        evaluations = [Evaluation(str(f), e.scores) for f, e in zip(folders, evaluations, strict=True)]
+        evaluations = [replace(e, name=str(f)) for f, e in zip(folders, evaluations, strict=True)]
+    for other in evaluations[1:]:
+        check_alike(evaluations[0], other)
     differences = compare(evaluations, seed)
     if not differences:
         raise ConfigError(f"{' and '.join(map(str, folders))} have no task and length in common; evaluate both alike")

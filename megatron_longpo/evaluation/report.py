@@ -12,6 +12,7 @@ from typing import Any
 from megatron_longpo.data.indexed import write_atomically
 from megatron_longpo.errors import ConfigError
 from megatron_longpo.evaluation import infinitebench, short_context
+from megatron_longpo.generation.stages import waiting_lock
 
 FORMAT = 1
 
@@ -26,16 +27,34 @@ def write_report(output: Path, found: dict[str, Any]) -> dict[str, Any]:
     Returns:
         What results.json holds.
     """
-    path = output / "results.json"
-    content: dict[str, Any] = read_results(output) if path.exists() else {"format": FORMAT, "suites": {}}
     stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    for suite, result in found.items():
-        content["suites"][suite] = {**result, "finished": stamp}
-    write_atomically(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+    # Another suite may be reported at the same time, by a process of its own.
+    with waiting_lock(output):
+        content = _content(output)
+        for suite, result in found.items():
+            content["suites"][suite] = {**result, "finished": stamp}
+        _write(output, content)
+    return content
+
+
+def forget(output: Path, suites: Sequence[str]) -> None:
+    """Take suites out of OUTPUT's report: they are begun again."""
+    with waiting_lock(output):
+        content = _content(output)
+        kept = {name: result for name, result in content["suites"].items() if name not in suites}
+        if kept != content["suites"]:
+            _write(output, {**content, "suites": kept})
+
+
+def _content(output: Path) -> dict[str, Any]:
+    return read_results(output) if (output / "results.json").exists() else {"format": FORMAT, "suites": {}}
+
+
+def _write(output: Path, content: dict[str, Any]) -> None:
+    write_atomically(output / "results.json", (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
     for suite, result in content["suites"].items():
         draw(suite, result["metrics"], output)
     write_atomically(output / "report.md", markdown(content).encode())
-    return content
 
 
 def read_results(output: Path) -> dict[str, Any]:

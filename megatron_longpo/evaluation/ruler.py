@@ -1,9 +1,12 @@
 """RULER (arXiv 2404.06654): its thirteen synthetic tasks, made at exact lengths for a tokenizer.
 
-Definitions, templates, answer prefixes, needle kinds, depths, frequencies and scores are the benchmark's. Three things differ, so
-that lengths are exact: units are fitted a sample, not once for all samples; where a unit is coarse (a needle of UUIDs, a document
-of a QA task) and 1/20 of the length would stay empty, sentences of noise or the beginning of one more document fill it; and
-sentences of essays are told apart by a pattern, without a model that would have to be downloaded.
+Definitions, templates, answer prefixes, needle kinds, depths, frequencies and scores are the benchmark's. What differs:
+- Units are fitted a sample, not once for all samples; where a unit is coarse (a needle of UUIDs, a document of a QA task) and
+  1/20 of the length would stay empty, sentences of noise or the beginning of one more document fill it. So lengths are exact.
+- A question of a QA task whose own documents do not all fit keeps those that hold its answer; one whose answer does not fit is
+  passed over. (The benchmark's are longer than the length, or end the run.)
+- Where a length has room for more common words than there are, pairs of them go on (cwe). (The benchmark's samples stay short.)
+- Sentences of essays are told apart by a pattern, without a model that would have to be downloaded.
 """
 
 from __future__ import annotations
@@ -23,8 +26,6 @@ from typing import Any
 
 from megatron_longpo.errors import ConfigError, DataError
 from megatron_longpo.evaluation.samples import CountPrompt, EvalSample, largest_fit
-
-VERSION = 1
 
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 NEEDLE = "One of the special magic {kind} for {key} is: {value}."
@@ -97,6 +98,8 @@ NIAH = {
 # Tokens of an answer.
 MAX_TOKENS = {**dict.fromkeys(NIAH, 128), "vt": 30, "cwe": 120, "fwe": 50, "qa_1": 32, "qa_2": 32}
 TASKS = tuple(MAX_TOKENS)
+# Of a task's samples and scores; cwe 2: its example as the benchmark joins it.
+VERSIONS = {**dict.fromkeys(TASKS, 1), "cwe": 2}
 GROUPS = {
     **dict.fromkeys(NIAH, "NIAH"),
     "vt": "VT",
@@ -309,7 +312,7 @@ def _read_json(path: Path) -> Any:
         except ValueError as error:
             raise DataError(f"{path}: is not JSON ({error}); rows, one a line, belong into a .jsonl file") from None
     rows = []
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             try:
                 rows.append(json.loads(line))
@@ -494,7 +497,7 @@ class Ruler:
         vocabulary = list(self.materials.common_words)
         rng.shuffle(vocabulary)
         listed, top = _word_list(rng.sample(vocabulary, example_numbers[0]), *example_numbers[1:], rng)
-        example = CWE_TEMPLATE.format(context=listed) + CWE_PREFIX + " " + _numbered(top)
+        example = CWE_TEMPLATE.format(context=listed) + CWE_PREFIX + _numbered(top)
         seed = rng.random()
 
         def build(words: int) -> _Built:

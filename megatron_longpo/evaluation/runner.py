@@ -1,6 +1,7 @@
 """Samples through an engine: dealt over processes, answers on disk as they come, and gone on with after a kill.
 
-    OUTPUT/SUITE/settings.json                         what the answers depend on; another value needs another folder
+    OUTPUT/SUITE/settings.json                         what the answers depend on; another value needs another folder,
+                                                       what is added (a task's questions, say) does not
     OUTPUT/SUITE/parts/RANK-of-WORLD/answers.jsonl     as they came
     OUTPUT/SUITE/samples.jsonl                         all of them in order, when the last is there
     OUTPUT/SUITE/asked.json                            which those are, by task and length
@@ -26,7 +27,7 @@ from megatron_longpo.evaluation.samples import EvalSample
 from megatron_longpo.evaluation.scoring import SCORERS
 from megatron_longpo.generation.engines import Engine, Prompt, Reply, Sampling
 from megatron_longpo.generation.progress import Progress
-from megatron_longpo.generation.stages import lock
+from megatron_longpo.generation.stages import lock, waiting_lock
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,8 @@ class Share:
 class Results:
     """The folder of a suite.
 
+    ``settings`` are afterwards those of all its answers: what an earlier run's had of other tasks, too.
+
     Args:
         folder: OUTPUT/SUITE.
         settings: what its answers depend on.
@@ -75,7 +78,6 @@ class Results:
     def __init__(self, folder: Path, settings: dict[str, Any], share: Share, *, restart: bool = False) -> None:
         self.folder, self.share = folder, share
         self.parts = folder / "parts"
-        settings = json.loads(json.dumps(settings))
         path = folder / "settings.json"
         if restart:
             if share.world_size > 1:
@@ -85,17 +87,17 @@ class Results:
                 os.close(lock(part))
             shutil.rmtree(folder, ignore_errors=True)
         self.parts.mkdir(parents=True, exist_ok=True)
-        if path.exists():
-            before = json.loads(path.read_text(encoding="utf-8"))
-            if before != settings:
-                names = [k for k in {**before, **settings} if before.get(k) != settings.get(k)]
-                told = "; ".join(f"{k} was {_brief(before.get(k))} and is {_brief(settings.get(k))}" for k in names)
+        with waiting_lock(folder):
+            # Whichever part comes first; those that come later are held against it.
+            before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+            self.settings, changed = _united(before, json.loads(json.dumps(settings)))
+            if before and changed:
+                told = "; ".join(f"{k} was {_brief(x)} and is {_brief(y)}" for k, (x, y) in changed.items())
                 raise ConfigError(
                     f"{folder} holds answers made with other settings ({told}); name another --output, or --restart"
                 )
-        else:
-            # Whichever part comes first; those that come later are held against it.
-            write_atomically(path, (json.dumps(settings, indent=2, ensure_ascii=False) + "\n").encode())
+            if self.settings != before:
+                write_atomically(path, (json.dumps(self.settings, indent=2, ensure_ascii=False) + "\n").encode())
         mine = self.parts / f"{share.rank}-of-{share.world_size}"
         mine.mkdir(exist_ok=True)
         self._lock = lock(mine)
@@ -105,9 +107,34 @@ class Results:
     def close(self) -> None:
         os.close(self._lock)
 
-    def done(self) -> set[str]:
+    def wait_for_parts(self, patience: float = 600.0) -> None:
+        """Until the folders of all processes that were launched together are seen.
+
+        Raises:
+            DataError: some are not, as where nodes do not share the output folder: they would wait for one another for ever.
+        """
+        if not self.share.together:
+            return
+        names = [f"{rank}-of-{self.share.world_size}" for rank in range(self.share.world_size)]
+        began = told = time.monotonic()
+        while missing := [n for n in names if not (self.parts / n).is_dir()]:
+            if time.monotonic() - began > patience:
+                raise DataError(
+                    f"{self.parts}: {len(missing)} of {len(names)} processes have no folder there ({missing[0]}, ...) after "
+                    f"{patience:.0f} s; name an --output that all nodes see"
+                )
+            if time.monotonic() - told > 60:
+                told = time.monotonic()
+                print(f"waiting for {len(missing)} processes to begin", flush=True)
+            time.sleep(0.1)
+
+    def answered(self) -> set[str]:
         """Keys of the answers that any part holds."""
         return {row["key"] for row in self.rows()}
+
+    def done(self) -> set[str]:
+        """Keys that need not be asked again; what an engine refused is, since it may have more room now."""
+        return {row["key"] for row in self.rows() if not row.get("refused")}
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """What any part holds."""
@@ -134,7 +161,7 @@ class Results:
             DataError: the only process lacks some.
         """
         told, pause = time.monotonic(), 0.2
-        while missing := set(keys) - self.done():
+        while missing := set(keys) - self.answered():
             if self.share.world_size == 1:
                 raise DataError(
                     f"{self.folder}: {len(missing)} answers are missing ({min(missing)}, ...); run it again"
@@ -165,7 +192,10 @@ class Results:
             now.setdefault(key.rpartition("/")[0], []).append(key)
         cells |= now
         write_atomically(path, (json.dumps(cells) + "\n").encode())
-        found = {row["key"]: row for row in self.rows()}
+        found: dict[str, dict[str, Any]] = {}
+        for row in self.rows():
+            if row["key"] not in found or not row.get("refused"):
+                found[row["key"]] = row
         rows = [found[key] for of in cells.values() for key in of]
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         write_atomically(self.folder / "samples.jsonl", text.encode("utf-8", errors="replace"))
@@ -193,6 +223,28 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
                     continue
                 if isinstance(row, dict) and "key" in row and "score" in row:
                     yield row
+
+
+def _united(before: dict[str, Any], now: dict[str, Any]) -> tuple[dict[str, Any], dict[str, tuple[Any, Any]]]:
+    """Settings of both, and which of them differ, by name: (before, now).
+
+    Of what goes by task (``_BY_TASK``) a part that is missing or null on one side is taken from the other.
+    """
+    both = {**before, **now}
+    changed: dict[str, tuple[Any, Any]] = {}
+    for name in both:
+        x, y = before.get(name), now.get(name)
+        if name in _BY_TASK and isinstance(x, dict) and isinstance(y, dict):
+            both[name] = {k: x[k] if y.get(k) is None and k in x else y.get(k) for k in {**x, **y}}
+            parts = [k for k in x if x[k] is not None and y.get(k) is not None and x[k] != y[k]]
+            changed |= {f"{name}.{k}": (x[k], y[k]) for k in parts}
+        elif x != y:
+            changed[name] = (x, y)
+    return both, changed
+
+
+# Settings that hold something for each task, or for what a task is made of: other runs may add to them.
+_BY_TASK = ("version", "materials", "files", "shots", "local", "questions")
 
 
 def _brief(value: Any) -> str:

@@ -244,5 +244,14 @@ def answer(loaded: LoadedTask, numbers: list[int], model: Any) -> list[dict[str,
     return rows
 
 
+def digest_of(loaded: LoadedTask) -> str:
+    """Of all questions with the examples in front of them, and what is right."""
+    digest = hashlib.sha256()
+    for n in sorted(loaded.requests):
+        asked = [[r.args for r in loaded.requests[n]], str(loaded.harness.doc_to_target(loaded.requests[n][0].doc))]
+        digest.update(json.dumps(asked, ensure_ascii=False).encode("utf-8", "replace"))
+    return digest.hexdigest()[:16]
+
+
 def key_of(loaded: LoadedTask, number: int) -> str:
     return f"short/{loaded.name}/0/{number}"

@@ -15,7 +15,7 @@ import numpy as np
 from megatron_longpo.data.indexed import write_atomically
 from megatron_longpo.errors import ConfigError, DataError
 from megatron_longpo.evaluation import infinitebench, needle, ruler, short_context
-from megatron_longpo.evaluation.runner import Results, Share, Window, by_engine, run, window_size, windows_of
+from megatron_longpo.evaluation.runner import Answer, Results, Share, Window, by_engine, run, window_size, windows_of
 from megatron_longpo.evaluation.settings import EvaluationConfig, names
 from megatron_longpo.generation.documents import find_files, read_documents
 from megatron_longpo.generation.engines import Engine, model_identity
@@ -113,8 +113,38 @@ def digest_of(materials: ruler.Materials) -> dict[str, str | None]:
     }
 
 
+@dataclasses.dataclass
+class Begun:
+    """A suite that is ready to be run.
+
+    Attributes:
+        name: of the suite.
+        windows: its samples.
+        answer: how they are answered.
+        results: its folder.
+        metrics: numbers of its rows.
+    """
+
+    name: str
+    windows: list[Window]
+    answer: Answer
+    results: Results
+    metrics: Callable[[Sequence[dict[str, Any]]], dict[str, Any]]
+
+    def run(self) -> dict[str, Any] | None:
+        """All samples answered; on the process that reports what results.json says of the suite, else None."""
+        try:
+            self.results.wait_for_parts()
+            rows = run(self.name, self.windows, self.answer, self.results)
+        finally:
+            self.results.close()
+        if rows is None:
+            return None
+        return {"settings": self.results.settings, "asked": asked_of(rows), "metrics": self.metrics(rows)}
+
+
 class Suites:
-    """Runs suites of one model.
+    """Makes ready the suites of one model.
 
     Args:
         config: checked.
@@ -144,8 +174,12 @@ class Suites:
     def window_size(self, samples: int) -> int:
         return window_size(samples, self.share.world_size, self.engine.groups_at_once)
 
-    def run(self, suite: str) -> dict[str, Any] | None:
-        """All samples of a suite answered; on the process that reports what results.json says of it, else None."""
+    def begin(self, suite: str) -> Begun:
+        """A suite checked, with its folder open, before any long work.
+
+        Raises:
+            ConfigError, DataError: a sample cannot be made, or the folder holds something else.
+        """
         version, settings, windows = {
             "ruler": self._ruler,
             "needle": self._needle,
@@ -159,15 +193,9 @@ class Suites:
             **settings,
         }
         results = Results(self.output / suite, settings, self.share, restart=self.restart)
-        try:
-            rows = run(suite, windows, by_engine(self.engine), results)
-        finally:
-            results.close()
-        if rows is None:
-            return None
-        return {"settings": settings, "asked": asked_of(rows), "metrics": METRICS[suite](rows)}
+        return Begun(suite, windows, by_engine(self.engine), results, METRICS[suite])
 
-    def _ruler(self) -> tuple[int, dict[str, Any], list[Window]]:
+    def _ruler(self) -> tuple[dict[str, int], dict[str, Any], list[Window]]:
         c = self.config
         made = ruler.Ruler(self.materials, self.count, c.evaluate.seed)
         cells = [(task, length) for task in names(c.ruler.ruler_tasks) for length in c.lengths]
@@ -190,7 +218,8 @@ class Suites:
                 # Of questions the last one too: so many must fit.
                 for index in (0, c.evaluate.samples - 1) if ruler.GROUPS[task] == "QA" else (0,):
                     made.sample(task, length, index)
-        return ruler.VERSION, {"materials": digest_of(self.materials)}, windows
+        versions = {task: ruler.VERSIONS[task] for task in names(c.ruler.ruler_tasks)}
+        return versions, {"materials": digest_of(self.materials)}, windows
 
     def _needle(self) -> tuple[int, dict[str, Any], list[Window]]:
         c, n = self.config, self.config.needle
@@ -235,10 +264,8 @@ class Suites:
         return infinitebench.VERSION, {"files": digests, "prompts": i.infinitebench_prompts}, windows
 
 
-def run_short(
-    config: EvaluationConfig, prepared: Prepared, share: Share, *, restart: bool = False
-) -> dict[str, Any] | None:
-    """The short-context suite; like ``Suites.run``, by lm-evaluation-harness and its own model."""
+def begin_short(config: EvaluationConfig, prepared: Prepared, share: Share, *, restart: bool = False) -> Begun:
+    """The short-context suite; like ``Suites.begin``, by lm-evaluation-harness and its own model."""
     from importlib.metadata import version
 
     e, s, model = config.evaluate, config.short, config.engine.model
@@ -252,7 +279,8 @@ def run_short(
         "limit": s.short_limit,
         "batch_size": s.short_batch_size,
         "shots": {t: short_context.SHORT[t].shots for t in names(s.short_tasks)},
-        "local": {x.task: x.local for x in loaded if x.local},
+        "local": {x.name: x.local for x in loaded if x.local},
+        "questions": {x.name: short_context.digest_of(x) for x in loaded},
     }
     windows, of = [], {}
     size = 4 * s.short_batch_size
@@ -264,7 +292,6 @@ def run_short(
             window = Window(tuple(short_context.key_of(task, n) for n in taken), float(cost), list)
             windows.append(window)
             of[window.keys] = (task, taken)
-    results = Results(Path(e.output) / "short", settings, share, restart=restart)
     found: list[Any] = []
 
     def answer(window: Window, done: set[str]) -> Iterator[tuple[list[dict[str, Any]], int]]:
@@ -273,11 +300,8 @@ def run_short(
         task, taken = of[window.keys]
         yield short_context.answer(task, taken, found[0]), 0
 
-    try:
-        rows = run("short", windows, answer, results)
-    finally:
-        results.close()
-    return None if rows is None else {"settings": settings, "asked": asked_of(rows), "metrics": short_metrics(rows)}
+    results = Results(Path(e.output) / "short", settings, share, restart=restart)
+    return Begun("short", windows, answer, results, short_metrics)
 
 
 def short_metrics(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -71,7 +71,9 @@ class TransformersEngine(Engine):
         kinds = getattr(self.model.config, "layer_types", None) or ()
         window = getattr(self.model.config, "sliding_window", None) and not kinds
         plain = (
-            not window and all(kind == "full_attention" for kind in kinds) and hasattr(self.model.model, "rotary_emb")
+            not window
+            and all(kind == "full_attention" for kind in kinds)
+            and hasattr(getattr(self.model, "model", None), "rotary_emb")
         )
         # Others keep part of their keys alone, mask by themselves, or go by a key's place in memory.
         self._can_pack = plain and not getattr(self.model, "_is_stateful", False)

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import ROOT, environment, make_model, run
+from tests.support import ROOT, environment, make_chat_model, make_model, run
+from tests.unit.test_chat import make_fast_tokenizer
 
 
 def test_our_step_and_the_authors_have_the_same_loss(tmp_path: Path) -> None:
@@ -34,3 +35,18 @@ def test_log_probs_are_measured_against_plain_ones(tmp_path: Path) -> None:
     sizes = ["--tokens", "300", "--vocab-size", "512", "--hidden-size", "16", "--threads", "1"]
     done = run([sys.executable, tool, *sizes, "--output", str(tmp_path / "table.md")], env=environment())
     assert "| plain |" in done.stdout and (tmp_path / "table.md").read_text() in done.stdout
+
+
+def test_the_engine_is_measured_against_plain_transformers(tmp_path: Path) -> None:
+    make_fast_tokenizer(tmp_path / "model")
+    make_chat_model(tmp_path / "model")
+    text = tmp_path / "text.txt"
+    text.write_text(" ".join(["tower river bank people climb view left built"] * 60))
+    tool = str(ROOT / "tools" / "benchmark_engine.py")
+    sizes = ["--lengths", "200", "--new-tokens", "5", "--repeats", "1", "--threads", "1", "--dtype", "float32"]
+    output = tmp_path / "engine.json"
+    model = ["--model", str(tmp_path / "model"), "--text", str(text)]
+    done = run([sys.executable, tool, *model, *sizes, "--output", str(output)], env=environment())
+    (row,) = json.loads(output.read_text())
+    assert 150 < row["length"] <= 200 and row["same"] and f"{row['length']} tokens: read in" in done.stdout
+    assert row["read"]["ratio"] == pytest.approx(row["read"]["ours"] / row["read"]["plain"])

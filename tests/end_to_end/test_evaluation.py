@@ -111,7 +111,9 @@ def test_everything_is_written(undisturbed: Path) -> None:
     assert set(results["suites"]) == {"ruler", "needle", "infinitebench"}
     ruler = results["suites"]["ruler"]
     assert (
-        ruler["settings"]["seed"] == 1234 and ruler["settings"]["version"] == 1 and ruler["settings"]["model"]["model"]
+        ruler["settings"]["seed"] == 1234
+        and ruler["settings"]["version"] == dict.fromkeys(TASKS[1].split(","), 1)
+        and ruler["settings"]["model"]["model"]
     )
     assert set(ruler["metrics"]["tasks"]) == set(TASKS[1].split(","))
     assert all(of["2200"]["samples"] == of["3072"]["samples"] == 2 for of in ruler["metrics"]["tasks"].values())
@@ -222,7 +224,14 @@ def test_a_bad_command_is_refused_before_any_work(made: Path) -> None:
     base = [*TOOL, "--model", str(made / "model"), "--output", str(made / "refused")]
     for more, message in (
         (["--tasks", "ruler", "--ruler-tasks", "vt", "--lengths", "200"], "vt at 200 tokens"),
-        # Of a suite that comes last, as early.
+        # Of suites that come last, as early.
+        (
+            [
+                *("--tasks", "infinitebench,ruler", "--infinitebench", str(made / "infinitebench"), "--samples", "500"),
+                *("--ruler-tasks", "qa_1", "--squad", str(made / "squad.jsonl"), "--lengths", "2200"),
+            ],
+            "samples=500 is more than the 40 questions of qa_1",
+        ),
         (["--tasks", "ruler,preference", "--ruler-tasks", "vt", "--pairs", str(made / "no")], "no.json"),
     ):
         refused = run([*base, *more], expect=2)

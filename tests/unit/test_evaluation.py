@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_longpo.errors import ConfigError
-from megatron_longpo.evaluation import compare, preference
+from megatron_longpo.errors import ConfigError, DataError
+from megatron_longpo.evaluation import compare, preference, report
 from megatron_longpo.evaluation.runner import Results, Share, Window, deal, read_rows, run, window_size, windows_of
 from megatron_longpo.evaluation.settings import EvaluationConfig, check
 
@@ -47,10 +47,53 @@ def test_results_go_on_after_a_torn_line_whatever_the_split(tmp_path: Path) -> N
     rows = run("s", windows[:2], _rows, fewer)
     fewer.close()
     assert rows is not None and {r["key"] for r in rows} == {*(f"s/t/1/{i}" for i in range(4)), "s/u/1/0"}
+    # What a task is made of may be added, not changed.
+    by_task = {"seed": 1, "materials": {"haystack": "x", "squad": None}}
+    one = tmp_path / "by_task"
+    Results(one, by_task, Share()).close()
+    added = Results(one, {"seed": 1, "materials": {"haystack": None, "squad": "y"}}, Share())
+    added.close()
+    assert added.settings == {"seed": 1, "materials": {"haystack": "x", "squad": "y"}}
+    with pytest.raises(ConfigError, match=r'\(materials.haystack was "x" and is "z"\)'):
+        Results(one, {"seed": 1, "materials": {"haystack": "z"}}, Share())
     with pytest.raises(ConfigError, match=r"seed was 1 and is 2.*--restart"):
         Results(tmp_path / "s", {"seed": 2}, Share())
     Results(tmp_path / "s", {"seed": 2}, Share(), restart=True).close()
     assert not (tmp_path / "s" / "samples.jsonl").exists()
+
+
+def test_what_was_refused_is_asked_again(tmp_path: Path) -> None:
+    """And a later answer counts, in whichever part it is."""
+
+    def refuse(window: Window, done: set[str]) -> Any:
+        rows = [{"key": k, "task": "t", "length": 1, "index": 0, "score": 0.0, "refused": True} for k in window.keys]
+        yield [r for r in rows if r["key"] not in done], 1
+
+    windows = [Window(("s/t/1/0", "s/t/1/1"), 1.0, list)]
+    for share, answer, score in ((Share(), refuse, 0.0), (Share(0, 1), _rows, 1.0), (Share(0, 1), refuse, 1.0)):
+        results = Results(tmp_path / "s", {}, share)
+        rows = run("s", windows, answer, results)
+        results.close()
+        assert rows is not None and [r["score"] for r in rows] == [score, score]
+    moved = tmp_path / "s" / "parts" / "9-of-9"
+    moved.mkdir()
+    lines = (tmp_path / "s" / "parts" / "0-of-1" / "answers.jsonl").read_text().splitlines(keepends=True)
+    (moved / "answers.jsonl").write_text("".join(lines[:2]))
+    results = Results(tmp_path / "s", {}, Share())
+    rows = run("s", windows, _rows, results)
+    assert rows is not None and [r["score"] for r in rows] == [1.0, 1.0]
+
+
+def test_processes_that_do_not_share_a_folder_are_told(tmp_path: Path) -> None:
+    results = Results(tmp_path / "s", {}, Share(0, 2, together=True))
+    with pytest.raises(
+        DataError, match=r"1 of 2 processes have no folder there \(1-of-2, ...\) after 0 s; name an --output"
+    ):
+        results.wait_for_parts(patience=0.3)
+    other = Results(tmp_path / "s", {}, Share(1, 2, together=True))
+    results.wait_for_parts(patience=0.3)
+    for one in (results, other):
+        one.close()
 
 
 @given(st.lists(st.floats(0.1, 100), min_size=1, max_size=30), st.integers(1, 5))
@@ -101,6 +144,46 @@ def test_many_processes_share_few_samples(cells: int, samples: int, world_size: 
     mean = cells * samples / world_size
     # Beyond the mean no more than a batch or an eighth (of a share rounded up).
     assert max(loads) <= mean + max(at_once, (mean + 1) / 8, 1)
+
+
+@pytest.mark.parametrize(
+    ("first", "other", "message"),
+    [
+        (
+            {"version": {"vt": 1, "cwe": 1}},
+            {"version": {"vt": 1, "cwe": 2}},
+            "ruler of a has version of cwe 1 and that of b 2",
+        ),
+        ({"version": 1}, {"version": 2}, "ruler of a has version 1 and that of b 2"),
+        (
+            {"reference": "x", "beta": 0.1},
+            {"reference": "y", "beta": 0.1},
+            "ruler of a has reference x and that of b y",
+        ),
+        ({"version": {"vt": 1}, "seed": 1}, {"version": {"cwe": 2}, "seed": 2}, None),
+    ],
+)
+def test_what_was_measured_otherwise_is_not_compared(
+    first: dict[str, Any], other: dict[str, Any], message: str | None
+) -> None:
+    a, b = (compare.Evaluation(name, {}, {"ruler": s}) for name, s in (("a", first), ("b", other)))
+    if message is None:
+        compare.check_alike(a, b)
+    else:
+        with pytest.raises(ConfigError, match=message):
+            compare.check_alike(a, b)
+
+
+def test_a_report_that_lost_its_answers_is_not_compared(tmp_path: Path) -> None:
+    metrics = {"depths": {"0": {"1": {"score": 1.0, "stderr": None, "samples": 1}}}, "average": {"score": 1.0}}
+    report.write_report(tmp_path, {"needle": {"settings": {}, "asked": {}, "metrics": metrics}})
+    with pytest.raises(ConfigError, match=r"needle/samples\.jsonl: has no answers; evaluate needle again"):
+        compare.read_evaluation(tmp_path)
+    # Begun again, it is not reported until it is done.
+    report.forget(tmp_path, ["needle"])
+    assert report.read_results(tmp_path)["suites"] == {}
+    with pytest.raises(ConfigError, match="reports no suite"):
+        compare.read_evaluation(tmp_path)
 
 
 def test_comparison_pairs_what_is_the_same() -> None:

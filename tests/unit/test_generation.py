@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -499,3 +500,32 @@ def test_replies_do_not_depend_on_what_is_kept(tmp_path: Path) -> None:
             for one, reply in zip(group, replies, strict=True):
                 ((alone,),) = plain.answer([[one]], Sampling(12))
                 assert reply == alone and reply.new_tokens
+
+
+def test_a_model_of_another_build_answers_too(tmp_path: Path) -> None:
+    """GPT-2 has learned positions, and its layers under another name: no packing, no kept prefix, the same words."""
+    import transformers
+
+    make_fast_tokenizer(tmp_path)
+    config = transformers.GPT2Config(
+        vocab_size=402, n_embd=48, n_layer=2, n_head=4, n_positions=1024, bos_token_id=0, eos_token_id=1
+    )
+    torch.manual_seed(0)
+    model = transformers.GPT2LMHeadModel(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0, 0.15)
+    model.save_pretrained(tmp_path)
+    rng = random.Random(2)
+    text = " ".join(rng.choices(["tower", "river", "bank", "people", "climb", "view"], k=100))
+    prompts = [Prompt(({"role": "user", "content": f"{text} {word}"},)) for word in ("tower", "river bank", "people")]
+    engine = TransformersEngine(tmp_path, dtype="float32", batch_size=2, keep_prefix=True)
+    (together,) = engine.answer([prompts], Sampling(8))
+    for prompt, reply in zip(prompts, together, strict=True):
+        ids = torch.tensor([engine.tokenizer.prompt(list(prompt.messages), prompt.prefix)])
+        written = model.eval().generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False, pad_token_id=1
+        )
+        kept = [t for t in written[0, ids.shape[1] :].tolist() if t != 1]
+        assert reply.text == engine.tokenizer.decode(kept).strip() and reply.new_tokens

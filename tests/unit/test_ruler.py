@@ -160,6 +160,8 @@ def test_common_words_are_the_most_frequent(length: int, common: int, rare: int,
     counts = {w: words.count(w) for w in set(words)}
     assert sorted(counts[r] for r in sample.references) == [common] * 10
     assert {n for w, n in counts.items() if w not in sample.references} == {rare}
+    # The example's answer follows its prefix at once, as in the benchmark.
+    assert re.search(r"appear most often in the list are:1\. \S+ 2\. ", sample.message)
 
 
 def test_frequent_coded_words_follow_zeta(materials: ruler.Materials) -> None:
@@ -247,9 +249,11 @@ def test_formats_of_question_files(tmp_path: Path) -> None:
     pool = ruler.read_squad(tmp_path / "a.json")
     assert pool.documents == ("One.", "Two.") and len(pool.questions) == 1
     assert pool.questions[0] == ruler.Question("Q1", ("x", "y"), (0,), (0,), (1,))
-    rows = [{"title": "T", "context": "One.", "question": "Q1", "answers": {"text": ["x", "y"]}}]
-    (tmp_path / "b.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    assert ruler.read_squad(tmp_path / "b.jsonl").questions[0].answers == ("x", "y")
+    # What JSON leaves in its strings ends no line: a line separator, say.
+    rows = [{"title": "T", "context": "One\u2028.\x85", "question": "Q1", "answers": {"text": ["x", "y"]}}]
+    (tmp_path / "b.jsonl").write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows), encoding="utf-8")
+    pool = ruler.read_squad(tmp_path / "b.jsonl")
+    assert pool.questions[0].answers == ("x", "y") and pool.documents == ("One\u2028.\x85",)
     hotpot = {
         "question": "Q",
         "answer": "A",

@@ -113,7 +113,7 @@ def check_alike(first: Evaluation, other: Evaluation) -> None:
             if x != y:
                 raise ConfigError(
                     f"{suite} of {first.name} has {name} {x} and that of {other.name} {y}, so their numbers do not compare; "
-                    f"evaluate one of them again with the other's"
+                    "evaluate one of them again with the other's"
                 )
 
 

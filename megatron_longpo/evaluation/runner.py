@@ -244,7 +244,7 @@ def _united(before: dict[str, Any], now: dict[str, Any]) -> tuple[dict[str, Any]
 
 
 # Settings that hold something for each task, or for what a task is made of: other runs may add to them.
-_BY_TASK = ("version", "materials", "files", "shots", "local", "questions")
+_BY_TASK = ("version", "materials", "files", "shots", "limit", "local", "questions")
 
 
 def _brief(value: Any) -> str:

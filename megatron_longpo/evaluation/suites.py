@@ -276,7 +276,7 @@ def begin_short(config: EvaluationConfig, prepared: Prepared, share: Share, *, r
         "harness": version("lm-eval"),
         "model": {"engine": "transformers", "model": model_identity(Path(model)), "dtype": config.engine.dtype},
         "seed": e.seed,
-        "limit": s.short_limit,
+        "limit": dict.fromkeys(names(s.short_tasks), s.short_limit or "all"),
         "batch_size": s.short_batch_size,
         "shots": {t: short_context.SHORT[t].shots for t in names(s.short_tasks)},
         "local": {x.name: x.local for x in loaded if x.local},

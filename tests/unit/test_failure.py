@@ -43,6 +43,8 @@ def test_the_rank_that_knows_the_cause_names_it(
     monkeypatch.setattr(failure.os, "_exit", _end)
     monkeypatch.setattr(failure, "_LINGER_SECONDS", 0.0)
     monkeypatch.setattr(failure, "_apart", False)
+    # Another test of this process may have made a group.
+    monkeypatch.setattr(failure.dist, "is_initialized", lambda: False)
 
     def action() -> None:
         failure.work_apart(apart)

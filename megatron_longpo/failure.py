@@ -7,33 +7,38 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from datetime import timedelta
 
 import torch.distributed as dist
 
 from megatron_longpo.errors import LongPOError
 
 _LINGER_SECONDS = 3.0
-_apart = False
-
-
-def work_apart(apart: bool = True) -> None:
-    """From here on this process works by itself, beside others of its launch: it fails by itself, and names its cause."""
-    global _apart
-    _apart = apart
 
 
 def _first_to_fail() -> bool:
     """Whether this rank is to name the cause: the first to get here, or rank 0 where ranks cannot ask one another."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return True
-    if not dist.is_initialized():
-        # What fails before the group is made fails on every rank alike, unless each has work of its own.
-        return _apart or int(os.environ.get("RANK", "0")) == 0
+    environment = os.environ
     try:
-        store = dist.distributed_c10d._get_default_store()
-        return store.add("megatron_longpo/failed", 1) == 1
+        if dist.is_initialized():
+            store = dist.distributed_c10d._get_default_store()
+        elif _has_store():
+            # torchrun's own, there before any group is: ranks that do different work may fail alone.
+            address, port = environment["MASTER_ADDR"], int(environment["MASTER_PORT"])
+            store = dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=10), wait_for_workers=False)
+        else:
+            return int(environment.get("RANK", "0")) == 0
+        attempt = environment.get("TORCHELASTIC_RESTART_COUNT", "0")
+        return store.add(f"megatron_longpo/failed/{attempt}", 1) == 1
     except Exception:
         return True
+
+
+def _has_store() -> bool:
+    """Whether ranks can ask one another who failed first: by their group's store, or by torchrun's."""
+    return dist.is_initialized() or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 def run_or_fail(action: Callable[[], None]) -> None:
@@ -48,9 +53,8 @@ def run_or_fail(action: Callable[[], None]) -> None:
     except LongPOError as error:
         code, named = 2, _first_to_fail()
         if named:
-            whose = f"rank {os.environ.get('RANK', '0')}: " if _apart and "RANK" in os.environ else ""
-            print(f"error: {whose}{error}", file=sys.stderr)
-        elif not dist.is_initialized() and os.environ.get("LOCAL_RANK") == "0":
+            print(f"error: {error}", file=sys.stderr)
+        elif not _has_store() and os.environ.get("LOCAL_RANK") == "0":
             # Another node, whose disk may lack what the first one's has.
             print(f"rank {os.environ.get('RANK')}: {error}", file=sys.stderr)
     except KeyboardInterrupt:

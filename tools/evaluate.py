@@ -25,7 +25,7 @@ from megatron_longpo.data.indexed import read_manifest
 from megatron_longpo.errors import ConfigError
 from megatron_longpo.evaluation.runner import Results, Share
 from megatron_longpo.evaluation.settings import EvaluationConfig, check
-from megatron_longpo.failure import run_or_fail, work_apart
+from megatron_longpo.failure import run_or_fail
 
 PROGRAM = "evaluate.py"
 
@@ -92,7 +92,6 @@ def evaluate(config: EvaluationConfig, share: Share, *, restart: bool) -> None:
         del generating, engine
     short = begin_short(config, prepared, share, restart=restart) if "short" in config.suites else None
     preference = begin_preferences(config, share, restart=restart) if "preference" in config.suites else None
-    work_apart()
     while begun:
         # Not kept: it holds the model, and two in memory would be one too many.
         suite = begun.pop(0)
@@ -103,7 +102,6 @@ def evaluate(config: EvaluationConfig, share: Share, *, restart: bool) -> None:
         finish("short", short.run())
         del short
         platform.CURRENT.free_memory()
-    work_apart(False)
     if preference is not None:
         finish("preference", evaluate_preferences(config, share, preference))
     if reported:
@@ -172,6 +170,7 @@ def evaluate_preferences(config: EvaluationConfig, share: Share, results: Result
     output = Path(config.evaluate.output)
     folder, settings = results.folder, results.settings
     reference = p.reference_model or model
+    results.wait_for_parts()
     start_processes(30)
     found = stored_result(output, "preference", settings)
     if found is not None:

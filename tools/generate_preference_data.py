@@ -19,7 +19,7 @@ from pathlib import Path
 from megatron_longpo import platform
 from megatron_longpo.config import from_command_line
 from megatron_longpo.errors import ConfigError
-from megatron_longpo.failure import run_or_fail, work_apart
+from megatron_longpo.failure import run_or_fail
 from megatron_longpo.generation.merging import merge
 from megatron_longpo.generation.pairs import make_part
 from megatron_longpo.generation.settings import GenerationConfig, check
@@ -60,9 +60,7 @@ def main() -> None:
         raise ConfigError(f"output={output}: cannot be written ({error}); name a file") from None
     if world_size > 1:
         print(f"part {rank} of {world_size} ({launcher})", flush=True)
-    engine = make_engine(config.engine, config.documents.seq_length)
-    work_apart()
-    make_part(config, engine, rank, world_size, restart=restart)
+    make_part(config, make_engine(config.engine, config.documents.seq_length), rank, world_size, restart=restart)
     if launcher == "torchrun" and rank == 0:
         wait_for_others(output, world_size, began if restart else 0.0)
     if world_size == 1 or (launcher == "torchrun" and rank == 0):

@@ -1,10 +1,11 @@
-"""Who names the cause when a process of several fails."""
+"""Who names the cause when a process of several fails before they have made a group."""
 
 from __future__ import annotations
 
 from typing import NoReturn
 
 import pytest
+import torch.distributed as dist
 
 from megatron_longpo import failure
 from megatron_longpo.errors import DataError
@@ -18,38 +19,50 @@ def _end(code: int) -> NoReturn:
     raise _Ended(code)
 
 
-@pytest.mark.parametrize(
-    ("rank", "apart", "error", "told"),
-    [
-        # What fails before ranks can ask one another fails on all of them alike.
-        ("0", False, DataError("no such file"), "error: no such file"),
-        ("1", False, DataError("no such file"), ""),
-        ("1", False, RuntimeError("out of memory"), ""),
-        # A rank that works by itself fails by itself.
-        ("1", True, DataError("no such file"), "error: rank 1: no such file"),
-        ("1", True, RuntimeError("out of memory"), "error: rank 1 failed: RuntimeError: out of memory"),
-    ],
-)
-def test_the_rank_that_knows_the_cause_names_it(
-    rank: str,
-    apart: bool,
-    error: Exception,
-    told: str,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    for name, value in {"WORLD_SIZE": "2", "RANK": rank, "LOCAL_RANK": rank}.items():
-        monkeypatch.setenv(name, value)
+@pytest.fixture
+def fail(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):  # type: ignore[no-untyped-def]
+    """Lets a rank fail, and gives the last line that it says."""
     monkeypatch.setattr(failure.os, "_exit", _end)
     monkeypatch.setattr(failure, "_LINGER_SECONDS", 0.0)
-    monkeypatch.setattr(failure, "_apart", False)
     # Another test of this process may have made a group.
     monkeypatch.setattr(failure.dist, "is_initialized", lambda: False)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
 
-    def action() -> None:
-        failure.work_apart(apart)
-        raise error
+    def failing(rank: str, error: Exception) -> str:
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("LOCAL_RANK", rank)
 
-    with pytest.raises(_Ended, match="2" if isinstance(error, DataError) else "1"):
-        failure.run_or_fail(action)
-    assert (capsys.readouterr().err.strip().splitlines() or [""])[-1] == told
+        def action() -> None:
+            raise error
+
+        with pytest.raises(_Ended, match="2" if isinstance(error, DataError) else "1"):
+            failure.run_or_fail(action)
+        return (capsys.readouterr().err.strip().splitlines() or [""])[-1]
+
+    return failing
+
+
+def test_where_ranks_cannot_ask_the_first_names_it(fail) -> None:  # type: ignore[no-untyped-def]
+    assert fail("1", DataError("no such file")) == ""
+    assert fail("0", DataError("no such file")) == "error: no such file"
+    assert fail("1", RuntimeError("out of memory")) == ""
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (DataError("no such file"), "error: no such file"),
+        (RuntimeError("out of memory"), "error: rank 1 failed: RuntimeError: out of memory"),
+    ],
+)
+def test_under_torchrun_whoever_fails_first_names_it(  # type: ignore[no-untyped-def]
+    fail, error: Exception, told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also a rank other than the first, which may fail alone; and only one."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(store.port))
+    assert fail("1", error) == told
+    assert fail("0", error) == ""

@@ -6,6 +6,7 @@ WORKDIR /workspace/megatron_longpo
 COPY setup.py pyproject.toml README.md ./
 COPY megatron_longpo megatron_longpo
 COPY tools tools
+COPY benchmarks benchmarks
 COPY examples examples
 # The image's own torch and its companions stay: pip's constraint file there pins them.
 RUN pip install --no-cache-dir -e .

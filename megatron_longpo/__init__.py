@@ -1,9 +1,9 @@
 """LongPO training on Megatron-Core.
 
-Importing the package resolves the platform first: where CUDA is absent, ``platform.py`` must make
+Importing the package resolves the platform first: where CUDA is absent, ``runtime.platform`` must make
 megatron-core runnable on the CPU before any module of megatron-core is imported.
 """
 
-from megatron_longpo import platform as platform
+from megatron_longpo.runtime import platform as platform
 
 __version__ = "0.1.0"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -627,3 +628,33 @@ def check_against_model(
 
 def _divisors(n: int) -> str:
     return ", ".join(str(d) for d in range(1, n + 1) if n % d == 0)
+
+
+def check_part(rank: int | None, world_size: int | None) -> None:
+    """Which part of how many.
+
+    Raises:
+        ConfigError: one without the other, or no such part.
+    """
+    if rank is None and world_size is None:
+        return
+    if rank is None or world_size is None:
+        raise ConfigError(f"rank={rank} and world_size={world_size} belong together; give both or none")
+    if not 0 <= rank < world_size:
+        raise ConfigError(f"rank={rank} must be from 0 to world_size - 1 = {world_size - 1}")
+
+
+def check_numbers(section: Any) -> None:
+    """The numbers of a section of generation or evaluation: whole ones at least 1 (or 0), others finite.
+
+    Raises:
+        ConfigError: the first value that breaks the rule.
+    """
+    for f in dataclasses.fields(section):
+        value = getattr(section, f.name)
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        least = 0 if f.name in ("min_document_tokens", "retries") else 1
+        if whole and value < least:
+            raise ConfigError(f"{f.name}={value} must be at least {least}")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(f"{f.name}={value} must be a number")

@@ -6,8 +6,8 @@ import os
 import sys
 
 from megatron_longpo.config import Config, from_command_line
-from megatron_longpo.failure import run_or_fail
-from megatron_longpo.trainer import run
+from megatron_longpo.runtime.failure import run_or_fail
+from megatron_longpo.training.trainer import run
 
 
 def main() -> None:

@@ -25,13 +25,13 @@ from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingCo
 from rich.progress import Progress as Bar
 from rich.table import Table
 
-from megatron_longpo.checkpoint.convert import Changes, Comparison, Conversion, compare, export_hf, import_hf
-from megatron_longpo.checkpoint.processes import rank
-from megatron_longpo.checkpoint.training import ASSETS, resolve
+from megatron_longpo.checkpoint.folders import ASSETS, resolve
+from megatron_longpo.conversion.convert import Changes, Comparison, Conversion, compare, export_hf, import_hf
+from megatron_longpo.conversion.verification import Agreement, compare_logits
 from megatron_longpo.errors import CheckpointError
-from megatron_longpo.failure import run_or_fail
 from megatron_longpo.model.shape import ModelShape
-from megatron_longpo.verification import Agreement, compare_logits
+from megatron_longpo.runtime.collectives import rank
+from megatron_longpo.runtime.failure import run_or_fail
 
 DTYPES = ("float32", "float16", "bfloat16")
 _LINE_SECONDS = 10.0
@@ -306,7 +306,7 @@ def logits(a: argparse.Namespace, checkpoint: Path, hf: Path, changes: Changes) 
     """Both models on a text's tokens, or on random ones."""
     folder = resolve(checkpoint)
     if a.text:
-        from megatron_longpo.generation.chat import load_tokenizer
+        from megatron_longpo.text.chat import load_tokenizer
 
         try:
             text = Path(a.text).read_text(encoding="utf-8")

@@ -19,13 +19,13 @@ from typing import Any
 
 import numpy as np
 
-from megatron_longpo import platform
 from megatron_longpo.config import from_command_line
 from megatron_longpo.data.indexed import read_manifest
 from megatron_longpo.errors import ConfigError
 from megatron_longpo.evaluation.runner import Results, Share
 from megatron_longpo.evaluation.settings import EvaluationConfig, check
-from megatron_longpo.failure import run_or_fail
+from megatron_longpo.runtime import platform
+from megatron_longpo.runtime.failure import run_or_fail
 
 PROGRAM = "evaluate.py"
 
@@ -83,7 +83,7 @@ def evaluate(config: EvaluationConfig, share: Share, *, restart: bool) -> None:
     begun = []
     if suites:
         # After the checks: it loads a model.
-        from megatron_longpo.generation.engines import make_engine
+        from megatron_longpo.engines.make import make_engine
 
         engine = make_engine(config.engine, max(config.lengths), keep_prefix=True)
         warn_of_positions(config, share)
@@ -114,7 +114,7 @@ def check_preferences(config: EvaluationConfig, share: Share) -> None:
     Raises:
         ConfigError, DataError, CheckpointError: the first thing that does not fit.
     """
-    from megatron_longpo.checkpoint.convert import read_hf_config
+    from megatron_longpo.conversion.convert import read_hf_config
 
     p = config.preference
     assert config.engine.model is not None and p.pairs is not None
@@ -136,13 +136,13 @@ def check_preferences(config: EvaluationConfig, share: Share) -> None:
 
 def begin_preferences(config: EvaluationConfig, share: Share, *, restart: bool) -> Results:
     """The folder of held-out pairs, open, before any long work."""
-    from megatron_longpo.evaluation import preference
-    from megatron_longpo.generation.engines import model_identity
+    from megatron_longpo.engines.base import model_identity
+    from megatron_longpo.training import held_out
 
     p, model = config.preference, config.engine.model
     assert config.evaluate.output is not None and model is not None and p.pairs is not None
     settings = {
-        "version": preference.VERSION,
+        "version": held_out.VERSION,
         "model": {"model": model_identity(Path(model)), "bf16": computes_in_bf16(Path(model), config.engine.dtype)},
         "reference": model_identity(Path(p.reference_model or model)),
         "pairs": read_manifest(p.pairs).bin_sha256,
@@ -158,12 +158,12 @@ def evaluate_preferences(config: EvaluationConfig, share: Share, results: Result
     """
     import torch.distributed as dist
 
-    from megatron_longpo.checkpoint.convert import import_hf
     from megatron_longpo.config import from_dict
-    from megatron_longpo.evaluation import preference
-    from megatron_longpo.parallel import start_processes, stop_processes
-    from megatron_longpo.plan import groups_of, make_plan
-    from megatron_longpo.trainer import Trainer
+    from megatron_longpo.conversion.convert import import_hf
+    from megatron_longpo.runtime.process_groups import start_processes, stop_processes
+    from megatron_longpo.training import held_out
+    from megatron_longpo.training.plan import groups_of, make_plan
+    from megatron_longpo.training.trainer import Trainer
 
     p, model = config.preference, config.engine.model
     assert config.evaluate.output is not None and model is not None and p.pairs is not None
@@ -209,14 +209,14 @@ def evaluate_preferences(config: EvaluationConfig, share: Share, results: Result
     plan = make_plan(from_dict(values, "preference"), share.world_size)
     trainer = Trainer(plan, groups_of(plan))
     # From one process: all are to leave out the same samples.
-    kept = [preference.kept_figures(results.rows()) if share.rank == 0 else {}]
+    kept = [held_out.kept_figures(results.rows()) if share.rank == 0 else {}]
     dist.broadcast_object_list(kept, src=0, device=platform.CURRENT.device)
     if kept[0] and share.rank == 0:
         print(f"preference: {len(kept[0])} samples were there", flush=True)
 
     def keep(numbers: list[int], table: np.ndarray) -> None:
         if share.rank == 0:
-            results.add(preference.kept_rows(numbers, table))
+            results.add(held_out.kept_rows(numbers, table))
 
     table = trainer.evaluate(kept[0], keep)
     dist.barrier()
@@ -225,15 +225,15 @@ def evaluate_preferences(config: EvaluationConfig, share: Share, results: Result
     if share.rank:
         return None
     shutil.rmtree(work, ignore_errors=True)
-    preference.write_rows(table, folder / "samples.jsonl", settings["pairs"])
-    return {"settings": settings, "asked": {"preference": len(table)}, "metrics": preference.summary(table)}
+    held_out.write_rows(table, folder / "samples.jsonl", settings["pairs"])
+    return {"settings": settings, "asked": {"preference": len(table)}, "metrics": held_out.summary(table)}
 
 
 def computes_in_bf16(model: Path, dtype: str) -> bool:
     """What the trainer computes in: fp32 where that is asked for or stored, else bf16."""
     if dtype != "auto":
         return dtype != "float32"
-    from megatron_longpo.checkpoint.convert import read_hf_config
+    from megatron_longpo.conversion.convert import read_hf_config
 
     config = read_hf_config(model)
     return str(config.get("dtype", config.get("torch_dtype"))) != "float32"

@@ -16,14 +16,14 @@ import sys
 import time
 from pathlib import Path
 
-from megatron_longpo import platform
 from megatron_longpo.config import from_command_line
 from megatron_longpo.errors import ConfigError
-from megatron_longpo.failure import run_or_fail
 from megatron_longpo.generation.merging import merge
 from megatron_longpo.generation.pairs import make_part
 from megatron_longpo.generation.settings import GenerationConfig, check
 from megatron_longpo.generation.stages import part_folder, read_stage_manifest
+from megatron_longpo.runtime import platform
+from megatron_longpo.runtime.failure import run_or_fail
 
 PROGRAM = "generate_preference_data.py"
 
@@ -48,7 +48,7 @@ def main() -> None:
     rank, world_size, launcher = part_of(config)
     platform.CURRENT.use_local_rank(int(os.environ.get("LOCAL_RANK", "0")))
     # After the checks: it loads a model.
-    from megatron_longpo.generation.engines import make_engine
+    from megatron_longpo.engines.make import make_engine
 
     assert config.run.output is not None
     output = Path(config.run.output)

@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_longpo.data.indexed import Manifest, path_of
-from megatron_longpo.failure import run_or_fail
-from megatron_longpo.generation.preprocess import Settings, draw_histogram, preprocess
+from megatron_longpo.runtime.failure import run_or_fail
+from megatron_longpo.text.preprocess import Settings, draw_histogram, preprocess
 
 
 def main() -> None:

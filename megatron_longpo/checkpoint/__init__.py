@@ -1,1 +1,1 @@
-"""Checkpoints: training's own, the streaming of single tensors in and out of them, and conversion."""
+"""Checkpoints: where they lie, the streaming of single tensors in and out of them, the card of an exported model."""

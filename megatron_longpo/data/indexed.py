@@ -21,6 +21,7 @@ from megatron.core.datasets.indexed_dataset import DType, IndexedDataset
 
 from megatron_longpo.data.preference import Mode, Sample
 from megatron_longpo.errors import DataError
+from megatron_longpo.runtime.files import link_atomically, sha256_of, write_atomically
 
 SCHEMA_VERSION = 1
 _HEADER = b"MMIDIDX\x00\x00"
@@ -90,29 +91,6 @@ def _checksum(content: dict[str, Any]) -> str:
 def path_of(prefix: str | Path, suffix: str) -> Path:
     """PREFIX with a suffix appended (``with_suffix`` would cut a dot in the prefix)."""
     return Path(f"{prefix}.{suffix}")
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """The file appears whole under its name, or not at all."""
-    # Two runs may write one file (a cache that they share): each its own.
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "wb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(temporary, path)
-
-
-def sha256_of(path: Path) -> str:
-    with open(path, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256(stream)
-
-
-def _sha256(stream: BinaryIO) -> str:
-    digest = hashlib.sha256()
-    while block := stream.read(1 << 22):
-        digest.update(block)
-    return digest.hexdigest()
 
 
 class SampleWriter:
@@ -243,7 +221,7 @@ class SampleWriter:
         self.manifest.idx_sha256 = sha256_of(self.folder / "idx")
         # Copies by link, so that a finish broken off here can be done again from the partial folder.
         for name, suffix in (("bin", "bin"), ("idx", "idx"), ("rejects", "rejects.jsonl")):
-            _link(self.folder / name, path_of(self.prefix, suffix))
+            link_atomically(self.folder / name, path_of(self.prefix, suffix))
         write_atomically(path_of(self.prefix, "json"), self.manifest.as_json())
         shutil.rmtree(self.folder)
         return self.manifest
@@ -268,17 +246,6 @@ class SampleWriter:
                 stream.write(array.tobytes())
             stream.flush()
             os.fsync(stream.fileno())
-
-
-def _link(source: Path, target: Path) -> None:
-    temporary = target.with_name(target.name + ".tmp")
-    temporary.unlink(missing_ok=True)
-    try:
-        os.link(source, temporary)
-    except OSError:
-        # Not every file system has hard links.
-        shutil.copyfile(source, temporary)
-    os.replace(temporary, target)
 
 
 def _counts(counts: dict[str, int]) -> str:

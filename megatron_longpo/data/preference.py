@@ -21,8 +21,8 @@ from typing import Literal
 
 import numpy as np
 
+from megatron_longpo.data.sequence import NO_RESPONSE, IntArray, Row
 from megatron_longpo.errors import DataError
-from megatron_longpo.sequence import NO_RESPONSE, IntArray, Row
 
 
 class Mode(IntFlag):

@@ -1,1 +1,1 @@
-"""Evaluation of checkpoints: RULER, InfiniteBench, needle maps, short-context tasks, held-out preferences."""
+"""Evaluation of checkpoints: RULER, InfiniteBench, needle maps, short-context tasks, comparison."""

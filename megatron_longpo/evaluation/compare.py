@@ -15,11 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from megatron_longpo.data.indexed import write_atomically
 from megatron_longpo.errors import ConfigError
 from megatron_longpo.evaluation import ruler
 from megatron_longpo.evaluation.report import markdown_table, print_table, read_results, save
 from megatron_longpo.evaluation.runner import read_rows
+from megatron_longpo.runtime.files import write_atomically
 
 DRAWS = 2000
 # Suites whose scores are shares; the others' figures stand as they are.

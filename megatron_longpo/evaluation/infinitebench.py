@@ -12,7 +12,7 @@ from typing import Any
 
 from megatron_longpo.errors import DataError
 from megatron_longpo.evaluation.samples import CountPrompt, EvalSample, middle_cut
-from megatron_longpo.generation.chat import ChatTokenizer
+from megatron_longpo.text.chat import ChatTokenizer
 
 # 2: En.MC by the steps of the benchmark's present code.
 VERSION = 2

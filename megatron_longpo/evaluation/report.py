@@ -9,10 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_longpo.data.indexed import write_atomically
 from megatron_longpo.errors import ConfigError
 from megatron_longpo.evaluation import infinitebench, short_context
-from megatron_longpo.generation.stages import waiting_lock
+from megatron_longpo.runtime.files import waiting_lock, write_atomically
 
 FORMAT = 1
 

@@ -21,13 +21,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_longpo.data.indexed import write_atomically
+from megatron_longpo.engines.base import Engine, Prompt, Reply, Sampling
 from megatron_longpo.errors import ConfigError, DataError
 from megatron_longpo.evaluation.samples import EvalSample
 from megatron_longpo.evaluation.scoring import SCORERS
-from megatron_longpo.generation.engines import Engine, Prompt, Reply, Sampling
-from megatron_longpo.generation.progress import Progress
-from megatron_longpo.generation.stages import lock, waiting_lock
+from megatron_longpo.runtime.files import lock, waiting_lock, write_atomically
+from megatron_longpo.runtime.progress import Progress
 
 
 @dataclass(frozen=True)

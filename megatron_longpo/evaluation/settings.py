@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from megatron_longpo.config import Sections
+from megatron_longpo.config import Sections, check_part
+from megatron_longpo.engines.settings import EngineConfig, check_engine
 from megatron_longpo.errors import ConfigError
 from megatron_longpo.evaluation import infinitebench, needle, ruler, short_context
-from megatron_longpo.generation.settings import EngineConfig, check_engine, check_part
 
 # A section has a field with the name of its module.
 _INFINITEBENCH_TASKS = infinitebench.TASKS

@@ -12,13 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from megatron_longpo.data.indexed import write_atomically
+from megatron_longpo.engines.base import Engine, model_identity
 from megatron_longpo.errors import ConfigError, DataError
 from megatron_longpo.evaluation import infinitebench, needle, ruler, short_context
 from megatron_longpo.evaluation.runner import Answer, Results, Share, Window, by_engine, run, window_size, windows_of
 from megatron_longpo.evaluation.settings import EvaluationConfig, names
-from megatron_longpo.generation.documents import find_files, read_documents
-from megatron_longpo.generation.engines import Engine, model_identity
+from megatron_longpo.runtime.files import write_atomically
+from megatron_longpo.text.documents import find_files, read_documents
 
 
 def read_materials(c: EvaluationConfig) -> ruler.Materials:

@@ -1,1 +1,1 @@
-"""From text to samples: tokenizers and chat templates, preprocessing, self-generated pairs. Knows transformers."""
+"""Self-generated pairs: documents cut into chunks, questions, answers on chunks and on whole documents."""

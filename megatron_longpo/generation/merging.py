@@ -20,13 +20,13 @@ from megatron_longpo.generation.stages import (
     Line,
     Stage,
     brief,
-    lock,
     part_folder,
     part_folders,
     read_lines,
     read_stage_manifest,
     work_folder,
 )
+from megatron_longpo.runtime.files import lock
 
 
 def parts_of(output: Path) -> list[Path]:

@@ -28,34 +28,16 @@ from typing import Any
 
 import numpy as np
 
-from megatron_longpo.data.indexed import write_atomically
+from megatron_longpo.engines.base import Engine, Prompt, Reply, Rope, Sampling
 from megatron_longpo.errors import DataError
-from megatron_longpo.generation.chat import load_tokenizer, user_message
-from megatron_longpo.generation.documents import (
-    MOST_BROKEN,
-    RawDocument,
-    Span,
-    digest,
-    find_files,
-    group_units,
-    read_documents,
-    take_units,
-    units_of,
-)
-from megatron_longpo.generation.engines import Engine, Prompt, Reply, Rope, Sampling
+from megatron_longpo.generation.chunks import Span, digest, group_units, take_units, units_of
 from megatron_longpo.generation.filters import LanguageFilter, is_refusal, questions_in, why_not_ask
-from megatron_longpo.generation.progress import Progress
 from megatron_longpo.generation.settings import GenerationConfig
-from megatron_longpo.generation.stages import (
-    STAGES,
-    Line,
-    Stage,
-    lock,
-    part_folder,
-    part_folders,
-    read_lines,
-    work_folder,
-)
+from megatron_longpo.generation.stages import STAGES, Line, Stage, part_folder, part_folders, read_lines, work_folder
+from megatron_longpo.runtime.files import lock, write_atomically
+from megatron_longpo.runtime.progress import Progress
+from megatron_longpo.text.chat import load_tokenizer, user_message
+from megatron_longpo.text.documents import MOST_BROKEN, RawDocument, find_files, read_documents
 
 # --------------------------------------------------------------------------------------------------
 # Documents

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from megatron_longpo.data.indexed import write_atomically
-from megatron_longpo.generation.documents import DOMAINS
+from megatron_longpo.runtime.files import write_atomically
+from megatron_longpo.text.documents import DOMAINS
 
 
 class Histogram:

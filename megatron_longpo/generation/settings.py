@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
-import math
 import re
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
-from megatron_longpo.config import Sections
+from megatron_longpo.config import Sections, check_numbers, check_part
+from megatron_longpo.engines.settings import EngineConfig, check_engine
 from megatron_longpo.errors import ConfigError
 
 # Of the paper's set-up, at its target of 131072 tokens; other targets scale them.
@@ -94,39 +93,6 @@ class AnswersConfig:
     """RoPE scaling of the long answers, with the numbers below."""
     rotary_scaling_factor: float | None = None
     original_max_position_embeddings: int | None = None
-
-
-@dataclass(frozen=True)
-class EngineConfig:
-    """Who answers."""
-
-    engine: Literal["transformers", "vllm", "openai"] = "transformers"
-    """transformers: this machine, CPU or GPU; vllm: likewise (extra `vllm`); openai: any server with that interface."""
-    model: str | None = None
-    """Model folder; for openai the model's name at the server."""
-    tokenizer: str | None = None
-    """Tokenizer folder, where the model is none (openai)."""
-    chat_template: str | None = None
-    """A file, or one of mistral, mistral-v3, llama-2, chatml, plain (none). Default: the tokenizer's own."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    batch_size: int = 4
-    """transformers: prompts that are answered together."""
-    documents_at_once: int = 1
-    """transformers: documents whose prompts may be answered together, to fill a batch."""
-    prefill_tokens: int = 8192
-    """transformers: a long prompt is read in pieces of this many tokens."""
-    tensor_parallel_size: int = 1
-    """vllm: GPUs."""
-    base_url: str = "http://127.0.0.1:8000/v1"
-    """openai: the server."""
-    api_key_variable: str = "OPENAI_API_KEY"
-    """openai: environment variable with the key. The key itself is written nowhere."""
-    concurrency: int = 16
-    """openai: requests under way at once; vllm: documents given at once."""
-    timeout_seconds: float = 600.0
-    """openai: without anything coming from the server."""
-    retries: int = 8
-    """openai: of a request that fails for a reason that may pass, with growing pauses."""
 
 
 @dataclass(frozen=True)
@@ -238,7 +204,7 @@ def check(c: GenerationConfig) -> None:
     if c.run.output is None:
         raise ConfigError("output is not given; name the preference JSONL with --output")
     for section in (c.documents, c.questions, c.answers):
-        _check_numbers(section)
+        check_numbers(section)
     smallest, largest = c.chunk_tokens
     if smallest > largest:
         raise ConfigError(f"min_chunk_tokens={smallest} is above max_chunk_tokens={largest}; lower it")
@@ -294,50 +260,3 @@ def check(c: GenerationConfig) -> None:
     if c.engine.engine == "openai" and (a.rotary_base or a.rope_type):
         raise ConfigError("rotary_base and rope_type are the server's affair with engine=openai; start it with them")
     check_part(c.run.rank, c.run.world_size)
-
-
-def check_engine(e: EngineConfig) -> None:
-    """An engine by itself; evaluation has the same.
-
-    Raises:
-        ConfigError: the first value that breaks a rule.
-    """
-    if e.model is None:
-        raise ConfigError("model is not given; name a model folder (or, for openai, the server's model) with --model")
-    _check_numbers(e)
-    if not e.base_url.startswith(("http://", "https://")):
-        raise ConfigError(f"base_url={e.base_url} must begin with http:// or https://")
-    if not e.timeout_seconds > 0:
-        raise ConfigError(f"timeout_seconds={e.timeout_seconds} must be positive")
-    if "@" in e.base_url:
-        raise ConfigError(
-            f"base_url holds a name or a key before @; it would be written down: put the key into the environment variable "
-            f"{e.api_key_variable}"
-        )
-    if e.engine == "openai" and e.tokenizer is None:
-        raise ConfigError("engine=openai needs tokenizer, the folder of the served model's, to measure texts with")
-
-
-def check_part(rank: int | None, world_size: int | None) -> None:
-    """Which part of how many.
-
-    Raises:
-        ConfigError: one without the other, or no such part.
-    """
-    if rank is None and world_size is None:
-        return
-    if rank is None or world_size is None:
-        raise ConfigError(f"rank={rank} and world_size={world_size} belong together; give both or none")
-    if not 0 <= rank < world_size:
-        raise ConfigError(f"rank={rank} must be from 0 to world_size - 1 = {world_size - 1}")
-
-
-def _check_numbers(section: Any) -> None:
-    for f in dataclasses.fields(section):
-        value = getattr(section, f.name)
-        whole = isinstance(value, int) and not isinstance(value, bool)
-        least = 0 if f.name in ("min_document_tokens", "retries") else 1
-        if whole and value < least:
-            raise ConfigError(f"{f.name}={value} must be at least {least}")
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ConfigError(f"{f.name}={value} must be a number")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import itertools
 import json
 import os
@@ -12,8 +10,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from megatron_longpo.data.indexed import write_atomically
 from megatron_longpo.errors import DataError
+from megatron_longpo.runtime.files import write_atomically
 
 STAGES = ("documents", "questions", "short", "long")
 _SCHEMA_VERSION = 1
@@ -173,32 +171,3 @@ def read_lines(path: Path, skip: int = 0) -> Iterator[Line]:
 def brief(value: Any) -> str:
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 120 else text[:117] + "..."
-
-
-@contextlib.contextmanager
-def waiting_lock(folder: Path) -> Iterator[None]:
-    """Hold a folder while something in it is read, changed and written; another process waits."""
-    held = os.open(folder, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):  # a file system without locks
-            fcntl.flock(held, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(held)
-
-
-def lock(folder: Path) -> int:
-    """Hold a folder for this process; gives the descriptor to keep.
-
-    Raises:
-        DataError: another process works on it.
-    """
-    held = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(held)
-        raise DataError(f"{folder}: another process works on it; wait for it, or name another --output") from None
-    except OSError:
-        pass  # a file system without locks
-    return held

@@ -28,9 +28,9 @@ import torch.distributed as dist
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
+from megatron_longpo.data.sequence import QueryGroup
 from megatron_longpo.errors import ConfigError
 from megatron_longpo.model.blocks import Blocks, block_attention, blocks_backward, blocks_forward, blocks_of
-from megatron_longpo.sequence import QueryGroup
 
 CP_COMM_TYPES = ("a2a", "allgather")
 

@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_longpo.sequence import QueryGroup
+from megatron_longpo.data.sequence import QueryGroup
 
 
 @dataclass(frozen=True)

@@ -31,14 +31,14 @@ from megatron.core.transformer.transformer_layer import (
 )
 from torch import Tensor
 
-from megatron_longpo import platform
 from megatron_longpo.config import Config, virtual_pipeline_size
-from megatron_longpo.logprobs import chunk_tokens, default_chunk_bytes, token_logprobs
 from megatron_longpo.model.attention import AttentionPlan, BlockAttention
 from megatron_longpo.model.layers import GatedMLP, NormColumnParallelLinear, RMSNorm, set_remake_up
+from megatron_longpo.model.logprobs import chunk_tokens, default_chunk_bytes, token_logprobs
 from megatron_longpo.model.rotary import Rotary
 from megatron_longpo.model.shape import ModelShape
-from megatron_longpo.parallel import Parallel
+from megatron_longpo.runtime import platform
+from megatron_longpo.runtime.process_groups import Parallel
 
 
 def layer_spec(use_transformer_engine: bool, qk_layernorm: bool = False) -> ModuleSpec:

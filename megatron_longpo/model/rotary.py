@@ -21,9 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_longpo import platform
 from megatron_longpo.errors import CheckpointError
 from megatron_longpo.model.shape import ModelShape
+from megatron_longpo.runtime import platform
 
 _NEEDED: dict[str, tuple[str, ...]] = {
     "default": (),

@@ -11,11 +11,11 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 from torch import Tensor
 
-from megatron_longpo.checkpoint.training import weights_state
 from megatron_longpo.model.families import entries_of, split
 from megatron_longpo.model.gpt import PolicyModel
 from megatron_longpo.model.shape import ModelShape
-from megatron_longpo.parallel import Parallel
+from megatron_longpo.runtime.process_groups import Parallel
+from megatron_longpo.training.checkpointer import weights_state
 
 
 def gather_gradient_shards(model: Sequence[Any]) -> None:

@@ -18,7 +18,7 @@ sys.path.insert(0, str(HERE))
 @pytest.fixture(scope="session")
 def parity_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Models, their checkpoints and the data that all cases train on."""
-    from megatron_longpo.checkpoint.convert import import_hf
+    from megatron_longpo.conversion.convert import import_hf
 
     folder = tmp_path_factory.mktemp("parity")
     for family in FAMILIES + VARIANTS:

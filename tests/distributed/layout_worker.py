@@ -6,12 +6,13 @@ import os
 import sys
 from pathlib import Path
 
-from megatron_longpo import parallel as parallel_module
-from megatron_longpo.checkpoint.training import ASSETS, Checkpointer
+from megatron_longpo.checkpoint.folders import ASSETS
 from megatron_longpo.config import from_dict
-from megatron_longpo.failure import run_or_fail
-from megatron_longpo.plan import groups_of, make_plan
-from megatron_longpo.trainer import Trainer
+from megatron_longpo.runtime import process_groups
+from megatron_longpo.runtime.failure import run_or_fail
+from megatron_longpo.training.checkpointer import Checkpointer
+from megatron_longpo.training.plan import groups_of, make_plan
+from megatron_longpo.training.trainer import Trainer
 
 LAYOUTS = {
     1: {"tp1": {}},
@@ -26,7 +27,7 @@ LAYOUTS = {
 
 def main() -> None:
     folder, families = Path(sys.argv[1]), sys.argv[2].split(",")
-    parallel_module.start_processes(5)
+    process_groups.start_processes(5)
     for family in families:
         for name, layout in LAYOUTS[int(os.environ["WORLD_SIZE"])].items():
             config = from_dict(
@@ -46,7 +47,7 @@ def main() -> None:
             output = folder / "saved" / f"{family}@{name}"
             saver = Checkpointer(output, config, plan.policy_shape, plan.load / ASSETS, parallel, {})
             saver.save(0, 1, trainer.chunks, trainer.optimizer, trainer.scheduler, trainer.record())
-    parallel_module.stop_processes()
+    process_groups.stop_processes()
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from worker import EVALUATED, base_settings
 from megatron_longpo.data.indexed import PreferenceData
 from megatron_longpo.data.preference import CHOSEN_RESPONSE, REJECTED_RESPONSE
 from megatron_longpo.data.sampler import BatchSampler
-from megatron_longpo.evaluation import preference
+from megatron_longpo.training import held_out
 from tests.support import FAMILIES, VARIANTS
 
 LAYOUT_BOUND = 1e-5
@@ -111,11 +111,11 @@ def test_one_process_agrees_with_hugging_face(
 def test_held_out_figures_agree_with_one_process(results: dict[str, Any], case: Case) -> None:
     """Every figure of every sample, the last batch being filled up."""
     found, expected = results[EVALUATED][case.name]["held_out"], results[EVALUATED][case.oracle]["held_out"]
-    assert found.shape == expected.shape == (7, len(preference.COLUMNS))
+    assert found.shape == expected.shape == (7, len(held_out.COLUMNS))
     for row, other in zip(found, expected, strict=True):
         _assert_metrics(
-            dict(zip(preference.COLUMNS, row, strict=True)),
-            dict(zip(preference.COLUMNS, other, strict=True)),
+            dict(zip(held_out.COLUMNS, row, strict=True)),
+            dict(zip(held_out.COLUMNS, other, strict=True)),
             LAYOUT_BOUND,
         )
 
@@ -128,7 +128,7 @@ def test_held_out_figures_agree_with_hugging_face(results: dict[str, Any], parit
     weights = {"beta": settings["objective"]["beta"], "weight": settings["objective"]["preference_weight"]}
     answer = objective(policy, reference, [data[i] for i in range(7)], **weights)
     answers = [objective(policy, reference, [data[i]], **weights) for i in range(7)]
-    summary = preference.summary(results[EVALUATED]["one"]["held_out"])
+    summary = held_out.summary(results[EVALUATED]["one"]["held_out"])
     both = [name for name in answer.metrics if name in summary]
     assert {"loss", "nll", "preference", "logps/chosen", "logps/rejected"} <= set(both)
     assert all(
@@ -138,7 +138,7 @@ def test_held_out_figures_agree_with_hugging_face(results: dict[str, Any], parit
     margin = beta * ((m["logps/chosen"] - m["ref/chosen"]) - (m["logps/rejected"] - m["ref/rejected"]))
     assert abs(summary["rewards/margins"] - margin) <= HF_BOUND * _scale(m, "rewards/margins", beta)
     # Estimates of the KL a token, sample by sample.
-    figures = preference.figures_of(results[EVALUATED]["one"]["held_out"])
+    figures = held_out.figures_of(results[EVALUATED]["one"]["held_out"])
     for number in range(7):
         m = answers[number].metrics
         for side, first, second in (("chosen", "ref", "logps"), ("rejected", "logps", "ref")):

@@ -11,12 +11,12 @@ import torch
 from canonical import canonical, gather_gradient_shards
 from cases import CASES, Case
 
-from megatron_longpo import parallel as parallel_module
 from megatron_longpo.config import Config, from_dict
-from megatron_longpo.failure import run_or_fail
-from megatron_longpo.metrics import reduce_samples
-from megatron_longpo.plan import groups_of, make_plan
-from megatron_longpo.trainer import Trainer
+from megatron_longpo.runtime import process_groups
+from megatron_longpo.runtime.failure import run_or_fail
+from megatron_longpo.training.metrics import reduce_samples
+from megatron_longpo.training.plan import groups_of, make_plan
+from megatron_longpo.training.trainer import Trainer
 
 STEPS = 3
 # The family on which held-out data are evaluated, under every layout.
@@ -82,7 +82,7 @@ def run_case(config: Config) -> dict[str, Any]:
 
 def main() -> None:
     folder, families, names = Path(sys.argv[1]), sys.argv[2].split(","), sys.argv[3:]
-    parallel_module.start_processes(5)
+    process_groups.start_processes(5)
     world = int(os.environ["WORLD_SIZE"])
     for family in families:
         results = {}
@@ -94,7 +94,7 @@ def main() -> None:
                 print(f"done {family} {case.name}", flush=True)
         if int(os.environ["RANK"]) == 0:
             torch.save(results, folder / f"results-{family}-{world}.pt")
-    parallel_module.stop_processes()
+    process_groups.stop_processes()
 
 
 if __name__ == "__main__":

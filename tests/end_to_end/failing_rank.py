@@ -6,8 +6,8 @@ import os
 from typing import Any
 
 from megatron_longpo import train
-from megatron_longpo.failure import run_or_fail
-from megatron_longpo.trainer import Trainer
+from megatron_longpo.runtime.failure import run_or_fail
+from megatron_longpo.training.trainer import Trainer
 
 _original = Trainer.train_step
 

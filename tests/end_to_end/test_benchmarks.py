@@ -16,7 +16,7 @@ def test_our_step_and_the_authors_have_the_same_loss(tmp_path: Path) -> None:
     model = make_model("llama", tmp_path / "model")
     output = tmp_path / "bench"
     sizes = ["--lengths", "96", "--answer", "16", "--short", "32", "--threads", "1"]
-    tool = str(ROOT / "tools" / "benchmark_step.py")
+    tool = str(ROOT / "benchmarks" / "benchmark_step.py")
     run([sys.executable, tool, "--hf", str(model), *sizes, "--output", str(output)], env=environment())
     (row,) = json.loads((tmp_path / "bench.json").read_text())["results"]
     assert row["ours"]["loss"] == pytest.approx(row["authors"]["loss"], rel=1e-5)
@@ -31,7 +31,7 @@ def test_our_step_and_the_authors_have_the_same_loss(tmp_path: Path) -> None:
 
 
 def test_log_probs_are_measured_against_plain_ones(tmp_path: Path) -> None:
-    tool = str(ROOT / "tools" / "benchmark_logprobs.py")
+    tool = str(ROOT / "benchmarks" / "benchmark_logprobs.py")
     sizes = ["--tokens", "300", "--vocab-size", "512", "--hidden-size", "16", "--threads", "1"]
     done = run([sys.executable, tool, *sizes, "--output", str(tmp_path / "table.md")], env=environment())
     assert "| plain |" in done.stdout and (tmp_path / "table.md").read_text() in done.stdout
@@ -42,7 +42,7 @@ def test_the_engine_is_measured_against_plain_transformers(tmp_path: Path) -> No
     make_chat_model(tmp_path / "model")
     text = tmp_path / "text.txt"
     text.write_text(" ".join(["tower river bank people climb view left built"] * 60))
-    tool = str(ROOT / "tools" / "benchmark_engine.py")
+    tool = str(ROOT / "benchmarks" / "benchmark_engine.py")
     sizes = ["--lengths", "200", "--new-tokens", "5", "--repeats", "1", "--threads", "1", "--dtype", "float32"]
     output = tmp_path / "engine.json"
     model = ["--model", str(tmp_path / "model"), "--text", str(text)]

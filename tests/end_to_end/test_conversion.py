@@ -16,18 +16,18 @@ import yaml
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from megatron_longpo.checkpoint import convert
-from megatron_longpo.checkpoint.convert import Changes, compare, export_hf, import_hf
 from megatron_longpo.checkpoint.stream import HuggingFaceWeights, LazyTensor, plan_shards
-from megatron_longpo.checkpoint.training import load_weights
 from megatron_longpo.config import Config
+from megatron_longpo.conversion import convert
+from megatron_longpo.conversion.convert import Changes, compare, export_hf, import_hf
+from megatron_longpo.conversion.verification import compare_logits
+from megatron_longpo.data.sequence import KeyBlock, QueryGroup
 from megatron_longpo.errors import CheckpointError
 from megatron_longpo.model import gpt
 from megatron_longpo.model.attention import AttentionPlan
 from megatron_longpo.model.rotary import rotary_of
 from megatron_longpo.model.shape import ModelShape
-from megatron_longpo.sequence import KeyBlock, QueryGroup
-from megatron_longpo.verification import compare_logits
+from megatron_longpo.training.checkpointer import load_weights
 from tests.support import FAMILIES, ROOT, VARIANTS, environment, make_data, make_model, run, torchrun
 
 PYTHON = torchrun(1)[0]
@@ -51,10 +51,10 @@ def assert_bit_identical(a: Path, b: Path) -> None:
 
 def our_logits(checkpoint: Path, tokens: list[int], monkeypatch: pytest.MonkeyPatch) -> Tensor:
     """Logits of the model in training, one process, fp32: what goes into the log-probs."""
-    from megatron_longpo import parallel as parallel_module
+    from megatron_longpo.runtime import process_groups
 
-    parallel_module.start_processes(5)
-    parallel = parallel_module.set_up()
+    process_groups.start_processes(5)
+    parallel = process_groups.set_up()
     shape = ModelShape.read(checkpoint)
     chunks = gpt.build_model(shape, Config(), parallel)
     load_weights(checkpoint, chunks, parallel)
@@ -265,7 +265,7 @@ def test_a_killed_import_is_started_again(converted: Path, tmp_path: Path) -> No
     """SIGKILL while it writes: nothing under the final name; the next one succeeds and clears what was left."""
     script = (
         "import os, signal, sys\n"
-        "from megatron_longpo.checkpoint import convert\n"
+        "from megatron_longpo.conversion import convert\n"
         "calls = []\n"
         "def kill(done, total):\n"
         "    calls.append(1)\n"
@@ -286,8 +286,8 @@ def test_disks_that_are_too_small(converted: Path, tmp_path: Path, monkeypatch: 
     limited = (
         "import resource, sys\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
-        "from megatron_longpo.checkpoint.convert import export_hf, import_hf\n"
-        "from megatron_longpo.failure import run_or_fail\n"
+        "from megatron_longpo.conversion.convert import export_hf, import_hf\n"
+        "from megatron_longpo.runtime.failure import run_or_fail\n"
         "work = export_hf if sys.argv[1] == 'export' else import_hf\n"
         "run_or_fail(lambda: work(sys.argv[2], sys.argv[3]) and None)\n"
     )

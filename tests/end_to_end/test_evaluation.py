@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from megatron_longpo.checkpoint.convert import import_hf
+from megatron_longpo.conversion.convert import import_hf
 from megatron_longpo.errors import ConfigError, DataError
 from megatron_longpo.evaluation.compare import write_comparison
 from megatron_longpo.evaluation.short_context import load_tasks
@@ -140,11 +140,11 @@ def test_everything_is_written(undisturbed: Path) -> None:
 def test_keeping_prefixes_changes_no_answer(made: Path, undisturbed: Path) -> None:
     """Read from what was kept and decoded together: the same words as each alone."""
     from megatron_longpo.config import from_dict
+    from megatron_longpo.engines.base import Prompt, Sampling
+    from megatron_longpo.engines.transformers_engine import TransformersEngine
     from megatron_longpo.evaluation.ruler import Materials, Ruler
     from megatron_longpo.evaluation.settings import EvaluationConfig
     from megatron_longpo.evaluation.suites import read_materials
-    from megatron_longpo.generation.engines import Prompt, Sampling
-    from megatron_longpo.generation.transformers_engine import TransformersEngine
 
     config = from_dict(
         {"ruler": {"haystack": [str(made / "texts")], "ruler_tasks": ["niah_single_2", "niah_multivalue"]}},

@@ -17,9 +17,9 @@ import psutil
 import pytest
 import torch
 
+from megatron_longpo.checkpoint.folders import folder_of, latest_step
 from megatron_longpo.checkpoint.stream import DistributedReader, HuggingFaceWeights
-from megatron_longpo.checkpoint.training import folder_of, latest_step
-from megatron_longpo.metrics import SAMPLE_COLUMNS, read_metrics
+from megatron_longpo.training.metrics import SAMPLE_COLUMNS, read_metrics
 from tests.support import ROOT, environment, make_data, make_model, run, torchrun
 from tests.unit.test_chat import BUILT_IN_TEMPLATES, make_fast_tokenizer, make_sentencepiece
 from tests.unit.test_data import _tokenised

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_longpo.generation import cached_attention as module
-from megatron_longpo.generation.cached_attention import attention_by_tiles, cached_attention, roomy_cache
+from megatron_longpo.engines import cached_attention as module
+from megatron_longpo.engines.cached_attention import attention_by_tiles, cached_attention, roomy_cache
 
 
 @pytest.mark.parametrize(("queries", "masked"), [(1, "none"), (1, "bool"), (5, "bool"), (1, "float"), (5, "float")])

@@ -10,14 +10,7 @@ import sentencepiece
 
 from megatron_longpo.data.preference import Mode, long_rows, short_rows
 from megatron_longpo.errors import DataError
-from megatron_longpo.generation.chat import (
-    BUILT_IN_TEMPLATES,
-    ChatTokenizer,
-    Turn,
-    encode_sample,
-    load_tokenizer,
-    turn_of,
-)
+from megatron_longpo.text.chat import BUILT_IN_TEMPLATES, ChatTokenizer, Turn, encode_sample, load_tokenizer, turn_of
 
 TEXT = (
     "The tower was built in 1889. It stands on the left bank of the river.\n\nPeople come to see it from far away, and most "

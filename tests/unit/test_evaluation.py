@@ -12,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_longpo.errors import ConfigError, DataError
-from megatron_longpo.evaluation import compare, preference, report
+from megatron_longpo.evaluation import compare, report
 from megatron_longpo.evaluation.runner import Results, Share, Window, deal, read_rows, run, window_size, windows_of
 from megatron_longpo.evaluation.settings import EvaluationConfig, check
+from megatron_longpo.training import held_out
 
 
 def _rows(window: Window, done: set[str]) -> Any:
@@ -227,20 +228,20 @@ def test_intervals_cover_as_the_normal_ones_do(n: int, p: float, seed: int) -> N
 
 
 def test_preference_summary_by_hand() -> None:
-    table = np.zeros((3, len(preference.COLUMNS)))
+    table = np.zeros((3, len(held_out.COLUMNS)))
 
     def put(row: int, **values: float) -> None:
         for name, value in values.items():
-            table[row, preference.COLUMNS.index(name.replace("__", "/"))] = value
+            table[row, held_out.COLUMNS.index(name.replace("__", "/"))] = value
 
     for row, tokens in enumerate((100, 128, 129)):
         put(row, tokens=tokens, nll=row, response_tokens__chosen=4, response_tokens__rejected=5)
         put(row, logps__chosen=-12, ref__chosen=-8, logps__rejected=-10, ref__rejected=-20, rewards__margins=row - 1)
-    found = preference.summary(table)
+    found = held_out.summary(table)
     assert found["samples"] == 3 and found["nll"] == 1 and found["kl/chosen"] == 1 and found["kl/rejected"] == 2
     assert {b: of["samples"] for b, of in found["by_length"].items()} == {"128": 2, "256": 1}
     assert found["by_length"]["128"]["nll"] == 0.5 and found["by_length"]["256"]["rewards/margins"] == 1
-    assert preference.length_bin(1) == 1 and preference.length_bin(129) == 256
+    assert held_out.length_bin(1) == 1 and held_out.length_bin(129) == 256
 
 
 def test_configuration_errors_name_the_fix() -> None:

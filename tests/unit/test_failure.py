@@ -7,8 +7,8 @@ from typing import NoReturn
 import pytest
 import torch.distributed as dist
 
-from megatron_longpo import failure
 from megatron_longpo.errors import DataError
+from megatron_longpo.runtime import failure
 
 
 class _Ended(BaseException):

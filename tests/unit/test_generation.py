@@ -18,17 +18,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_longpo.engines import openai_engine
+from megatron_longpo.engines.base import EngineError, Prompt, Rope, Sampling
+from megatron_longpo.engines.openai_engine import OpenAIEngine
+from megatron_longpo.engines.settings import EngineConfig
+from megatron_longpo.engines.transformers_engine import TransformersEngine
 from megatron_longpo.errors import ConfigError, DataError
-from megatron_longpo.generation import openai_engine
-from megatron_longpo.generation.documents import DOMAINS, RawDocument, find_files, group_units, take_units, units_of
-from megatron_longpo.generation.engines import EngineError, Prompt, Rope, Sampling
+from megatron_longpo.generation.chunks import group_units, take_units, units_of
 from megatron_longpo.generation.filters import LanguageFilter, is_repetitive, questions_in, why_not_ask, why_not_keep
-from megatron_longpo.generation.openai_engine import OpenAIEngine
 from megatron_longpo.generation.pairs import Cutter
 from megatron_longpo.generation.settings import (
     AnswersConfig,
     DocumentsConfig,
-    EngineConfig,
     FiltersConfig,
     GenerationConfig,
     QuestionsConfig,
@@ -36,7 +37,7 @@ from megatron_longpo.generation.settings import (
     check,
 )
 from megatron_longpo.generation.stages import Stage, read_lines
-from megatron_longpo.generation.transformers_engine import TransformersEngine
+from megatron_longpo.text.documents import DOMAINS, RawDocument, find_files
 from tests.support import make_chat_model
 from tests.unit.test_chat import make_fast_tokenizer
 

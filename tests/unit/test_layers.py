@@ -13,8 +13,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_longpo import memory, platform
 from megatron_longpo.config import from_dict
+from megatron_longpo.data.sequence import KeyBlock, QueryGroup, Row, lay_out
 from megatron_longpo.model import blocks as blocks_module
 from megatron_longpo.model.attention import rotate
 from megatron_longpo.model.blocks import Blocks, CausalBlock, FullBlock, block_attention, blocks_of
@@ -22,8 +22,9 @@ from megatron_longpo.model.families import _halves, _neighbours, shape_from_hf
 from megatron_longpo.model.layers import _SwiGLU, made_again
 from megatron_longpo.model.rotary import Rotary, rotary_of
 from megatron_longpo.model.shape import ModelShape
-from megatron_longpo.parallel import Parallel
-from megatron_longpo.sequence import KeyBlock, QueryGroup, Row, lay_out
+from megatron_longpo.runtime import platform
+from megatron_longpo.runtime.process_groups import Parallel
+from megatron_longpo.training import memory
 from tests.support import dense_attention
 
 

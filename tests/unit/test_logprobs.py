@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from megatron_longpo.logprobs import chunk_tokens, token_logprobs
+from megatron_longpo.model.logprobs import chunk_tokens, token_logprobs
 
 
 @pytest.mark.parametrize("chunk", [1, 5, 7, 64])

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from megatron_longpo.objective import preference_loss, total_loss
+from megatron_longpo.training.objective import preference_loss, total_loss
 
 
 def _t(*values: float) -> torch.Tensor:

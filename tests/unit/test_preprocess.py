@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from megatron_longpo.data.indexed import PreferenceData, path_of
 from megatron_longpo.errors import DataError
-from megatron_longpo.generation import preprocess as module
-from megatron_longpo.generation.chat import ChatTokenizer, load_tokenizer
-from megatron_longpo.generation.preprocess import RawRow, Settings, preprocess, process_row
+from megatron_longpo.text import preprocess as module
+from megatron_longpo.text.chat import ChatTokenizer, load_tokenizer
+from megatron_longpo.text.preprocess import RawRow, Settings, preprocess, process_row
 from tests.unit.test_chat import TEXT, make_fast_tokenizer
 from tests.unit.test_data import _tokenised
 

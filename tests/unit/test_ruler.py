@@ -18,7 +18,7 @@ from megatron_longpo.evaluation import ruler
 from megatron_longpo.evaluation.needle import NeedleMap
 from megatron_longpo.evaluation.samples import largest_fit
 from megatron_longpo.evaluation.suites import needle_metrics, ruler_metrics
-from megatron_longpo.generation.chat import ChatTokenizer, load_tokenizer
+from megatron_longpo.text.chat import ChatTokenizer, load_tokenizer
 
 
 def _package(name: str) -> Path:

@@ -7,8 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_longpo.model.blocks import block_attention, blocks_of
-from megatron_longpo.sequence import (
+from megatron_longpo.data.sequence import (
     NO_RESPONSE,
     KeyBlock,
     QueryGroup,
@@ -20,6 +19,7 @@ from megatron_longpo.sequence import (
     local_groups,
     shard,
 )
+from megatron_longpo.model.blocks import block_attention, blocks_of
 from tests.support import dense_attention
 
 

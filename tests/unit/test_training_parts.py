@@ -13,14 +13,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_longpo import platform
 from megatron_longpo.config import LoggingConfig, from_dict
 from megatron_longpo.errors import ConfigError, DataError, PlatformError
-from megatron_longpo.metrics import Reporter, keep_until, read_metrics
 from megatron_longpo.model.attention import check_ulysses, resolve_comm_type
 from megatron_longpo.model.gpt import padded_vocab_size
-from megatron_longpo.optimization import _become_rmsprop, build_scheduler
-from megatron_longpo.reference import ReferenceCache, deal, pack
+from megatron_longpo.runtime import platform
+from megatron_longpo.training.metrics import Reporter, keep_until, read_metrics
+from megatron_longpo.training.optimization import _become_rmsprop, build_scheduler
+from megatron_longpo.training.reference import ReferenceCache, deal, pack
 
 
 class _Optimizer:

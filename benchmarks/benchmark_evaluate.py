@@ -1,0 +1,102 @@
+"""What sharing a haystack saves: the questions of a needle map, its texts read once against question by question.
+
+    python benchmarks/benchmark_evaluate.py --model ./model --haystack ./essays --length 4096 --depths 11 --trials 2
+
+Both sides in one run, taking turns; the same prompts, decoded greedily, and their answers compared. The other side reads every
+prompt whole and alone. ``--haystack-kind single`` measures the classic map, in which each question has its own text and only what
+stands before the needle is alike.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from megatron_longpo.config import from_dict
+from megatron_longpo.evaluation.needle import KINDS, MAX_TOKENS, NeedleMap
+from megatron_longpo.evaluation.runner import prompt_of
+from megatron_longpo.evaluation.samples import EvalSample
+from megatron_longpo.evaluation.scoring import SCORERS
+from megatron_longpo.evaluation.settings import EvaluationConfig
+from megatron_longpo.evaluation.suites import read_materials
+from megatron_longpo.runtime.failure import run_or_fail
+
+
+def main() -> None:
+    """Measure, print, and write JSON where asked."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", required=True, help="Hugging Face folder")
+    parser.add_argument("--haystack", nargs="+", required=True, help="texts")
+    parser.add_argument("--length", type=int, default=4096, help="tokens")
+    parser.add_argument("--depths", type=int, default=11)
+    parser.add_argument("--trials", type=int, default=2, help="haystacks")
+    parser.add_argument("--haystack-kind", choices=KINDS, default="shared")
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--batch-size", type=int, default=11, help="questions decoded together where they share a text")
+    parser.add_argument("--output", help="JSON file")
+    a = parser.parse_args()
+
+    from megatron_longpo.engines.base import Sampling
+    from megatron_longpo.engines.transformers_engine import TransformersEngine
+
+    config = from_dict(
+        {"evaluate": {"tasks": ["needle"]}, "ruler": {"haystack": a.haystack}}, "benchmark", EvaluationConfig
+    )
+    materials = read_materials(config)
+    engines = {
+        "shared": TransformersEngine(a.model, dtype=a.dtype, batch_size=a.batch_size, keep_prefix=True),
+        "one by one": TransformersEngine(a.model, dtype=a.dtype, batch_size=1),
+    }
+    tokenizer = engines["shared"].tokenizer
+
+    def count(message: str, prefix: str) -> int:
+        return len(tokenizer.prompt([{"role": "user", "content": message}], prefix))
+
+    made = NeedleMap(materials, count, 1234, a.depths, a.haystack_kind)
+    seconds = dict.fromkeys(engines, 0.0)
+    texts: dict[str, list[str]] = {name: [] for name in engines}
+    samples: list[EvalSample] = []
+    for trial in range(a.trials):
+        groups = sorted(made.trial(a.length, trial), key=lambda g: g[0].message)
+        samples += [s for group in groups for s in group]
+        for name, engine in engines.items():
+            alone = [[s] for group in groups for s in group]
+            calls = [[g] for g in alone] if name == "one by one" else [groups]
+            began = time.monotonic()
+            replies = [
+                reply
+                for call in calls
+                for group in engine.answer([[prompt_of(s) for s in g] for g in call], Sampling(MAX_TOKENS))
+                for reply in group
+            ]
+            seconds[name] += time.monotonic() - began
+            texts[name] += [r.text for r in replies]
+            print(f"haystack {trial + 1} of {a.trials}, {name}: {seconds[name]:.1f} s so far", flush=True)
+    same = sum(x == y for x, y in zip(*texts.values(), strict=True))
+    scores = {
+        name: sum(SCORERS[s.scorer](t, s.references) for s, t in zip(samples, found, strict=True)) / len(samples)
+        for name, found in texts.items()
+    }
+    result: dict[str, Any] = {
+        "length": a.length,
+        "questions": len(samples),
+        "haystacks": a.haystack_kind,
+        "seconds": seconds,
+        "ratio": seconds["one by one"] / seconds["shared"],
+        "same_answers": same,
+        "found": scores,
+    }
+    print(
+        f"{len(samples)} questions at {a.length} tokens: {seconds['shared']:.1f} s shared, {seconds['one by one']:.1f} s one by "
+        f"one: {result['ratio']:.2f} times as fast; {same} answers the same; found {scores['shared']:.2f} and "
+        f"{scores['one by one']:.2f}"
+    )
+    if a.output:
+        Path(a.output).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    run_or_fail(main)

@@ -1,0 +1,105 @@
+"""Where a run's checkpoints lie, and where the run was: megatron-core's torch_dist format, one folder an iteration.
+
+    OUTPUT/iter_0000010/                     weights, optimizer, schedule, data position, RNG
+        .metadata, *.distcp, common.pt       megatron-core's files
+        model.json, run.yaml, hf/            shape, resolved configuration, tokenizer and config for export
+        training.json                        steps, data and figures, for the exported model's card
+    OUTPUT/latest_checkpointed_iteration.txt
+
+A checkpoint is written to a folder of another name and renamed when every rank is done; a run killed at any moment
+finds the last whole one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron.core import dist_checkpointing
+from torch.distributed.checkpoint.api import CheckpointException
+
+from megatron_longpo.errors import CheckpointError
+from megatron_longpo.model.shape import FILE_NAME
+
+LATEST = "latest_checkpointed_iteration.txt"
+ASSETS = "hf"
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run is.
+
+    Attributes:
+        step: optimizer steps done.
+        layout: parallel layout that saved it.
+        train_iters: steps of the whole run.
+        identity: settings that must not change within a run, by name.
+    """
+
+    step: int
+    layout: str
+    train_iters: int
+    identity: dict[str, Any]
+
+
+def folder_of(output: Path, step: int) -> Path:
+    return output / f"iter_{step:07d}"
+
+
+def latest_step(output: Path) -> int | None:
+    """Step of the newest whole checkpoint of a run, or None.
+
+    The tracker file is written after the folder appears, so where a kill came between them the folder counts.
+    """
+    steps = whole_steps(output)
+    return steps[-1] if steps else None
+
+
+def whole_steps(output: Path) -> list[int]:
+    steps = []
+    for folder in output.glob("iter_*"):
+        number = folder.name.removeprefix("iter_")
+        if number.isdigit() and (folder / "metadata.json").is_file():
+            steps.append(int(number))
+    return sorted(steps)
+
+
+def resolve(path: str | Path) -> Path:
+    """The checkpoint folder that ``--load`` means: a converted checkpoint, one iteration, or a run's newest.
+
+    Raises:
+        CheckpointError: none is there.
+    """
+    path = Path(path)
+    if (path / FILE_NAME).is_file() and (path / ".metadata").is_file():
+        return path
+    if path.is_dir():
+        step = latest_step(path)
+        if step is not None:
+            return folder_of(path, step)
+        raise CheckpointError(
+            f"{path}: holds neither a converted checkpoint ({FILE_NAME}) nor a run's iter_* folders; convert a Hugging "
+            "Face model with tools/convert_checkpoint.py import --hf DIR --output CKPT"
+        )
+    raise CheckpointError(f"{path}: there is no such folder; give a converted checkpoint or a run's output folder")
+
+
+def read_progress(folder: Path) -> Progress:
+    """Where the run was that saved a checkpoint.
+
+    Raises:
+        CheckpointError: it cannot be read, or holds weights alone.
+    """
+    try:
+        common = dist_checkpointing.load_common_state_dict(str(folder))
+    except (Exception, CheckpointException) as error:
+        detail = " ".join(str(error).split())[:300]
+        raise CheckpointError(
+            f"{folder}: cannot be read ({type(error).__name__}: {detail}); remove the folder to go on from the one before"
+        ) from None
+    if "scheduler" not in common:
+        raise CheckpointError(
+            f"{folder}: was saved with no_save_optim and cannot be resumed; start a new run with --load {folder}"
+        )
+    return Progress(**common["progress"])

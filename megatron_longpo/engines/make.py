@@ -1,0 +1,37 @@
+"""The engine that a configuration names."""
+
+from __future__ import annotations
+
+from megatron_longpo.engines.base import Engine
+from megatron_longpo.engines.settings import EngineConfig
+
+
+def make_engine(config: EngineConfig, seq_length: int, *, keep_prefix: bool = False) -> Engine:
+    """The engine that a configuration names, for rows of at most ``seq_length`` tokens.
+
+    ``keep_prefix``: see ``TransformersEngine``; vLLM keeps prefixes always.
+
+    Raises:
+        ConfigError, DataError: it cannot be had.
+    """
+    # Where they are needed: each knows the library that it stands on.
+    assert config.model is not None
+    if config.engine == "openai":
+        from megatron_longpo.engines.openai_engine import OpenAIEngine
+
+        return OpenAIEngine(config)
+    if config.engine == "vllm":
+        from megatron_longpo.engines.vllm_engine import VLLMEngine
+
+        return VLLMEngine(config, seq_length)
+    from megatron_longpo.engines.transformers_engine import TransformersEngine
+
+    return TransformersEngine(
+        config.model,
+        dtype=config.dtype,
+        batch_size=config.batch_size,
+        prefill_tokens=config.prefill_tokens,
+        documents_at_once=config.documents_at_once,
+        chat_template=config.chat_template,
+        keep_prefix=keep_prefix,
+    )

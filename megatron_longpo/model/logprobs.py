@@ -1,0 +1,298 @@
+"""Log-probs of given tokens from hidden states and the output weight, without the logits.
+
+The logits of 128K tokens x 152K vocabulary are 80 GB in fp32. Here no tensor of vocabulary width is larger than
+``chunk`` x local vocabulary, in forward or backward.
+
+Two kinds of tokens. Where nothing is known of the gradient that will come, the forward keeps one log-sum-exp a token and
+the backward makes the logits of a chunk again: four products of N x V x H instead of three. But the gradient of a token
+that counts in a mean NLL alone is known beforehand, and those are nearly all tokens of a long document: for them the
+forward takes the gradient at once, from the logits it has, and no logits are made again. The backward checks that the
+gradient which came is the one that was foretold.
+
+The weight may be a vocabulary shard (Megatron's vocabulary parallelism): the log-sum-exp is then over the group.
+Columns from ``vocab_size`` on are padding of the vocabulary and never take part.
+
+Shape legend: N = tokens, C = tokens of a chunk, H = hidden size, V = local vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_longpo.runtime import platform
+
+# Elements of a block that stays in a core's cache between one pass over it and the next.
+_CACHED = 2**20
+
+
+def default_chunk_bytes() -> int:
+    """Memory for a chunk's logits: 220 tokens of the largest vocabularies; on CUDA more, since a product that adds to [V, H]
+    must have ~1000 tokens to be worth its memory traffic."""
+    return (1024 if platform.CURRENT.is_cuda else 128) * 2**20
+
+
+def chunk_tokens(local_vocabulary: int, budget_bytes: int, dtype: torch.dtype = torch.float32) -> int:
+    """Tokens a chunk may have so that its fp32 logits, and their copy in a 16-bit ``dtype``, stay within the budget.
+
+    At least 16: below that the matrix product starves, and 16 x 152064 x 6 bytes are 15 MB.
+    """
+    each = 4 if dtype == torch.float32 else 4 + dtype.itemsize
+    return max(16, budget_bytes // (each * max(1, local_vocabulary)))
+
+
+def token_logprobs(
+    hidden_NH: Tensor,
+    weight_VH: Tensor,
+    target_N: Tensor,
+    *,
+    vocab_size: int,
+    vocab_start: int = 0,
+    group: dist.ProcessGroup | None = None,
+    chunk: int | None = None,
+    foretold_N: Tensor | None = None,
+    dummy_gradient: bool = False,
+) -> Tensor:
+    """log softmax(hidden @ weight.T)[target], one value a token.
+
+    Args:
+        hidden_NH: [N, H]; every rank of ``group`` has the same values.
+        weight_VH: [V, H], this rank's rows of the output weight.
+        target_N: [N] token ids of the whole vocabulary, in [0, vocab_size).
+        vocab_size: true vocabulary; rows of the weight past it are padding.
+        vocab_start: id of this rank's first row.
+        group: ranks that hold the other rows, or None.
+        chunk: tokens a chunk; by default what ``chunk_tokens`` says.
+        foretold_N: [N] in fp32, the gradient that the result will get, NaN where it is not known. Needs a ``main_grad``
+            on the weight, where the forward already adds; ignored without one, and where no gradient is recorded.
+        dummy_gradient: give a weight with a ``main_grad`` zeros as its own gradient, and not none: Megatron's DDP asks for one
+            where it overlaps reductions. They are as large as the weight.
+
+    Returns:
+        [N] in fp32. The gradient of ``hidden_NH`` is this rank's part only (sum over the group: backward of Megatron's
+        copy to, or gather from, the tensor-parallel region); that of ``weight_VH`` is whole. Where the weight has a
+        ``main_grad`` (Megatron's DDP) its gradient is accumulated there, in that buffer's precision.
+
+    Raises:
+        RuntimeError: in the backward, where the gradient is not the one foretold.
+    """
+    if group is not None and dist.get_world_size(group) == 1:
+        group = None
+    valid = max(0, min(weight_VH.shape[0], vocab_size - vocab_start))
+    chunk = chunk or chunk_tokens(valid, default_chunk_bytes(), weight_VH.dtype)
+    if not torch.is_grad_enabled() or getattr(weight_VH, "main_grad", None) is None or not weight_VH.requires_grad:
+        foretold_N = None
+    return _TokenLogprobs.apply(
+        hidden_NH, weight_VH, target_N, valid, vocab_start, group, chunk, foretold_N, dummy_gradient
+    )
+
+
+class _TokenLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_NH: Tensor,
+        weight_VH: Tensor,
+        target_N: Tensor,
+        valid: int,
+        vocab_start: int,
+        group: dist.ProcessGroup | None,
+        chunk: int,
+        foretold_N: Tensor | None,
+        dummy_gradient: bool,
+    ) -> Tensor:
+        n = hidden_NH.shape[0]
+        logits = _Logits(weight_VH, valid, target_N - vocab_start, min(chunk, max(1, n)))
+        lse_N = torch.empty(n, dtype=torch.float32, device=hidden_NH.device)
+        target_logit_N = torch.zeros(n, dtype=torch.float32, device=hidden_NH.device)
+        now_N = torch.zeros(0, dtype=torch.int64, device=hidden_NH.device)
+        later_N = torch.arange(n, device=hidden_NH.device)
+        if foretold_N is not None:
+            known = ~torch.isnan(foretold_N)
+            now_N, later_N = known.nonzero()[:, 0], (~known).nonzero()[:, 0]
+        # Of all tokens, so that the backward fills what is missing and gives this very tensor on. Zeros: a rank whose rows are
+        # all padding fills nothing.
+        grad_hidden_NH = torch.zeros_like(hidden_NH) if len(now_N) else None
+        for index_N, take_gradient in ((now_N, True), (later_N, False)):
+            for start in range(0, len(index_N), chunk):
+                index_C = index_N[start : start + chunk]
+                hidden_CH = hidden_NH.index_select(0, index_C)
+                logits_CV = logits.make(hidden_CH)
+                target_logit_N[index_C] = logits.at_target(logits_CV, index_C)
+                top_C, sum_C = _exponentials_(logits_CV)
+                lse_C = top_C + sum_C.log()
+                if group is not None and take_gradient:
+                    lse_C = _over_group(lse_C, group)
+                lse_N[index_C] = lse_C
+                if take_gradient:
+                    assert foretold_N is not None and grad_hidden_NH is not None
+                    grad_C = foretold_N[index_C]
+                    # What is in the buffer are exp(logit - top): softmax is that times exp(top - lse).
+                    logits_CV.mul_((-grad_C * (top_C - lse_C).exp()).unsqueeze(1))
+                    grad_hidden_CH = logits.gradient(
+                        logits_CV,
+                        grad_C,
+                        index_C,
+                        hidden_CH,
+                        weight_VH.main_grad,  # type: ignore[attr-defined]
+                        True,
+                    )
+                    assert grad_hidden_CH is not None
+                    grad_hidden_NH[index_C] = grad_hidden_CH
+        if group is not None:
+            # Chunks without gradient together, in one exchange.
+            lse_N[later_N] = _over_group(lse_N[later_N], group)
+            dist.all_reduce(target_logit_N, group=group)
+        ctx.save_for_backward(
+            hidden_NH.index_select(0, later_N) if len(now_N) else hidden_NH,
+            weight_VH,
+            target_N,
+            lse_N,
+            now_N,
+            later_N,
+            grad_hidden_NH,
+            foretold_N,
+        )
+        ctx.valid, ctx.chunk, ctx.vocab_start, ctx.dummy_gradient = valid, chunk, vocab_start, dummy_gradient
+        return target_logit_N - lse_N
+
+    @staticmethod
+    def backward(ctx: Any, grad_N: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        hidden_MH, weight_VH, target_N, lse_N, now_N, later_N, grad_hidden_NH, foretold_N = ctx.saved_tensors
+        need_hidden, need_weight = ctx.needs_input_grad[:2]
+        n = target_N.shape[0]
+        if foretold_N is not None:
+            came, told = grad_N[now_N], foretold_N[now_N]
+            if not torch.allclose(came, told, rtol=1e-4, atol=0.0):
+                raise RuntimeError(
+                    f"the gradient of the log-probs ({came[:3].tolist()}, ...) is not the one foretold "
+                    f"({told[:3].tolist()}, ...), with which the output weight's gradient was taken"
+                )
+        if grad_hidden_NH is None:
+            grad_hidden_NH = torch.zeros_like(hidden_MH)
+        main_grad = getattr(weight_VH, "main_grad", None) if need_weight else None
+        grad_weight: Tensor | None = main_grad
+        if need_weight and main_grad is None:
+            # fp32 whatever the weights are: thousands of chunks are added up.
+            grad_weight = torch.zeros(weight_VH.shape, dtype=torch.float32, device=weight_VH.device)
+        logits = _Logits(weight_VH, ctx.valid, target_N - ctx.vocab_start, min(ctx.chunk, max(1, n)))
+        for start in range(0, len(later_N) if ctx.valid else 0, ctx.chunk):
+            index_C = later_N[start : start + ctx.chunk]
+            hidden_CH, grad_C = hidden_MH[start : start + ctx.chunk], grad_N[index_C]
+            # d logp / d logits = onehot - softmax; the softmax from the saved global log-sum-exp.
+            logits_CV = logits.make(hidden_CH)
+            for rows in _cached(logits_CV):
+                block = logits_CV[rows]
+                block.sub_(lse_N[index_C[rows]].unsqueeze(1)).exp_().mul_(-grad_C[rows].unsqueeze(1))
+            grad_hidden = logits.gradient(logits_CV, grad_C, index_C, hidden_CH, grad_weight, need_hidden)
+            if grad_hidden is not None:
+                grad_hidden_NH[index_C] = grad_hidden
+        if main_grad is not None:
+            # As Megatron's fused weight gradient does: DDP must not add .grad again.
+            weight_VH.grad_added_to_main_grad = True
+            grad_weight = torch.zeros_like(weight_VH) if ctx.dummy_gradient else None
+        elif grad_weight is not None:
+            grad_weight = grad_weight.to(weight_VH.dtype)
+        return grad_hidden_NH if need_hidden else None, grad_weight, None, None, None, None, None, None, None
+
+
+class _Logits:
+    """Makes the logits of chunks, all in one buffer, and gradients from what became of them.
+
+    Args:
+        weight_VH: this rank's rows; of them ``valid`` are no padding.
+        local_N: targets in this rank's rows, below 0 or from ``valid`` on where another rank has them.
+        chunk: most tokens of a chunk.
+    """
+
+    def __init__(self, weight_VH: Tensor, valid: int, local_N: Tensor, chunk: int) -> None:
+        self.weight = weight_VH.detach()[:valid]
+        self.local_N = local_N
+        self.mine_N = (local_N >= 0) & (local_N < valid)
+        self.buffer = torch.empty(chunk, valid, dtype=torch.float32, device=weight_VH.device)
+
+    def make(self, hidden_CH: Tensor) -> Tensor:
+        """[C, V] in fp32, in the buffer."""
+        logits_CV = self.buffer[: hidden_CH.shape[0]]
+        if hidden_CH.dtype == torch.float32:
+            torch.mm(hidden_CH, self.weight.t(), out=logits_CV)
+        else:
+            logits_CV.copy_(hidden_CH @ self.weight.t())
+        return logits_CV
+
+    def at_target(self, logits_CV: Tensor, index_C: Tensor) -> Tensor:
+        """[C] logits of the targets that are in this rank's rows, else 0."""
+        if not logits_CV.shape[1]:
+            return logits_CV.new_zeros(len(index_C))
+        found = logits_CV.gather(1, self._column(index_C)).squeeze(1)
+        return found.masked_fill_(~self.mine_N[index_C], 0.0)
+
+    def gradient(
+        self,
+        minus_softmax_CV: Tensor,
+        grad_C: Tensor,
+        index_C: Tensor,
+        hidden_CH: Tensor,
+        grad_weight: Tensor | None,
+        need_hidden: bool,
+    ) -> Tensor | None:
+        """Add a chunk's part to ``grad_weight`` and return that of the hidden states, [C, H].
+
+        Args:
+            minus_softmax_CV: softmax times minus the gradient; overwritten.
+            grad_C: gradient of the chunk's log-probs.
+        """
+        if not minus_softmax_CV.shape[1]:
+            return torch.zeros_like(hidden_CH) if need_hidden else None
+        minus_softmax_CV.scatter_add_(1, self._column(index_C), (grad_C * self.mine_N[index_C]).unsqueeze(1))
+        grad_logits_CV = minus_softmax_CV.to(self.weight.dtype)
+        if grad_weight is not None:
+            _add_product(grad_weight[: self.weight.shape[0]], grad_logits_CV, hidden_CH)
+        return grad_logits_CV @ self.weight if need_hidden else None
+
+    def _column(self, index_C: Tensor) -> Tensor:
+        return self.local_N[index_C].clamp(0, self.weight.shape[0] - 1).unsqueeze(1)
+
+
+def _cached(x_CV: Tensor) -> list[slice]:
+    """Rows of blocks that fit a cache; all rows at once where there is none to fit."""
+    c = x_CV.shape[0]
+    rows = c if x_CV.is_cuda else max(1, _CACHED // max(1, x_CV.shape[1]))
+    return [slice(i, min(c, i + rows)) for i in range(0, c, rows)]
+
+
+def _exponentials_(logits_CV: Tensor) -> tuple[Tensor, Tensor]:
+    """Replace logits by exp(logit - top) in place; give top and the sums, [C] each (-inf and 1 where V = 0)."""
+    c, v = logits_CV.shape
+    if not v:
+        return logits_CV.new_full((c,), -torch.inf), logits_CV.new_ones(c)
+    top, total = logits_CV.new_empty(c), logits_CV.new_empty(c)
+    for rows in _cached(logits_CV):
+        block = logits_CV[rows]
+        torch.amax(block, dim=1, out=top[rows])
+        block.sub_(top[rows].unsqueeze(1)).exp_()
+        torch.sum(block, dim=1, out=total[rows])
+    return top, total
+
+
+def _over_group(lse_C: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Log-sum-exp of the ranks' log-sum-exps; exact, and C floats a rank instead of the logits."""
+    top_C = lse_C.clone()
+    dist.all_reduce(top_C, op=dist.ReduceOp.MAX, group=group)
+    sum_C = torch.exp(lse_C - top_C)
+    dist.all_reduce(sum_C, group=group)
+    return top_C + sum_C.log()
+
+
+def _add_product(total_VH: Tensor, grad_CV: Tensor, hidden_CH: Tensor) -> None:
+    """total += grad.T @ hidden, added in the precision of ``total``."""
+    if total_VH.dtype == grad_CV.dtype:
+        total_VH.addmm_(grad_CV.t(), hidden_CH)
+        return
+    # By rows, so that the product before it is added is small: it would else be as large as the weight.
+    rows = max(1, 8 * _CACHED // hidden_CH.shape[1])
+    for start in range(0, total_VH.shape[0], rows):
+        total_VH[start : start + rows].add_(grad_CV[:, start : start + rows].t() @ hidden_CH)

@@ -1,0 +1,1 @@
+"""Under everything: the platform, process groups, failure of ranks, collectives, files, locks, progress."""

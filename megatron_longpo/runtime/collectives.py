@@ -1,0 +1,102 @@
+"""Several processes of one tool: who does what, and one error for all. Without a process group, one process."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+from megatron_longpo.errors import CheckpointError, LongPOError
+from megatron_longpo.runtime import platform
+
+Item = TypeVar("Item")
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def gathered(value: Item) -> list[Item]:
+    """The values of all processes, on all of them."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [value]
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, value)
+    return found
+
+
+def deal(items: list[Item], costs: Sequence[int]) -> list[Item]:
+    """This process's items, in order: each goes to the process with the least so far."""
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    load = [0] * world
+    mine = []
+    for item, cost in zip(items, costs, strict=True):
+        owner = load.index(min(load))
+        load[owner] += cost
+        if owner == rank():
+            mine.append(item)
+    return mine
+
+
+@contextmanager
+def together(output: Path) -> Iterator[None]:
+    """What all processes do before any goes on; where it fails on one, all raise its error."""
+    failure: BaseException | None = None
+    try:
+        yield
+    except BaseException as error:
+        failure = error
+    _raise_first(failure, output)
+
+
+def _raise_first(failure: BaseException | None, output: Path) -> None:
+    """Raise on every process what the first failing one has, as an error that names its fix where there is one."""
+    message: tuple[bool, str] | None = None
+    if failure is not None:
+        known = next((c for c in _causes(failure) if isinstance(c, CheckpointError)), None)
+        full = next((c for c in _causes(failure) if isinstance(c, OSError) and c.errno in _FULL), None)
+        if known is not None:
+            message = (True, str(known))
+        elif full is not None:
+            message = (True, f"{output}: the disk is full ({full.strerror}); free space and convert again")
+        else:
+            message = (False, f"{type(failure).__name__}: {failure}")
+    found = [m for m in gathered(message) if m is not None]
+    if not found:
+        return
+    if failure is not None and not any(is_known for is_known, _ in found):
+        raise failure
+    # A full disk or a damaged file comes before what its consequences were elsewhere.
+    raise CheckpointError(next((text for is_known, text in found if is_known), found[0][1])) from failure
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """An error and what it came of; torch.distributed.checkpoint keeps what its ranks raised in ``failures``."""
+    current: BaseException | None = error
+    while current is not None:
+        yield current
+        for failure, _ in getattr(current, "failures", {}).values():
+            yield from _causes(failure)
+        current = current.__cause__ or current.__context__
+
+
+def on_first_rank(action: Callable[[], Any]) -> None:
+    """Run a check on rank 0; where it fails, every rank raises the same error.
+
+    Raises:
+        LongPOError: what the check raised.
+    """
+    message: list[LongPOError | None] = [None]
+    if dist.get_rank() == 0:
+        try:
+            action()
+        except LongPOError as error:
+            message[0] = error
+    dist.broadcast_object_list(message, src=0, device=platform.CURRENT.device)
+    if message[0] is not None:
+        raise message[0]

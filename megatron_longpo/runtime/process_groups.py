@@ -1,0 +1,176 @@
+"""Process groups and degrees: megatron-core's parallel state, set up once and handed on explicitly."""
+
+from __future__ import annotations
+
+import datetime
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+
+from megatron_longpo.runtime import platform
+
+
+@dataclass(frozen=True)
+class Parallel:
+    """Degrees, ranks and groups of this process.
+
+    ``virtual_stages`` is None without interleaving. The ``short`` coordinates number the data x context ranks: the
+    ranks among which whole short rows are dealt.
+    """
+
+    tensor_size: int
+    pipeline_size: int
+    virtual_stages: int | None
+    context_size: int
+    data_size: int
+    sequence_parallel: bool
+    comm_type: str
+    rank: int
+    world_size: int
+
+    @property
+    def tensor_rank(self) -> int:
+        return int(parallel_state.get_tensor_model_parallel_rank())
+
+    @property
+    def pipeline_rank(self) -> int:
+        return int(parallel_state.get_pipeline_model_parallel_rank())
+
+    @property
+    def context_rank(self) -> int:
+        return int(parallel_state.get_context_parallel_rank())
+
+    @property
+    def data_rank(self) -> int:
+        return int(parallel_state.get_data_parallel_rank())
+
+    @property
+    def short_rank(self) -> int:
+        return int(parallel_state.get_data_parallel_rank(with_context_parallel=True))
+
+    @property
+    def short_size(self) -> int:
+        return self.data_size * self.context_size
+
+    @property
+    def tensor_group(self) -> dist.ProcessGroup:
+        return parallel_state.get_tensor_model_parallel_group()
+
+    @property
+    def pipeline_group(self) -> dist.ProcessGroup:
+        return parallel_state.get_pipeline_model_parallel_group()
+
+    @property
+    def context_group(self) -> dist.ProcessGroup:
+        return parallel_state.get_context_parallel_group()
+
+    @property
+    def data_group(self) -> dist.ProcessGroup:
+        return parallel_state.get_data_parallel_group()
+
+    @property
+    def short_group(self) -> dist.ProcessGroup:
+        return parallel_state.get_data_parallel_group(with_context_parallel=True)
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.pipeline_rank == self.pipeline_size - 1
+
+    @property
+    def last_stage_rank(self) -> int:
+        """Global rank of this pipeline's last stage."""
+        return int(parallel_state.get_pipeline_model_parallel_last_rank())
+
+    def describe(self) -> str:
+        parts = [f"TP {self.tensor_size}{' + SP' if self.sequence_parallel else ''}", f"PP {self.pipeline_size}"]
+        if self.virtual_stages:
+            parts.append(f"VPP {self.virtual_stages}")
+        context = f"CP {self.context_size}{f' {self.comm_type}' if self.context_size > 1 else ''}"
+        return ", ".join([*parts, context, f"DP {self.data_size}"])
+
+
+def start_processes(timeout_minutes: int) -> None:
+    """Join the process group that torchrun describes in the environment, or a group of one without torchrun."""
+    if dist.is_initialized():
+        return
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}.items():
+        os.environ.setdefault(name, value)
+    platform.CURRENT.use_local_rank(int(os.environ["LOCAL_RANK"]))
+    timeout = datetime.timedelta(minutes=timeout_minutes)
+    if int(os.environ["WORLD_SIZE"]) == 1 and "MASTER_PORT" not in os.environ:
+        # Alone, a store in memory needs no free port.
+        dist.init_process_group(platform.CURRENT.backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    else:
+        dist.init_process_group(platform.CURRENT.backend, timeout=timeout)
+
+
+def set_up(
+    *,
+    tensor: int = 1,
+    pipeline: int = 1,
+    virtual: int | None = None,
+    context: int = 1,
+    sequence_parallel: bool = False,
+    comm_type: str = "a2a",
+    seed: int = 1234,
+    timeout_minutes: int = 10,
+) -> Parallel:
+    """Make all groups; safe to call again with other degrees (the tests do)."""
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=tensor,
+        pipeline_model_parallel_size=pipeline,
+        virtual_pipeline_model_parallel_size=virtual,
+        context_parallel_size=context,
+        distributed_timeout_minutes=timeout_minutes,
+        create_gloo_process_groups=platform.CURRENT.is_cuda,
+    )
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+    world = dist.get_world_size()
+    return Parallel(
+        tensor_size=tensor,
+        pipeline_size=pipeline,
+        virtual_stages=virtual,
+        context_size=context,
+        data_size=world // (tensor * pipeline * context),
+        sequence_parallel=sequence_parallel,
+        comm_type=comm_type,
+        rank=dist.get_rank(),
+        world_size=world,
+    )
+
+
+class _SumOverGroup(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+        total = x.clone()
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+        return grad, None
+
+
+def sum_over_group(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    """Sum in the forward, identity in the backward.
+
+    Every rank goes on to compute the same loss from the sum, and its backward is to give each rank the gradient of its
+    own summand once; ``torch.distributed.nn.all_reduce`` would give it once for each rank.
+    """
+    if dist.get_world_size(group) == 1:
+        return x
+    return _SumOverGroup.apply(x, group)
+
+
+def stop_processes() -> None:
+    """Leave all groups in good order."""
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,1 @@
+"""A run: plan, batches, losses, the reference, optimizer, memory, metrics, checkpoints, held-out evaluation."""

@@ -1,0 +1,196 @@
+"""Optimizer and learning-rate schedule: megatron-core's, with RMSProp added (the released LongPO script's optimizer)."""
+
+from __future__ import annotations
+
+import math
+import mmap
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer import get_megatron_optimizer
+from megatron.core.optimizer.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from megatron_longpo.config import Config
+from megatron_longpo.errors import ConfigError
+from megatron_longpo.model.gpt import PolicyModel
+from megatron_longpo.runtime import platform
+
+
+def wrap_for_training(chunks: list[PolicyModel], config: Config) -> list[DistributedDataParallel]:
+    """Megatron's DDP over the data- and context-parallel ranks: gradients in fp32 buffers, summed there."""
+    p = config.parallel
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=p.overlap_grad_reduce,
+        use_distributed_optimizer=p.use_distributed_optimizer,
+        # The trainer looks at loss and norm itself, and says what to do.
+        check_for_nan_in_grad=False,
+    )
+    return [
+        DistributedDataParallel(
+            config=chunk.config,
+            ddp_config=ddp_config,
+            module=chunk,
+            # Interleaved chunks are reduced chunk by chunk; the first one only may be cut into buckets.
+            disable_bucketing=index > 0 or not p.overlap_grad_reduce,
+        )
+        for index, chunk in enumerate(chunks)
+    ]
+
+
+def build_optimizer(config: Config, model: list[DistributedDataParallel]) -> MegatronOptimizer:
+    """megatron-core's optimizer over the model chunks."""
+    o = config.optimizer
+    optimizer = get_megatron_optimizer(
+        MegatronOptimizerConfig(
+            optimizer="adam",
+            lr=o.lr,
+            min_lr=o.min_lr,
+            weight_decay=o.weight_decay,
+            adam_beta1=o.adam_beta1,
+            adam_beta2=o.adam_beta2,
+            adam_eps=o.rmsprop_eps if o.optimizer == "rmsprop" else o.adam_eps,
+            bf16=config.training.bf16,
+            params_dtype=torch.bfloat16 if config.training.bf16 else torch.float32,
+            use_distributed_optimizer=config.parallel.use_distributed_optimizer,
+            clip_grad=o.clip_grad,
+        ),
+        model,
+        # On CUDA checkpoints gather the optimizer's states through host memory (training/checkpointer.py).
+        use_gloo_process_groups=platform.CURRENT.is_cuda,
+    )
+    if o.optimizer == "rmsprop":
+        for inner in inner_optimizers(optimizer):
+            _become_rmsprop(inner, o.rmsprop_alpha)
+    return optimizer
+
+
+def inner_optimizers(optimizer: MegatronOptimizer) -> list[torch.optim.Optimizer]:
+    """The torch optimizers inside megatron-core's wrappers."""
+    chained = getattr(optimizer, "chained_optimizers", [optimizer])
+    return [wrapper.optimizer for wrapper in chained if getattr(wrapper, "optimizer", None) is not None]
+
+
+def _untouched_zeros(like: torch.Tensor) -> torch.Tensor:
+    """Zeros that take no memory until somebody writes them: a mapping of their own, where torch's zeros are written."""
+    if like.is_cuda or like.dtype != torch.float32 or like.numel() * 4 < mmap.PAGESIZE:
+        return torch.zeros_like(like)
+    return torch.frombuffer(mmap.mmap(-1, like.numel() * 4), dtype=torch.float32).view(like.shape)
+
+
+class _RMSPropStep:
+    """RMSProp's update in Adam's clothes.
+
+    megatron-core's distributed optimizer builds Adam alone and knows Adam's state names, so RMSProp keeps both:
+    ``exp_avg_sq`` is its running mean of squares, ``exp_avg`` stays zero. The update is torch.optim.RMSprop's, without
+    momentum and not centred.
+    """
+
+    rmsprop_alpha: float
+    # torch's Adam counts steps a parameter, Transformer Engine's and Apex's a group.
+    counts_in_state: bool
+    param_groups: list[dict[str, Any]]
+    state: Any
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None, **_: Any) -> None:
+        assert closure is None
+        for group in self.param_groups:
+            for p in group["params"]:
+                grad = p.grad if p.grad is not None else getattr(p, "decoupled_grad", None)
+                if grad is None:
+                    continue
+                state = self.state[p]
+                if "exp_avg_sq" not in state:
+                    state["exp_avg"] = _untouched_zeros(p)
+                    state["exp_avg_sq"] = torch.zeros_like(p)
+                if self.counts_in_state:
+                    state.setdefault("step", torch.zeros((), dtype=torch.float32))
+                    state["step"] += 1
+                if group["weight_decay"]:
+                    grad = grad.add(p, alpha=group["weight_decay"])
+                mean = state["exp_avg_sq"]
+                mean.mul_(self.rmsprop_alpha).addcmul_(grad, grad, value=1 - self.rmsprop_alpha)
+                p.addcdiv_(grad, mean.sqrt().add_(group["eps"]), value=-group["lr"])
+            if not self.counts_in_state:
+                group["step"] = group.get("step", 0) + 1
+
+
+def _become_rmsprop(optimizer: torch.optim.Optimizer, alpha: float) -> None:
+    attributes = {"rmsprop_alpha": alpha, "counts_in_state": counts_in_state(optimizer)}
+    optimizer.__class__ = type("RMSProp", (_RMSPropStep, type(optimizer)), attributes)
+
+
+def counts_in_state(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether an Adam keeps its step count with each parameter (torch) or with each group (Transformer Engine, Apex)."""
+    return isinstance(optimizer, torch.optim.Adam)
+
+
+def warmup_iters(config: Config, train_iters: int) -> int:
+    """Steps of warm-up."""
+    o = config.optimizer
+    if o.lr_warmup_fraction is not None:
+        return math.ceil(o.lr_warmup_fraction * (o.lr_decay_iters or train_iters))
+    return o.lr_warmup_iters
+
+
+def follow_config(optimizer: MegatronOptimizer, config: Config) -> None:
+    """Give loaded parameter groups the rates of this run's configuration: a checkpoint brings its own along."""
+    o = config.optimizer
+    for inner in inner_optimizers(optimizer):
+        for group in inner.param_groups:
+            group["max_lr"], group["min_lr"] = o.lr, o.min_lr
+            group["betas"] = (o.adam_beta1, o.adam_beta2)
+            group["eps"] = o.rmsprop_eps if o.optimizer == "rmsprop" else o.adam_eps
+
+
+def check_schedule(config: Config, train_iters: int) -> None:
+    """Whether warm-up and decay fit the run.
+
+    Raises:
+        ConfigError: the warm-up is not shorter than the decay, or a WSD decay longer than the schedule.
+    """
+    o = config.optimizer
+    decay = o.lr_decay_iters or train_iters
+    warmup = warmup_iters(config, train_iters)
+    if warmup and warmup >= decay:
+        raise ConfigError(
+            f"a warm-up of {warmup} steps leaves nothing of lr_decay_iters={decay}; shorten it or train longer"
+        )
+    if o.lr_wsd_decay_iters is not None and o.lr_wsd_decay_iters > decay:
+        raise ConfigError(
+            f"lr_wsd_decay_iters={o.lr_wsd_decay_iters} is longer than lr_decay_iters={decay}; shorten it"
+        )
+
+
+def build_scheduler(config: Config, optimizer: MegatronOptimizer, train_iters: int) -> OptimizerParamScheduler:
+    """Learning-rate schedule, counted in steps.
+
+    Raises:
+        ConfigError: the warm-up is not shorter than the decay, or a WSD decay longer than the schedule.
+    """
+    check_schedule(config, train_iters)
+    o = config.optimizer
+    decay = o.lr_decay_iters or train_iters
+    warmup = warmup_iters(config, train_iters)
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=o.lr_warmup_init,
+        max_lr=o.lr,
+        min_lr=o.min_lr,
+        lr_warmup_steps=warmup,
+        lr_decay_steps=decay,
+        lr_decay_style=o.lr_decay_style,
+        start_wd=o.weight_decay,
+        end_wd=o.weight_decay,
+        wd_incr_steps=train_iters,
+        wd_incr_style="constant",
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,
+        wsd_decay_steps=o.lr_wsd_decay_iters,
+        lr_wsd_decay_style=o.lr_wsd_decay_style,
+    )

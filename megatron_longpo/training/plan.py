@@ -1,0 +1,176 @@
+"""What a run can know before any process group is made: its configuration against checkpoint, data and the world."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_longpo.checkpoint.folders import latest_step, resolve
+from megatron_longpo.config import Config, check, check_against_model, scaling_numbers, virtual_pipeline_size
+from megatron_longpo.data.indexed import Manifest, read_manifest
+from megatron_longpo.errors import ConfigError, DataError
+from megatron_longpo.model.attention import resolve_comm_type
+from megatron_longpo.model.gpt import transformer_config
+from megatron_longpo.model.rotary import changed_scaling
+from megatron_longpo.model.shape import ModelShape
+from megatron_longpo.runtime import process_groups
+from megatron_longpo.runtime.process_groups import Parallel
+from megatron_longpo.training.optimization import check_schedule
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What can be known before any process group is made; every rank knows the same.
+
+    Attributes:
+        config: as resolved.
+        load: checkpoint that training starts from; reference_load: that of the reference.
+        shape, reference_shape: of the two checkpoints.
+        manifest: of the data.
+        valid_manifest: of the held-out data, or None.
+        train_iters: optimizer steps of the whole run.
+        world_size: processes.
+        comm_type, comm_reason: how context parallelism exchanges, and why.
+    """
+
+    config: Config
+    load: Path
+    reference_load: Path
+    shape: ModelShape
+    reference_shape: ModelShape
+    manifest: Manifest
+    valid_manifest: Manifest | None
+    train_iters: int
+    world_size: int
+    comm_type: str
+    comm_reason: str
+
+    @property
+    def policy_shape(self) -> ModelShape:
+        """Shape of the trained model: with the policy's rotary base and the context it was trained on."""
+        m, d = self.config.model, self.config.data
+        trained = d.seq_length or self.manifest.longest
+        return self.shape.replace(
+            rotary_base=m.rotary_base or self.shape.rotary_base,
+            rope_scaling=changed_scaling(self.shape, m.rope_type, scaling_numbers(m), "model"),
+            max_position_embeddings=m.max_position_embeddings or max(self.shape.max_position_embeddings, trained),
+            weights_hash=None,
+        )
+
+
+def make_plan(config: Config, world_size: int) -> Plan:
+    """Check a configuration against itself, its checkpoint, its data and the world.
+
+    Raises:
+        ConfigError, CheckpointError, DataError, PlatformError: the first thing that does not fit.
+    """
+    check(config)
+    if config.checkpoint.load is None:
+        raise ConfigError("load is not given; name a converted checkpoint with --load CKPT")
+    if config.training.skip_train and config.data.data_path is None:
+        # Nothing is trained on; the held-out data say what rows there are.
+        config = dataclasses.replace(
+            config, data=dataclasses.replace(config.data, data_path=config.data.valid_data_path)
+        )
+    if config.data.data_path is None:
+        raise ConfigError("data_path is not given; name the prefix of preprocessed data with --data-path PREFIX")
+    assert config.checkpoint.load is not None
+    load = resolve(config.checkpoint.load)
+    if config.training.skip_train and config.checkpoint.save is not None:
+        own = Path(config.checkpoint.save)
+        if latest_step(own) is not None and own.resolve() not in (load.resolve(), *load.resolve().parents):
+            raise ConfigError(
+                f"skip_train evaluates load={config.checkpoint.load}, and save={own} holds a run's checkpoints; to "
+                f"evaluate those give --load {own}, else leave save out"
+            )
+    reference_load = resolve(config.reference.reference_load or config.checkpoint.load)
+    shape, reference_shape = ModelShape.read(load), ModelShape.read(reference_load)
+    check_against_model(
+        config,
+        world_size=world_size,
+        num_layers=shape.num_layers,
+        attention_heads=shape.num_attention_heads,
+        key_value_heads=shape.num_query_groups,
+        hidden_size=shape.hidden_size,
+    )
+    p = config.parallel
+    comm_type, comm_reason = resolve_comm_type(
+        p.cp_comm_type,
+        shape.num_attention_heads,
+        shape.num_query_groups,
+        p.context_parallel_size,
+        p.tensor_model_parallel_size,
+    )
+    transformer_config(shape, config, use_transformer_engine=False)
+    _check_same_architecture(shape, reference_shape, config)
+    manifest = read_manifest(config.data.data_path)
+    _check_data(config, config.data.data_path, manifest, shape)
+    valid_manifest = None
+    if config.data.valid_data_path is not None:
+        valid_manifest = read_manifest(config.data.valid_data_path)
+        _check_data(config, config.data.valid_data_path, valid_manifest, shape)
+    t = config.training
+    train_iters = t.train_iters or max(1, math.floor(t.train_epochs * manifest.samples / t.global_batch_size))
+    check_schedule(config, train_iters)
+    return Plan(
+        *(config, load, reference_load, shape, reference_shape, manifest, valid_manifest),
+        *(train_iters, world_size, comm_type, comm_reason),
+    )
+
+
+def _check_same_architecture(shape: ModelShape, reference: ModelShape, config: Config) -> None:
+    ignored = {
+        "rotary_base": 0.0,
+        "max_position_embeddings": 0,
+        "weights_hash": None,
+        "dtype": "",
+        "rope_scaling": None,
+        "base_model": None,
+    }
+    if shape.replace(**ignored) != reference.replace(**ignored):
+        raise ConfigError(
+            f"reference_load={config.reference.reference_load} is another architecture than load="
+            f"{config.checkpoint.load}; give a reference of the same family, sizes and tokenizer"
+        )
+
+
+def _check_data(config: Config, prefix: str, manifest: Manifest, shape: ModelShape) -> None:
+    path = f"{prefix}.json"
+    if manifest.vocab_size > shape.vocab_size:
+        raise DataError(
+            f"{path}: vocab_size={manifest.vocab_size} is larger than the model's {shape.vocab_size}; preprocess with "
+            "the model's tokenizer"
+        )
+    if manifest.tokenizer_hash and shape.tokenizer_hash and manifest.tokenizer_hash != shape.tokenizer_hash:
+        raise DataError(
+            f"{path}: tokenizer {manifest.tokenizer} ({manifest.tokenizer_hash[:12]}) is not the model's "
+            f"({shape.tokenizer_hash[:12]}); preprocess with the model's tokenizer"
+        )
+    limit = config.data.seq_length
+    if limit is not None and manifest.longest > limit:
+        raise DataError(
+            f"{path}: its longest row has {manifest.longest} tokens, seq_length={limit}; raise seq_length or preprocess "
+            "with --seq-length"
+        )
+    if config.data.turns == "independent" and not manifest.independent_turns:
+        raise ConfigError(
+            f"turns=independent needs each turn's own prompt, which {path} does not have (it came tokenised); use "
+            "turns=chained, or preprocess from text"
+        )
+
+
+def groups_of(plan: Plan) -> Parallel:
+    """Make the process groups of a plan."""
+    p = plan.config.parallel
+    return process_groups.set_up(
+        tensor=p.tensor_model_parallel_size,
+        pipeline=p.pipeline_model_parallel_size,
+        virtual=virtual_pipeline_size(p, plan.shape.num_layers),
+        context=p.context_parallel_size,
+        sequence_parallel=p.sequence_parallel,
+        comm_type=plan.comm_type,
+        seed=plan.config.training.seed,
+        timeout_minutes=p.distributed_timeout_minutes,
+    )

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from megatron_longpo.errors import DataError
+from megatron_longpo.runtime import platform
 from megatron_longpo.runtime.failure import run_or_fail
 from megatron_longpo.text.documents import find_files, read_documents
 
@@ -45,7 +46,7 @@ def main() -> None:
 
     kind: Any = "auto" if a.dtype == "auto" else getattr(torch, a.dtype)
     plain = AutoModelForCausalLM.from_pretrained(a.model, dtype=kind, local_files_only=True).eval()
-    plain.to("cuda" if torch.cuda.is_available() else "cpu")
+    plain.to(platform.CURRENT.device)
     engine = TransformersEngine(a.model, dtype=a.dtype)
     end = plain.generation_config.eos_token_id
     ends = engine.tokenizer.answer_ends() | frozenset([end] if isinstance(end, int) else end or ())

@@ -14,6 +14,7 @@ from torch import Tensor
 from megatron_longpo.engines.base import AS_IT_IS, Engine, Prompt, Reply, Rope, Sampling, model_identity
 from megatron_longpo.engines.cached_attention import roomy_cache, use_cached_attention
 from megatron_longpo.errors import DataError
+from megatron_longpo.runtime import platform
 from megatron_longpo.text.chat import load_tokenizer
 
 
@@ -62,9 +63,8 @@ class TransformersEngine(Engine):
             detail = " ".join(str(error).split())[:300]
             raise DataError(f"--model {path}: transformers cannot load it ({detail}); give a model folder") from None
         self.model.eval()
-        if torch.cuda.is_available():
-            self.model.to("cuda")
-        else:
+        self.model.to(platform.CURRENT.device)
+        if not platform.CURRENT.is_cuda:
             use_cached_attention(self.model)
         self._path = Path(path)
         self._rope = Rope()

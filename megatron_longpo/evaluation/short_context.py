@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from megatron_longpo.errors import ConfigError, DataError
+from megatron_longpo.runtime import platform
 
 VERSION = 1
 
@@ -209,8 +210,7 @@ def make_model(path: str, dtype: str, batch_size: int) -> Any:
 
     kind: Any = "auto" if dtype == "auto" else getattr(torch, dtype)
     model = AutoModelForCausalLM.from_pretrained(path, dtype=kind, local_files_only=True).eval()
-    if torch.cuda.is_available():
-        model.to("cuda")
+    model.to(platform.CURRENT.device)
     tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
     # Given a model that is loaded, it starts no process group of its own.
     return HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)

@@ -6,15 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cases import CASES, Case
-from hf_oracle import load, objective
-from worker import EVALUATED, base_settings
 
 from megatron_longpo.data.indexed import PreferenceData
 from megatron_longpo.data.preference import CHOSEN_RESPONSE, REJECTED_RESPONSE
 from megatron_longpo.data.sampler import BatchSampler
 from megatron_longpo.training import held_out
-from tests.support import FAMILIES, VARIANTS
+from tests.support.models import FAMILIES, VARIANTS
+from tests.support.parity.cases import CASES, Case
+from tests.support.parity.hf_oracle import load, objective
+from tests.support.parity.worker import EVALUATED, base_settings
 
 LAYOUT_BOUND = 1e-5
 HF_BOUND = 1e-4

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.end_to_end.flaky_proxy import wait_until_up
-from tests.support import environment, free_port, make_chat_model
-from tests.unit.test_chat import make_fast_tokenizer
+from tests.support.flaky_proxy import wait_until_up
+from tests.support.launch import environment, free_port
+from tests.support.models import make_chat_model
+from tests.support.tokenizers import make_fast_tokenizer
 
 
 @pytest.fixture(scope="session")

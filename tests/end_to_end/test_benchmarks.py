@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import ROOT, environment, make_chat_model, make_model, run
-from tests.unit.test_chat import make_fast_tokenizer
+from tests.support.launch import ROOT, environment, run
+from tests.support.models import make_chat_model, make_model
+from tests.support.tokenizers import make_fast_tokenizer
 
 
 def test_our_step_and_the_authors_have_the_same_loss(tmp_path: Path) -> None:

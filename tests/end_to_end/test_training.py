@@ -19,11 +19,12 @@ import torch
 
 from megatron_longpo.checkpoint.folders import folder_of, latest_step
 from megatron_longpo.checkpoint.stream import DistributedReader, HuggingFaceWeights
+from megatron_longpo.text.chat import BUILT_IN_TEMPLATES
 from megatron_longpo.training.metrics import SAMPLE_COLUMNS, read_metrics
-from tests.support import ROOT, environment, make_data, make_model, run, torchrun
-from tests.unit.test_chat import BUILT_IN_TEMPLATES, make_fast_tokenizer, make_sentencepiece
-from tests.unit.test_data import _tokenised
-from tests.unit.test_preprocess import text_row, write_lines
+from tests.support.data import make_data, text_row, tokenised_row, write_lines
+from tests.support.launch import ROOT, environment, run, torchrun
+from tests.support.models import make_model
+from tests.support.tokenizers import make_fast_tokenizer, make_sentencepiece
 
 PYTHON = torchrun(1)[0]
 TIMED = {"tokens_per_second", "step_seconds", "peak_memory_gb"}
@@ -72,7 +73,7 @@ def assert_same_tensors(a: Path, b: Path, bound: float = 0.0) -> None:
 
 @pytest.mark.megatron_latest
 def test_tokenised_rows_to_a_trained_hugging_face_model(model: Path, tmp_path: Path) -> None:
-    write_lines(tmp_path / "rows.jsonl", [json.dumps(_tokenised()) for _ in range(8)])
+    write_lines(tmp_path / "rows.jsonl", [json.dumps(tokenised_row()) for _ in range(8)])
     prefix = tmp_path / "data"
     tool = [PYTHON, "tools/preprocess_preference_data.py", "--input", str(tmp_path / "rows.jsonl")]
     run([*tool, "--output-prefix", str(prefix), "--vocab-size", "101"])
@@ -259,8 +260,7 @@ def test_damaged_data_ends_all_ranks_with_one_message(model: Path, tmp_path: Pat
 
 def test_an_exception_of_one_rank_ends_all(model: Path, tmp_path: Path) -> None:
     began = time.monotonic()
-    script = str(ROOT / "tests" / "end_to_end" / "failing_rank.py")
-    arguments = [script, *train(model, tmp_path / "run", "--train-iters", "50")[2:]]
+    arguments = ["-m", "tests.support.failing_rank", *train(model, tmp_path / "run", "--train-iters", "50")[2:]]
     done = run(torchrun(2, *arguments), expect=None, timeout=90)
     assert done.returncode != 0
     assert _errors(done.stderr) == ["error: rank 1 failed: RuntimeError: the disk of rank 1 is on fire"]

@@ -10,54 +10,13 @@ import sentencepiece
 
 from megatron_longpo.data.preference import Mode, long_rows, short_rows
 from megatron_longpo.errors import DataError
-from megatron_longpo.text.chat import BUILT_IN_TEMPLATES, ChatTokenizer, Turn, encode_sample, load_tokenizer, turn_of
+from megatron_longpo.text.chat import ChatTokenizer, Turn, encode_sample, load_tokenizer, turn_of
+from tests.support.tokenizers import TEXT, make_fast_tokenizer, make_sentencepiece
 
-TEXT = (
-    "The tower was built in 1889. It stands on the left bank of the river.\n\nPeople come to see it from far away, and most "
-    "of them climb it.  The view is said to be worth the climb — on a clear day.\n"
-) * 8
 TURNS = [
     Turn("When was the tower built?", TEXT[:70], "It was built in 1889.", "In the spring."),
     Turn("Where does it stand?", TEXT[20:120], "On the left bank.", "It stands there, by the river."),
 ]
-
-
-def make_fast_tokenizer(folder: Path, template: str | None = BUILT_IN_TEMPLATES["chatml"]) -> Path:
-    """A byte-level BPE tokenizer trained on the text, with ChatML's tokens."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    special = ["<|im_start|>", "<|im_end|>"]
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    tokenizer.train_from_iterator(
-        [TEXT], trainers.BpeTrainer(vocab_size=400, special_tokens=special, initial_alphabet=alphabet)
-    )
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=special[0], eos_token=special[1])
-    if template is not None:
-        fast.chat_template = template
-    fast.save_pretrained(folder)
-    return folder
-
-
-def make_sentencepiece(folder: Path) -> Path:
-    """A SentencePiece model like Llama 2's: byte fallback, dummy prefix, no normalisation."""
-    folder.mkdir(parents=True, exist_ok=True)
-    corpus = folder / "corpus.txt"
-    corpus.write_text(TEXT + "[INST] [/INST]\n" * 20)
-    sentencepiece.SentencePieceTrainer.train(
-        input=str(corpus),
-        model_prefix=str(folder / "tokenizer"),
-        vocab_size=360,
-        model_type="bpe",
-        byte_fallback=True,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        minloglevel=2,
-    )
-    return folder / "tokenizer.model"
 
 
 @pytest.fixture(scope="module", params=["fast", "sentencepiece"])

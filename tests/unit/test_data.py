@@ -33,7 +33,7 @@ from megatron_longpo.data.preference import (
 )
 from megatron_longpo.data.sampler import BatchSampler, deal_batch
 from megatron_longpo.errors import DataError
-from tests.support import make_data, random_sample
+from tests.support.data import make_data, random_sample, tokenised_row
 
 
 def _piece(mode: Mode, *tokens: int) -> Piece:
@@ -96,23 +96,8 @@ def test_response_scope() -> None:
     assert chosen.nll_L.tolist() == [False] * 4 + [True, True, False, True]
 
 
-def _tokenised() -> dict[str, object]:
-    return {
-        "chosen_input_ids": [1, 2, 3, 20, 21, 0],
-        "chosen_attention_mask": [1, 1, 1, 1, 1, 0],
-        "chosen_labels": [-100, -100, -100, 20, 21, -100],
-        "rejected_input_ids": [1, 2, 3, 20, 31],
-        "rejected_labels": [-100, -100, -100, 20, 31],
-        "ref_chosen_input_ids": [[2, 3, 20, 21]],
-        "ref_chosen_labels": [[-100, -100, 20, 21]],
-        "ref_rejected_input_ids": [[2, 3, 20, 31, 0]],
-        "ref_rejected_attention_mask": [[1, 1, 1, 1, 0]],
-        "ref_rejected_labels": [[-100, -100, 20, 31, -100]],
-    }
-
-
 def test_tokenised_schema_by_hand() -> None:
-    sample = from_tokenised(_tokenised(), 64)
+    sample = from_tokenised(tokenised_row(), 64)
     # The document once; answers stay apart although they begin alike.
     assert [(p.tokens.tolist(), p.mode) for p in sample.pieces] == [
         ([1, 2, 3], Mode.CHOSEN | Mode.REJECTED),
@@ -127,7 +112,7 @@ def test_tokenised_schema_by_hand() -> None:
 
 
 def test_lm_labels_say_what_counts_in_the_nll() -> None:
-    row = {**_tokenised(), "chosen_lm_labels": [-100, -100, 3, 20, 21, -100]}
+    row = {**tokenised_row(), "chosen_lm_labels": [-100, -100, 3, 20, 21, -100]}
     chosen = long_rows(from_tokenised(row, 64), slot=0, turns="chained", nll_scope="sequence")[0]
     assert chosen.nll_L.tolist() == [False, False, True, True, True]
 
@@ -150,7 +135,7 @@ def test_lm_labels_say_what_counts_in_the_nll() -> None:
 )
 def test_bad_tokenised_rows_have_a_reason(change: dict[str, object], reason: str) -> None:
     with pytest.raises(BadRow) as caught:
-        from_tokenised({**_tokenised(), **change}, 64)
+        from_tokenised({**tokenised_row(), **change}, 64)
     assert caught.value.reason == reason
 
 

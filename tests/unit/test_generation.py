@@ -18,6 +18,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_longpo.config import from_yaml
 from megatron_longpo.engines import openai_engine
 from megatron_longpo.engines.base import EngineError, Prompt, Rope, Sampling
 from megatron_longpo.engines.openai_engine import OpenAIEngine
@@ -38,8 +39,10 @@ from megatron_longpo.generation.settings import (
 )
 from megatron_longpo.generation.stages import Stage, read_lines
 from megatron_longpo.text.documents import DOMAINS, RawDocument, find_files
-from tests.support import make_chat_model
-from tests.unit.test_chat import make_fast_tokenizer
+from tests.support.launch import ROOT
+from tests.support.models import make_chat_model
+from tests.support.tokenizers import make_fast_tokenizer
+from tools.generate_preference_data import part_of
 
 # --------------------------------------------------------------------------------------------------
 # Units and chunks
@@ -443,26 +446,15 @@ def test_what_passes_is_tried_again_and_what_does_not_is_not(scripted: Any, monk
 
 
 def test_a_slurm_array_is_a_split(monkeypatch: pytest.MonkeyPatch) -> None:
-    import sys
-
-    from tests.support import ROOT
-
-    monkeypatch.syspath_prepend(str(ROOT / "tools"))
-    from generate_preference_data import part_of
-
     for name in ("TORCHELASTIC_RUN_ID", "RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     assert part_of(_config(Path("m"))) == (0, 1, "alone")
     for key, value in {"ID": "14", "MIN": "10", "MAX": "16", "COUNT": "4", "STEP": "2"}.items():
         monkeypatch.setenv(f"SLURM_ARRAY_TASK_{key}", value)
     assert part_of(_config(Path("m"))) == (2, 4, "a Slurm array")
-    sys.modules.pop("generate_preference_data", None)
 
 
 def test_examples_are_configurations_that_work() -> None:
-    from megatron_longpo.config import from_yaml
-    from tests.support import ROOT
-
     for name in ("pairs_128k.yaml", "demo_pairs.yaml"):
         config = from_yaml(ROOT / "examples" / name, GenerationConfig)
         documents = dataclasses.replace(config.documents, documents=("x",))
@@ -472,9 +464,6 @@ def test_examples_are_configurations_that_work() -> None:
 
 def test_replies_do_not_depend_on_what_is_kept(tmp_path: Path) -> None:
     """A mix of calls on an engine that keeps prefixes: the tokens of one that reads every prompt whole and alone."""
-    from tests.support import make_chat_model
-    from tests.unit.test_chat import make_fast_tokenizer
-
     make_fast_tokenizer(tmp_path)
     make_chat_model(tmp_path)
     rng = random.Random(2)

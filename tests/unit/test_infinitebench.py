@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from megatron_longpo.errors import DataError
 from megatron_longpo.evaluation import infinitebench
 from megatron_longpo.evaluation.samples import middle_cut
-from tests.unit.test_ruler import counter, make_tokenizer
+from tests.support.tokenizers import prompt_counter, published_tokenizer
 
 
 def test_infinitebench_rows(tmp_path: Path) -> None:
@@ -50,8 +50,8 @@ def test_middle_cut_keeps_both_ends(ids: list[int], length: int) -> None:
 
 
 def test_books_are_cut_to_the_length(tmp_path: Path) -> None:
-    tokenizer = make_tokenizer("mistral-v1", tmp_path)
-    count = counter(tokenizer)
+    tokenizer = published_tokenizer("mistral-v1", tmp_path)
+    count = prompt_counter(tokenizer)
     book = "BEGIN " + " ".join(f"word{i}" for i in range(3000)) + " END"
     row = {"context": book, "question": "Who?", "answers": ["Ann"], "options": None}
     sample = infinitebench.sample_of(row, "longbook_qa_eng", 0, 2000, "chat", tokenizer, count)

@@ -25,7 +25,7 @@ from megatron_longpo.model.shape import ModelShape
 from megatron_longpo.runtime import platform
 from megatron_longpo.runtime.process_groups import Parallel
 from megatron_longpo.training import memory
-from tests.support import dense_attention
+from tests.support.attention import dense_attention
 
 
 def test_branches_on_one_trunk_are_one_block() -> None:

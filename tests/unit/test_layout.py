@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import ROOT
+from tests.support.launch import ROOT
 
 PLATFORM = ROOT / "megatron_longpo" / "runtime" / "platform.py"
 FILES = [p for folder in ("megatron_longpo", "tools", "benchmarks") for p in sorted((ROOT / folder).rglob("*.py"))]

@@ -16,8 +16,8 @@ from megatron_longpo.errors import DataError
 from megatron_longpo.text import preprocess as module
 from megatron_longpo.text.chat import ChatTokenizer, load_tokenizer
 from megatron_longpo.text.preprocess import RawRow, Settings, preprocess, process_row
-from tests.unit.test_chat import TEXT, make_fast_tokenizer
-from tests.unit.test_data import _tokenised
+from tests.support.data import text_row, tokenised_row, write_lines
+from tests.support.tokenizers import TEXT, make_fast_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -28,21 +28,6 @@ def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def tokenizer(tokenizer_folder: Path) -> ChatTokenizer:
     return load_tokenizer(tokenizer_folder)
-
-
-def text_row(number: int = 0, turns: int = 1, **change: Any) -> dict[str, Any]:
-    turn = {
-        "instruction": f"What is said {number}?",
-        "short_context": TEXT[:60],
-        "chosen": f"Yes {number}.",
-        "rejected": "No.",
-    }
-    return {"id": str(number), "context": f"{number}. {TEXT}", "turns": [dict(turn) for _ in range(turns)], **change}
-
-
-def write_lines(path: Path, lines: list[str | bytes]) -> Path:
-    path.write_bytes(b"".join((line.encode() if isinstance(line, str) else line) + b"\n" for line in lines))
-    return path
 
 
 def test_bad_lines_are_kept_aside_with_their_numbers(tmp_path: Path, tokenizer_folder: Path) -> None:
@@ -114,7 +99,7 @@ def test_any_line_is_a_sample_or_a_counted_reject(tokenizer: ChatTokenizer, data
             _json
         )
     elif kind == "tokenised":
-        row = _tokenised()
+        row = tokenised_row()
         row[data.draw(st.sampled_from(sorted(row)))] = data.draw(_json)
     elif kind == "junk":
         row = data.draw(_json)
@@ -147,7 +132,7 @@ def test_workers_and_formats_change_nothing(tmp_path: Path, tokenizer_folder: Pa
 def test_tokenised_rows_of_jsonl_parquet_and_datasets_agree(tmp_path: Path) -> None:
     import datasets
 
-    rows = [_tokenised() for _ in range(5)]
+    rows = [tokenised_row() for _ in range(5)]
     write_lines(tmp_path / "a.jsonl", [json.dumps(r) for r in rows])
     table = datasets.Dataset.from_list(rows)
     table.to_parquet(str(tmp_path / "a.parquet"))
@@ -189,7 +174,7 @@ def test_broken_off_and_started_again(tmp_path: Path, tokenizer_folder: Path, mo
 
 def test_wrong_inputs_are_refused(tmp_path: Path, tokenizer_folder: Path) -> None:
     text = write_lines(tmp_path / "t.jsonl", [json.dumps(text_row())])
-    tokenised = write_lines(tmp_path / "k.jsonl", [json.dumps(_tokenised())])
+    tokenised = write_lines(tmp_path / "k.jsonl", [json.dumps(tokenised_row())])
     junk = write_lines(tmp_path / "j.jsonl", ["x"])
     (tmp_path / "p.parquet").write_bytes(b"PAR1 no more")
     with_tokenizer = Settings(tokenizer=str(tokenizer_folder))

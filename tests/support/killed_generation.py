@@ -1,6 +1,6 @@
-"""Pair generation in three parts, killed ten times at random moments, then let finish and merged.
+"""Generate pairs in three parts, killed ten times at random moments; then let them finish, and merge.
 
-The program is forked rather than started anew each time, so that the time goes into its work.
+The program is forked rather than started afresh, so that the time goes into its work.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import sys
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
+from tools import generate_preference_data
+
 KILLS, PARTS = 10, 3
 
 
@@ -23,9 +23,7 @@ def lines_in(folder: Path) -> dict[str, int]:
 
 
 def attempt(arguments: list[str], folder: Path, more: int | None) -> bool:
-    """Run the program in a child, killed when its part has so many lines more; says whether it finished."""
-    import generate_preference_data
-
+    """Run the program in a child and kill it once its part has gained that many lines; returns whether it finished."""
     child = os.fork()
     if child == 0:
         sys.argv = ["generate_preference_data.py", *arguments]
@@ -42,7 +40,7 @@ def attempt(arguments: list[str], folder: Path, more: int | None) -> bool:
             assert os.waitstatus_to_exitcode(status) == 0, "the program failed by itself"
             return True
         if limit is not None and sum(lines_in(folder).values()) >= limit:
-            # At any moment of the next bit of work.
+            # At a random moment of the work that follows.
             time.sleep(random.uniform(0.0, 0.04))
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)

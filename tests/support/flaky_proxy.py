@@ -1,4 +1,4 @@
-"""A proxy that treats its clients badly: drops connections, answers 429 and 500, cuts bodies short, stalls."""
+"""A proxy that mistreats its clients: it drops connections, answers 429 and 500, cuts bodies short, stalls."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from typing import Any
 
 
 class FlakyProxy:
-    """Serves on a free port of 127.0.0.1 until closed; ``counts`` says what it did.
+    """Serves on a free port of 127.0.0.1 until closed; ``counts`` holds how often it did what.
 
     Args:
         upstream: URL of the server behind it.
-        seed: of what it does.
-        stall_seconds: how long it keeps a client waiting for nothing.
+        seed: seed of the misbehaviour.
+        stall_seconds: how long a stalled client is kept waiting.
     """
 
     def __init__(self, upstream: str, *, seed: int = 0, stall_seconds: float = 30.0) -> None:
@@ -90,7 +90,7 @@ class FlakyProxy:
 
 
 def wait_until_up(url: str, seconds: float) -> None:
-    """Until a server answers; raises TimeoutError."""
+    """Wait until a server answers; raises TimeoutError."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         try:

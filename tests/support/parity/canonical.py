@@ -1,4 +1,4 @@
-"""Whole tensors under Hugging Face's names, from whatever layout holds them."""
+"""Whole tensors under Hugging Face's names, gathered from any layout."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from megatron_longpo.training.checkpointer import weights_state
 
 
 def gather_gradient_shards(model: Sequence[Any]) -> None:
-    """Under the distributed optimizer each rank has its shard of the reduced gradient; make all of them whole."""
+    """Make gradients whole: under the distributed optimizer each rank has only its shard of the reduced gradient."""
     for chunk in model:
         for buffer in chunk.buffers:
             if not buffer.ddp_config.use_distributed_optimizer:

@@ -1,4 +1,7 @@
-"""Loads checkpoints at this launch's layouts and saves them again, unchanged. Started by torchrun."""
+"""Load checkpoints at every layout of this world size and save them unchanged.
+
+torchrun ... -m tests.support.layout_worker FOLDER FAMILIES
+"""
 
 from __future__ import annotations
 

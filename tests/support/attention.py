@@ -1,0 +1,30 @@
+"""The plain oracle of the attention kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+
+def dense_attention(
+    groups: Sequence[Any], query: Any, key: Any, value: Any, scale: float, mask: Any | None = None
+) -> Any:
+    """Attention of query groups by softmax under a dense mask, [S, Q, D]; zeros for places in no group.
+
+    Args:
+        groups: ``sequence.QueryGroup``s.
+        mask: [S, S], a further mask on what may be seen.
+    """
+    n, repeat = query.shape[0], query.shape[1] // key.shape[1]
+    seen = torch.zeros(n, n, dtype=torch.bool)
+    for group in groups:
+        for block in group.keys:
+            visible = torch.ones(group.end - group.start, block.end - block.start, dtype=torch.bool)
+            seen[group.start : group.end, block.start : block.end] = visible.tril() if block.causal else visible
+    if mask is not None:
+        seen &= mask
+    scores = torch.einsum("shd,thd->hst", query, key.repeat_interleave(repeat, 1)) * scale
+    weights = scores.masked_fill(~seen, -torch.inf).softmax(-1).nan_to_num(0)
+    return torch.einsum("hst,thd->shd", weights, value.repeat_interleave(repeat, 1))

@@ -1,20 +1,33 @@
 """Packaging. Ranges are what the code is written against; `constraints.txt` holds one set known to work."""
 
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
 
+
+def version() -> str:
+    """The package's ``__version__``, read as text: importing the package needs torch and megatron-core."""
+    text = (HERE / "megatron_longpo" / "__init__.py").read_text(encoding="utf-8")
+    found = re.search(r'^__version__ = "([^"]+)"$', text, re.MULTILINE)
+    if found is None:
+        raise RuntimeError('megatron_longpo/__init__.py has no line __version__ = "..."; add it back')
+    return found[1]
+
+
 setup(
     name="megatron_longpo",
-    version="0.1.0",
+    version=version(),
     description="LongPO: short-to-long preference optimization on Megatron-Core",
     long_description=(HERE / "README.md").read_text(encoding="utf-8") if (HERE / "README.md").exists() else "",
     long_description_content_type="text/markdown",
     license="Apache-2.0",
+    license_files=["LICENSE", "NOTICE"],
     python_requires=">=3.10,<3.14",
     packages=find_packages(include=["megatron_longpo", "megatron_longpo.*"]),
+    package_data={"megatron_longpo": ["py.typed"]},
     install_requires=[
         # 0.16.1 is the last release for Python 3.10 and 3.11; 0.19 needs 3.12.
         "megatron-core==0.16.1; python_version < '3.12'",
@@ -62,9 +75,13 @@ setup(
             "uvicorn>=0.30",
             "python-multipart>=0.0.9",
             "openai>=1.60",
+            "pre-commit>=3.5",
+            "codespell>=2.3",
         ],
+        "docs": ["mkdocs>=1.6", "mkdocs-material>=9.5", "mkdocstrings[python]>=0.27"],
     },
     classifiers=[
+        "Typing :: Typed",
         "Programming Language :: Python :: 3.10",
         "Programming Language :: Python :: 3.11",
         "Programming Language :: Python :: 3.12",

@@ -6,4 +6,4 @@ megatron-core runnable on the CPU before any module of megatron-core is imported
 
 from megatron_longpo.runtime import platform as platform
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

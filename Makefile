@@ -6,7 +6,7 @@ STAMP = $(VENV)/.installed
 DEMO ?= .demo
 EXTRAS ?= dev,demo,eval
 
-.PHONY: setup demo test test-latest lint clean
+.PHONY: setup demo test test-latest lint docs clean
 
 setup: $(STAMP)
 
@@ -36,5 +36,10 @@ test-latest:
 	$(MAKE) setup PYTHON=$(PYTHON) VENV=$(VENV) EXTRAS=dev,demo
 	$(BIN)/python -m pytest -m megatron_latest
 
+# The site, into site/. A broken link, an unknown name or an option without a home fails the build.
+docs: $(STAMP)
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[docs]'
+	NO_MKDOCS_2_WARNING=true $(BIN)/python -m mkdocs build --strict
+
 clean:
-	rm -rf $(VENV) .venv-latest $(DEMO) build *.egg-info
+	rm -rf $(VENV) .venv-latest $(DEMO) build site *.egg-info

@@ -78,8 +78,8 @@ def measure(a: argparse.Namespace) -> dict[str, float]:
     weight = (0.02 * torch.randn(a.vocab_size, a.hidden_size)).to(dtype).requires_grad_()
     target = torch.randint(0, a.vocab_size, (a.tokens,))
     upstream = torch.full((a.tokens,), -1.0 / a.tokens)
-    foretold = upstream.clone()
-    foretold[-128:] = torch.nan
+    known_grad = upstream.clone()
+    known_grad[-128:] = torch.nan
     # As in training: ours adds to an fp32 buffer that is there already.
     main_grad = torch.zeros(weight.shape if a.side != "plain" else 0)
     result = torch.zeros_like(hidden)
@@ -93,8 +93,8 @@ def measure(a: argparse.Namespace) -> dict[str, float]:
             weight.grad = None
         else:
             weight.main_grad = main_grad  # type: ignore[attr-defined]
-            told = foretold if a.side == "ours" else None
-            logps = token_logprobs(hidden, weight, target, vocab_size=a.vocab_size, foretold_N=told)
+            told = known_grad if a.side == "ours" else None
+            logps = token_logprobs(hidden, weight, target, vocab_size=a.vocab_size, known_grad_N=told)
             logps.backward(upstream)
             weight.grad = None
 

@@ -99,7 +99,7 @@ class ModelConfig:
     """Scale of cosines and sines (yarn). Default: from the factor."""
     beta_fast: float | None = None
     beta_slow: float | None = None
-    """Turns within the original context above which channels are kept and below which they are stretched (yarn)."""
+    """Rotations within the original context above which channels are kept and below which they are stretched (yarn)."""
     low_freq_factor: float | None = None
     high_freq_factor: float | None = None
     """The same bounds of llama3."""
@@ -125,7 +125,7 @@ class ParallelConfig:
     context_parallel_size: int = 1
     cp_comm_type: Literal["auto", "a2a", "allgather"] = "auto"
     """How context parallelism exchanges. a2a: places against heads (Ulysses; the heads must divide); allgather: keys and
-    values to all, queries dealt so that the causal work is balanced (any size); auto: a2a where the heads divide."""
+    values to all, queries assigned so that the causal work is balanced (any size); auto: a2a where the heads divide."""
     sequence_parallel: bool = False
     """Shard norms and residuals over the tensor-parallel ranks."""
     use_distributed_optimizer: bool = False

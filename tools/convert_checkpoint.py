@@ -213,14 +213,14 @@ class Work:
             )
 
 
-def say(text: str) -> None:
+def print_rank0(text: str) -> None:
     """A line of the first process."""
     if rank() == 0:
         print(text, flush=True)
 
 
-def tell(work: Work, result: Conversion, output: str) -> None:
-    say(
+def report_conversion(work: Work, result: Conversion, output: str) -> None:
+    print_rank0(
         f"{work.name}: {result.tensors} tensors, {result.bytes / 1e9:.2f} GB in {work.seconds:.2f} s "
         f"({result.bytes / 1e9 / work.seconds:.2f} GB/s) -> {output}"
     )
@@ -236,7 +236,7 @@ def import_(a: argparse.Namespace) -> None:
     work = Work("import")
     with work as report:
         result = import_hf(a.hf, a.output, changes=changes_of(a), dtype=a.dtype, name=a.name, progress=report)
-    tell(work, result, a.output)
+    report_conversion(work, result, a.output)
 
 
 def export(a: argparse.Namespace) -> None:
@@ -245,7 +245,7 @@ def export(a: argparse.Namespace) -> None:
     def check(checkpoint: Path, written: Path, shape: ModelShape) -> None:
         work.stop()
         if not a.no_verify:
-            prove(a, checkpoint, written)
+            verify_conversion(a, checkpoint, written)
 
     work = Work("export")
     with work as report:
@@ -258,15 +258,15 @@ def export(a: argparse.Namespace) -> None:
             check=check,
             progress=report,
         )
-    tell(work, result, a.output)
+    report_conversion(work, result, a.output)
 
 
 def verify(a: argparse.Namespace) -> None:
     """Compare, and fail where there is a difference."""
-    prove(a, Path(a.checkpoint), Path(a.hf))
+    verify_conversion(a, Path(a.checkpoint), Path(a.hf))
 
 
-def prove(a: argparse.Namespace, checkpoint: Path, hf: Path) -> None:
+def verify_conversion(a: argparse.Namespace, checkpoint: Path, hf: Path) -> None:
     """Bits, then logits; a table of the layers where they differ.
 
     Raises:
@@ -276,21 +276,21 @@ def prove(a: argparse.Namespace, checkpoint: Path, hf: Path) -> None:
     work = Work("verify")
     with work as report:
         found = compare(checkpoint, hf, changes=changes, progress=report)
-    say(
+    print_rank0(
         f"verify: {found.tensors} tensors, {found.bytes / 1e9:.2f} GB compared bit by bit in {work.seconds:.2f} s: "
         + ("equal" if found.is_equal else f"{len(found.differences)} differ")
     )
     if not found.is_equal:
-        show(found)
+        print_differences(found)
     # Other tensors altogether: nothing to run side by side.
     agreement = None if a.no_logits or not found.tensors else logits(a, checkpoint, hf, changes)
     if agreement is not None:
-        say(
+        print_rank0(
             f"verify: logits of {agreement.tokens} tokens differ by at most {agreement.distances[-1]:.1e} of the largest one "
             f"(bound {agreement.bound:g}); the same next token at {agreement.same_choice:.1%} of the places"
         )
         if not agreement.is_close:
-            say(f"verify: the first place beyond the bound is {agreement.first_beyond}")
+            print_rank0(f"verify: the first place beyond the bound is {agreement.first_beyond}")
     if a.report and rank() == 0:
         write_report(Path(a.report), found, agreement)
     if not found.is_equal or (agreement is not None and not agreement.is_close):
@@ -333,7 +333,7 @@ def logits(a: argparse.Namespace, checkpoint: Path, hf: Path, changes: Changes) 
         )
 
 
-def show(found: Comparison) -> None:
+def print_differences(found: Comparison) -> None:
     """What differs, by layer: how many tensors, and the first element of the first."""
     if rank() != 0:
         return

@@ -1,7 +1,7 @@
 """Evaluate a Hugging Face checkpoint, or a server with OpenAI's interface; compare evaluations.
 
     python tools/evaluate.py --model ./model --tasks ruler,needle --lengths 4096,8192 --haystack ./essays --output ./eval
-    torchrun --nproc-per-node 8 tools/evaluate.py ...                           samples dealt over the processes
+    torchrun --nproc-per-node 8 tools/evaluate.py ...                           samples shared by the processes
     python tools/evaluate.py --compare ./before ./after --output ./comparison   table with confidence intervals, plots
 
 Killed at any moment, the same command goes on. --help lists every option, --restart begins again.
@@ -160,6 +160,7 @@ def evaluate_preferences(config: EvaluationConfig, share: Share, results: Result
 
     from megatron_longpo.config import from_dict
     from megatron_longpo.conversion.convert import import_hf
+    from megatron_longpo.runtime.collectives import on_rank0
     from megatron_longpo.runtime.process_groups import start_processes, stop_processes
     from megatron_longpo.training import held_out
     from megatron_longpo.training.plan import groups_of, make_plan
@@ -209,16 +210,15 @@ def evaluate_preferences(config: EvaluationConfig, share: Share, results: Result
     plan = make_plan(from_dict(values, "preference"), share.world_size)
     trainer = Trainer(plan, groups_of(plan))
     # From one process: all are to leave out the same samples.
-    kept = [held_out.kept_figures(results.rows()) if share.rank == 0 else {}]
-    dist.broadcast_object_list(kept, src=0, device=platform.CURRENT.device)
-    if kept[0] and share.rank == 0:
-        print(f"preference: {len(kept[0])} samples were there", flush=True)
+    kept = on_rank0(lambda: held_out.kept_metrics(results.rows()))
+    if kept and share.rank == 0:
+        print(f"preference: {len(kept)} samples were there", flush=True)
 
     def keep(numbers: list[int], table: np.ndarray) -> None:
         if share.rank == 0:
             results.add(held_out.kept_rows(numbers, table))
 
-    table = trainer.evaluate(kept[0], keep)
+    table = trainer.evaluate(kept, keep)
     dist.barrier()
     results.close()
     stop_processes()

@@ -64,7 +64,7 @@ def main() -> None:
     if launcher == "torchrun" and rank == 0:
         wait_for_others(output, world_size, began if restart else 0.0)
     if world_size == 1 or (launcher == "torchrun" and rank == 0):
-        tell(output, merge(output))
+        print_summary(output, merge(output))
     elif launcher != "torchrun":
         print(
             f"part {rank} of {world_size} is done; after the last one: python tools/{PROGRAM} merge --output {output}"
@@ -74,7 +74,7 @@ def main() -> None:
 def merge_command(arguments: list[str]) -> None:
     if len(arguments) != 2 or arguments[0] != "--output":
         raise ConfigError(f"merge takes --output OUTPUT and nothing else, not {' '.join(arguments) or 'nothing'}")
-    tell(Path(arguments[1]), merge(Path(arguments[1])))
+    print_summary(Path(arguments[1]), merge(Path(arguments[1])))
 
 
 def part_of(config: GenerationConfig) -> tuple[int, int, str]:
@@ -124,7 +124,7 @@ def is_finished(manifest: Path, since: float) -> bool:
         return False
 
 
-def tell(output: Path, report: dict) -> None:  # type: ignore[type-arg]
+def print_summary(output: Path, report: dict) -> None:  # type: ignore[type-arg]
     counts, reasons = report["counts"], report["reasons"]
     print(
         f"{output}: {counts.get('samples', 0)} samples with {counts.get('turns kept', 0)} turns of "

@@ -61,10 +61,10 @@ def main() -> None:
     )
     draw_histogram(manifest, Path(f"{arguments.output_prefix}.lengths.png"))
     table = Table("samples", "turns", "tokens", "longest row", "kept aside", title=arguments.output_prefix)
-    rejected = ", ".join(f"{reason} {count}" for reason, count in sorted(manifest.rejected.items())) or "nothing"
+    rejected = ", ".join(f"{reason} {count}" for reason, count in sorted(manifest.skip_reasons.items())) or "nothing"
     table.add_row(str(manifest.samples), str(manifest.turns), f"{manifest.tokens:,}", f"{manifest.longest:,}", rejected)
     Console().print(table)
-    if manifest.rejected:
+    if manifest.skip_reasons:
         print(f"kept aside, with line numbers: {path_of(arguments.output_prefix, 'rejects.jsonl')}")
 
 

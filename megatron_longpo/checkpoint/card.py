@@ -36,7 +36,7 @@ def training_record(
 
 
 def _means(records: list[dict[str, Any]]) -> dict[str, float]:
-    """Means of all figures, each over the records that have it."""
+    """Means of all metrics, each over the records that have it."""
     values: dict[str, list[float]] = {}
     for record in records:
         for key, value in record.items():

@@ -3,7 +3,7 @@
     OUTPUT/iter_0000010/                     weights, optimizer, schedule, data position, RNG
         .metadata, *.distcp, common.pt       megatron-core's files
         model.json, run.yaml, hf/            shape, resolved configuration, tokenizer and config for export
-        training.json                        steps, data and figures, for the exported model's card
+        training.json                        steps, data and metrics, for the exported model's card
     OUTPUT/latest_checkpointed_iteration.txt
 
 A checkpoint is written to a folder of another name and renamed when every rank is done; a run killed at any moment

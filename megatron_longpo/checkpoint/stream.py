@@ -84,7 +84,7 @@ _AHEAD_BYTES = 2**26
 _FLUSH_SECONDS = 0.1
 
 
-class Ahead:
+class Prefetcher:
     """Makes values in a thread, in order, while those before are being used: reading and writing overlap.
 
     Values that are made and not yet given take, with the one given last, at most the largest one's bytes and ``ahead`` bytes;
@@ -214,7 +214,7 @@ class _LazySavePlanner(SavePlanner):
     def resolve_data(self, write_item: WriteItem) -> Tensor:
         assert write_item.index.offset is not None
         if self._values is None:
-            self._values = iter(Ahead([(c.bytes, c.make) for c in self._chunks.values()]))
+            self._values = iter(Prefetcher([(c.bytes, c.make) for c in self._chunks.values()]))
         key = (write_item.index.fqn, tuple(write_item.index.offset))
         assert self._order.pop(0) == key, "chunks are written in the order of the plan"
         tensor = next(self._values)
@@ -251,7 +251,7 @@ def write_distributed(folder: Path, chunks: Sequence[LazyChunk]) -> None:
         save_config(CheckpointingConfig("torch_dist", 1), str(folder))
 
 
-class _Part(io.RawIOBase):
+class _FileSlice(io.RawIOBase):
     """A part of a file as a file of its own."""
 
     def __init__(self, stream: BinaryIO, start: int, length: int) -> None:
@@ -353,7 +353,7 @@ class DistributedReader:
             place = self._metadata.storage_data[MetadataIndex(key, chunk.offsets)]
             # Unbuffered: torch reads whole tensors.
             with open(self.folder / place.relative_path, "rb", buffering=0) as stream:
-                part = _Part(stream, place.offset, place.length)  # type: ignore[arg-type]
+                part = _FileSlice(stream, place.offset, place.length)  # type: ignore[arg-type]
                 tensor: Tensor = torch.load(part, map_location="cpu", weights_only=True)  # type: ignore[arg-type]
             if tensor.shape != chunk.sizes:
                 raise ValueError(f"{list(tensor.shape)} instead of {list(chunk.sizes)}")
@@ -384,7 +384,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 @dataclass(frozen=True)
-class _Described:
+class _TensorInfo:
     """Where a tensor lies, and what it is; a dtype that is not converted stays a name."""
 
     file: Path
@@ -426,7 +426,7 @@ class HuggingFaceWeights:
                 raise CheckpointError(f"{index}: cannot be read ({error}); download the model again") from None
         else:
             files = [single.name]
-        self._found: dict[str, _Described] = {}
+        self._found: dict[str, _TensorInfo] = {}
         for name in files:
             path = folder / str(name)
             for key, described in self._describe(path).items():
@@ -439,15 +439,15 @@ class HuggingFaceWeights:
                     f"{folder / name}: lacks {key}, which {index.name} says is there; download it again"
                 )
 
-    def _describe(self, path: Path) -> dict[str, _Described]:
+    def _describe(self, path: Path) -> dict[str, _TensorInfo]:
         if self._is_pickle:
-            return {k: _Described(path, tuple(v.shape), v.dtype) for k, v in self._unpickle(path).items()}
+            return {k: _TensorInfo(path, tuple(v.shape), v.dtype) for k, v in self._unpickle(path).items()}
         found = {}
         with self._open(path) as tensors:
             for key in tensors.keys():  # noqa: SIM118
                 part = tensors.get_slice(key)
                 name = part.get_dtype()
-                found[key] = _Described(path, tuple(part.get_shape()), _DTYPES_BY_NAME.get(name, name))
+                found[key] = _TensorInfo(path, tuple(part.get_shape()), _DTYPES_BY_NAME.get(name, name))
         return found
 
     def _open(self, path: Path) -> Any:

@@ -25,11 +25,11 @@ from megatron_longpo.checkpoint.card import RUN_CONFIG, write_card
 from megatron_longpo.checkpoint.folders import ASSETS, resolve
 from megatron_longpo.checkpoint.stream import (
     DTYPES,
-    Ahead,
     DistributedReader,
     HuggingFaceWeights,
     LazyChunk,
     LazyTensor,
+    Prefetcher,
     dtype_name,
     plan_shards,
     shard_name,
@@ -51,7 +51,7 @@ from megatron_longpo.model.families import (
 )
 from megatron_longpo.model.rotary import changed_scaling
 from megatron_longpo.model.shape import FILE_NAME, ModelShape
-from megatron_longpo.runtime.collectives import deal, gathered, rank, together
+from megatron_longpo.runtime.collectives import all_gather_objects, my_share, raise_on_all_ranks, rank
 
 # Called with the bytes that this process has done since the last call, and the bytes of all processes in all.
 Progress = Callable[[int, int], None]
@@ -192,13 +192,13 @@ def import_hf(
         work = lambda e=entry, n=layer, b=chunk.bytes: make(e, n, b)  # type: ignore[misc] # noqa: E731
         chunks.append(dataclasses.replace(chunk, make=work))
         total += chunk.bytes
-    mine = deal(chunks, [c.bytes for c in chunks])
+    mine = my_share(chunks, [c.bytes for c in chunks])
     with _whole_or_nothing(output, total) as writing:
-        with together(output):
+        with raise_on_all_ranks(output):
             write_distributed(writing, mine)
-        parts = gathered(digests)
+        parts = all_gather_objects(digests)
         text = "".join(f"{n} {d}\n" for n, d in sorted(x for part in parts for x in part.items()))
-        with together(output):
+        with raise_on_all_ranks(output):
             shape = shape.replace(
                 dtype=dtype_name(stored["embedding.word_embeddings.weight"]),
                 tokenizer_hash=folder_vocabulary_hash(hf),
@@ -283,7 +283,7 @@ def export_hf(
             entry = origin[run[0].name][0]
             return int(reader.dtype(entry.ours).itemsize * torch.Size(our_shape(entry, shape)).numel())
 
-        made = iter(Ahead([(size(run), lambda run=run: read(run)) for run in runs]))  # type: ignore[misc]
+        made = iter(Prefetcher([(size(run), lambda run=run: read(run)) for run in runs]))  # type: ignore[misc]
         try:
             for run in runs:
                 numbers = {origin[t.name][2]: t for t in run}
@@ -300,8 +300,8 @@ def export_hf(
             made.close()  # type: ignore[attr-defined]
 
     with _whole_or_nothing(output, total) as writing:
-        with together(output):
-            for number, shard in deal(list(enumerate(shards)), [sum(t.bytes for t in s) for s in shards]):
+        with raise_on_all_ranks(output):
+            for number, shard in my_share(list(enumerate(shards)), [sum(t.bytes for t in s) for s in shards]):
                 with closing(values(shard)) as tensors:  # type: ignore[type-var]
                     write_shard(writing / shard_name(number, len(shards)), shard, tensors)
             if rank() == 0:
@@ -384,7 +384,7 @@ def compare(
     """
     hf = Path(hf)
     differences: list[tuple[int, Difference]] = []
-    with together(hf):
+    with raise_on_all_ranks(hf):
         folder = resolve(checkpoint)
         ours, theirs = sides(
             ModelShape.read(folder), shape_from_hf(read_hf_config(hf), str(hf / "config.json")), changes
@@ -403,7 +403,7 @@ def compare(
             _check_stored(reader, entry, ours, folder)
         sizes = [_bytes_of(entry, layer, source, ours) for entry, layer in steps]
     total = sum(sizes)
-    mine = deal(list(enumerate(steps)), sizes)
+    mine = my_share(list(enumerate(steps)), sizes)
     items: list[tuple[int, Callable[[], Tensor]]] = [
         (
             torch.Size(our_shape(entry, ours)).numel() * reader.dtype(entry.ours).itemsize,
@@ -411,7 +411,7 @@ def compare(
         )
         for _, (entry, layer) in mine
     ]
-    with together(hf), closing(iter(Ahead(items))) as made:  # type: ignore[type-var]
+    with raise_on_all_ranks(hf), closing(iter(Prefetcher(items))) as made:  # type: ignore[type-var]
         for number, (entry, layer) in mine:
             # No name is left on a tensor when the next is made.
             parts = split(entry, next(made), ours)
@@ -422,7 +422,7 @@ def compare(
                     differences.append((number, found))
             del parts
             progress(sizes[number], total)
-    every = sorted((x for part in gathered(differences) for x in part), key=lambda x: x[0])
+    every = sorted((x for part in all_gather_objects(differences) for x in part), key=lambda x: x[0])
     count = sum(len(e.theirs) for e, _ in steps)
     return Comparison(count, total, ours.num_layers, settings, [x for _, x in every])
 
@@ -619,18 +619,18 @@ def _whole_or_nothing(output: Path, size: int) -> Iterator[Path]:
     """
     writing = output.with_name(f".{output.name}.writing")
     lock: int | None = None
-    with together(output):
+    with raise_on_all_ranks(output):
         if rank() == 0:
             lock = _start(writing, output, size)
     try:
-        with together(output):
+        with raise_on_all_ranks(output):
             if not writing.is_dir():
                 raise CheckpointError(
                     f"{output}: rank {rank()} does not see what rank 0 writes there; name a folder that all nodes share"
                 )
-        with together(output):
+        with raise_on_all_ranks(output):
             yield writing
-        with together(output):
+        with raise_on_all_ranks(output):
             if rank() == 0:
                 if output.is_dir():
                     output.rmdir()

@@ -19,7 +19,7 @@ from megatron_longpo.checkpoint.folders import resolve
 from megatron_longpo.checkpoint.stream import DistributedReader, HuggingFaceWeights
 from megatron_longpo.config import Config
 from megatron_longpo.conversion.convert import Changes, layer_weights, read_hf_config, sides
-from megatron_longpo.data.sequence import KeyBlock, QueryGroup
+from megatron_longpo.data.sequence import KeyBlock, QuerySpan
 from megatron_longpo.errors import CheckpointError
 from megatron_longpo.model import gpt
 from megatron_longpo.model.attention import AttentionPlan
@@ -27,7 +27,7 @@ from megatron_longpo.model.families import FAMILIES, config_for_export, shape_fr
 from megatron_longpo.model.rotary import rotary_of
 from megatron_longpo.model.shape import ModelShape
 from megatron_longpo.runtime import platform, process_groups
-from megatron_longpo.runtime.collectives import gathered, rank, together
+from megatron_longpo.runtime.collectives import all_gather_objects, raise_on_all_ranks, rank
 from megatron_longpo.runtime.process_groups import Parallel
 
 
@@ -89,12 +89,12 @@ def compare_logits(
     process_groups.start_processes(60)
     parallel = process_groups.set_up()
     found: Agreement | None = None
-    with together(Path(hf)):
+    with raise_on_all_ranks(Path(hf)):
         if rank() == 0:
             found = _compare(
                 Path(hf), resolve(checkpoint), rows, changes, first_position, bound, whole, parallel, progress
             )
-    (result, *_) = gathered(found)
+    (result, *_) = all_gather_objects(found)
     assert result is not None
     return result
 
@@ -168,7 +168,7 @@ class _Layers:
         return outputs
 
 
-def _lend(module: torch.nn.Module, load: Callable[[], Iterator[tuple[str, Tensor]]], whole: bool) -> None:
+def _load_lazily(module: torch.nn.Module, load: Callable[[], Iterator[tuple[str, Tensor]]], whole: bool) -> None:
     """A module's weights, loaded before it runs and dropped after it. ``load`` gives names within the module."""
     empty = dict(module.named_parameters())
     present = [False]
@@ -176,7 +176,7 @@ def _lend(module: torch.nn.Module, load: Callable[[], Iterator[tuple[str, Tensor
     def before(*_: Any) -> None:
         if not present[0]:
             for name, value in load():
-                _put(module, name, value.to(platform.CURRENT.device))
+                _set_param(module, name, value.to(platform.CURRENT.device))
             left = [n for n, p in module.named_parameters() if p.is_meta]
             assert not left, f"weights that no table names: {left}"
             present[0] = True
@@ -184,14 +184,14 @@ def _lend(module: torch.nn.Module, load: Callable[[], Iterator[tuple[str, Tensor
     def after(*_: Any) -> None:
         if not whole:
             for name, parameter in empty.items():
-                _put(module, name, parameter)
+                _set_param(module, name, parameter)
             present[0] = False
 
     module.register_forward_pre_hook(before)
     module.register_forward_hook(after)
 
 
-def _put(module: torch.nn.Module, name: str, value: Tensor) -> None:
+def _set_param(module: torch.nn.Module, name: str, value: Tensor) -> None:
     *path, last = name.split(".")
     for part in path:
         module = getattr(module, part)
@@ -211,11 +211,11 @@ def _ours(
         for name, value in layer_weights(reader, shape, layer, prefix):
             yield name.removeprefix(prefix), value.to(narrow).float()
 
-    _lend(model.embedding, lambda: values(None, "embedding."), whole)
+    _load_lazily(model.embedding, lambda: values(None, "embedding."), whole)
     for number, layer in enumerate(model.decoder.layers):
-        _lend(layer, lambda n=number: values(n, f"decoder.layers.{n}."), whole)  # type: ignore[misc]
+        _load_lazily(layer, lambda n=number: values(n, f"decoder.layers.{n}."), whole)  # type: ignore[misc]
         layer.register_forward_hook(layers.hook)
-    _lend(model.decoder.final_layernorm, lambda: values(None, "decoder.final_layernorm."), whole)
+    _load_lazily(model.decoder.final_layernorm, lambda: values(None, "decoder.final_layernorm."), whole)
     rotary = rotary_of(shape, shape.rotary_base)
     output = "output_layer." if shape.untie_embeddings_and_output_weights else "embedding.word_embeddings."
 
@@ -223,7 +223,7 @@ def _ours(
         n = len(row)
         device = platform.CURRENT.device
         positions = torch.arange(first, first + n, device=device)
-        groups = (QueryGroup(0, n, (KeyBlock(0, n, True),)),)
+        groups = (QuerySpan(0, n, (KeyBlock(0, n, True),)),)
         plan = AttentionPlan.make(groups, None, window=shape.window_size, positions_S=np.arange(n))
         hidden = model.hidden_states(torch.tensor([row], device=device), positions[None], plan, rotary)
         (weight,) = [value for _, value in values(None, output)]
@@ -255,7 +255,7 @@ def _theirs(
     # Its buffers come from the configuration.
     model.model.rotary_emb = type(model.model.rotary_emb)(config=model.config).to(platform.CURRENT.device)
 
-    def lend(module: torch.nn.Module, prefix: str) -> None:
+    def load_from_source(module: torch.nn.Module, prefix: str) -> None:
         def load() -> Iterator[tuple[str, Tensor]]:
             for name, _ in list(module.named_parameters()):
                 stored = prefix + name
@@ -267,14 +267,14 @@ def _theirs(
                     )
                 yield name, source.read(stored).to(narrow).float()
 
-        _lend(module, load, whole)
+        _load_lazily(module, load, whole)
 
-    lend(model.model.embed_tokens, "model.embed_tokens.")
+    load_from_source(model.model.embed_tokens, "model.embed_tokens.")
     for number, layer in enumerate(model.model.layers):
-        lend(layer, f"model.layers.{number}.")
+        load_from_source(layer, f"model.layers.{number}.")
         layer.register_forward_hook(layers.hook)
-    lend(model.model.norm, "model.norm.")
-    lend(model.lm_head, "lm_head.")
+    load_from_source(model.model.norm, "model.norm.")
+    load_from_source(model.lm_head, "lm_head.")
 
     def run(row: Sequence[int], first: int) -> Tensor:
         device = platform.CURRENT.device

@@ -29,6 +29,11 @@ _HEADER_BYTES = 9 + 8 + 1 + 8 + 8
 _HISTOGRAM_FIRST = 9  # lengths below 2**9 share the first bin
 
 
+# Names of fields in files, where they differ: in code "rejected" is the dispreferred answer only.
+_IN_FILES = {"skip_reasons": "rejected"}
+_IN_PYTHON = {in_file: name for name, in_file in _IN_FILES.items()}
+
+
 @dataclass
 class Manifest:
     """What PREFIX.json says of the binaries.
@@ -40,7 +45,7 @@ class Manifest:
         longest, longest_short: longest long row and longest short row in tokens.
         length_histogram: long rows by length: upper bound of a power-of-two bin -> count.
         independent_turns: whether rows of independent turns can be made.
-        rejected: reason -> count of input lines or turns kept aside.
+        skip_reasons: reason -> number of input lines or turns that were skipped; ``rejected`` in the file.
         source: input files with their hashes; settings: how they were processed.
         bin_bytes, bin_sha256, idx_sha256: checksums.
     """
@@ -57,7 +62,7 @@ class Manifest:
     longest_short: int = 0
     length_histogram: dict[str, int] = field(default_factory=dict)
     independent_turns: bool = False
-    rejected: dict[str, int] = field(default_factory=dict)
+    skip_reasons: dict[str, int] = field(default_factory=dict)
     source: list[dict[str, Any]] = field(default_factory=list)
     settings: dict[str, Any] = field(default_factory=dict)
     bin_bytes: int = 0
@@ -65,9 +70,18 @@ class Manifest:
     idx_sha256: str = ""
     schema_version: int = SCHEMA_VERSION
 
+    def as_dict(self) -> dict[str, Any]:
+        """All fields by the names that they have in files."""
+        return {_IN_FILES.get(name, name): value for name, value in dataclasses.asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, content: dict[str, Any]) -> Manifest:
+        """What ``as_dict`` gave."""
+        return cls(**{_IN_PYTHON.get(name, name): value for name, value in content.items()})
+
     def as_json(self) -> bytes:
         """The file's content: all fields, and a checksum of them."""
-        content = dataclasses.asdict(self)
+        content = self.as_dict()
         return json.dumps({**content, "manifest_sha256": _checksum(content)}, indent=2).encode() + b"\n"
 
     def count(self, sample: Sample) -> None:
@@ -157,7 +171,7 @@ class SampleWriter:
             progress = json.loads(path.read_text(encoding="utf-8"))
             self._sizes = {str(k): int(v) for k, v in progress["sizes"].items()}
             self.position = {str(k): int(v) for k, v in progress["position"].items()}
-            manifest = Manifest(**progress["manifest"])
+            manifest = Manifest.from_dict(progress["manifest"])
             fingerprint = progress["fingerprint"]
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise DataError(f"{path}: cannot be read ({error}); start again with --restart") from None
@@ -179,9 +193,9 @@ class SampleWriter:
         self._files["documents"].write(struct.pack("<q", self._pieces))
         self.manifest.count(sample)
 
-    def reject(self, reason: str, record: dict[str, Any]) -> None:
-        """Keep an input line, or a turn of one, aside."""
-        self.manifest.rejected[reason] = self.manifest.rejected.get(reason, 0) + 1
+    def skip(self, reason: str, record: dict[str, Any]) -> None:
+        """Count an input line, or a turn of one, as skipped, and write down why."""
+        self.manifest.skip_reasons[reason] = self.manifest.skip_reasons.get(reason, 0) + 1
         line = json.dumps({"reason": reason, **record}, ensure_ascii=False)
         self._files["rejects"].write(line.encode("utf-8", errors="backslashreplace") + b"\n")
 
@@ -195,7 +209,7 @@ class SampleWriter:
             "fingerprint": self.fingerprint,
             "position": position,
             "sizes": {name: stream.tell() for name, stream in self._files.items()},
-            "manifest": dataclasses.asdict(self.manifest),
+            "manifest": self.manifest.as_dict(),
         }
         write_atomically(self.folder / "progress.json", json.dumps(progress).encode())
 
@@ -213,7 +227,7 @@ class SampleWriter:
             shutil.copyfile(self.folder / "rejects", rejects)
             shutil.rmtree(self.folder)
             raise DataError(
-                f"no sample is left of the input (kept aside: {_counts(self.manifest.rejected)}); see {rejects}"
+                f"no sample is left of the input (kept aside: {_counts(self.manifest.skip_reasons)}); see {rejects}"
             )
         self._write_index(self.folder / "idx")
         self.manifest.bin_bytes = (self.folder / "bin").stat().st_size
@@ -284,7 +298,7 @@ def read_manifest(prefix: str | Path) -> Manifest:
         raise DataError(
             f"{path}: does not have the checksum it names; it was changed or damaged, preprocess the data again"
         )
-    known = {f.name: f for f in dataclasses.fields(Manifest)}
+    known = {_IN_FILES.get(f.name, f.name): f for f in dataclasses.fields(Manifest)}
     unknown, missing = sorted(set(content) - set(known)), sorted(set(known) - set(content))
     if unknown or missing:
         raise DataError(
@@ -296,7 +310,7 @@ def read_manifest(prefix: str | Path) -> Manifest:
         expected: Any = types.get(declared, dict if declared.startswith("dict") else list)
         if not isinstance(value, expected) or (expected is int and isinstance(value, bool)):
             raise DataError(f"{path}: {name}={value!r} is not of type {declared}; preprocess the data again")
-    return Manifest(**content)
+    return Manifest.from_dict(content)
 
 
 class PreferenceData:

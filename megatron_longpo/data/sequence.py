@@ -29,11 +29,15 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_longpo.runtime.balance import assign, round_up
+
 IntArray = NDArray[np.int64]
 
 NO_RESPONSE = -1
 # A branch point costs a merge of two attention blocks; below this many tokens, sharing costs more than it saves.
 MINIMUM_SHARED_TOKENS = 16
+# A tile much smaller than this costs more in calls than it gives in balance.
+_SMALLEST_TILE = 16
 
 
 @dataclass(frozen=True)
@@ -78,7 +82,7 @@ class Segment:
 
 @dataclass(frozen=True)
 class KeyBlock:
-    """Keys ``[start, end)`` for the queries of a ``QueryGroup``; causal blocks have as many keys as queries."""
+    """Keys ``[start, end)`` for the queries of a ``QuerySpan``; causal blocks have as many keys as queries."""
 
     start: int
     end: int
@@ -86,7 +90,7 @@ class KeyBlock:
 
 
 @dataclass(frozen=True)
-class QueryGroup:
+class QuerySpan:
     """Queries ``[start, end)`` and all the keys they see; several key blocks are merged by log-sum-exp."""
 
     start: int
@@ -125,7 +129,7 @@ class SequenceLayout:
     nll_tokens: IntArray
     response_tokens: IntArray
     rows: int
-    groups: tuple[QueryGroup, ...] = field(default=())
+    query_spans: tuple[QuerySpan, ...] = field(default=())
 
     @property
     def length(self) -> int:
@@ -133,15 +137,15 @@ class SequenceLayout:
 
     @property
     def attention_pairs(self) -> int:
-        return sum(group.pairs for group in self.groups)
+        return sum(span.pairs for span in self.query_spans)
 
 
 def lay_out(
     rows: Sequence[Row],
     *,
     prefix_sharing: bool,
-    samples: int,
-    responses: int,
+    num_samples: int,
+    num_responses: int,
     minimum_shared: int = MINIMUM_SHARED_TOKENS,
 ) -> SequenceLayout:
     """Lay rows out as one sequence.
@@ -149,8 +153,8 @@ def lay_out(
     Args:
         rows: the rows; those that share a prefix of at least ``minimum_shared`` tokens share segments.
         prefix_sharing: off, every row is a root of its own (the oracle of the shared layout).
-        samples: number of NLL slots.
-        responses: number of response slots.
+        num_samples: number of NLL slots.
+        num_responses: number of response slots.
         minimum_shared: shortest prefix that is worth a branch point; any value gives the same numbers.
     """
     builder = _Builder(minimum_shared)
@@ -158,8 +162,8 @@ def lay_out(
         builder.grow(list(rows), list(range(len(rows))), 0, -1)
     else:
         for index, row in enumerate(rows):
-            builder.add_segment([row], [index], 0, len(row.tokens_L) - 1, -1)
-    return builder.finish(rows, samples, responses)
+            builder.add_segment([index], 0, len(row.tokens_L) - 1, -1)
+    return builder.finish(rows, num_samples, num_responses)
 
 
 class _Builder:
@@ -169,7 +173,7 @@ class _Builder:
         self.rows_of_segment: list[list[int]] = []
         self.length = 0
 
-    def add_segment(self, rows: list[Row], members: list[int], begin: int, end: int, parent: int) -> int:
+    def add_segment(self, members: list[int], begin: int, end: int, parent: int) -> int:
         self.segments.append(Segment(self.length, end - begin, parent, begin))
         self.rows_of_segment.append(members)
         self.length += end - begin
@@ -180,25 +184,25 @@ class _Builder:
         if len(members) == 1:
             row = rows[members[0]]
             if len(row.tokens_L) - 1 > begin:
-                self.add_segment(rows, members, begin, len(row.tokens_L) - 1, parent)
+                self.add_segment(members, begin, len(row.tokens_L) - 1, parent)
             return
         shared = min(_shared_pairs(rows[members[0]], rows[m], begin) for m in members[1:])
         if shared >= self.minimum_shared:
-            parent = self.add_segment(rows, members, begin, begin + shared, parent)
+            parent = self.add_segment(members, begin, begin + shared, parent)
             begin += shared
         # Rows that end here have nothing left; the others are put together by what comes next. A group may still be
         # one of many rows (a question shared by two answers below a document shared by all).
         left = [m for m in members if len(rows[m].tokens_L) - 1 > begin]
         while left:
             head, rest = left[0], left[1:]
-            together = [m for m in rest if _shared_pairs(rows[head], rows[m], begin) >= self.minimum_shared]
-            if together:
-                self.grow(rows, [head, *together], begin, parent)
+            sharing = [m for m in rest if _shared_pairs(rows[head], rows[m], begin) >= self.minimum_shared]
+            if sharing:
+                self.grow(rows, [head, *sharing], begin, parent)
             else:
-                self.add_segment(rows, [head], begin, len(rows[head].tokens_L) - 1, parent)
-            left = [m for m in rest if m not in together]
+                self.add_segment([head], begin, len(rows[head].tokens_L) - 1, parent)
+            left = [m for m in rest if m not in sharing]
 
-    def finish(self, rows: Sequence[Row], samples: int, responses: int) -> SequenceLayout:
+    def finish(self, rows: Sequence[Row], num_samples: int, num_responses: int) -> SequenceLayout:
         tokens = np.zeros(self.length, np.int64)
         targets = np.zeros(self.length, np.int64)
         positions = np.zeros(self.length, np.int64)
@@ -242,10 +246,10 @@ class _Builder:
             response_slots_E=response_slots,
             nll_places=nll_places,
             nll_slots=nll_slots,
-            nll_tokens=np.bincount(nll_slots, minlength=samples).astype(np.int64),
-            response_tokens=np.bincount(response_slots, minlength=responses).astype(np.int64),
+            nll_tokens=np.bincount(nll_slots, minlength=num_samples).astype(np.int64),
+            response_tokens=np.bincount(response_slots, minlength=num_responses).astype(np.int64),
             rows=len(rows),
-            groups=query_groups(self.segments),
+            query_spans=query_spans(self.segments),
         )
 
 
@@ -257,7 +261,7 @@ def _shared_pairs(a: Row, b: Row, begin: int) -> int:
     return max(0, common - 1)
 
 
-def query_groups(segments: Sequence[Segment]) -> tuple[QueryGroup, ...]:
+def query_spans(segments: Sequence[Segment]) -> tuple[QuerySpan, ...]:
     """Attention of a tree of segments as blocks.
 
     A segment that directly follows its parent in memory continues the parent's causal block: trunk and first branch are
@@ -276,13 +280,13 @@ def query_groups(segments: Sequence[Segment]) -> tuple[QueryGroup, ...]:
         starts.append(start)
         ends[start] = segment.end
         assert index == len(starts) - 1
-    groups = []
+    spans = []
     for start, end in ends.items():
         if end == start:
             continue
         full = [KeyBlock(a, b, causal=False) for a, b in prefix[start] if b > a]
-        groups.append(QueryGroup(start, end, (*full, KeyBlock(start, end, causal=True))))
-    return tuple(groups)
+        spans.append(QuerySpan(start, end, (*full, KeyBlock(start, end, causal=True))))
+    return tuple(spans)
 
 
 def _ancestor_ranges(
@@ -332,57 +336,43 @@ class Shard:
     nll_slots: IntArray
 
 
-def padded_length(length: int, multiple: int) -> int:
-    """Smallest multiple of ``multiple`` that is at least ``length``."""
-    return -(-length // multiple) * multiple
-
-
-def keys_per_place(groups: Sequence[QueryGroup], length: int) -> IntArray:
+def keys_per_place(query_spans: Sequence[QuerySpan], length: int) -> IntArray:
     """How many keys the query at each place sees; padding sees none."""
     seen = np.zeros(length, np.int64)
-    for group in groups:
-        for block in group.keys:
-            n = group.end - group.start
-            seen[group.start : group.end] += np.arange(1, n + 1) if block.causal else block.end - block.start
+    for span in query_spans:
+        for block in span.keys:
+            n = span.end - span.start
+            seen[span.start : span.end] += np.arange(1, n + 1) if block.causal else block.end - block.start
     return seen
 
 
-def deal_places(layout: SequenceLayout, *, multiple: int, parts: int, tiles: int) -> list[tuple[Range, ...]]:
+def assign_places(layout: SequenceLayout, *, multiple: int, parts: int, tiles: int) -> list[tuple[Range, ...]]:
     """Which places each context-parallel rank holds: as many for all, so that linear layers are balanced.
 
-    With one tile a rank the sequence is cut in order. With several, attention is balanced as well: tiles are dealt by
-    the query-key pairs in them, dearest first, each to the rank that has least and still has room. In a causal
-    sequence two tiles a rank come out as the usual zigzag; branches, whose queries all see the whole trunk, need the
-    counting.
+    With one tile per rank the sequence is cut in order. With several, attention is balanced as well: tiles are assigned
+    by the query-key pairs in them, the most expensive first, each to the least loaded rank that still has room. In a
+    causal sequence two tiles per rank come out as the usual zigzag; branches, whose queries all see the whole trunk, need
+    the counting.
 
     Args:
         layout: the whole sequence.
         multiple: a rank's tile has a multiple of ``multiple / parts`` places.
         parts: ranks.
-        tiles: tiles a rank; short sequences get fewer.
+        tiles: tiles per rank; short sequences get fewer.
     """
     while tiles > 1 and layout.length < parts * tiles * _SMALLEST_TILE:
         tiles //= 2
-    whole = padded_length(layout.length, multiple * tiles)
+    whole = round_up(layout.length, multiple * tiles)
     size = whole // (parts * tiles)
     if tiles == 1:
         return [(Range(part * size, size, 0),) for part in range(parts)]
-    cost = keys_per_place(layout.groups, whole).reshape(-1, size).sum(1)
-    hands: list[list[int]] = [[] for _ in range(parts)]
-    totals = [0] * parts
-    for tile in sorted(range(parts * tiles), key=lambda t: (-int(cost[t]), t)):
-        part = min((p for p in range(parts) if len(hands[p]) < tiles), key=lambda p: (totals[p], p))
-        hands[part].append(tile)
-        totals[part] += int(cost[tile])
-    return [tuple(Range(tile * size, size, i * size) for i, tile in enumerate(sorted(hand))) for hand in hands]
-
-
-# A tile much smaller than this costs more in calls than it gives in balance.
-_SMALLEST_TILE = 16
+    cost = keys_per_place(layout.query_spans, whole).reshape(-1, size).sum(1)
+    tiles_of_rank = assign(cost.tolist(), parts, equal_counts=True)
+    return [tuple(Range(tile * size, size, i * size) for i, tile in enumerate(mine)) for mine in tiles_of_rank]
 
 
 def shard(layout: SequenceLayout, ranges: Sequence[Range], padded: int) -> Shard:
-    """The part of the sequence at ``ranges`` (one rank's of ``deal_places``)."""
+    """The part of the sequence at ``ranges`` (one rank's of ``assign_places``)."""
     size = sum(r.length for r in ranges)
     tokens = np.zeros(size, np.int64)
     positions = np.zeros(size, np.int64)
@@ -415,25 +405,25 @@ def shard(layout: SequenceLayout, ranges: Sequence[Range], padded: int) -> Shard
     )
 
 
-def local_groups(groups: Sequence[QueryGroup], ranges: Sequence[Range]) -> tuple[QueryGroup, ...]:
-    """Query groups of the places a rank holds: queries in local places, keys in places of the whole sequence.
+def local_spans(query_spans: Sequence[QuerySpan], ranges: Sequence[Range]) -> tuple[QuerySpan, ...]:
+    """Query spans of the places a rank holds: queries in local places, keys in places of the whole sequence.
 
     A piece of a causal block sees what comes before the piece in full, and itself causally.
     """
     result = []
     for r in ranges:
-        for group in groups:
-            start, end = max(group.start, r.start), min(group.end, r.start + r.length)
+        for span in query_spans:
+            start, end = max(span.start, r.start), min(span.end, r.start + r.length)
             if start >= end:
                 continue
             keys: list[KeyBlock] = []
-            for block in group.keys:
+            for block in span.keys:
                 if not block.causal:
                     keys.append(block)
                     continue
-                # A causal block's keys are the group's own places.
+                # A causal block's keys are the span's own places.
                 if start > block.start:
                     keys.append(KeyBlock(block.start, start, causal=False))
                 keys.append(KeyBlock(start, end, causal=True))
-            result.append(QueryGroup(start - r.start + r.local, end - r.start + r.local, tuple(keys)))
+            result.append(QuerySpan(start - r.start + r.local, end - r.start + r.local, tuple(keys)))
     return tuple(result)

@@ -49,11 +49,11 @@ class Rope:
     scaling: dict[str, Any] | None = None
 
     @property
-    def is_models(self) -> bool:
+    def is_default(self) -> bool:
         return self.base is None and self.scaling is None
 
 
-AS_IT_IS = Rope()
+MODEL_ROPE = Rope()
 
 
 @dataclass(frozen=True)
@@ -95,13 +95,13 @@ class Engine(ABC):
     Attributes:
         tokenizer: of the model; measures documents.
         groups_at_once: how many groups are best given together.
-        window: where greater than 1, replies may depend in their last bits on what is answered beside them: documents are
-            then given in windows of so many, whatever the split.
+        document_batch: documents whose prompts are answered together. If greater than 1, replies may differ in the last bits
+            depending on what is batched with them, so the same documents form a batch however the work is split.
     """
 
     tokenizer: ChatTokenizer
     groups_at_once: int = 1
-    window: int = 1
+    document_batch: int = 1
 
     @property
     @abstractmethod
@@ -113,7 +113,7 @@ class Engine(ABC):
         self,
         groups: Sequence[Sequence[Prompt]],
         sampling: Sampling,
-        rope: Rope = AS_IT_IS,
+        rope: Rope = MODEL_ROPE,
     ) -> list[list[Reply]]:
         """Replies to all prompts, in order.
 

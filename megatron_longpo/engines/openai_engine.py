@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from megatron_longpo.engines.base import AS_IT_IS, Engine, EngineError, Prompt, Reply, Rope, Sampling
+from megatron_longpo.engines.base import MODEL_ROPE, Engine, EngineError, Prompt, Reply, Rope, Sampling
 from megatron_longpo.engines.settings import EngineConfig
 from megatron_longpo.errors import ConfigError
 from megatron_longpo.text.chat import load_tokenizer
@@ -75,9 +75,9 @@ class OpenAIEngine(Engine):
         self,
         groups: Sequence[Sequence[Prompt]],
         sampling: Sampling,
-        rope: Rope = AS_IT_IS,
+        rope: Rope = MODEL_ROPE,
     ) -> list[list[Reply]]:
-        assert rope.is_models
+        assert rope.is_default
         waiting = [[self._pool.submit(self._ask, p, sampling) for p in group] for group in groups]
         try:
             return [[future.result() for future in group] for group in waiting]

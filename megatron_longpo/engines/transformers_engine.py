@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_longpo.engines.base import AS_IT_IS, Engine, Prompt, Reply, Rope, Sampling, model_identity
+from megatron_longpo.engines.base import MODEL_ROPE, Engine, Prompt, Reply, Rope, Sampling, model_identity
 from megatron_longpo.engines.cached_attention import roomy_cache, use_cached_attention
 from megatron_longpo.errors import DataError
 from megatron_longpo.runtime import platform
@@ -55,7 +55,7 @@ class TransformersEngine(Engine):
             raise DataError(f"--model {path}: there is no such folder; give a model folder")
         self.tokenizer = load_tokenizer(path, chat_template)
         self.batch_size, self.prefill_tokens = batch_size, prefill_tokens
-        self.window = self.groups_at_once = documents_at_once
+        self.document_batch = self.groups_at_once = documents_at_once
         try:
             kind: Any = "auto" if dtype == "auto" else getattr(torch, dtype)
             self.model: Any = AutoModelForCausalLM.from_pretrained(str(path), dtype=kind, local_files_only=True)
@@ -98,7 +98,7 @@ class TransformersEngine(Engine):
             "dtype": str(self.model.dtype),
             "batch_size": self.batch_size,
             "prefill_tokens": self.prefill_tokens,
-            "documents_at_once": self.window,
+            "documents_at_once": self.document_batch,
             "template": self.tokenizer.template_hash,
         }
 
@@ -106,7 +106,7 @@ class TransformersEngine(Engine):
         self,
         groups: Sequence[Sequence[Prompt]],
         sampling: Sampling,
-        rope: Rope = AS_IT_IS,
+        rope: Rope = MODEL_ROPE,
     ) -> list[list[Reply]]:
         self._set_rope(rope)
         rows = [[self.tokenizer.prompt(list(p.messages), p.prefix) for p in group] for group in groups]
@@ -126,7 +126,7 @@ class TransformersEngine(Engine):
         import copy
 
         config = copy.deepcopy(self.model.config)
-        if not rope.is_models:
+        if not rope.is_default:
             from megatron_longpo.model.families import config_for_export, shape_from_hf
             from megatron_longpo.model.rotary import changed_scaling
 

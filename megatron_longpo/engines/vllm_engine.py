@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_longpo.engines.base import AS_IT_IS, Engine, Prompt, Reply, Rope, Sampling, model_identity
+from megatron_longpo.engines.base import MODEL_ROPE, Engine, Prompt, Reply, Rope, Sampling, model_identity
 from megatron_longpo.engines.settings import EngineConfig
 from megatron_longpo.errors import ConfigError
 from megatron_longpo.text.chat import load_tokenizer
@@ -60,7 +60,7 @@ class VLLMEngine(Engine):
                 overrides["rope_theta"] = rope.base
             if rope.scaling is not None:
                 overrides["rope_scaling"] = rope.scaling
-            if not rope.is_models:
+            if not rope.is_default:
                 # Beyond the model's own range; answers and template besides.
                 overrides["max_position_embeddings"] = self._longest
             more = {"hf_overrides": overrides} if overrides else {}
@@ -78,7 +78,7 @@ class VLLMEngine(Engine):
         self,
         groups: Sequence[Sequence[Prompt]],
         sampling: Sampling,
-        rope: Rope = AS_IT_IS,
+        rope: Rope = MODEL_ROPE,
     ) -> list[list[Reply]]:
         from vllm import SamplingParams
 

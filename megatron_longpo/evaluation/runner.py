@@ -1,4 +1,4 @@
-"""Samples through an engine: dealt over processes, answers on disk as they come, and gone on with after a kill.
+"""Samples through an engine: assigned to processes, answers on disk as they come, and gone on with after a kill.
 
     OUTPUT/SUITE/settings.json                         what the answers depend on; another value needs another folder,
                                                        what is added (a task's questions, say) does not
@@ -25,17 +25,18 @@ from megatron_longpo.engines.base import Engine, Prompt, Reply, Sampling
 from megatron_longpo.errors import ConfigError, DataError
 from megatron_longpo.evaluation.samples import EvalSample
 from megatron_longpo.evaluation.scoring import SCORERS
+from megatron_longpo.runtime.balance import assign, ceil_div
 from megatron_longpo.runtime.files import lock, waiting_lock, write_atomically
 from megatron_longpo.runtime.progress import Progress
 
 
 @dataclass(frozen=True)
-class Window:
+class SampleBatch:
     """Samples that stay together: what they begin with alike is read once.
 
     Attributes:
         keys: of its samples.
-        cost: of reading them, for dealing.
+        cost: of reading them, for the assignment to processes.
         make: its samples, in groups that share a text.
     """
 
@@ -89,7 +90,7 @@ class Results:
         with waiting_lock(folder):
             # Whichever part comes first; those that come later are held against it.
             before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-            self.settings, changed = _united(before, json.loads(json.dumps(settings)))
+            self.settings, changed = _merge_settings(before, json.loads(json.dumps(settings)))
             if before and changed:
                 told = "; ".join(f"{k} was {_brief(x)} and is {_brief(y)}" for k, (x, y) in changed.items())
                 raise ConfigError(
@@ -195,7 +196,7 @@ class Results:
         for row in self.rows():
             if row["key"] not in found or not row.get("refused"):
                 found[row["key"]] = row
-        rows = [found[key] for of in cells.values() for key in of]
+        rows = [found[key] for keys_of_cell in cells.values() for key in keys_of_cell]
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         write_atomically(self.folder / "samples.jsonl", text.encode("utf-8", errors="replace"))
         return rows
@@ -224,7 +225,7 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
                     yield row
 
 
-def _united(before: dict[str, Any], now: dict[str, Any]) -> tuple[dict[str, Any], dict[str, tuple[Any, Any]]]:
+def _merge_settings(before: dict[str, Any], now: dict[str, Any]) -> tuple[dict[str, Any], dict[str, tuple[Any, Any]]]:
     """Settings of both, and which of them differ, by name: (before, now).
 
     Of what goes by task (``_BY_TASK``) a part that is missing or null on one side is taken from the other.
@@ -251,28 +252,21 @@ def _brief(value: Any) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-def deal(windows: Sequence[Window], world_size: int) -> list[list[Window]]:
-    """Windows to processes: the costliest first, each to the one with least so far; every hand in the given order."""
-    order = sorted(range(len(windows)), key=lambda i: (-windows[i].cost, i))
-    hands: list[list[int]] = [[] for _ in range(world_size)]
-    costs = [0.0] * world_size
-    for i in order:
-        least = costs.index(min(costs))
-        hands[least].append(i)
-        costs[least] += windows[i].cost
-    return [[windows[i] for i in sorted(hand)] for hand in hands]
+def assign_batches(batches: Sequence[SampleBatch], world_size: int) -> list[list[SampleBatch]]:
+    """Batches of each process, in the given order: the most expensive first, each to the least loaded process."""
+    return [[batches[i] for i in mine] for mine in assign([b.cost for b in batches], world_size)]
 
 
-# Answers what a window still lacks, some rows at a time, with the tokens that were read and written for them.
-Answer = Callable[[Window, set[str]], Iterator[tuple[list[dict[str, Any]], int]]]
+# Answers what a batch still lacks, some rows at a time, with the tokens that were read and written for them.
+Answer = Callable[[SampleBatch, set[str]], Iterator[tuple[list[dict[str, Any]], int]]]
 
 
-def run(name: str, windows: Sequence[Window], answer: Answer, results: Results) -> list[dict[str, Any]] | None:
+def run(name: str, batches: Sequence[SampleBatch], answer: Answer, results: Results) -> list[dict[str, Any]] | None:
     """Answer what is not answered yet.
 
     Args:
         name: for the progress line.
-        windows: all samples.
+        batches: all samples.
         answer: how.
         results: where to.
 
@@ -280,18 +274,18 @@ def run(name: str, windows: Sequence[Window], answer: Answer, results: Results) 
         All rows in order on the process that reports, None on the others: of processes launched together the first reports, else
         the one that ends last.
     """
-    keys = [key for window in windows for key in window.keys]
+    keys = [key for batch in batches for key in batch.keys]
     done = results.done()
-    mine = deal(windows, results.share.world_size)[results.share.rank]
+    mine = assign_batches(batches, results.share.world_size)[results.share.rank]
     total = sum(len(w.keys) for w in mine)
     before = sum(key in done for w in mine for key in w.keys)
     share = results.share
     title = name if share.world_size == 1 else f"{name}, part {share.rank + 1} of {share.world_size}"
     with Progress(title, total, done=before, unit="samples") as progress:
-        for window in mine:
-            if all(key in done for key in window.keys):
+        for batch in mine:
+            if all(key in done for key in batch.keys):
                 continue
-            for rows, tokens in answer(window, done):
+            for rows, tokens in answer(batch, done):
                 results.add(rows)
                 progress.add(len(rows), tokens)
     complete = results.wait(keys)
@@ -302,19 +296,19 @@ def run(name: str, windows: Sequence[Window], answer: Answer, results: Results) 
 def by_engine(engine: Engine) -> Answer:
     """Answers of an engine, scored."""
 
-    def answer(window: Window, done: set[str]) -> Iterator[tuple[list[dict[str, Any]], int]]:
-        groups = [[s for s in group if s.key not in done] for group in window.make()]
+    def answer(batch: SampleBatch, done: set[str]) -> Iterator[tuple[list[dict[str, Any]], int]]:
+        groups = [[s for s in group if s.key not in done] for group in batch.make()]
         # Alphabetically, texts that begin alike stand together, and an engine that keeps prefixes reads on from there.
         groups = sorted((g for g in groups if g), key=lambda g: g[0].message)
         at_once = max(1, engine.groups_at_once)
         for first in range(0, len(groups), at_once):
-            batch = groups[first : first + at_once]
+            asked = groups[first : first + at_once]
             began = time.monotonic()
-            # Samples of a window are of one task, and so have one limit.
-            sampling = Sampling(batch[0][0].max_tokens)
-            replies = engine.answer([[prompt_of(s) for s in g] for g in batch], sampling)
-            seconds = (time.monotonic() - began) / sum(map(len, batch))
-            pairs = [(s, r) for g, rs in zip(batch, replies, strict=True) for s, r in zip(g, rs, strict=True)]
+            # Samples of a batch are of one task, and so have one limit.
+            sampling = Sampling(asked[0][0].max_tokens)
+            replies = engine.answer([[prompt_of(s) for s in g] for g in asked], sampling)
+            seconds = (time.monotonic() - began) / sum(map(len, asked))
+            pairs = [(s, r) for g, rs in zip(asked, replies, strict=True) for s, r in zip(g, rs, strict=True)]
             tokens = sum(r.prompt_tokens + r.new_tokens for _, r in pairs)
             yield [row_of(s, r, seconds) for s, r in pairs], tokens
 
@@ -345,31 +339,31 @@ def row_of(sample: EvalSample, reply: Reply, seconds: float) -> dict[str, Any]:
     }
 
 
-def window_size(samples: int, world_size: int, at_once: int) -> int:
-    """Samples that stay together: many, since those of a task begin alike; but every process is to get several windows.
+def samples_per_batch(samples: int, world_size: int, at_once: int) -> int:
+    """Samples that stay together: many, since those of a task begin alike; but every process is to get several batches.
 
     Args:
-        samples: of all windows together.
+        samples: of all batches together.
         world_size: processes.
-        at_once: samples that the engine answers together; smaller windows would waste its batches.
+        at_once: samples that the engine answers together; smaller ones would waste its own batches.
     """
-    of_each = -(-samples // world_size)
-    return max(1, min(at_once, of_each), min(_LARGEST_WINDOW, of_each // _WINDOWS_EACH))
+    of_each = ceil_div(samples, world_size)
+    return max(1, min(at_once, of_each), min(_LARGEST_BATCH, of_each // _BATCHES_PER_PROCESS))
 
 
 # More would leave more to do again after a kill, and share little more.
-_LARGEST_WINDOW = 32
+_LARGEST_BATCH = 32
 
 # So the last process ends at most an eighth after the mean.
-_WINDOWS_EACH = 8
+_BATCHES_PER_PROCESS = 8
 
 
-def windows_of(
+def sample_batches(
     suite: str, task: str, length: int, count: int, size: int, make: Callable[[int], EvalSample]
-) -> list[Window]:
-    """Samples 0 to ``count`` - 1 of a task and length, each a group of its own, in even windows of at most ``size``."""
-    pieces = -(-count // size)
-    bounds = [count * i // pieces for i in range(pieces + 1)]
+) -> list[SampleBatch]:
+    """Samples 0 to ``count`` - 1 of a task and length, each a group of its own, in even batches of at most ``size``."""
+    parts = ceil_div(count, size)
+    bounds = [count * i // parts for i in range(parts + 1)]
     result = []
     for first, end in itertools.pairwise(bounds):
         numbers = range(first, end)
@@ -378,5 +372,5 @@ def windows_of(
             return [[make(i)] for i in numbers]
 
         keys = tuple(f"{suite}/{task}/{length}/{i}" for i in numbers)
-        result.append(Window(keys, float(len(numbers) * length), made))
+        result.append(SampleBatch(keys, float(len(numbers) * length), made))
     return result

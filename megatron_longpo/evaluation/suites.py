@@ -15,7 +15,16 @@ import numpy as np
 from megatron_longpo.engines.base import Engine, model_identity
 from megatron_longpo.errors import ConfigError, DataError
 from megatron_longpo.evaluation import infinitebench, needle, ruler, short_context
-from megatron_longpo.evaluation.runner import Answer, Results, Share, Window, by_engine, run, window_size, windows_of
+from megatron_longpo.evaluation.runner import (
+    Answer,
+    Results,
+    SampleBatch,
+    Share,
+    by_engine,
+    run,
+    sample_batches,
+    samples_per_batch,
+)
 from megatron_longpo.evaluation.settings import EvaluationConfig, names
 from megatron_longpo.runtime.files import write_atomically
 from megatron_longpo.text.documents import find_files, read_documents
@@ -62,7 +71,7 @@ def read_materials(c: EvaluationConfig) -> ruler.Materials:
 
 
 @dataclasses.dataclass(frozen=True)
-class Prepared:
+class SuiteInputs:
     """What the suites of a configuration need, read before any long work.
 
     Attributes:
@@ -76,7 +85,7 @@ class Prepared:
     short: list[short_context.LoadedTask]
 
 
-def prepare(c: EvaluationConfig) -> Prepared:
+def prepare(c: EvaluationConfig) -> SuiteInputs:
     """Read everything that a configuration names.
 
     Raises:
@@ -91,7 +100,7 @@ def prepare(c: EvaluationConfig) -> Prepared:
     if "short" in c.suites:
         data = Path(c.short.short_data) if c.short.short_data else None
         short = short_context.load_tasks(names(c.short.short_tasks), data, c.short.short_limit, c.evaluate.seed)
-    return Prepared(materials, books, short)
+    return SuiteInputs(materials, books, short)
 
 
 def digest_of(materials: ruler.Materials) -> dict[str, str | None]:
@@ -114,19 +123,19 @@ def digest_of(materials: ruler.Materials) -> dict[str, str | None]:
 
 
 @dataclasses.dataclass
-class Begun:
+class ReadySuite:
     """A suite that is ready to be run.
 
     Attributes:
         name: of the suite.
-        windows: its samples.
+        batches: its samples.
         answer: how they are answered.
         results: its folder.
         metrics: numbers of its rows.
     """
 
     name: str
-    windows: list[Window]
+    batches: list[SampleBatch]
     answer: Answer
     results: Results
     metrics: Callable[[Sequence[dict[str, Any]]], dict[str, Any]]
@@ -135,7 +144,7 @@ class Begun:
         """All samples answered; on the process that reports what results.json says of the suite, else None."""
         try:
             self.results.wait_for_parts()
-            rows = run(self.name, self.windows, self.answer, self.results)
+            rows = run(self.name, self.batches, self.answer, self.results)
         finally:
             self.results.close()
         if rows is None:
@@ -157,7 +166,7 @@ class Suites:
     def __init__(
         self,
         config: EvaluationConfig,
-        prepared: Prepared,
+        prepared: SuiteInputs,
         engine: Engine,
         share: Share,
         *,
@@ -171,16 +180,16 @@ class Suites:
     def count(self, message: str, prefix: str) -> int:
         return len(self.engine.tokenizer.prompt([{"role": "user", "content": message}], prefix))
 
-    def window_size(self, samples: int) -> int:
-        return window_size(samples, self.share.world_size, self.engine.groups_at_once)
+    def samples_per_batch(self, samples: int) -> int:
+        return samples_per_batch(samples, self.share.world_size, self.engine.groups_at_once)
 
-    def begin(self, suite: str) -> Begun:
+    def begin(self, suite: str) -> ReadySuite:
         """A suite checked, with its folder open, before any long work.
 
         Raises:
             ConfigError, DataError: a sample cannot be made, or the folder holds something else.
         """
-        version, settings, windows = {
+        version, settings, batches = {
             "ruler": self._ruler,
             "needle": self._needle,
             "infinitebench": self._infinitebench,
@@ -193,18 +202,18 @@ class Suites:
             **settings,
         }
         results = Results(self.output / suite, settings, self.share, restart=self.restart)
-        return Begun(suite, windows, by_engine(self.engine), results, METRICS[suite])
+        return ReadySuite(suite, batches, by_engine(self.engine), results, METRICS[suite])
 
-    def _ruler(self) -> tuple[dict[str, int], dict[str, Any], list[Window]]:
+    def _ruler(self) -> tuple[dict[str, int], dict[str, Any], list[SampleBatch]]:
         c = self.config
         made = ruler.Ruler(self.materials, self.count, c.evaluate.seed)
         cells = [(task, length) for task in names(c.ruler.ruler_tasks) for length in c.lengths]
         samples = c.evaluate.samples
-        size = self.window_size(len(cells) * samples)
-        windows = [
-            window
+        size = self.samples_per_batch(len(cells) * samples)
+        batches = [
+            batch
             for task, length in cells
-            for window in windows_of("ruler", task, length, samples, size, partial(made.sample, task, length))
+            for batch in sample_batches("ruler", task, length, samples, size, partial(made.sample, task, length))
         ]
         for task in ("qa_1", "qa_2"):
             if task in names(c.ruler.ruler_tasks) and c.evaluate.samples > len(self.materials.pool(task).questions):
@@ -219,32 +228,32 @@ class Suites:
                 for index in (0, c.evaluate.samples - 1) if ruler.GROUPS[task] == "QA" else (0,):
                     made.sample(task, length, index)
         versions = {task: ruler.VERSIONS[task] for task in names(c.ruler.ruler_tasks)}
-        return versions, {"materials": digest_of(self.materials)}, windows
+        return versions, {"materials": digest_of(self.materials)}, batches
 
-    def _needle(self) -> tuple[int, dict[str, Any], list[Window]]:
+    def _needle(self) -> tuple[int, dict[str, Any], list[SampleBatch]]:
         c, n = self.config, self.config.needle
         made = needle.NeedleMap(self.materials, self.count, c.evaluate.seed, n.needle_depths, n.needle_haystack)
-        windows = []
+        batches = []
         for length in c.lengths:
             for trial in range(n.needle_trials):
                 keys = tuple(f"needle/depth {d:g}/{length}/{trial}" for d in made.depths)
                 cost = length * (1 if n.needle_haystack == "shared" else len(keys))
-                windows.append(Window(keys, float(cost), partial(made.trial, length, trial)))  # type: ignore[misc]
+                batches.append(SampleBatch(keys, float(cost), partial(made.trial, length, trial)))  # type: ignore[misc]
         settings = {
             "materials": {"haystack": digest_of(self.materials)["haystack"]},
             "depths": n.needle_depths,
             "haystacks": n.needle_haystack,
         }
         made.trial(c.lengths[0], 0)
-        return needle.VERSION, settings, windows
+        return needle.VERSION, settings, batches
 
-    def _infinitebench(self) -> tuple[int, dict[str, Any], list[Window]]:
+    def _infinitebench(self) -> tuple[int, dict[str, Any], list[SampleBatch]]:
         c, i = self.config, self.config.infinitebench
         length = c.lengths[-1]
-        windows: list[Window] = []
+        batches: list[SampleBatch] = []
         digests, bad = {}, []
         counts = {task: min(len(rows), i.infinitebench_samples or len(rows)) for task, (rows, _) in self.books.items()}
-        size = self.window_size(sum(counts.values()))
+        size = self.samples_per_batch(sum(counts.values()))
         for task, (rows, aside) in self.books.items():
             bad += aside
             text = json.dumps(rows, ensure_ascii=False)
@@ -254,17 +263,17 @@ class Suites:
                 tokenizer, kind = self.engine.tokenizer, i.infinitebench_prompts
                 return infinitebench.sample_of(rows[number], task, number, length, kind, tokenizer, self.count)
 
-            windows += windows_of("infinitebench", task, length, counts[task], size, make)
+            batches += sample_batches("infinitebench", task, length, counts[task], size, make)
         if bad and self.share.rank == 0:
             path = self.output / "infinitebench.rejected.jsonl"
             self.output.mkdir(parents=True, exist_ok=True)
             lines = [json.dumps(dataclasses.asdict(b), ensure_ascii=False) + "\n" for b in bad]
             write_atomically(path, "".join(lines).encode("utf-8", "replace"))
             print(f"infinitebench: {len(bad)} bad line(s) kept aside in {path}", flush=True)
-        return infinitebench.VERSION, {"files": digests, "prompts": i.infinitebench_prompts}, windows
+        return infinitebench.VERSION, {"files": digests, "prompts": i.infinitebench_prompts}, batches
 
 
-def begin_short(config: EvaluationConfig, prepared: Prepared, share: Share, *, restart: bool = False) -> Begun:
+def begin_short(config: EvaluationConfig, prepared: SuiteInputs, share: Share, *, restart: bool = False) -> ReadySuite:
     """The short-context suite; like ``Suites.begin``, by lm-evaluation-harness and its own model."""
     from importlib.metadata import version
 
@@ -282,26 +291,26 @@ def begin_short(config: EvaluationConfig, prepared: Prepared, share: Share, *, r
         "local": {x.name: x.local for x in loaded if x.local},
         "questions": {x.name: short_context.digest_of(x) for x in loaded},
     }
-    windows, of = [], {}
+    batches, tasks_by_keys = [], {}
     size = 4 * s.short_batch_size
     for task in loaded:
         numbers = sorted(task.requests)
         for first in range(0, len(numbers), size):
             taken = numbers[first : first + size]
             cost = sum(len(r.args[0]) for n in taken for r in task.requests[n])
-            window = Window(tuple(short_context.key_of(task, n) for n in taken), float(cost), list)
-            windows.append(window)
-            of[window.keys] = (task, taken)
+            batch = SampleBatch(tuple(short_context.key_of(task, n) for n in taken), float(cost), list)
+            batches.append(batch)
+            tasks_by_keys[batch.keys] = (task, taken)
     found: list[Any] = []
 
-    def answer(window: Window, done: set[str]) -> Iterator[tuple[list[dict[str, Any]], int]]:
+    def answer(batch: SampleBatch, done: set[str]) -> Iterator[tuple[list[dict[str, Any]], int]]:
         if not found:
             found.append(short_context.make_model(model, config.engine.dtype, s.short_batch_size))
-        task, taken = of[window.keys]
+        task, taken = tasks_by_keys[batch.keys]
         yield short_context.answer(task, taken, found[0]), 0
 
     results = Results(Path(e.output) / "short", settings, share, restart=restart)
-    return Begun("short", windows, answer, results, short_metrics)
+    return ReadySuite("short", batches, answer, results, short_metrics)
 
 
 def short_metrics(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -378,9 +387,11 @@ def needle_metrics(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 def infinitebench_metrics(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Per task, and their mean."""
-    of = by(rows, lambda r: (r["task"], r["length"]))
+    rows_by_cell = by(rows, lambda r: (r["task"], r["length"]))
     tasks: dict[str, dict[str, Any]] = {}
-    for (task, length), found in sorted(of.items(), key=lambda x: (infinitebench.TASKS.index(x[0][0]), x[0][1])):
+    for (task, length), found in sorted(
+        rows_by_cell.items(), key=lambda x: (infinitebench.TASKS.index(x[0][0]), x[0][1])
+    ):
         tasks.setdefault(task, {})[str(length)] = {**cell(found), "cut": sum(bool(r.get("cut")) for r in found)}
     lengths = sorted({int(n) for of in tasks.values() for n in of})
     means = {

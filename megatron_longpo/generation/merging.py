@@ -1,4 +1,4 @@
-"""The parts of a run into one file: filters, rejects, report."""
+"""The parts of a run into one file: filters, skipped rows, report."""
 
 from __future__ import annotations
 
@@ -79,13 +79,13 @@ def all_rows(output: Path) -> Iterator[tuple[Line, Line, Line, Line]]:
 def judge(
     config: GenerationConfig, language: LanguageFilter, row: tuple[Line, Line, Line, Line]
 ) -> tuple[Line | None, list[Line]]:
-    """A document's sample, if anything of it is kept, and its rejects with reasons."""
+    """A document's sample, if anything of it is kept, and what was skipped with reasons."""
     document, questions, short, long = row
     base = {"number": document["number"], "part": document["part"], "name": document["name"]}
     if "reason" in document:
         detail = {"tokens": document["tokens"]} if "tokens" in document else {}
         return None, [{**base, "reason": document["reason"], **detail}]
-    turns, rejects = [], []
+    turns, skipped = [], []
     for i, (asked, chosen, rejected) in enumerate(zip(questions["turns"], short["turns"], long["turns"], strict=True)):
         found = next((t for t in (asked, chosen, rejected) if t.get("reason", "before") != "before"), None)
         reason, detail_text = (found["reason"], found.get("detail", "")) if found else (None, "")
@@ -95,7 +95,7 @@ def judge(
         if reason is None and not language.passes(asked["question"], chosen["text"], rejected["text"]):
             reason, detail_text = "language", asked["question"][:300]
         if reason is not None:
-            rejects.append({**base, "id": document["id"], "turn": i, "reason": reason, "detail": detail_text})
+            skipped.append({**base, "id": document["id"], "turn": i, "reason": reason, "detail": detail_text})
             continue
         turns.append(
             {
@@ -106,8 +106,8 @@ def judge(
             }
         )
     if not turns:
-        return None, [*rejects, {**base, "id": document["id"], "reason": "no_turn_left"}]
-    return {"id": f"{document['name']}-{document['id'][:12]}", "context": document["text"], "turns": turns}, rejects
+        return None, [*skipped, {**base, "id": document["id"], "reason": "no_turn_left"}]
+    return {"id": f"{document['name']}-{document['id'][:12]}", "context": document["text"], "turns": turns}, skipped
 
 
 def merge(output: Path) -> dict[str, Any]:
@@ -131,23 +131,23 @@ def _merge(output: Path) -> dict[str, Any]:
     config = from_yaml(work_folder(output) / "run.yaml", GenerationConfig)
     language = LanguageFilter(config.filters.languages, config.filters.min_language_probability)
     report = Report(config.run.report_samples, config.run.seed)
-    rejects_path = output.with_name(output.name + ".rejects.jsonl")
-    writing = [p.with_name(f".{p.name}.writing") for p in (output, rejects_path)]
+    skipped_path = output.with_name(output.name + ".rejects.jsonl")
+    writing = [p.with_name(f".{p.name}.writing") for p in (output, skipped_path)]
     with (
         open(writing[0], "w", encoding="utf-8", errors="replace") as good,
         open(writing[1], "w", encoding="utf-8", errors="replace") as bad,
     ):
         for row in all_rows(output):
-            sample, rejects = judge(config, language, row)
-            report.add(row, sample, rejects)
+            sample, skipped = judge(config, language, row)
+            report.add(row, sample, skipped)
             if sample is not None:
                 good.write(json.dumps(sample, ensure_ascii=False) + "\n")
-            for reject in rejects:
-                bad.write(json.dumps(reject, ensure_ascii=False) + "\n")
+            for row_ in skipped:
+                bad.write(json.dumps(row_, ensure_ascii=False) + "\n")
         for stream in (good, bad):
             stream.flush()
             os.fsync(stream.fileno())
     report.write(output.with_name(output.name + ".report"), config.as_yaml())
-    os.replace(writing[1], rejects_path)
+    os.replace(writing[1], skipped_path)
     os.replace(writing[0], output)
     return report.as_dict()

@@ -137,7 +137,7 @@ def _own_documents(
 ) -> Iterator[tuple[int, RawDocument]]:
     """This part's documents from a number on. Repetitions are told from all documents, so all are read."""
     d = config.documents
-    window = config.window
+    document_batch = config.document_batch
     seen: set[bytes] = set()
     for raw in itertools.islice(read_documents(find_files(d.documents, d.domain), d.text_column), d.max_documents):
         error = raw.error
@@ -146,8 +146,8 @@ def _own_documents(
             if key in seen and raw.text.strip():
                 error = "duplicate"
             seen.add(key)
-        # Windows of documents that are answered together stay together.
-        if raw.number // window % world_size == rank and raw.number >= skip_before:
+        # Documents that are answered together stay together.
+        if raw.number // document_batch % world_size == rank and raw.number >= skip_before:
             text = "" if error else raw.text
             yield raw.number, RawDocument(raw.number, raw.name, raw.domain, text, raw.broken, error)
 
@@ -493,8 +493,8 @@ def _run(
         return
     total = stages["documents"].records
     rows: Iterable[tuple[Line, ...]] = zip(*(read_lines(stages[b].path) for b in before), strict=True)
-    batches = _windows(rows, engine.window)
-    if engine.window == 1:
+    batches = _document_batches(rows, engine.document_batch)
+    if engine.document_batch == 1:
         batches = _batched((row for batch in batches for row in batch), engine.groups_at_once, stage.records)
     else:
         batches = _undone(batches, stage)
@@ -513,9 +513,9 @@ def _batched(rows: Iterable[Any], size: int, skip: int) -> Iterator[list[Any]]:
         yield batch
 
 
-def _windows(rows: Iterable[tuple[Line, ...]], window: int) -> Iterator[list[Any]]:
-    """Rows of the same window of documents together."""
-    for _, group in itertools.groupby(rows, key=lambda row: row[0]["number"] // window):
+def _document_batches(rows: Iterable[tuple[Line, ...]], size: int) -> Iterator[list[Any]]:
+    """Rows of the documents that are answered together."""
+    for _, group in itertools.groupby(rows, key=lambda row: row[0]["number"] // size):
         yield list(group)
 
 

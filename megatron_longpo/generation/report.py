@@ -50,14 +50,14 @@ class Report:
         self._wanted, self._rng, self._seen = samples, np.random.default_rng(seed), 0
 
     def add(
-        self, row: tuple[dict[str, Any], ...], sample: dict[str, Any] | None, rejects: list[dict[str, Any]]
+        self, row: tuple[dict[str, Any], ...], sample: dict[str, Any] | None, skipped: list[dict[str, Any]]
     ) -> None:
         """Count one document with what became of it."""
         document, *stages = row
         self.counts["documents read"] += document["part"] == 0
         self.counts["bytes that are not UTF-8"] += document.get("broken", 0) if document["part"] == 0 else 0
-        for reject in rejects:
-            self.reasons[reject["reason"]] += 1
+        for row_ in skipped:
+            self.reasons[row_["reason"]] += 1
         for name, line in zip(self.spent, stages, strict=True):
             for key in self.spent[name]:
                 self.spent[name][key] += line[key]

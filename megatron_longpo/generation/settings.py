@@ -161,7 +161,7 @@ class GenerationConfig(Sections):
     run: RunConfig = field(default_factory=RunConfig)
 
     @property
-    def window(self) -> int:
+    def document_batch(self) -> int:
         """Documents that stay together however the work is split."""
         return self.engine.documents_at_once if self.engine.engine == "transformers" else 1
 

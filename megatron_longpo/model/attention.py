@@ -6,10 +6,10 @@ parallelism has two forms (Megatron-LM's ``cp_comm_type``):
 - ``a2a`` (DeepSpeed-Ulysses, arXiv 2309.14509): each rank gives up the places of its heads and receives all places of its
   share of the heads. Heads must divide over the ranks.
 - ``allgather`` (as in Llama 3's training, arXiv 2407.21783, section 3.3.2): each rank keeps its queries and sees all keys
-  and values. Any number of ranks and heads; the places are dealt so that the causal work is balanced.
+  and values. Any number of ranks and heads; the places are assigned so that the causal work is balanced.
 
-Both work key-value head by key-value head where there are several (``AttentionPlan.pieces``): all exchanges are started
-at once, and while one piece is computed the next is under way.
+Both work key-value head by key-value head where there are several (``AttentionPlan.head_groups``): all exchanges are started
+at once, and while one group of heads is computed, the next is under way.
 
 Shape legend: S = places of the sequence, s = places on this rank, Q/K = query/key-value heads on this rank,
 G = query heads a key-value head (Q/K), D = head size.
@@ -28,11 +28,9 @@ import torch.distributed as dist
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
-from megatron_longpo.data.sequence import QueryGroup
+from megatron_longpo.data.sequence import QuerySpan
 from megatron_longpo.errors import ConfigError
 from megatron_longpo.model.blocks import Blocks, block_attention, blocks_backward, blocks_forward, blocks_of
-
-CP_COMM_TYPES = ("a2a", "allgather")
 
 
 @dataclass
@@ -45,7 +43,7 @@ class AttentionPlan(PackedSeqParams):
         context_group: ranks that share this sequence, or None where each rank has whole rows (the short pass).
         comm_type: ``a2a`` or ``allgather``.
         gathered_of_S: under ``allgather``, where each place of the sequence is in the ranks' shards put end to end.
-        pieces: at most so many exchanges are under way at once.
+        head_groups: at most so many exchanges are under way at once.
         cos_sR, sin_sR: rotary embedding of this rank's places, [s, half the rotated channels].
     """
 
@@ -53,32 +51,32 @@ class AttentionPlan(PackedSeqParams):
     context_group: dist.ProcessGroup | None = None
     comm_type: str = "a2a"
     gathered_of_S: Tensor | None = None
-    pieces: int = 1
+    head_groups: int = 1
     cos_sR: Tensor | None = None
     sin_sR: Tensor | None = None
 
     @classmethod
     def make(
         cls,
-        groups: tuple[QueryGroup, ...],
+        query_spans: tuple[QuerySpan, ...],
         context_group: dist.ProcessGroup | None,
         comm_type: str = "a2a",
         gathered_of_S: Tensor | None = None,
-        pieces: int = 1,
+        head_groups: int = 1,
         window: int | None = None,
         positions_S: np.ndarray | None = None,
     ) -> AttentionPlan:
-        """A plan over query groups; ``window`` with the places' positions: as ``blocks_of`` wants them."""
+        """A plan over query spans; ``window`` with the places' positions: as ``blocks_of`` wants them."""
         if context_group is not None and dist.get_world_size(context_group) == 1:
             context_group = None
         return cls(
             # A batch of one.
             qkv_format="sbhd",
-            blocks=blocks_of(groups, window, positions_S),
+            blocks=blocks_of(query_spans, window, positions_S),
             context_group=context_group,
             comm_type=comm_type,
             gathered_of_S=gathered_of_S,
-            pieces=pieces,
+            head_groups=head_groups,
         )
 
     def with_rotary(self, cos_sR: Tensor, sin_sR: Tensor) -> AttentionPlan:
@@ -148,20 +146,20 @@ def rotate(x_sHD: Tensor, cos_sR: Tensor, sin_sR: Tensor) -> Tensor:
 
 
 class _Rotate(torch.autograd.Function):
-    """Keeps cosines and sines alone, which all layers share; its backward turns the other way."""
+    """Keeps cosines and sines alone, which all layers share; its backward rotates the other way."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        return _turned(x, cos, sin)
+        return _rotated(x, cos, sin)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         cos, sin = ctx.saved_tensors
-        return _turned(grad, cos, -sin), None, None
+        return _rotated(grad, cos, -sin), None, None
 
 
-def _turned(x_sHD: Tensor, cos_sR: Tensor, sin_sR: Tensor) -> Tensor:
+def _rotated(x_sHD: Tensor, cos_sR: Tensor, sin_sR: Tensor) -> Tensor:
     half = cos_sR.shape[1]
     cos, sin = cos_sR.unsqueeze(1), sin_sR.unsqueeze(1)
     first, second = x_sHD[..., :half], x_sHD[..., half : 2 * half]
@@ -188,10 +186,10 @@ class _GatheredAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan, scale: float) -> Tensor:
         kv_heads = key.shape[1]
-        of_query = _cut(query.shape[1], kv_heads, plan.pieces)
+        of_query = _cut(query.shape[1], kv_heads, plan.head_groups)
         out = torch.empty_like(query)
         lse = query.new_empty(query.shape[1], query.shape[0], dtype=torch.float32)
-        gathering = [_Gathering(key[:, h], value[:, h], plan) for h in _cut(kv_heads, kv_heads, plan.pieces)]
+        gathering = [_Gathering(key[:, h], value[:, h], plan) for h in _cut(kv_heads, kv_heads, plan.head_groups)]
         for heads, coming in zip(of_query, gathering, strict=True):
             keys, values = coming.wait()
             out[:, heads], lse[heads] = blocks_forward(query[:, heads], keys, values, plan.blocks, scale)
@@ -204,11 +202,11 @@ class _GatheredAttention(torch.autograd.Function):
         query, key, value, out, lse = ctx.saved_tensors
         plan: AttentionPlan = ctx.plan
         kv_heads = key.shape[1]
-        of_key = _cut(kv_heads, kv_heads, plan.pieces)
+        of_key = _cut(kv_heads, kv_heads, plan.head_groups)
         gathering = [_Gathering(key[:, h], value[:, h], plan) for h in of_key]
         grad_query, grad_key, grad_value = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
         going = []
-        for heads, coming in zip(_cut(query.shape[1], kv_heads, plan.pieces), gathering, strict=True):
+        for heads, coming in zip(_cut(query.shape[1], kv_heads, plan.head_groups), gathering, strict=True):
             keys, values = coming.wait()
             grad_query[:, heads], gk, gv = blocks_backward(
                 grad_out[:, heads], query[:, heads], keys, values, out[:, heads], lse[heads], plan.blocks, ctx.scale
@@ -244,10 +242,10 @@ class _Gathering:
         return keys, values
 
 
-def _cut(heads: int, kv_heads: int, pieces: int) -> list[slice]:
-    """Cut heads into at most ``pieces`` runs that follow key-value heads."""
-    pieces = min(pieces, kv_heads)
-    edges = [kv_heads * i // pieces * (heads // kv_heads) for i in range(pieces + 1)]
+def _cut(heads: int, kv_heads: int, head_groups: int) -> list[slice]:
+    """Cut heads into at most ``head_groups`` runs that follow key-value heads."""
+    head_groups = min(head_groups, kv_heads)
+    edges = [kv_heads * i // head_groups * (heads // kv_heads) for i in range(head_groups + 1)]
     return [slice(a, b) for a, b in itertools.pairwise(edges)]
 
 
@@ -279,7 +277,7 @@ def resolve_comm_type(
 
 
 def check_ulysses(query_heads: int, kv_heads: int, context_parallel_size: int, tensor_parallel_size: int) -> None:
-    """Whether the heads of one tensor-parallel rank can be dealt over the context-parallel ranks.
+    """Whether the heads of one tensor-parallel rank can be split over the context-parallel ranks.
 
     Raises:
         ConfigError: query heads do not divide, or key-value heads neither divide nor can be replicated evenly.
@@ -295,8 +293,8 @@ def check_ulysses(query_heads: int, kv_heads: int, context_parallel_size: int, t
     ]
     if context_parallel_size not in possible:
         raise ConfigError(
-            f"context_parallel_size={context_parallel_size} cannot deal {heads} query heads and {groups} key-value "
-            f"heads a tensor-parallel rank evenly with cp_comm_type=a2a; use one of {', '.join(map(str, possible))}, or "
+            f"context_parallel_size={context_parallel_size} cannot split {heads} query heads and {groups} key-value "
+            f"heads per tensor-parallel rank evenly with cp_comm_type=a2a; use one of {', '.join(map(str, possible))}, or "
             "cp_comm_type=allgather"
         )
 
@@ -311,11 +309,11 @@ class _UlyssesAttention(torch.autograd.Function):
         ranks = _ranks(plan)
         # Each rank needs the key-value head of its query heads; the backward sums over the copies.
         key, value = _copies(key, ranks), _copies(value, ranks)
-        # Heads are dealt in order, so each rank's share is contiguous in each of them: [s, ranks, heads, D].
+        # Heads are split in order, so each rank's share is contiguous in each of them: [s, ranks, heads, D].
         query, key, value = (x.unflatten(1, (ranks, -1)) for x in (query, key, value))
         going = []
         kv_share = key.shape[2]
-        of_query, of_key = _cut(query.shape[2], kv_share, plan.pieces), _cut(kv_share, kv_share, plan.pieces)
+        of_query, of_key = _cut(query.shape[2], kv_share, plan.head_groups), _cut(kv_share, kv_share, plan.head_groups)
         for q, k in zip(of_query, of_key, strict=True):
             # One exchange for all three.
             going.append(_to_heads([query[:, :, q], key[:, :, k], value[:, :, k]], plan))
@@ -338,7 +336,7 @@ class _UlyssesAttention(torch.autograd.Function):
         ranks, saved = _ranks(plan), ctx.saved_tensors
         grad = grad_out.unflatten(1, (ranks, -1))
         kv_share = max(1, ctx.kv_heads // ranks)
-        of_query, of_key = _cut(grad.shape[2], kv_share, plan.pieces), _cut(kv_share, kv_share, plan.pieces)
+        of_query, of_key = _cut(grad.shape[2], kv_share, plan.head_groups), _cut(kv_share, kv_share, plan.head_groups)
         going = [_to_heads([grad[:, :, q]], plan) for q in of_query]
         back = []
         for i, exchange in enumerate(going):

@@ -1,6 +1,6 @@
 """Attention over a list of blocks, merged by log-sum-exp, forward and backward; no query x key mask is ever made.
 
-A layout's query groups become two lists. Causal blocks: runs of places that see themselves; every real place is a query
+A layout's query spans become two lists. Causal blocks: runs of places that see themselves; every real place is a query
 in exactly one. Full blocks: queries that see all of a range of keys, such as all branches on their trunk, which is one
 block however many branches there are. The causal blocks are computed first, the full ones merged into them: with o, l of
 one block (output, log-sum-exp) and o', l' of another, both of the same queries,
@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_longpo.data.sequence import QueryGroup
+from megatron_longpo.data.sequence import QuerySpan
 
 
 @dataclass(frozen=True)
@@ -67,54 +67,56 @@ class Blocks:
     fading: tuple[CausalBlock, ...] = ()
 
     @property
-    def covers(self) -> int:
+    def num_queries(self) -> int:
         """Queries that see anything; the others are padding."""
         return sum(b.length for b in self.causal)
 
 
-def blocks_of(groups: Iterable[QueryGroup], window: int | None = None, positions_S: np.ndarray | None = None) -> Blocks:
-    """Blocks of query groups; groups that lie side by side and see the same range share one full block.
+def blocks_of(
+    query_spans: Iterable[QuerySpan], window: int | None = None, positions_S: np.ndarray | None = None
+) -> Blocks:
+    """Blocks of query spans; spans that lie side by side and see the same range share one full block.
 
     Args:
-        groups: disjoint ranges of queries with the ranges of keys that they see.
+        query_spans: disjoint ranges of queries with the ranges of keys that they see.
         window: a query sees keys less than this many positions before its own (Mistral 7B, arXiv 2310.06825).
         positions_S: with a window, the position of each key.
 
     Raises:
-        ValueError: a group has not exactly one causal block, of its own length.
+        ValueError: a span has not exactly one causal block, of its own length.
     """
     causal: list[CausalBlock] = []
     full: list[FullBlock] = []
     fading: list[CausalBlock] = []
-    for group in sorted(groups, key=lambda g: g.start):
-        own = [b for b in group.keys if b.causal]
-        if len(own) != 1 or own[0].end - own[0].start != group.end - group.start:
-            raise ValueError(f"{group} must have one causal block over as many keys as it has queries")
+    for span in sorted(query_spans, key=lambda s: s.start):
+        own = [b for b in span.keys if b.causal]
+        if len(own) != 1 or own[0].end - own[0].start != span.end - span.start:
+            raise ValueError(f"{span} must have one causal block over as many keys as it has queries")
         if window is not None:
             assert positions_S is not None
-            _windowed(group, own[0].start, window, positions_S, causal, full, fading)
+            _windowed(span, own[0].start, window, positions_S, causal, full, fading)
             continue
-        causal.append(CausalBlock(group.start, own[0].start, group.end - group.start))
-        for block in group.keys:
+        causal.append(CausalBlock(span.start, own[0].start, span.end - span.start))
+        for block in span.keys:
             if block.causal:
                 continue
             near = next(
                 (
                     i
                     for i, f in enumerate(full)
-                    if f.query_end == group.start and (f.key, f.key_end) == (block.start, block.end)
+                    if f.query_end == span.start and (f.key, f.key_end) == (block.start, block.end)
                 ),
                 None,
             )
             if near is None:
-                full.append(FullBlock(group.start, group.end, block.start, block.end))
+                full.append(FullBlock(span.start, span.end, block.start, block.end))
             else:
-                full[near] = FullBlock(full[near].query, group.end, block.start, block.end)
+                full[near] = FullBlock(full[near].query, span.end, block.start, block.end)
     return Blocks(tuple(causal), tuple(full), tuple(fading))
 
 
 def _windowed(
-    group: QueryGroup,
+    span: QuerySpan,
     own: int,
     window: int,
     positions_S: np.ndarray,
@@ -122,11 +124,11 @@ def _windowed(
     full: list[FullBlock],
     fading: list[CausalBlock],
 ) -> None:
-    """Cut a group whose own keys begin at ``own`` into runs of a window; each sees itself and the edge of what it can of
+    """Cut a span whose own keys begin at ``own`` into runs of a window; each sees itself and the edge of what it can of
     the ranges before it."""
-    before = [(b.start, b.end) for b in group.keys if not b.causal]
-    for done in range(0, group.end - group.start, window):
-        query, length = group.start + done, min(window, group.end - group.start - done)
+    before = [(b.start, b.end) for b in span.keys if not b.causal]
+    for done in range(0, span.end - span.start, window):
+        query, length = span.start + done, min(window, span.end - span.start - done)
         causal.append(CausalBlock(query, own + done, length))
         first = int(positions_S[own + done])
         for start, end in [*before, *([(own, own + done)] if done else [])]:
@@ -176,7 +178,7 @@ class _BlockAttention(torch.autograd.Function):
 
 def blocks_forward(query: Tensor, key: Tensor, value: Tensor, blocks: Blocks, scale: float) -> tuple[Tensor, Tensor]:
     """Output [S, Q, D] and log-sum-exps [Q, S] in fp32."""
-    whole = blocks.covers == query.shape[0]
+    whole = blocks.num_queries == query.shape[0]
     out = (torch.empty_like if whole else torch.zeros_like)(query, memory_format=torch.contiguous_format)
     lse = torch.zeros(query.shape[1], query.shape[0], dtype=torch.float32, device=query.device)
     for queries, keys, lengths in _calls(blocks.causal, query):
@@ -214,7 +216,7 @@ def blocks_backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value; the latter two in fp32, since many queries' blocks add to the same keys."""
-    whole = blocks.covers == query.shape[0]
+    whole = blocks.num_queries == query.shape[0]
     grad_query = (torch.empty_like if whole else torch.zeros_like)(query, memory_format=torch.contiguous_format)
     grad_key = torch.zeros(key.shape, dtype=torch.float32, device=key.device)
     grad_value = torch.zeros(value.shape, dtype=torch.float32, device=value.device)

@@ -33,11 +33,12 @@ from torch import Tensor
 
 from megatron_longpo.config import Config, virtual_pipeline_size
 from megatron_longpo.model.attention import AttentionPlan, BlockAttention
-from megatron_longpo.model.layers import GatedMLP, NormColumnParallelLinear, RMSNorm, set_remake_up
+from megatron_longpo.model.layers import GatedMLP, NormColumnParallelLinear, RMSNorm, set_recompute_up
 from megatron_longpo.model.logprobs import chunk_tokens, default_chunk_bytes, token_logprobs
 from megatron_longpo.model.rotary import Rotary
 from megatron_longpo.model.shape import ModelShape
 from megatron_longpo.runtime import platform
+from megatron_longpo.runtime.balance import round_up
 from megatron_longpo.runtime.process_groups import Parallel
 
 
@@ -155,7 +156,7 @@ class PolicyModel(GPTModel):
         rotary: Rotary,
         loss_places_N: Tensor,
         targets_N: Tensor,
-        foretold_N: Tensor | None = None,
+        known_grad_N: Tensor | None = None,
     ) -> Tensor:
         """Run this stage.
 
@@ -164,7 +165,7 @@ class PolicyModel(GPTModel):
             plan: who attends to whom, over the whole sequence.
             rotary: the policy's rotary embedding or the reference's.
             loss_places_N, targets_N: places with a loss among these, and what they predict.
-            foretold_N: gradients that the log-probs will get, where they are known (see ``token_logprobs``).
+            known_grad_N: gradients that the log-probs will get, where they are known (see ``token_logprobs``).
 
         Returns:
             Last stage: [N] log-probs in fp32. Other stages: hidden states [s (/TP with sequence parallelism), 1, H].
@@ -188,7 +189,7 @@ class PolicyModel(GPTModel):
             vocab_start=weight.shape[0] * dist.get_rank(group),
             group=group,
             chunk=chunk_tokens(weight.shape[0], self.logprob_chunk_bytes, weight.dtype),
-            foretold_N=foretold_N,
+            known_grad_N=known_grad_N,
             dummy_gradient=self.overlap_grad_reduce,
         )
 
@@ -209,7 +210,7 @@ class PolicyModel(GPTModel):
 def padded_vocab_size(vocab_size: int, divisible_by: int, tensor_parallel_size: int) -> int:
     """Vocabulary rounded up so that every tensor-parallel rank has as many rows."""
     multiple = divisible_by * tensor_parallel_size
-    return -(-vocab_size // multiple) * multiple
+    return round_up(vocab_size, multiple)
 
 
 def build_model(
@@ -253,7 +254,7 @@ def build_model(
         _mark_tensor_parallel(model)
         t = config.training
         whole = {"full": layers if t.recompute_method == "uniform" else t.recompute_num_layers}
-        set_remake_up(
+        set_recompute_up(
             model.decoder.layers,
             whole.get(t.recompute_granularity, 0),
             t.recompute_granularity in ("selective", "full") and "mlp_up" in t.recompute_modules,

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 
-def made_again(tensor: Tensor, make: Callable[[], Tensor]) -> AbstractContextManager[Any]:
+def recompute_in_backward(tensor: Tensor, make: Callable[[], Tensor]) -> AbstractContextManager[Any]:
     """Within this context no operation keeps ``tensor`` for its backward: ``make`` gives it again when it is wanted.
 
     Args:
@@ -110,7 +110,7 @@ class NormColumnParallelLinear(ColumnParallelLinear):
         weight = self.layer_norm_weight
         normed, scale = _RMSNormFunction.apply(input_, weight, self.eps)
         x, w = input_.detach(), weight.detach()
-        with made_again(normed, lambda: _normalised(x, w, scale)):
+        with recompute_in_backward(normed, lambda: _normalised(x, w, scale)):
             return super().forward(normed, *args, **kwargs)
 
 
@@ -138,7 +138,7 @@ class _SwiGLU(torch.autograd.Function):
         return result
 
 
-def set_remake_up(layers: Iterable[torch.nn.Module], recomputed: int, wanted: bool) -> None:
+def set_recompute_up(layers: Iterable[torch.nn.Module], recomputed: int, wanted: bool) -> None:
     """Which MLPs make their up-projection again: those of a stage's layers that are not recomputed whole.
 
     Args:
@@ -149,7 +149,7 @@ def set_remake_up(layers: Iterable[torch.nn.Module], recomputed: int, wanted: bo
     for number, layer in enumerate(layers):
         mlp = layer.mlp
         assert isinstance(mlp, GatedMLP)
-        mlp.remake_up = wanted and number >= recomputed
+        mlp.recompute_up = wanted and number >= recomputed
 
 
 def _activated(both: Tensor) -> Tensor:
@@ -161,11 +161,11 @@ class GatedMLP(MLP):
     """megatron-core's MLP with SwiGLU, its activated tensor made again for the backward of the down-projection.
 
     Attributes:
-        remake_up: make the up-projection again too (``recompute_modules`` with ``mlp_up``): nothing of the MLP's width is
+        recompute_up: make the up-projection again too (``recompute_modules`` with ``mlp_up``): nothing of the MLP's width is
             kept then, which is more than half of what a layer keeps, for one of the step's nine products of that width.
     """
 
-    remake_up = False
+    recompute_up = False
 
     def __init__(self, *args: Any, pg_collection: Any = None, tp_group: Any = None, **kwargs: Any) -> None:
         # megatron-core 0.19 gives an MLP of its own the group alone, and one that it does not know all groups.
@@ -177,10 +177,10 @@ class GatedMLP(MLP):
         """[s, 1, H] -> [s, 1, H] and no bias."""
         both, bias = self.linear_fc1(hidden_states)
         assert bias is None
-        if not self.remake_up:
+        if not self.recompute_up:
             kept = both.detach()
             activated = _SwiGLU.apply(both)
-            with made_again(activated, lambda: _activated(kept)):
+            with recompute_in_backward(activated, lambda: _activated(kept)):
                 return self.linear_fc2(activated)
         x = hidden_states.detach()
         # Made for the down-projection's backward, used by the activation's right after it.
@@ -193,8 +193,8 @@ class GatedMLP(MLP):
             waiting.append(make_both())
             return _activated(waiting[0])
 
-        with made_again(both, make_both):
+        with recompute_in_backward(both, make_both):
             activated = _SwiGLU.apply(both)
         del both
-        with made_again(activated, make_activated):
+        with recompute_in_backward(activated, make_activated):
             return self.linear_fc2(activated)

@@ -7,7 +7,7 @@ Two kinds of tokens. Where nothing is known of the gradient that will come, the 
 the backward makes the logits of a chunk again: four products of N x V x H instead of three. But the gradient of a token
 that counts in a mean NLL alone is known beforehand, and those are nearly all tokens of a long document: for them the
 forward takes the gradient at once, from the logits it has, and no logits are made again. The backward checks that the
-gradient which came is the one that was foretold.
+gradient which came is the one that was known in advance.
 
 The weight may be a vocabulary shard (Megatron's vocabulary parallelism): the log-sum-exp is then over the group.
 Columns from ``vocab_size`` on are padding of the vocabulary and never take part.
@@ -53,7 +53,7 @@ def token_logprobs(
     vocab_start: int = 0,
     group: dist.ProcessGroup | None = None,
     chunk: int | None = None,
-    foretold_N: Tensor | None = None,
+    known_grad_N: Tensor | None = None,
     dummy_gradient: bool = False,
 ) -> Tensor:
     """log softmax(hidden @ weight.T)[target], one value a token.
@@ -66,7 +66,7 @@ def token_logprobs(
         vocab_start: id of this rank's first row.
         group: ranks that hold the other rows, or None.
         chunk: tokens a chunk; by default what ``chunk_tokens`` says.
-        foretold_N: [N] in fp32, the gradient that the result will get, NaN where it is not known. Needs a ``main_grad``
+        known_grad_N: [N] in fp32, the gradient that the result will get, NaN where it is not known. Needs a ``main_grad``
             on the weight, where the forward already adds; ignored without one, and where no gradient is recorded.
         dummy_gradient: give a weight with a ``main_grad`` zeros as its own gradient, and not none: Megatron's DDP asks for one
             where it overlaps reductions. They are as large as the weight.
@@ -77,16 +77,16 @@ def token_logprobs(
         ``main_grad`` (Megatron's DDP) its gradient is accumulated there, in that buffer's precision.
 
     Raises:
-        RuntimeError: in the backward, where the gradient is not the one foretold.
+        RuntimeError: in the backward, where the gradient is not the one that was known in advance.
     """
     if group is not None and dist.get_world_size(group) == 1:
         group = None
     valid = max(0, min(weight_VH.shape[0], vocab_size - vocab_start))
     chunk = chunk or chunk_tokens(valid, default_chunk_bytes(), weight_VH.dtype)
     if not torch.is_grad_enabled() or getattr(weight_VH, "main_grad", None) is None or not weight_VH.requires_grad:
-        foretold_N = None
+        known_grad_N = None
     return _TokenLogprobs.apply(
-        hidden_NH, weight_VH, target_N, valid, vocab_start, group, chunk, foretold_N, dummy_gradient
+        hidden_NH, weight_VH, target_N, valid, vocab_start, group, chunk, known_grad_N, dummy_gradient
     )
 
 
@@ -101,7 +101,7 @@ class _TokenLogprobs(torch.autograd.Function):
         vocab_start: int,
         group: dist.ProcessGroup | None,
         chunk: int,
-        foretold_N: Tensor | None,
+        known_grad_N: Tensor | None,
         dummy_gradient: bool,
     ) -> Tensor:
         n = hidden_NH.shape[0]
@@ -110,8 +110,8 @@ class _TokenLogprobs(torch.autograd.Function):
         target_logit_N = torch.zeros(n, dtype=torch.float32, device=hidden_NH.device)
         now_N = torch.zeros(0, dtype=torch.int64, device=hidden_NH.device)
         later_N = torch.arange(n, device=hidden_NH.device)
-        if foretold_N is not None:
-            known = ~torch.isnan(foretold_N)
+        if known_grad_N is not None:
+            known = ~torch.isnan(known_grad_N)
             now_N, later_N = known.nonzero()[:, 0], (~known).nonzero()[:, 0]
         # Of all tokens, so that the backward fills what is missing and gives this very tensor on. Zeros: a rank whose rows are
         # all padding fills nothing.
@@ -128,8 +128,8 @@ class _TokenLogprobs(torch.autograd.Function):
                     lse_C = _over_group(lse_C, group)
                 lse_N[index_C] = lse_C
                 if take_gradient:
-                    assert foretold_N is not None and grad_hidden_NH is not None
-                    grad_C = foretold_N[index_C]
+                    assert known_grad_N is not None and grad_hidden_NH is not None
+                    grad_C = known_grad_N[index_C]
                     # What is in the buffer are exp(logit - top): softmax is that times exp(top - lse).
                     logits_CV.mul_((-grad_C * (top_C - lse_C).exp()).unsqueeze(1))
                     grad_hidden_CH = logits.gradient(
@@ -154,21 +154,21 @@ class _TokenLogprobs(torch.autograd.Function):
             now_N,
             later_N,
             grad_hidden_NH,
-            foretold_N,
+            known_grad_N,
         )
         ctx.valid, ctx.chunk, ctx.vocab_start, ctx.dummy_gradient = valid, chunk, vocab_start, dummy_gradient
         return target_logit_N - lse_N
 
     @staticmethod
     def backward(ctx: Any, grad_N: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        hidden_MH, weight_VH, target_N, lse_N, now_N, later_N, grad_hidden_NH, foretold_N = ctx.saved_tensors
+        hidden_MH, weight_VH, target_N, lse_N, now_N, later_N, grad_hidden_NH, known_grad_N = ctx.saved_tensors
         need_hidden, need_weight = ctx.needs_input_grad[:2]
         n = target_N.shape[0]
-        if foretold_N is not None:
-            came, told = grad_N[now_N], foretold_N[now_N]
+        if known_grad_N is not None:
+            came, told = grad_N[now_N], known_grad_N[now_N]
             if not torch.allclose(came, told, rtol=1e-4, atol=0.0):
                 raise RuntimeError(
-                    f"the gradient of the log-probs ({came[:3].tolist()}, ...) is not the one foretold "
+                    f"the gradient of the log-probs ({came[:3].tolist()}, ...) is not the one known in advance "
                     f"({told[:3].tolist()}, ...), with which the output weight's gradient was taken"
                 )
         if grad_hidden_NH is None:

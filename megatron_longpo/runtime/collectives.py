@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from megatron_longpo.errors import CheckpointError, LongPOError
 from megatron_longpo.runtime import platform
+from megatron_longpo.runtime.balance import assign
 
 Item = TypeVar("Item")
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -21,7 +22,7 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def gathered(value: Item) -> list[Item]:
+def all_gather_objects(value: Item) -> list[Item]:
     """The values of all processes, on all of them."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return [value]
@@ -30,22 +31,15 @@ def gathered(value: Item) -> list[Item]:
     return found
 
 
-def deal(items: list[Item], costs: Sequence[int]) -> list[Item]:
+def my_share(items: Sequence[Item], costs: Sequence[int]) -> list[Item]:
     """This process's items, in order: each goes to the process with the least so far."""
     world = dist.get_world_size() if dist.is_initialized() else 1
-    load = [0] * world
-    mine = []
-    for item, cost in zip(items, costs, strict=True):
-        owner = load.index(min(load))
-        load[owner] += cost
-        if owner == rank():
-            mine.append(item)
-    return mine
+    return [items[i] for i in assign(costs, world, keep_order=True)[rank()]]
 
 
 @contextmanager
-def together(output: Path) -> Iterator[None]:
-    """What all processes do before any goes on; where it fails on one, all raise its error."""
+def raise_on_all_ranks(output: Path) -> Iterator[None]:
+    """Wait for the body on all processes; if it fails on one, all raise its error."""
     failure: BaseException | None = None
     try:
         yield
@@ -66,7 +60,7 @@ def _raise_first(failure: BaseException | None, output: Path) -> None:
             message = (True, f"{output}: the disk is full ({full.strerror}); free space and convert again")
         else:
             message = (False, f"{type(failure).__name__}: {failure}")
-    found = [m for m in gathered(message) if m is not None]
+    found = [m for m in all_gather_objects(message) if m is not None]
     if not found:
         return
     if failure is not None and not any(is_known for is_known, _ in found):
@@ -85,18 +79,20 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
         current = current.__cause__ or current.__context__
 
 
-def on_first_rank(action: Callable[[], Any]) -> None:
-    """Run a check on rank 0; where it fails, every rank raises the same error.
+def on_rank0(action: Callable[[], Item]) -> Item:
+    """Run an action on rank 0 and give every rank what it returned; collective.
 
     Raises:
-        LongPOError: what the check raised.
+        LongPOError: what the action raised, on every rank.
     """
-    message: list[LongPOError | None] = [None]
+    outcome: list[Any] = [None, None]
     if dist.get_rank() == 0:
         try:
-            action()
+            outcome[0] = action()
         except LongPOError as error:
-            message[0] = error
-    dist.broadcast_object_list(message, src=0, device=platform.CURRENT.device)
-    if message[0] is not None:
-        raise message[0]
+            outcome[1] = error
+    dist.broadcast_object_list(outcome, src=0, device=platform.CURRENT.device)
+    value, failure = outcome
+    if failure is not None:
+        raise failure
+    return value

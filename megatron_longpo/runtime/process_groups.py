@@ -18,8 +18,8 @@ from megatron_longpo.runtime import platform
 class Parallel:
     """Degrees, ranks and groups of this process.
 
-    ``virtual_stages`` is None without interleaving. The ``short`` coordinates number the data x context ranks: the
-    ranks among which whole short rows are dealt.
+    ``virtual_stages`` is None without interleaving. ``dp_cp`` numbers the data x context ranks: the
+    ranks among which whole short rows are shared.
     """
 
     tensor_size: int
@@ -49,11 +49,11 @@ class Parallel:
         return int(parallel_state.get_data_parallel_rank())
 
     @property
-    def short_rank(self) -> int:
+    def dp_cp_rank(self) -> int:
         return int(parallel_state.get_data_parallel_rank(with_context_parallel=True))
 
     @property
-    def short_size(self) -> int:
+    def dp_cp_size(self) -> int:
         return self.data_size * self.context_size
 
     @property
@@ -73,7 +73,7 @@ class Parallel:
         return parallel_state.get_data_parallel_group()
 
     @property
-    def short_group(self) -> dist.ProcessGroup:
+    def dp_cp_group(self) -> dist.ProcessGroup:
         return parallel_state.get_data_parallel_group(with_context_parallel=True)
 
     @property

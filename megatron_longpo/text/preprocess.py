@@ -54,7 +54,7 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Rejected:
+class SkippedRow:
     """A line, or a turn of it, kept aside."""
 
     reason: str
@@ -68,7 +68,7 @@ class Result:
 
     line: int
     sample: Sample | None
-    rejected: tuple[Rejected, ...]
+    skipped: tuple[SkippedRow, ...]
     raw: str
 
 
@@ -167,53 +167,53 @@ def _read_columns(path: Path) -> Iterator[RawRow]:
 def process_row(row: RawRow, settings: Settings, tokenizer: ChatTokenizer | None) -> Result:
     """A sample of a row, or the reasons why not. Never raises for what the row holds."""
     raw = row.text if row.text is not None else json.dumps(row.columns, default=str)
-    rejected: list[Rejected] = []
+    skipped: list[SkippedRow] = []
 
     def result(sample: Sample | None) -> Result:
-        return Result(row.line, sample, tuple(rejected), raw[:_RAW_LIMIT])
+        return Result(row.line, sample, tuple(skipped), raw[:_RAW_LIMIT])
 
     if row.error is not None:
-        rejected.append(Rejected("not_utf8", row.error))
+        skipped.append(SkippedRow("not_utf8", row.error))
         return result(None)
     value: Any = row.columns
     if row.text is not None:
         if not row.text.strip():
-            rejected.append(Rejected("blank_line", "the line is empty"))
+            skipped.append(SkippedRow("blank_line", "the line is empty"))
             return result(None)
         try:
             value = json.loads(row.text)
         except (ValueError, RecursionError) as error:
-            rejected.append(Rejected("not_json", str(error)))
+            skipped.append(SkippedRow("not_json", str(error)))
             return result(None)
     if not isinstance(value, dict):
-        rejected.append(Rejected("not_an_object", "the line is not a JSON object"))
+        skipped.append(SkippedRow("not_an_object", "the line is not a JSON object"))
         return result(None)
     try:
         if tokenizer is None:
             assert settings.vocab_size is not None
             sample = from_tokenised(value, settings.vocab_size)
         else:
-            found = _text_sample(value, settings, tokenizer, rejected)
+            found = _text_sample(value, settings, tokenizer, skipped)
             if found is None:
                 return result(None)
             sample = found
         sample.check()
         _check_lengths(sample, settings)
     except BadRow as error:
-        rejected.append(Rejected(error.reason, str(error)))
+        skipped.append(SkippedRow(error.reason, str(error)))
         return result(None)
     except DataError as error:
-        rejected.append(Rejected("no_response", str(error)))
+        skipped.append(SkippedRow("no_response", str(error)))
         return result(None)
     except Exception as error:
         # A lone surrogate that the tokenizer does not take, a template that refuses the dialogue.
-        rejected.append(Rejected("not_encodable", f"{type(error).__name__}: {error}"))
+        skipped.append(SkippedRow("not_encodable", f"{type(error).__name__}: {error}"))
         return result(None)
     return result(sample)
 
 
 def _text_sample(
-    value: dict[str, Any], settings: Settings, tokenizer: ChatTokenizer, rejected: list[Rejected]
+    value: dict[str, Any], settings: Settings, tokenizer: ChatTokenizer, skipped: list[SkippedRow]
 ) -> Sample | None:
     context, turns = value.get("context"), value.get("turns")
     if not isinstance(context, str) or not context.strip():
@@ -236,7 +236,7 @@ def _text_sample(
                 )
             good.append(parsed)
         except BadRow as error:
-            rejected.append(Rejected(error.reason, str(error), turn=number))
+            skipped.append(SkippedRow(error.reason, str(error), turn=number))
     return encode_sample(tokenizer, context, good) if good else None
 
 
@@ -349,15 +349,15 @@ def preprocess(
         log(f"going on after row {rows_done}")
     try:
         for result in _results(files, rows_done, settings, tokenizer, workers):
-            for bad in result.rejected:
+            for bad in result.skipped:
                 record: dict[str, Any] = {"line": result.line, "detail": bad.detail}
                 if bad.turn is not None:
                     record["turn"] = bad.turn
-                writer.reject(bad.reason, {**record, "row": result.raw})
+                writer.skip(bad.reason, {**record, "row": result.raw})
             if result.sample is not None:
                 writer.add(result.sample)
-            elif not result.rejected or all(r.turn is not None for r in result.rejected):
-                writer.reject(
+            elif not result.skipped or all(r.turn is not None for r in result.skipped):
+                writer.skip(
                     "no_turn_left", {"line": result.line, "detail": "none of its turns is good", "row": result.raw}
                 )
             rows_done = result.line
@@ -384,14 +384,14 @@ def _results(
     context = multiprocessing.get_context("spawn")
     try:
         with ProcessPoolExecutor(workers, context, _start_worker, (settings,)) as pool:
-            # Windows bound the memory: map alone would read the whole input ahead of its workers.
-            window: list[RawRow] = []
+            # Chunks bound the memory: map alone would read the whole input ahead of its workers.
+            chunk: list[RawRow] = []
             for row in rows:
-                window.append(row)
-                if len(window) == _READ_ROWS:
-                    yield from pool.map(_work, window, chunksize=4)
-                    window = []
-            yield from pool.map(_work, window, chunksize=4)
+                chunk.append(row)
+                if len(chunk) == _READ_ROWS:
+                    yield from pool.map(_work, chunk, chunksize=4)
+                    chunk = []
+            yield from pool.map(_work, chunk, chunksize=4)
     except BrokenProcessPool:
         raise DataError(
             f"one of {workers} workers died, most likely for want of memory; run again with fewer --workers: it goes on"

@@ -14,26 +14,26 @@ from torch import Tensor
 
 from megatron_longpo.config import DataConfig, ObjectiveConfig
 from megatron_longpo.data.preference import Mode, Sample, long_rows
-from megatron_longpo.data.sequence import Range, Row, SequenceLayout, Shard, deal_places, lay_out, local_groups, shard
+from megatron_longpo.data.sequence import Range, Row, SequenceLayout, Shard, assign_places, lay_out, local_spans, shard
 from megatron_longpo.model.attention import AttentionPlan
 from megatron_longpo.runtime import platform
 from megatron_longpo.runtime.process_groups import Parallel, sum_over_group
 from megatron_longpo.training.metrics import SAMPLE_COLUMNS
 from megatron_longpo.training.objective import preference_loss, total_loss
 
-# Tiles a rank under cp_comm_type=allgather: two balance a causal sequence, more also one with branches.
+# Tiles per rank with cp_comm_type=allgather. Two balance a plain causal sequence (zigzag); branches need more.
 _TILES = 4
 
-# Exchanges of context parallelism under way at once; more hide more of them, and make smaller products.
-_PIECES = 4
+# How many context-parallel exchanges are in flight at once. More overlap hides more latency but makes each matmul smaller.
+_HEAD_GROUPS = 4
 
 
-def _gathered_of(hands: Sequence[Sequence[Range]], padded: int) -> np.ndarray:
+def _gathered_of(ranges_of_rank: Sequence[Sequence[Range]], padded: int) -> np.ndarray:
     """Where each place of the sequence is in the ranks' shards put end to end."""
     result = np.zeros(padded, np.int64)
-    for rank, hand in enumerate(hands):
-        first = rank * (padded // len(hands))
-        for r in hand:
+    for rank, ranges in enumerate(ranges_of_rank):
+        first = rank * (padded // len(ranges_of_rank))
+        for r in ranges:
             result[r.start : r.start + r.length] = np.arange(first + r.local, first + r.local + r.length)
     return result
 
@@ -52,7 +52,7 @@ class MicroBatch:
     positions_1s: Tensor
     loss_places_N: Tensor
     targets_N: Tensor
-    samples: int
+    num_samples: int
     context_parallel: bool
 
     @classmethod
@@ -60,7 +60,7 @@ class MicroBatch:
         cls,
         rows: Sequence[Row],
         *,
-        samples: int,
+        num_samples: int,
         prefix_sharing: bool,
         parallel: Parallel,
         context_parallel: bool,
@@ -70,42 +70,42 @@ class MicroBatch:
 
         Args:
             rows: rows with response slots 2 * sample + side and NLL slots sample.
-            samples: how many samples the slots are of.
+            num_samples: how many samples the slots are of.
             prefix_sharing: share common prefixes.
             parallel: degrees and groups.
             context_parallel: cut over the context-parallel ranks; else the sequence is this rank's alone.
             window: of the model's attention.
         """
-        layout = lay_out(rows, prefix_sharing=prefix_sharing, samples=samples, responses=2 * samples)
+        layout = lay_out(rows, prefix_sharing=prefix_sharing, num_samples=num_samples, num_responses=2 * num_samples)
         parts = parallel.context_size if context_parallel else 1
         part = parallel.context_rank if context_parallel else 0
         gather = parts > 1 and parallel.comm_type == "allgather"
-        hands = deal_places(
+        ranges_of_rank = assign_places(
             layout,
             multiple=parts * (parallel.tensor_size if parallel.sequence_parallel else 1),
             parts=parts,
             tiles=_TILES if gather else 1,
         )
-        padded = sum(r.length for hand in hands for r in hand)
-        piece = shard(layout, hands[part], padded)
+        padded = sum(r.length for ranges in ranges_of_rank for r in ranges)
+        mine = shard(layout, ranges_of_rank[part], padded)
         device = platform.CURRENT.device
         return cls(
             layout=layout,
-            shard=piece,
+            shard=mine,
             plan=AttentionPlan.make(
-                local_groups(layout.groups, hands[part]) if gather else layout.groups,
+                local_spans(layout.query_spans, ranges_of_rank[part]) if gather else layout.query_spans,
                 parallel.context_group if context_parallel else None,
                 parallel.comm_type,
-                torch.from_numpy(_gathered_of(hands, padded)).to(device) if gather else None,
-                pieces=_PIECES,
+                torch.from_numpy(_gathered_of(ranges_of_rank, padded)).to(device) if gather else None,
+                head_groups=_HEAD_GROUPS,
                 window=window,
                 positions_S=layout.positions_S,
             ),
-            tokens_1s=torch.from_numpy(piece.tokens).to(device)[None],
-            positions_1s=torch.from_numpy(piece.positions).to(device)[None],
-            loss_places_N=torch.from_numpy(piece.loss_places_N).to(device),
-            targets_N=torch.from_numpy(piece.targets_N).to(device),
-            samples=samples,
+            tokens_1s=torch.from_numpy(mine.tokens).to(device)[None],
+            positions_1s=torch.from_numpy(mine.positions).to(device)[None],
+            loss_places_N=torch.from_numpy(mine.loss_places_N).to(device),
+            targets_N=torch.from_numpy(mine.targets_N).to(device),
+            num_samples=num_samples,
             context_parallel=context_parallel,
         )
 
@@ -121,7 +121,7 @@ class ResponseSums:
 
 def response_sums(logps_N: Tensor, batch: MicroBatch, parallel: Parallel) -> ResponseSums:
     """Sum log-probs into responses and NLLs, over places and, in forward only, over context-parallel ranks."""
-    device, n = logps_N.device, batch.samples
+    device, n = logps_N.device, batch.num_samples
     s = batch.shard
 
     def index(array: np.ndarray) -> Tensor:
@@ -138,7 +138,7 @@ def response_sums(logps_N: Tensor, batch: MicroBatch, parallel: Parallel) -> Res
     return ResponseSums(pairs[:, 0], pairs[:, 1], sums[2 * n :])
 
 
-def foretold_gradient(
+def known_nll_grad(
     batch: MicroBatch, *, objective: ObjectiveConfig, parallel: Parallel, microbatches: int
 ) -> Tensor | None:
     """Gradient that each of this rank's log-probs will get, [N] in fp32, NaN where it depends on the preference.
@@ -149,7 +149,7 @@ def foretold_gradient(
     s = batch.shard
     if objective.objective == "dpo" or not len(s.loss_places_N):
         return None
-    each_B = parallel.context_size / (np.maximum(batch.layout.nll_tokens, 1) * batch.samples * microbatches)
+    each_B = parallel.context_size / (np.maximum(batch.layout.nll_tokens, 1) * batch.num_samples * microbatches)
     expected = np.zeros(len(s.loss_places_N))
     np.subtract.at(expected, s.nll_index, each_B[s.nll_slots])
     if objective.objective != "sft":
@@ -170,7 +170,7 @@ def policy_rows(samples: Sequence[Sample], *, data: DataConfig, objective: Objec
 def policy_layout(samples: Sequence[Sample], *, data: DataConfig, objective: ObjectiveConfig) -> SequenceLayout:
     """Their layout, before any cut."""
     rows = policy_rows(samples, data=data, objective=objective)
-    return lay_out(rows, prefix_sharing=data.prefix_sharing, samples=len(samples), responses=2 * len(samples))
+    return lay_out(rows, prefix_sharing=data.prefix_sharing, num_samples=len(samples), num_responses=2 * len(samples))
 
 
 def policy_batch(
@@ -184,7 +184,7 @@ def policy_batch(
     """The long rows of some samples as this rank computes them."""
     return MicroBatch.make(
         policy_rows(samples, data=data, objective=objective),
-        samples=len(samples),
+        num_samples=len(samples),
         prefix_sharing=data.prefix_sharing,
         parallel=parallel,
         context_parallel=True,
@@ -201,7 +201,7 @@ def batch_loss(
     parallel: Parallel,
     chosen_tokens: Sequence[int],
 ) -> tuple[Tensor, list[list[float]]]:
-    """Mean loss of a micro batch, whole on every context-parallel rank, and each sample's figures.
+    """Mean loss of a micro batch, whole on every context-parallel rank, and each sample's metrics.
 
     Args:
         logps_N: log-probs of this rank's places.
@@ -212,7 +212,7 @@ def batch_loss(
         chosen_tokens: tokens of each sample's long chosen row, for the log.
 
     Returns:
-        The scalar loss and, a sample, the figures of SAMPLE_COLUMNS.
+        The scalar loss and, per sample, the metrics of SAMPLE_COLUMNS.
     """
     sums = response_sums(logps_N, batch, parallel)
     device = logps_N.device

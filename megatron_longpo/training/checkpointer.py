@@ -57,7 +57,7 @@ def check_same_run(progress: Progress, identity: dict[str, Any], folder: Path) -
 
 def weights_state(chunks: Sequence[PolicyModel], parallel: Parallel) -> dict[str, Any]:
     """Sharded weights of this rank's chunks, keyed ``model0``, ``model1``, ... under interleaving."""
-    metadata = {"dp_cp_group": parallel.short_group}
+    metadata = {"dp_cp_group": parallel.dp_cp_group}
     state = {}
     for index, chunk in enumerate(chunks):
         sharded = chunk.sharded_state_dict(metadata=metadata)

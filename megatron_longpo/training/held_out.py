@@ -26,7 +26,7 @@ from megatron_longpo.training.metrics import SAMPLE_COLUMNS
 
 VERSION = 1
 
-# Of the policy's layout, beside the figures that training reports.
+# Of the policy's layout, beside the metrics that training reports.
 EXTRA_COLUMNS = ("response_tokens/chosen", "response_tokens/rejected")
 COLUMNS = (*SAMPLE_COLUMNS, *EXTRA_COLUMNS)
 # What is reported as a mean over samples.
@@ -36,7 +36,7 @@ REPORTED = (
 )
 
 
-def figures_of(table: np.ndarray) -> dict[str, np.ndarray]:
+def metrics_of(table: np.ndarray) -> dict[str, np.ndarray]:
     """Each reported figure of each sample.
 
     Args:
@@ -63,12 +63,12 @@ def summary(table: np.ndarray, *, has_reference: bool = True) -> dict[str, Any]:
         table: [samples, COLUMNS].
         has_reference: whether there was one (not for sft, which has the NLL alone).
     """
-    figures = figures_of(table)
+    metrics = metrics_of(table)
     names = REPORTED if has_reference else ("loss", "nll", "logps/chosen")
-    bins = np.array([length_bin(n) for n in figures["tokens"]])
+    bins = np.array([length_bin(n) for n in metrics["tokens"]])
 
     def means(of: np.ndarray) -> dict[str, float]:
-        return {name: float(figures[name][of].mean()) for name in names}
+        return {name: float(metrics[name][of].mean()) for name in names}
 
     everything = np.ones(len(table), dtype=bool)
     return {
@@ -98,7 +98,7 @@ def kept_rows(numbers: Sequence[int], table: np.ndarray) -> list[dict[str, Any]]
     ]
 
 
-def kept_figures(rows: Iterable[dict[str, Any]]) -> dict[int, list[float]]:
+def kept_metrics(rows: Iterable[dict[str, Any]]) -> dict[int, list[float]]:
     """Figures by number of what ``kept_rows`` made; rows of other columns are passed over."""
     return {row["index"]: row["figures"] for row in rows if len(row.get("figures", ())) == len(COLUMNS)}
 
@@ -111,16 +111,16 @@ def write_rows(table: np.ndarray, path: Path, pairs: str) -> None:
         path: of the JSONL file.
         pairs: hash of the data, so that comparisons know the same samples.
     """
-    figures = figures_of(table)
+    metrics = metrics_of(table)
     rows = [
         {
             "key": f"preference/{name}/0/{i}",
             "task": name,
             "length": 0,
             "index": i,
-            "score": float(figures[name][i]),
+            "score": float(metrics[name][i]),
             "digest": f"{pairs[:12]}/{i}",
-            "tokens": int(figures["tokens"][i]),
+            "tokens": int(metrics["tokens"][i]),
         }
         for name in REPORTED
         for i in range(len(table))

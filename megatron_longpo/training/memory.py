@@ -138,7 +138,7 @@ def static_bytes(shape: ModelShape, config: Config, parallel: Parallel, stage: i
     # Two states each, and a master in fp32 where the weights are not.
     states = (12 if bf16 else 8) * parameters
     if config.parallel.use_distributed_optimizer:
-        states //= parallel.short_size
+        states //= parallel.dp_cp_size
     resident = config.reference.reference == "online" and config.objective.objective != "sft"
     weights = (2 if bf16 else 4) * parameters * (2 if resident else 1)
     return weights + 4 * parameters + states

@@ -16,7 +16,7 @@ from megatron_longpo.config import LoggingConfig
 from megatron_longpo.runtime import platform
 from megatron_longpo.runtime.process_groups import Parallel
 
-# Per-sample figures that the last pipeline stage reports, in the order of their columns.
+# Per-sample metrics that the last pipeline stage reports, in the order of their columns.
 SAMPLE_COLUMNS = (
     "loss",
     "nll",
@@ -34,20 +34,20 @@ SAMPLE_COLUMNS = (
 
 
 def reduce_samples(
-    figures: dict[int, list[float]], batch_size: int, parallel: Parallel, *, has_figures: bool
+    sample_metrics: dict[int, list[float]], batch_size: int, parallel: Parallel, *, has_metrics: bool
 ) -> dict[str, float]:
     """Means over the global batch (``tokens``: the sum), the same on every rank and for every layout.
 
-    Each sample's figures are put at its place in the batch and summed over ranks with zeros, so that the mean is always
+    Each sample's metrics are put at its place in the batch and summed over ranks with zeros, so that the mean is always
     taken in one order.
 
     Args:
-        figures: place in the batch -> SAMPLE_COLUMNS, for the samples of this data-parallel rank.
+        sample_metrics: place in the batch -> SAMPLE_COLUMNS, for the samples of this data-parallel rank.
         batch_size: samples of the global batch.
         parallel: groups.
-        has_figures: whether this rank is one of the last stages, which know them.
+        has_metrics: whether this rank is one of the last stages, which know them.
     """
-    table = gather_samples(figures, batch_size, len(SAMPLE_COLUMNS), parallel, has_figures=has_figures)
+    table = gather_samples(sample_metrics, batch_size, len(SAMPLE_COLUMNS), parallel, has_metrics=has_metrics)
     means = table.mean(0).tolist()
     result = dict(zip(SAMPLE_COLUMNS, means, strict=True))
     result["tokens"] = float(table[:, SAMPLE_COLUMNS.index("tokens")].sum())
@@ -55,12 +55,12 @@ def reduce_samples(
 
 
 def gather_samples(
-    figures: dict[int, list[float]], batch_size: int, columns: int, parallel: Parallel, *, has_figures: bool
+    sample_metrics: dict[int, list[float]], batch_size: int, columns: int, parallel: Parallel, *, has_metrics: bool
 ) -> torch.Tensor:
-    """Figures of a whole batch, [batch_size, columns] in fp64, on every rank; see ``reduce_samples``."""
+    """Metrics of a whole batch, [batch_size, columns] in fp64, on every rank; see ``reduce_samples``."""
     table = torch.zeros(batch_size, columns, dtype=torch.float64, device=platform.CURRENT.device)
-    if has_figures:
-        for place, row in figures.items():
+    if has_metrics:
+        for place, row in sample_metrics.items():
             table[place] = torch.tensor(row, dtype=torch.float64, device=table.device)
         dist.all_reduce(table, group=parallel.data_group)
     if parallel.pipeline_size > 1:
@@ -99,7 +99,7 @@ class _Clock:
 
 
 class Reporter:
-    """Writes a run's figures; does nothing on any rank but the first.
+    """Writes a run's metrics; does nothing on any rank but the first.
 
     Args:
         output: the run's folder, or None to write nothing but the progress line.
@@ -211,7 +211,7 @@ class Reporter:
 
 
 def validation_line(r: dict[str, Any]) -> str:
-    """Held-out figures for people."""
+    """Held-out metrics for people."""
     parts = [f"held-out loss {r['loss']:.4f}", f"nll {r['nll']:.4f}"]
     if "rewards/margins" in r:
         parts += [f"margin {r['rewards/margins']:+.4f}", f"acc {r['rewards/accuracies']:.2f}"]
@@ -226,7 +226,7 @@ def _duration(seconds: float) -> str:
 
 
 def draw_curves(records: list[dict[str, Any]], path: Path, validations: list[dict[str, Any]] | None = None) -> None:
-    """Loss, log-probs, rewards, accuracy, gradient norm and speed against steps, as one PNG; held-out figures as crosses."""
+    """Loss, log-probs, rewards, accuracy, gradient norm and speed against steps, as one PNG; held-out metrics as crosses."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -21,7 +21,7 @@ from megatron_longpo.training.optimization import check_schedule
 
 
 @dataclass(frozen=True)
-class Plan:
+class RunPlan:
     """What can be known before any process group is made; every rank knows the same.
 
     Attributes:
@@ -60,7 +60,7 @@ class Plan:
         )
 
 
-def make_plan(config: Config, world_size: int) -> Plan:
+def make_plan(config: Config, world_size: int) -> RunPlan:
     """Check a configuration against itself, its checkpoint, its data and the world.
 
     Raises:
@@ -114,7 +114,7 @@ def make_plan(config: Config, world_size: int) -> Plan:
     t = config.training
     train_iters = t.train_iters or max(1, math.floor(t.train_epochs * manifest.samples / t.global_batch_size))
     check_schedule(config, train_iters)
-    return Plan(
+    return RunPlan(
         *(config, load, reference_load, shape, reference_shape, manifest, valid_manifest),
         *(train_iters, world_size, comm_type, comm_reason),
     )
@@ -161,7 +161,7 @@ def _check_data(config: Config, prefix: str, manifest: Manifest, shape: ModelSha
         )
 
 
-def groups_of(plan: Plan) -> Parallel:
+def groups_of(plan: RunPlan) -> Parallel:
     """Make the process groups of a plan."""
     p = plan.config.parallel
     return process_groups.set_up(

@@ -1,7 +1,7 @@
 """Log-probs of the frozen reference: computed once and cached beside the data, or online in every step.
 
 LongPO's reference scores each answer on its short chunk alone (paper, Eq. 9), so its rows are short and whole: they are
-dealt over the data x context ranks by cost and packed. DPO's reference scores the long rows, cut like the policy's.
+assigned to the data x context ranks by cost and packed. DPO's reference scores the long rows, cut like the policy's.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from megatron_longpo.errors import DataError
 from megatron_longpo.model.rotary import Rotary
 from megatron_longpo.model.shape import ModelShape
 from megatron_longpo.runtime import platform
+from megatron_longpo.runtime.balance import assign, round_up
 from megatron_longpo.runtime.files import sha256_of, write_atomically
 from megatron_longpo.runtime.process_groups import Parallel
 from megatron_longpo.training.batch import MicroBatch, response_sums
@@ -79,18 +80,6 @@ def tasks_of(samples: Sequence[Sample], scope: str, shape: ModelShape) -> list[T
     return tasks
 
 
-def deal(costs: Sequence[float], ranks: int) -> list[list[int]]:
-    """Deal numbered items to ranks so that the dearest rank costs little more than the mean: dearest first, each to the
-    rank that has least (Graham's LPT rule, at most 4/3 of the best)."""
-    hands: list[list[int]] = [[] for _ in range(ranks)]
-    totals = [0.0] * ranks
-    for item in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
-        rank = min(range(ranks), key=lambda r: (totals[r], r))
-        hands[rank].append(item)
-        totals[rank] += costs[item]
-    return [sorted(hand) for hand in hands]
-
-
 def pack(tokens: Sequence[int], limit: int) -> list[list[int]]:
     """Pack numbered items into sequences of at most ``limit`` tokens, first fit by decreasing size; a larger item is a
     sequence of its own."""
@@ -136,8 +125,8 @@ def score(
     """
     long = scope == "long"
     tasks = tasks_of(samples, scope, shape)
-    ranks, rank = (parallel.data_size, parallel.data_rank) if long else (parallel.short_size, parallel.short_rank)
-    mine = [tasks[i] for i in deal([t.cost for t in tasks], ranks)[rank]]
+    ranks, rank = (parallel.data_size, parallel.data_rank) if long else (parallel.dp_cp_size, parallel.dp_cp_rank)
+    mine = [tasks[i] for i in assign([t.cost for t in tasks], ranks)[rank]]
     packs = [[i] for i in range(len(mine))] if long else pack([t.tokens for t in mine], max_tokens)
     result = torch.zeros(len(samples), 2, dtype=torch.float64, device=platform.CURRENT.device)
     for numbers, sums in zip(
@@ -152,7 +141,7 @@ def score(
     if parallel.pipeline_size > 1:
         dist.broadcast(result, src=parallel.last_stage_rank, group=parallel.pipeline_group)
     # Plain sums of disjoint parts; no gradient is taken through them.
-    dist.all_reduce(result, group=parallel.data_group if long else parallel.short_group)
+    dist.all_reduce(result, group=parallel.data_group if long else parallel.dp_cp_group)
     return result.cpu().numpy()
 
 
@@ -181,7 +170,7 @@ def _forward(
         batches.append(
             MicroBatch.make(
                 rows,
-                samples=len(pack_),
+                num_samples=len(pack_),
                 prefix_sharing=prefix_sharing,
                 parallel=parallel,
                 context_parallel=long,
@@ -191,9 +180,7 @@ def _forward(
     if not batches:
         return []
     # Interleaved schedules want a multiple of the pipeline's length; what is added is not read.
-    wanted = (
-        -(-len(batches) // parallel.pipeline_size) * parallel.pipeline_size if parallel.virtual_stages else len(batches)
-    )
+    wanted = round_up(len(batches), parallel.pipeline_size) if parallel.virtual_stages else len(batches)
     fed = batches + [batches[-1]] * (wanted - len(batches))
 
     def forward_step(iterator: Any, chunk: torch.nn.Module) -> tuple[Tensor, Callable[..., Any]]:
@@ -224,7 +211,7 @@ def _forward(
         chunk.train(was)
     if parallel.is_last_stage:
         return list(sums)[: len(batches)]
-    return [torch.zeros(b.samples, 2, dtype=torch.float64, device=platform.CURRENT.device) for b in batches]
+    return [torch.zeros(b.num_samples, 2, dtype=torch.float64, device=platform.CURRENT.device) for b in batches]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -249,8 +236,8 @@ class ReferenceCache:
     ``HASH.partial`` holds what is done and NaN elsewhere, so that a computation broken off goes on.
     """
 
-    def __init__(self, folder: Path, identity: dict[str, Any], samples: int) -> None:
-        self.folder, self.samples = folder, samples
+    def __init__(self, folder: Path, identity: dict[str, Any], num_samples: int) -> None:
+        self.folder, self.num_samples = folder, num_samples
         self.identity = {"schema_version": SCHEMA_VERSION, **identity}
         text = json.dumps(self.identity, sort_keys=True)
         self.name = hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -271,9 +258,9 @@ class ReferenceCache:
             table = np.load(self.path, allow_pickle=False)
         except Exception as error:  # numpy raises a dozen kinds for a file that is none of its own
             raise DataError(f"{self.path}: cannot be read ({error}); remove it to compute it again") from None
-        if table.shape != (self.samples, 2) or table.dtype != np.float64 or not np.isfinite(table).all():
+        if table.shape != (self.num_samples, 2) or table.dtype != np.float64 or not np.isfinite(table).all():
             raise DataError(
-                f"{self.path}: holds {table.shape} of {table.dtype}, expected finite ({self.samples}, 2) of float64; "
+                f"{self.path}: holds {table.shape} of {table.dtype}, expected finite ({self.num_samples}, 2) of float64; "
                 "remove it to compute it again"
             )
         return table
@@ -281,7 +268,7 @@ class ReferenceCache:
     def partial(self) -> np.ndarray:
         """What is done so far; NaN elsewhere."""
         path = self.folder / f"{self.name}.partial"
-        table = np.full((self.samples, 2), np.nan)
+        table = np.full((self.num_samples, 2), np.nan)
         if path.exists():
             done = np.fromfile(path, np.float64)
             done = done[: len(done) // 2 * 2][: table.size]
@@ -340,7 +327,7 @@ def fill(
     dist.broadcast(holder, src=0)
     table = holder.cpu().numpy()
     todo = np.flatnonzero(np.isnan(table).any(axis=1))
-    block = block or 8 * parallel.short_size
+    block = block or 8 * parallel.dp_cp_size
     began = said = time.monotonic()
     if len(todo) < len(data):
         log(f"reference: {len(data) - len(todo)} of {len(data)} samples were scored before")

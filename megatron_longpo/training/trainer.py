@@ -30,22 +30,22 @@ from megatron_longpo.checkpoint.folders import ASSETS, folder_of, latest_step, r
 from megatron_longpo.config import Config
 from megatron_longpo.data.indexed import PreferenceData
 from megatron_longpo.data.preference import Mode, Sample
-from megatron_longpo.data.sampler import BatchSampler, deal_batch
+from megatron_longpo.data.sampler import BatchSampler, assign_batch
 from megatron_longpo.errors import LongPOError
 from megatron_longpo.model.gpt import PolicyModel, build_model
 from megatron_longpo.model.rotary import rotary_of
 from megatron_longpo.model.shape import ModelShape
 from megatron_longpo.runtime import platform, process_groups
-from megatron_longpo.runtime.collectives import on_first_rank
+from megatron_longpo.runtime.collectives import on_rank0
 from megatron_longpo.runtime.files import write_atomically
 from megatron_longpo.runtime.log import log
 from megatron_longpo.runtime.process_groups import Parallel
 from megatron_longpo.training import held_out, memory
-from megatron_longpo.training.batch import MicroBatch, batch_loss, foretold_gradient, policy_batch, policy_layout
+from megatron_longpo.training.batch import MicroBatch, batch_loss, known_nll_grad, policy_batch, policy_layout
 from megatron_longpo.training.checkpointer import Checkpointer, check_same_run, load_weights
 from megatron_longpo.training.metrics import Reporter, gather_samples, reduce_samples, validation_line
 from megatron_longpo.training.optimization import build_optimizer, build_scheduler, wrap_for_training
-from megatron_longpo.training.plan import Plan, groups_of, make_plan
+from megatron_longpo.training.plan import RunPlan, groups_of, make_plan
 from megatron_longpo.training.reference import cache_for, fill, row_cost, scope_of, score, weights_fingerprint
 
 
@@ -62,7 +62,7 @@ class DataSet:
     """
 
     def __init__(self, prefix: str, *, verify: bool, shape: ModelShape) -> None:
-        on_first_rank(lambda: PreferenceData(prefix, verify=verify) and None)
+        on_rank0(lambda: PreferenceData(prefix, verify=verify) and None)
         self.samples = PreferenceData(prefix, verify=False)
         self.costs = [row_cost(int(n), shape) for n in self.samples.long_lengths()]
 
@@ -75,7 +75,7 @@ class Trainer:
         parallel: groups of this process.
     """
 
-    def __init__(self, plan: Plan, parallel: Parallel) -> None:
+    def __init__(self, plan: RunPlan, parallel: Parallel) -> None:
         self.began = time.monotonic()
         self.plan, self.parallel = plan, parallel
         self.config = config = plan.config
@@ -95,7 +95,7 @@ class Trainer:
         )
         self.rotary = rotary_of(plan.policy_shape, plan.policy_shape.rotary_base)
 
-        reference_weights, resumed = self._agree()
+        reference_weights, resumed = self._sync_start_state()
         self._log_model()
         self.config = config = self._with_recompute()
         self.chunks = build_model(plan.shape, config, parallel)
@@ -109,7 +109,7 @@ class Trainer:
         self.model = wrap_for_training(self.chunks, config)
         self.optimizer = build_optimizer(config, self.model)
         self.scheduler = build_scheduler(config, self.optimizer, plan.train_iters)
-        self._tell_schedule()
+        self._configure_schedule()
         self.checkpointer = (
             Checkpointer(self.output, config, plan.policy_shape, plan.load / ASSETS, parallel, self.identity)
             if self.output
@@ -134,24 +134,23 @@ class Trainer:
 
     # ---------------------------------------------------------------------------------- set-up
 
-    def _agree(self) -> tuple[str, int | None]:
+    def _sync_start_state(self) -> tuple[str, int | None]:
         """What the first rank finds on disk, for all: name of the reference's weights, step to resume from.
 
         Raises:
             CheckpointError: the run in the output folder was made with other settings.
         """
         plan = self.plan
-        found: list[Any] = ["", None]
 
-        def look() -> None:
-            if scope_of(self.config.objective.objective) != "none":
-                found[0] = weights_fingerprint(plan.reference_load, plan.reference_shape)
-            if self.output and not self.config.training.skip_train:
-                found[1] = latest_step(self.output)
+        def look() -> tuple[str, int | None]:
+            needs_reference = scope_of(self.config.objective.objective) != "none"
+            resumable = None if self.config.training.skip_train else self.output
+            return (
+                weights_fingerprint(plan.reference_load, plan.reference_shape) if needs_reference else "",
+                latest_step(resumable) if resumable else None,
+            )
 
-        on_first_rank(look)
-        dist.broadcast_object_list(found, src=0, device=platform.CURRENT.device)
-        weights, resumed = found
+        weights, resumed = on_rank0(look)
         c = self.config
         self.identity = {
             "reference_weights": weights,
@@ -172,7 +171,7 @@ class Trainer:
         if resumed is not None:
             assert self.output is not None
             folder = folder_of(self.output, resumed)
-            on_first_rank(lambda: check_same_run(read_progress(folder), self.identity, folder))
+            on_rank0(lambda: check_same_run(read_progress(folder), self.identity, folder))
         return weights, resumed
 
     def _log(self, message: str) -> None:
@@ -208,8 +207,8 @@ class Trainer:
             return config
         t = config.training
         # The costliest samples; chained rows stand for independent ones, which are laid out to be measured.
-        dearest = np.argsort(self.data_set.costs)[::-1][: max(4, t.micro_batch_size)]
-        layouts = [policy_layout([self.data[int(i)]], data=config.data, objective=config.objective) for i in dearest]
+        costliest = np.argsort(self.data_set.costs)[::-1][: max(4, t.micro_batch_size)]
+        layouts = [policy_layout([self.data[int(i)]], data=config.data, objective=config.objective) for i in costliest]
         longest = sorted(layouts, key=lambda x: x.length)[-t.micro_batch_size :]
         found = memory.choices(
             self.plan.shape,
@@ -285,7 +284,7 @@ class Trainer:
         swapped = score_with(self.chunks)
 
         def score_swapped(data: PreferenceData, numbers: list[int]) -> np.ndarray:
-            with _holding(self.chunks, frozen):
+            with swapped_weights(self.chunks, frozen):
                 return swapped([data[i] for i in numbers])
 
         return [partial(score_swapped, data) for data in sets]
@@ -295,14 +294,7 @@ class Trainer:
     ) -> np.ndarray:
         plan = self.plan
         cache = cache_for(self.config, data, weights, self._reference_base(), plan.reference_shape)
-        found: list[bool] = [False]
-
-        def look() -> None:
-            found[0] = cache.read() is not None
-
-        on_first_rank(look)
-        dist.broadcast_object_list(found, src=0, device=platform.CURRENT.device)
-        if not found[0]:
+        if not on_rank0(lambda: cache.read() is not None):
             self._log(f"reference: scoring {len(data)} samples once, into {cache.path}")
             load_weights(plan.reference_load, self.chunks, self.parallel)
             return fill(cache, data, score_samples, parallel=self.parallel, log=self._log)
@@ -317,7 +309,7 @@ class Trainer:
         dist.broadcast(holder, src=0)
         return holder.cpu().numpy()
 
-    def _tell_schedule(self) -> None:
+    def _configure_schedule(self) -> None:
         """megatron-core's schedules take these from the model's configuration."""
         p = self.config.parallel
         megatron = self.chunks[0].config
@@ -367,8 +359,8 @@ class Trainer:
         for chunk in self.model:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        figures = self.forward_backward(numbers, reference)
-        means = reduce_samples(figures, len(numbers), self.parallel, has_figures=self.parallel.is_last_stage)
+        sample_metrics = self.forward_backward(numbers, reference)
+        means = reduce_samples(sample_metrics, len(numbers), self.parallel, has_metrics=self.parallel.is_last_stage)
         self._check_finite("loss", means["loss"], numbers)
         _, grad_norm, _ = self.optimizer.step()
         self._check_finite("gradient norm", float(grad_norm or 0.0), numbers)
@@ -400,11 +392,11 @@ class Trainer:
             held_out: the samples are of these, and no gradient is taken.
 
         Returns:
-            Place in the batch -> figures, on the last pipeline stage; empty on the others.
+            Place in the batch -> metrics, on the last pipeline stage; empty on the others.
         """
         t = self.config.training
         source = held_out or self.data_set
-        places = deal_batch(
+        places = assign_batch(
             [source.costs[i] for i in numbers],
             data_size=self.parallel.data_size,
             micro_batch_size=t.micro_batch_size,
@@ -413,7 +405,7 @@ class Trainer:
         for place in places:
             samples = [source.samples[numbers[i]] for i in place]
             prepared.append((place, samples, self._lay_out(samples)))
-        figures: dict[int, list[float]] = {}
+        sample_metrics: dict[int, list[float]] = {}
 
         def forward_step(iterator: Iterator[Any], chunk: torch.nn.Module) -> tuple[Tensor, Callable[..., Any]]:
             place, samples, batch = next(iterator)
@@ -426,7 +418,7 @@ class Trainer:
                 batch.targets_N,
                 None
                 if held_out
-                else foretold_gradient(
+                else known_nll_grad(
                     batch,
                     objective=self.config.objective,
                     parallel=self.parallel,
@@ -446,7 +438,7 @@ class Trainer:
                 if held_out:
                     counts = batch.layout.response_tokens.reshape(-1, 2).tolist()
                     rows = [row + [float(n) for n in pair] for row, pair in zip(rows, counts, strict=True)]
-                figures.update(zip(place, rows, strict=True))
+                sample_metrics.update(zip(place, rows, strict=True))
                 return loss, {}
 
             return output, loss_func
@@ -461,7 +453,7 @@ class Trainer:
             micro_batch_size=1,
             forward_only=held_out is not None,
         )
-        return figures
+        return sample_metrics
 
     # ---------------------------------------------------------------------------------- held-out data
 
@@ -470,13 +462,13 @@ class Trainer:
         kept: Mapping[int, Sequence[float]] | None = None,
         keep: Callable[[list[int], np.ndarray], None] | None = None,
     ) -> np.ndarray:
-        """Figures of the held-out samples, [samples, held_out.COLUMNS], the same on every rank and for every layout.
+        """Metrics of the held-out samples, [samples, held_out.COLUMNS], the same on every rank and for every layout.
 
         Collective; the weights stay as they are.
 
         Args:
-            kept: figures of samples that a broken-off run found, by number, the same on every rank; they are not computed again.
-            keep: called with the numbers of a batch and their figures, [numbers, held_out.COLUMNS], as they come.
+            kept: metrics from an interrupted run, keyed by sample number and identical on all ranks; these samples are skipped.
+            keep: called with the numbers of a batch and their metrics, [numbers, held_out.COLUMNS], as they come.
         """
         valid_set = self.valid_set
         assert valid_set is not None
@@ -484,21 +476,21 @@ class Trainer:
         size = t.global_batch_size
         count = len(valid_set.samples) if t.eval_iters is None else min(len(valid_set.samples), t.eval_iters * size)
         result = np.zeros((count, len(held_out.COLUMNS)))
-        for number, figures in (kept or {}).items():
+        for number, metrics in (kept or {}).items():
             if number < count:
-                result[number] = figures
+                result[number] = metrics
         left = [n for n in range(count) if n not in (kept or {})]
         began = said = time.monotonic()
         tokens = 0.0
         for start in range(0, len(left), size):
             fresh = left[start : start + size]
-            # The last batch is filled with its last sample, whose further figures are left out.
+            # The last batch is filled with its last sample, whose further metrics are left out.
             numbers = fresh + [fresh[-1]] * (size - len(fresh))
             reference = self.valid_reference(numbers)
             with torch.no_grad():
                 found = self.forward_backward(numbers, reference, held_out=valid_set)
             table = gather_samples(
-                found, size, len(held_out.COLUMNS), self.parallel, has_figures=self.parallel.is_last_stage
+                found, size, len(held_out.COLUMNS), self.parallel, has_metrics=self.parallel.is_last_stage
             )
             of_batch = table[: len(fresh)].cpu().numpy()
             result[fresh] = of_batch
@@ -580,13 +572,13 @@ class Trainer:
             step=self.step,
             train_iters=self.plan.train_iters,
             layout=self.parallel.describe(),
-            manifest=dataclasses.asdict(self.plan.manifest),
+            manifest=self.plan.manifest.as_dict(),
             records=self.reporter.records,
         )
 
 
 @contextmanager
-def _holding(chunks: Sequence[torch.nn.Module], weights: Sequence[Sequence[Tensor]]) -> Iterator[None]:
+def swapped_weights(chunks: Sequence[torch.nn.Module], weights: Sequence[Sequence[Tensor]]) -> Iterator[None]:
     """The chunks hold other weights meanwhile. Copied in place: DDP's and the optimizer's views must stay views."""
     own = [[p.detach().clone() for p in chunk.parameters()] for chunk in chunks]
     with torch.no_grad():

@@ -138,14 +138,14 @@ def test_held_out_figures_agree_with_hugging_face(results: dict[str, Any], parit
     margin = beta * ((m["logps/chosen"] - m["ref/chosen"]) - (m["logps/rejected"] - m["ref/rejected"]))
     assert abs(summary["rewards/margins"] - margin) <= HF_BOUND * _scale(m, "rewards/margins", beta)
     # Estimates of the KL a token, sample by sample.
-    figures = held_out.figures_of(results[EVALUATED]["one"]["held_out"])
+    metrics = held_out.metrics_of(results[EVALUATED]["one"]["held_out"])
     for number in range(7):
         m = answers[number].metrics
         for side, first, second in (("chosen", "ref", "logps"), ("rejected", "logps", "ref")):
             mode = CHOSEN_RESPONSE if side == "chosen" else REJECTED_RESPONSE
             tokens = sum(len(p.tokens) for p in data[number].pieces if p.mode & mode == mode)
             kl = (m[f"{first}/{side}"] - m[f"{second}/{side}"]) / tokens
-            assert abs(figures[f"kl/{side}"][number] - kl) <= HF_BOUND * abs(m[f"logps/{side}"]) / tokens
+            assert abs(metrics[f"kl/{side}"][number] - kl) <= HF_BOUND * abs(m[f"logps/{side}"]) / tokens
 
 
 @_of(bf16=True)

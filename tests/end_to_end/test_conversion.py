@@ -21,7 +21,7 @@ from megatron_longpo.config import Config
 from megatron_longpo.conversion import convert
 from megatron_longpo.conversion.convert import Changes, compare, export_hf, import_hf
 from megatron_longpo.conversion.verification import compare_logits
-from megatron_longpo.data.sequence import KeyBlock, QueryGroup
+from megatron_longpo.data.sequence import KeyBlock, QuerySpan
 from megatron_longpo.errors import CheckpointError
 from megatron_longpo.model import gpt
 from megatron_longpo.model.attention import AttentionPlan
@@ -68,7 +68,7 @@ def our_logits(checkpoint: Path, tokens: list[int], monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(gpt, "token_logprobs", catch)
     n = len(tokens)
-    groups = (QueryGroup(0, n, (KeyBlock(0, n, True),)),)
+    groups = (QuerySpan(0, n, (KeyBlock(0, n, True),)),)
     plan = AttentionPlan.make(groups, None, window=shape.window_size, positions_S=np.arange(n))
     with torch.no_grad():
         chunks[0](

@@ -14,7 +14,7 @@ def dense_attention(
     """Attention of query groups by softmax under a dense mask, [S, Q, D]; zeros for places in no group.
 
     Args:
-        groups: ``sequence.QueryGroup``s.
+        groups: ``sequence.QuerySpan``s.
         mask: [S, S], a further mask on what may be seen.
     """
     n, repeat = query.shape[0], query.shape[1] // key.shape[1]

@@ -31,7 +31,7 @@ from megatron_longpo.data.preference import (
     long_rows,
     short_rows,
 )
-from megatron_longpo.data.sampler import BatchSampler, deal_batch
+from megatron_longpo.data.sampler import BatchSampler, assign_batch
 from megatron_longpo.errors import DataError
 from tests.support.data import make_data, random_sample, tokenised_row
 
@@ -186,7 +186,7 @@ def test_a_writer_broken_off_goes_on(tmp_path_factory: pytest.TempPathFactory, d
             for number in range(start, len(samples)):
                 writer.add(samples[number])
                 if number % 3 == 2:
-                    writer.reject("odd", {"line": number})
+                    writer.skip("odd", {"line": number})
                     writer.commit({"rows": number + 1})
                 if number == stop:
                     for stream in writer._files.values():
@@ -283,14 +283,14 @@ def test_every_sample_once_an_epoch(samples: int, batch: int, shuffle: bool, see
 def test_ranks_share_a_batch_without_overlap(data_size: int, micro: int, rounds: int, data: st.DataObject) -> None:
     size = data_size * micro * rounds
     costs = data.draw(st.lists(st.floats(1, 1000), min_size=size, max_size=size))
-    dealt = deal_batch(costs, data_size=data_size, micro_batch_size=micro)
-    assert sorted(i for rank in dealt for m in rank for i in m) == list(range(size))
-    assert all(len(rank) == rounds and all(len(m) == micro for m in rank) for rank in dealt)
+    assigned = assign_batch(costs, data_size=data_size, micro_batch_size=micro)
+    assert sorted(i for rank in assigned for m in rank for i in m) == list(range(size))
+    assert all(len(rank) == rounds and all(len(m) == micro for m in rank) for rank in assigned)
 
 
 def test_ranks_finish_together() -> None:
-    """64 rows of lognormal lengths over 4 ranks with 16 steps each: far better than dealt in order."""
+    """64 rows of lognormal lengths over 4 ranks with 16 steps each: far better than assigned in order."""
     rng = np.random.default_rng(0)
     costs = (rng.lognormal(9, 0.8, 64) ** 1.5).tolist()
-    loads = [sum(costs[i] for m in rank for i in m) for rank in deal_batch(costs, data_size=4, micro_batch_size=1)]
+    loads = [sum(costs[i] for m in rank for i in m) for rank in assign_batch(costs, data_size=4, micro_batch_size=1)]
     assert max(loads) <= 1.05 * sum(loads) / 4

@@ -13,22 +13,31 @@ from hypothesis import strategies as st
 
 from megatron_longpo.errors import ConfigError, DataError
 from megatron_longpo.evaluation import compare, report
-from megatron_longpo.evaluation.runner import Results, Share, Window, deal, read_rows, run, window_size, windows_of
+from megatron_longpo.evaluation.runner import (
+    Results,
+    SampleBatch,
+    Share,
+    assign_batches,
+    read_rows,
+    run,
+    sample_batches,
+    samples_per_batch,
+)
 from megatron_longpo.evaluation.settings import EvaluationConfig, check
 from megatron_longpo.training import held_out
 
 
-def _rows(window: Window, done: set[str]) -> Any:
-    for key in window.keys:
+def _rows(batch: SampleBatch, done: set[str]) -> Any:
+    for key in batch.keys:
         if key not in done:
             yield [{"key": key, "task": "t", "length": 1, "index": 0, "score": 1.0}], 1
 
 
 def test_results_go_on_after_a_torn_line_whatever_the_split(tmp_path: Path) -> None:
-    windows = [Window((f"s/t/1/{2 * i}", f"s/t/1/{2 * i + 1}"), float(i), list) for i in range(5)]
+    batches = [SampleBatch((f"s/t/1/{2 * i}", f"s/t/1/{2 * i + 1}"), float(i), list) for i in range(5)]
     first = Results(tmp_path / "s", {"seed": 1}, Share(1, 3))
     # Alone, it does not wait for the others.
-    assert run("s", windows, _rows, first) is None
+    assert run("s", batches, _rows, first) is None
     first.close()
     path = tmp_path / "s" / "parts" / "1-of-3" / "answers.jsonl"
     done = {r["key"] for r in read_rows(path)}
@@ -36,16 +45,16 @@ def test_results_go_on_after_a_torn_line_whatever_the_split(tmp_path: Path) -> N
     content = path.read_text()
     path.write_text(content[:-7])
     again = Results(tmp_path / "s", {"seed": 1}, Share(0, 1))
-    rows = run("s", windows, _rows, again)
+    rows = run("s", batches, _rows, again)
     again.close()
     assert rows is not None and [r["key"] for r in rows] == [f"s/t/1/{i}" for i in range(10)]
     assert len((tmp_path / "s" / "samples.jsonl").read_text().splitlines()) == 10
     # Fewer samples of a cell that is asked again; another cell that was finished stays, one that was begun does not.
     fewer = Results(tmp_path / "s", {"seed": 1}, Share(0, 1))
-    other = [Window(("s/u/1/0",), 1.0, list)]
+    other = [SampleBatch(("s/u/1/0",), 1.0, list)]
     run("s", other, _rows, fewer)
     fewer.add([{"key": "s/v/1/0", "task": "v", "length": 1, "index": 0, "score": 0.0}])
-    rows = run("s", windows[:2], _rows, fewer)
+    rows = run("s", batches[:2], _rows, fewer)
     fewer.close()
     assert rows is not None and {r["key"] for r in rows} == {*(f"s/t/1/{i}" for i in range(4)), "s/u/1/0"}
     # What a task is made of may be added, not changed.
@@ -66,14 +75,14 @@ def test_results_go_on_after_a_torn_line_whatever_the_split(tmp_path: Path) -> N
 def test_what_was_refused_is_asked_again(tmp_path: Path) -> None:
     """And a later answer counts, in whichever part it is."""
 
-    def refuse(window: Window, done: set[str]) -> Any:
-        rows = [{"key": k, "task": "t", "length": 1, "index": 0, "score": 0.0, "refused": True} for k in window.keys]
+    def refuse(batch: SampleBatch, done: set[str]) -> Any:
+        rows = [{"key": k, "task": "t", "length": 1, "index": 0, "score": 0.0, "refused": True} for k in batch.keys]
         yield [r for r in rows if r["key"] not in done], 1
 
-    windows = [Window(("s/t/1/0", "s/t/1/1"), 1.0, list)]
+    batches = [SampleBatch(("s/t/1/0", "s/t/1/1"), 1.0, list)]
     for share, answer, score in ((Share(), refuse, 0.0), (Share(0, 1), _rows, 1.0), (Share(0, 1), refuse, 1.0)):
         results = Results(tmp_path / "s", {}, share)
-        rows = run("s", windows, answer, results)
+        rows = run("s", batches, answer, results)
         results.close()
         assert rows is not None and [r["score"] for r in rows] == [score, score]
     moved = tmp_path / "s" / "parts" / "9-of-9"
@@ -81,7 +90,7 @@ def test_what_was_refused_is_asked_again(tmp_path: Path) -> None:
     lines = (tmp_path / "s" / "parts" / "0-of-1" / "answers.jsonl").read_text().splitlines(keepends=True)
     (moved / "answers.jsonl").write_text("".join(lines[:2]))
     results = Results(tmp_path / "s", {}, Share())
-    rows = run("s", windows, _rows, results)
+    rows = run("s", batches, _rows, results)
     assert rows is not None and [r["score"] for r in rows] == [1.0, 1.0]
 
 
@@ -99,10 +108,10 @@ def test_processes_that_do_not_share_a_folder_are_told(tmp_path: Path) -> None:
 
 @given(st.lists(st.floats(0.1, 100), min_size=1, max_size=30), st.integers(1, 5))
 def test_windows_are_dealt_once_and_evenly(costs: list[float], ranks: int) -> None:
-    windows = [Window((str(i),), c, list) for i, c in enumerate(costs)]
-    hands = deal(windows, ranks)
-    assert sorted(int(w.keys[0]) for hand in hands for w in hand) == list(range(len(costs)))
-    loads = [sum(w.cost for w in hand) for hand in hands]
+    batches = [SampleBatch((str(i),), c, list) for i, c in enumerate(costs)]
+    assigned = assign_batches(batches, ranks)
+    assert sorted(int(w.keys[0]) for mine in assigned for w in mine) == list(range(len(costs)))
+    loads = [sum(w.cost for w in mine) for mine in assigned]
     assert max(loads) <= sum(costs) / ranks + max(costs) + 1e-9
 
 
@@ -115,7 +124,7 @@ def _evaluation(name: str, scores: dict[int, float], digest: str = "d") -> compa
     ("samples", "world_size", "at_once", "size"),
     [
         (260, 1, 4, 32),  # one process: as much in common as can be
-        (260, 2, 4, 16),  # 130 each: eight windows of 16
+        (260, 2, 4, 16),  # 130 each: eight batches of 16
         (260, 64, 1, 1),  # 5 each
         (260, 64, 64, 5),  # an engine that answers many at once gets all its samples together
         (6500, 8, 64, 64),
@@ -123,7 +132,7 @@ def _evaluation(name: str, scores: dict[int, float], digest: str = "d") -> compa
     ],
 )
 def test_size_of_windows_by_hand(samples: int, world_size: int, at_once: int, size: int) -> None:
-    assert window_size(samples, world_size, at_once) == size
+    assert samples_per_batch(samples, world_size, at_once) == size
 
 
 @settings(max_examples=200, deadline=None)
@@ -134,14 +143,16 @@ def test_size_of_windows_by_hand(samples: int, world_size: int, at_once: int, si
     at_once=st.integers(1, 8),
 )
 def test_many_processes_share_few_samples(cells: int, samples: int, world_size: int, at_once: int) -> None:
-    size = window_size(cells * samples, world_size, at_once)
-    windows = [w for cell in range(cells) for w in windows_of("ruler", f"t{cell}", 1024, samples, size, lambda i: i)]  # type: ignore[arg-type, return-value]
-    assert [k for w in windows for k in w.keys] == [
+    size = samples_per_batch(cells * samples, world_size, at_once)
+    batches = [
+        w for cell in range(cells) for w in sample_batches("ruler", f"t{cell}", 1024, samples, size, lambda i: i)
+    ]  # type: ignore[arg-type, return-value]
+    assert [k for w in batches for k in w.keys] == [
         f"ruler/t{c}/1024/{i}" for c in range(cells) for i in range(samples)
     ]
-    assert [i for w in windows[:1] for [i] in w.make()] == list(range(len(windows[0].keys)))
-    assert max(len(w.keys) for w in windows) <= size
-    loads = [sum(len(w.keys) for w in hand) for hand in deal(windows, world_size)]
+    assert [i for w in batches[:1] for [i] in w.make()] == list(range(len(batches[0].keys)))
+    assert max(len(w.keys) for w in batches) <= size
+    loads = [sum(len(w.keys) for w in mine) for mine in assign_batches(batches, world_size)]
     mean = cells * samples / world_size
     # Beyond the mean no more than a batch or an eighth (of a share rounded up).
     assert max(loads) <= mean + max(at_once, (mean + 1) / 8, 1)
@@ -180,7 +191,7 @@ def test_a_report_that_lost_its_answers_is_not_compared(tmp_path: Path) -> None:
     report.write_report(tmp_path, {"needle": {"settings": {}, "asked": {}, "metrics": metrics}})
     with pytest.raises(ConfigError, match=r"needle/samples\.jsonl: has no answers; evaluate needle again"):
         compare.read_evaluation(tmp_path)
-    # Begun again, it is not reported until it is done.
+    # ReadySuite again, it is not reported until it is done.
     report.forget(tmp_path, ["needle"])
     assert report.read_results(tmp_path)["suites"] == {}
     with pytest.raises(ConfigError, match="reports no suite"):

@@ -14,12 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_longpo.config import from_dict
-from megatron_longpo.data.sequence import KeyBlock, QueryGroup, Row, lay_out
+from megatron_longpo.data.sequence import KeyBlock, QuerySpan, Row, lay_out
 from megatron_longpo.model import blocks as blocks_module
 from megatron_longpo.model.attention import rotate
 from megatron_longpo.model.blocks import Blocks, CausalBlock, FullBlock, block_attention, blocks_of
 from megatron_longpo.model.families import _halves, _neighbours, shape_from_hf
-from megatron_longpo.model.layers import _SwiGLU, made_again
+from megatron_longpo.model.layers import _SwiGLU, recompute_in_backward
 from megatron_longpo.model.rotary import Rotary, rotary_of
 from megatron_longpo.model.shape import ModelShape
 from megatron_longpo.runtime import platform
@@ -31,10 +31,10 @@ from tests.support.attention import dense_attention
 def test_branches_on_one_trunk_are_one_block() -> None:
     """However many branches: their queries lie side by side and see the same keys."""
     groups = (
-        QueryGroup(0, 5, (KeyBlock(0, 5, True),)),
-        QueryGroup(5, 7, (KeyBlock(0, 3, False), KeyBlock(5, 7, True))),
-        QueryGroup(7, 10, (KeyBlock(0, 3, False), KeyBlock(7, 10, True))),
-        QueryGroup(10, 11, (KeyBlock(0, 4, False), KeyBlock(10, 11, True))),
+        QuerySpan(0, 5, (KeyBlock(0, 5, True),)),
+        QuerySpan(5, 7, (KeyBlock(0, 3, False), KeyBlock(5, 7, True))),
+        QuerySpan(7, 10, (KeyBlock(0, 3, False), KeyBlock(7, 10, True))),
+        QuerySpan(10, 11, (KeyBlock(0, 4, False), KeyBlock(10, 11, True))),
     )
     assert blocks_of(groups) == Blocks(
         (CausalBlock(0, 0, 5), CausalBlock(5, 5, 2), CausalBlock(7, 7, 3), CausalBlock(10, 10, 1)),
@@ -44,7 +44,7 @@ def test_branches_on_one_trunk_are_one_block() -> None:
 
 def test_a_group_without_its_own_keys_is_refused() -> None:
     with pytest.raises(ValueError, match="one causal block"):
-        blocks_of([QueryGroup(0, 2, (KeyBlock(0, 2, False),))])
+        blocks_of([QuerySpan(0, 2, (KeyBlock(0, 2, False),))])
 
 
 class _FlashAttn:
@@ -135,7 +135,7 @@ def _tree(seed: int) -> tuple[Any, list[torch.Tensor]]:
     for i in range(4):
         tokens = np.concatenate([document, rng.integers(3, 100, 5 + 3 * i)])
         rows.append(Row(tokens, np.full(len(tokens), -1), np.ones(len(tokens), bool), 0))
-    layout = lay_out(rows, prefix_sharing=True, samples=1, responses=8)
+    layout = lay_out(rows, prefix_sharing=True, num_samples=1, num_responses=8)
     torch.manual_seed(seed)
     return layout, [torch.randn(layout.length + 2, h, 8, requires_grad=True) for h in (4, 2, 2)]
 
@@ -143,7 +143,7 @@ def _tree(seed: int) -> tuple[Any, list[torch.Tensor]]:
 def test_variable_length_kernels_are_called_as_flash_attn_says(monkeypatch: pytest.MonkeyPatch) -> None:
     """The CUDA path's bookkeeping, on stand-ins of the kernels: all causal blocks in one call, the same numbers."""
     layout, tensors = _tree(0)
-    blocks = blocks_of(layout.groups)
+    blocks = blocks_of(layout.query_spans)
     direction = torch.randn_like(tensors[0])
     found = []
     for flash in (False, True):
@@ -188,7 +188,7 @@ def test_what_is_made_again_is_not_kept() -> None:
         asked.append(1)
         return plain.detach()
 
-    with made_again(activated, make):
+    with recompute_in_backward(activated, make):
         out = activated @ weight.t()
     activated.untyped_storage().resize_(0)  # whoever kept it would now fail or give garbage
     assert not asked
@@ -212,7 +212,7 @@ def _choices(tokens: int, context: int) -> list[memory.Choice]:
         {"training": {"bf16": True}, "parallel": {"context_parallel_size": context, "use_distributed_optimizer": True}},
         "test",
     )
-    parallel = types.SimpleNamespace(**{**vars(_parallel(context_size=context)), "short_size": context})
+    parallel = types.SimpleNamespace(**{**vars(_parallel(context_size=context)), "dp_cp_size": context})
     return memory.choices(
         _MISTRAL,
         config,
@@ -260,14 +260,14 @@ def test_a_longer_row_needs_more_recompute() -> None:
 def test_a_sliding_window_is_a_mask(window: int, seed: int) -> None:
     """Blocks with a window, on a tree, against dense attention under the mask of positions."""
     layout, tensors = _tree(seed)
-    blocks = blocks_of(layout.groups, window, layout.positions_S)
+    blocks = blocks_of(layout.query_spans, window, layout.positions_S)
     direction = torch.randn_like(tensors[0])
     query, key, value = tensors
     n = layout.length
     positions = torch.from_numpy(layout.positions_S)
     within = torch.zeros(len(query), len(query), dtype=torch.bool)
     within[:n, :n] = positions[None, :] > positions[:, None] - window
-    dense = dense_attention(layout.groups, query, key, value, 0.3, within)
+    dense = dense_attention(layout.query_spans, query, key, value, 0.3, within)
     found = block_attention(query, key, value, blocks, 0.3)
     torch.testing.assert_close(found, dense, rtol=1e-4, atol=1e-5)
     pairs = [torch.autograd.grad((x * direction).sum(), tensors) for x in (found, dense)]

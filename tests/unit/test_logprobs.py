@@ -82,30 +82,30 @@ def test_a_rank_of_padding_alone_adds_nothing() -> None:
     weight = torch.randn(8, 4, requires_grad=True)
     weight.main_grad = torch.zeros(8, 4)  # type: ignore[attr-defined]
     hidden = torch.randn(6, 4, requires_grad=True)
-    foretold = torch.tensor([1.0, torch.nan] * 3)
+    known_grad = torch.tensor([1.0, torch.nan] * 3)
     for _ in range(20):
         torch.full((6, 4), torch.nan)  # what fresh memory may hold
         out = token_logprobs(
-            hidden, weight, torch.zeros(6, dtype=torch.long), vocab_size=8, vocab_start=8, foretold_N=foretold
+            hidden, weight, torch.zeros(6, dtype=torch.long), vocab_size=8, vocab_start=8, known_grad_N=known_grad
         )
         (grad,) = torch.autograd.grad(out, hidden, torch.ones(6), retain_graph=False)
         assert (grad == 0).all() and (weight.main_grad == 0).all()  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("chunk", [2, 64])
-def test_gradients_foretold_are_the_gradients(chunk: int) -> None:
+def test_gradients_known_in_advance_are_the_gradients(chunk: int) -> None:
     """Some known, some not: the same sums as with none known; and a forecast that fails says so."""
     torch.manual_seed(0)
     weight = torch.randn(14, 8)
     hidden, target, direction = torch.randn(23, 8), torch.randint(0, 11, (23,)), torch.randn(23)
-    foretold = torch.where(torch.arange(23) % 3 == 1, direction, torch.nan)
+    known_grad = torch.where(torch.arange(23) % 3 == 1, direction, torch.nan)
     found = []
-    for told in (None, foretold, torch.where(torch.isnan(foretold), foretold, foretold * 1.01)):
+    for told in (None, known_grad, torch.where(torch.isnan(known_grad), known_grad, known_grad * 1.01)):
         w, h = weight.clone().requires_grad_(), hidden.clone().requires_grad_()
         w.main_grad = torch.zeros_like(weight)  # type: ignore[attr-defined]
-        out = token_logprobs(h, w, target, vocab_size=11, chunk=chunk, foretold_N=told)
+        out = token_logprobs(h, w, target, vocab_size=11, chunk=chunk, known_grad_N=told)
         if len(found) == 2:
-            with pytest.raises(RuntimeError, match="not the one foretold"):
+            with pytest.raises(RuntimeError, match="not the one known in advance"):
                 (out * direction).sum().backward()
             return
         (out * direction).sum().backward()

@@ -52,7 +52,7 @@ def test_bad_lines_are_kept_aside_with_their_numbers(tmp_path: Path, tokenizer_f
     path = write_lines(tmp_path / "pairs.jsonl", lines)
     manifest = preprocess([str(path)], tmp_path / "out", Settings(tokenizer=str(tokenizer_folder), seq_length=3000))
     assert manifest.samples == 3
-    assert manifest.rejected == {
+    assert manifest.skip_reasons == {
         "not_json": 1,
         "blank_line": 1,
         "not_utf8": 1,
@@ -74,7 +74,7 @@ def test_bad_lines_are_kept_aside_with_their_numbers(tmp_path: Path, tokenizer_f
 def test_a_lone_surrogate_is_kept_aside(tokenizer: ChatTokenizer) -> None:
     row = text_row(context=TEXT + "\ud800")
     result = process_row(RawRow(1, json.dumps(row)), Settings(tokenizer="t"), tokenizer)
-    assert result.sample is None and result.rejected
+    assert result.sample is None and result.skipped
 
 
 _json = st.recursive(
@@ -106,8 +106,8 @@ def test_any_line_is_a_sample_or_a_counted_reject(tokenizer: ChatTokenizer, data
     text = data.draw(st.text(max_size=40)) if kind == "raw" else json.dumps(row)
     for tok, chosen in ((tokenizer, Settings(tokenizer="t")), (None, Settings(vocab_size=64))):
         result = process_row(RawRow(1, text), chosen, tok)
-        assert result.sample is not None or result.rejected
-        for bad in result.rejected:
+        assert result.sample is not None or result.skipped
+        for bad in result.skipped:
             assert bad.reason and bad.detail
 
 

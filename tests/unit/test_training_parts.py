@@ -1,4 +1,4 @@
-"""Schedules, RMSProp, dealing of short rows, reporting and the platform's refusals, by hand."""
+"""Schedules, RMSProp, dealing of short rows, reporting and the platform's refusals, by mine."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ from megatron_longpo.errors import ConfigError, DataError, PlatformError
 from megatron_longpo.model.attention import check_ulysses, resolve_comm_type
 from megatron_longpo.model.gpt import padded_vocab_size
 from megatron_longpo.runtime import platform
+from megatron_longpo.runtime.balance import assign
 from megatron_longpo.training.metrics import Reporter, keep_until, read_metrics
 from megatron_longpo.training.optimization import _become_rmsprop, build_scheduler
-from megatron_longpo.training.reference import ReferenceCache, deal, pack
+from megatron_longpo.training.reference import ReferenceCache, pack
 
 
 class _Optimizer:
@@ -73,10 +74,10 @@ def test_rmsprop_is_torchs() -> None:
 
 @given(st.lists(st.floats(0.1, 100), max_size=40), st.integers(1, 6))
 def test_dealing_loses_nothing_and_keeps_grahams_bound(costs: list[float], ranks: int) -> None:
-    hands = deal(costs, ranks)
-    assert sorted(i for hand in hands for i in hand) == list(range(len(costs)))
+    assigned = assign(costs, ranks)
+    assert sorted(i for mine in assigned for i in mine) == list(range(len(costs)))
     if costs:
-        loads = [sum(costs[i] for i in hand) for hand in hands]
+        loads = [sum(costs[i] for i in mine) for mine in assigned]
         assert max(loads) <= sum(costs) / ranks + max(costs) + 1e-9
 
 
@@ -85,7 +86,7 @@ def test_short_rows_are_balanced() -> None:
     rng = np.random.default_rng(0)
     lengths = np.clip(rng.lognormal(7, 1, 64), 256, 8192)
     costs = (lengths * 3.5e6 + lengths**2 * 1152).tolist()
-    loads = [sum(costs[i] for i in hand) for hand in deal(costs, 4)]
+    loads = [sum(costs[i] for i in mine) for mine in assign(costs, 4)]
     assert max(loads) <= 1.05 * sum(loads) / 4
 
 

@@ -61,8 +61,8 @@ def run_case(config: Config) -> dict[str, Any]:
     reference = trainer.reference(numbers)
     for chunk in trainer.model:
         chunk.zero_grad_buffer()
-    figures = trainer.forward_backward(numbers, reference)
-    metrics = reduce_samples(figures, len(numbers), parallel, has_figures=parallel.is_last_stage)
+    sample_metrics = trainer.forward_backward(numbers, reference)
+    metrics = reduce_samples(sample_metrics, len(numbers), parallel, has_metrics=parallel.is_last_stage)
     gather_gradient_shards(trainer.model)
     gradients = canonical(trainer.chunks, plan.shape, parallel, lambda p: p.main_grad)
     # Before any step, on seven of the eight samples: the second batch is not full.

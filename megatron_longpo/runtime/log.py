@@ -1,11 +1,50 @@
-"""Lines for people."""
+"""Messages for people: one plain line each on standard output, through the standard logger ``megatron_longpo``.
+
+``logging.getLogger("megatron_longpo").setLevel(...)`` makes the package quieter or more talkative.
+"""
 
 from __future__ import annotations
 
-import sys
+import logging
+
+LOGGER = logging.getLogger("megatron_longpo")
 
 
-def log(message: str, *, active: bool = True) -> None:
-    """One plain line for people, on the rank that reports."""
-    if active:
-        print(message, flush=True, file=sys.stdout)
+class _StandardOutput(logging.Handler):
+    """Prints to the ``sys.stdout`` of the moment: tests and progress bars replace it.
+
+    Errors are raised, not swallowed as ``logging.StreamHandler`` does: a program whose output nobody reads should end.
+    """
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(self.format(record), flush=True)
+
+
+class _ReportingRanks(logging.Filter):
+    """Passes what a reporting rank says; from the other ranks only warnings and errors, or everything at DEBUG."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return record.levelno >= logging.WARNING or getattr(record, "active", True) or LOGGER.level <= logging.DEBUG
+
+
+def _set_up() -> None:
+    handler = _StandardOutput()
+    handler.addFilter(_ReportingRanks())
+    LOGGER.addHandler(handler)
+    LOGGER.setLevel(logging.INFO)
+    # Libraries configure the root logger as they are imported; our lines are printed once, and plainly.
+    LOGGER.propagate = False
+
+
+_set_up()
+
+
+def log(message: str, *, active: bool = True, level: int = logging.INFO) -> None:
+    """Log one line.
+
+    Args:
+        message: the line, printed as it is.
+        active: whether this rank reports.
+        level: level of the standard ``logging`` module.
+    """
+    LOGGER.log(level, "%s", message, extra={"active": active})

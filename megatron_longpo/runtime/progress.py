@@ -1,12 +1,25 @@
-"""How far a long piece of work is: a bar on a terminal, plain lines now and then elsewhere."""
+"""Progress of long work: a bar with rates and the time left on a terminal, plain lines now and then in a log."""
 
 from __future__ import annotations
 
+import itertools
 import sys
 import time
-from typing import Any
+from types import TracebackType
+
+import torch.distributed as dist
+from rich.console import Console
+from rich.progress import BarColumn, TextColumn
+from rich.progress import Progress as Bar
+
+from megatron_longpo.runtime.log import log
 
 _LINE_SECONDS = 10.0
+# How often the processes of a shared count exchange it.
+_EXCHANGE_SECONDS = 0.5
+_UNITS_OF_BYTES = "GB"
+
+_shared_counts = itertools.count()
 
 
 def duration(seconds: float) -> str:
@@ -17,63 +30,127 @@ def duration(seconds: float) -> str:
 
 
 class Progress:
-    """Rows done of a total, with rates and the time left.
+    """Work done out of a total, with rates and the time left::
+
+        with Progress("questions", len(documents)) as progress:
+            for batch in batches:
+                ...
+                progress.add(len(batch), tokens=tokens_of(batch))
+
+    A terminal shows a bar. Elsewhere a line is logged every ten seconds, and one at the end unless the last line said the
+    same; work that fails logs no line at the end.
 
     Args:
-        name: of the work.
-        total: rows in all, or None where nobody knows.
-        done: rows done before, which say nothing about the speed.
-        unit: of the rows.
+        name: name of the work.
+        total: amount in all; None while it is unknown.
+        done: amount done by an earlier run, which does not count toward the rates.
+        unit: what is counted, a plural noun; ``bytes`` are shown in GB.
+        active: whether this process reports.
+        shared: count the work of all processes of the process group together. All must create their shared ``Progress``
+            objects in the same order.
+        last_line: whether to log a line at the end; off where the caller logs the result.
     """
 
-    def __init__(self, name: str, total: int | None, *, done: int = 0, unit: str = "documents") -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-        from rich.progress import Progress as Bar
-
-        self.name, self.total, self.done, self.unit = name, total, done, unit
-        self._first, self._tokens, self._said = done, 0, -1
-        self._began = self._line = time.monotonic()
+    def __init__(
+        self,
+        name: str,
+        total: int | None = None,
+        *,
+        done: int = 0,
+        unit: str = "documents",
+        active: bool = True,
+        shared: bool = False,
+        last_line: bool = True,
+    ) -> None:
+        self.name, self.total, self.done, self.unit, self.active = name, total, done, unit, active
+        self._first, self._tokens, self._last_line = done, 0, last_line
+        self._began = self._line = self._exchanged = time.monotonic()
+        self._ended: float | None = None
+        self._logged = -1
+        self._unsent = 0
+        self._key = ""
+        if shared and dist.is_initialized() and dist.get_world_size() > 1:
+            self._key = f"megatron_longpo/progress/{next(_shared_counts)}"
         console = Console(file=sys.stderr)
-        columns = (
-            TextColumn(name),
+        self._has_bar = active and console.is_terminal
+        # Lines that are logged meanwhile go above the bar, but stay where standard output is redirected to.
+        self._bar = Bar(
+            TextColumn(name, markup=False),
             BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[note]}"),
-            TimeRemainingColumn(),
+            TextColumn("{task.fields[text]}", markup=False),
+            console=console,
+            disable=not self._has_bar,
+            redirect_stdout=sys.stdout.isatty(),
         )
-        self._bar: Any = Bar(*columns, console=console, disable=not console.is_terminal)
-        self._task = self._bar.add_task(name, total=total, completed=done, note="")
+        self._task = self._bar.add_task(name, total=total, completed=done, text="")
 
     def __enter__(self) -> Progress:
         self._bar.start()
         return self
 
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._ended is None and self._unsent:
+            self._exchange()
+        self.stop()
+        if self.active and self._last_line and kind is None and self.done > self._first and self.done != self._logged:
+            log(self._line_text())
+
+    def stop(self) -> None:
+        """End the bar and the clock: what follows is other work."""
         self._bar.stop()
-        # Not again what the last line said.
-        if kind is None and self.done > self._first and self.done != self._said:
-            print(self._text(), flush=True)
+        if self._ended is None:
+            self._ended = time.monotonic()
 
-    def add(self, rows: int, tokens: int = 0) -> None:
-        """So many rows more, with so many tokens read or written."""
-        self.done += rows
-        self._tokens += tokens
-        self._bar.update(self._task, completed=self.done, note=self._rates())
+    @property
+    def seconds(self) -> float:
+        """Seconds since the beginning, or until ``stop``."""
+        return (self._ended or time.monotonic()) - self._began
+
+    def add(self, amount: int, tokens: int = 0, *, total: int | None = None) -> None:
+        """Count more work as done.
+
+        Args:
+            amount: how much, in the unit.
+            tokens: tokens read or written for it.
+            total: amount in all, where it was unknown before.
+        """
         now = time.monotonic()
-        if self._bar.disable and now - self._line >= _LINE_SECONDS:
-            self._line, self._said = now, self.done
-            print(self._text(), flush=True)
+        self.total = self.total if total is None else total
+        self._tokens += tokens
+        self._unsent += amount
+        if self._key and now - self._exchanged < _EXCHANGE_SECONDS:
+            return
+        self._exchanged = now
+        self._exchange()
+        if self._has_bar:
+            self._bar.update(self._task, completed=self.done, total=self.total, text=self._text())
+        elif self.active and now - self._line >= _LINE_SECONDS and self.done > self._first:
+            self._line, self._logged = now, self.done
+            log(self._line_text())
 
-    def _rates(self) -> str:
-        seconds = max(1e-9, time.monotonic() - self._began)
-        text = f"{(self.done - self._first) / seconds:,.2f} {self.unit}/s"
-        return text + (f", {self._tokens / seconds:,.0f} tokens/s" if self._tokens else "")
+    def _exchange(self) -> None:
+        if self._key:
+            self.done = self._first + dist.distributed_c10d._get_default_store().add(self._key, self._unsent)
+        else:
+            self.done += self._unsent
+        self._unsent = 0
+
+    def _line_text(self) -> str:
+        return f"{self.name}: {self._text()}"
 
     def _text(self) -> str:
-        of = "" if self.total is None else f" of {self.total}"
-        text = f"{self.name}: {self.done}{of} {self.unit}, {self._rates()}"
+        of = "" if self.total is None else f" of {self._amount(self.total)}"
+        rate = (self.done - self._first) / max(1e-9, self.seconds)
+        unit = _UNITS_OF_BYTES if self.unit == "bytes" else self.unit
+        parts = [f"{self._amount(self.done)}{of} {unit}"]
+        parts.append(f"{rate / 1e9:.2f} GB/s" if self.unit == "bytes" else f"{rate:,.2f} {unit}/s")
+        if self._tokens:
+            parts.append(f"{self._tokens / max(1e-9, self.seconds):,.0f} tokens/s")
         if self.total is not None and self._first < self.done < self.total:
-            seconds = time.monotonic() - self._began
-            text += f", {duration(seconds / (self.done - self._first) * (self.total - self.done))} left"
-        return text
+            parts.append(f"{duration((self.total - self.done) / rate)} left")
+        return ", ".join(parts)
+
+    def _amount(self, amount: int) -> str:
+        return f"{amount / 1e9:.2f}" if self.unit == "bytes" else str(amount)

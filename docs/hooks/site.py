@@ -156,8 +156,8 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
 
 
 def packages(root: Path) -> dict[str, list[str]]:
-    """Modules by package, in the package's order of imports being of no matter: alphabetically."""
-    found: dict[str, list[str]] = {}
+    """Modules by package; those that are in no package come first."""
+    found: dict[str, list[str]] = {PACKAGE: []}
     for path in sorted((root / PACKAGE).rglob("*.py")):
         parts = path.relative_to(root).with_suffix("").parts
         if any(part.startswith("_") for part in parts):

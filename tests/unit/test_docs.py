@@ -1,0 +1,155 @@
+"""Every command line that README and docs show is one that the programs accept.
+
+The programs' own parsers read them in this process; nothing is run. An ellipsis stands for whatever the reader fills in.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from megatron_longpo.config import Config, Sections, from_command_line
+from megatron_longpo.evaluation.settings import EvaluationConfig
+from megatron_longpo.generation.settings import GenerationConfig
+
+ROOT = Path(__file__).parent.parent.parent
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+# What may stand before a program, and takes arguments of its own.
+LAUNCHERS = re.compile(r"(?:^|\s)(?:python|torchrun|sbatch|megatron-longpo)\s")
+PROGRAM = re.compile(
+    r"(?:tools/(?P<tool>\w+)\.py|-m (?P<module>megatron_longpo\.\w+)|examples/slurm/(?P<batch>\w+)\.sbatch"
+    r"|megatron-longpo (?P<command>\w+))(?P<arguments>.*)"
+)
+
+
+def shell_commands(page: Path) -> list[str]:
+    """Lines of the page's bash blocks: continued lines joined, comments and ellipses removed."""
+    blocks = re.findall(r"^```bash\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    return [re.sub(r"\s#.*|\s\.\.\.(?=\s|$)", "", line) for line in lines]
+
+
+def commands() -> list[tuple[str, str, list[str]]]:
+    """Page, program and arguments of each command line."""
+    found = []
+    for page in PAGES:
+        for line in shell_commands(page):
+            match = PROGRAM.search(line)
+            if match and LAUNCHERS.search(line):
+                name = match["tool"] or match["module"] or match["batch"] or match["command"]
+                found.append((page.name, name, shlex.split(match["arguments"].split(";")[0])))
+    return found
+
+
+COMMANDS = commands()
+
+
+def from_sections(root: type[Sections], arguments: list[str]) -> None:
+    # Files that are the reader's own are not there; those of the repository are read.
+    if "--config" in arguments and not (ROOT / arguments[arguments.index("--config") + 1]).exists():
+        place = arguments.index("--config")
+        arguments = arguments[:place] + arguments[place + 2 :]
+    arguments = [str(ROOT / a) if a.startswith("examples/") else a for a in arguments]
+    from_command_line(arguments, prog="docs", quiet=True, root=root)
+
+
+def generate(arguments: list[str]) -> None:
+    if arguments[:1] == ["merge"]:
+        assert arguments[1:2] == ["--output"] and len(arguments) == 3
+        return
+    from_sections(GenerationConfig, arguments)
+
+
+def evaluate(arguments: list[str]) -> None:
+    if "--compare" in arguments:
+        assert not [a for a in arguments if a.startswith("--") and a not in ("--compare", "--output")]
+        return
+    from_sections(EvaluationConfig, arguments)
+
+
+class Accepted(Exception):
+    """The arguments were read; what comes next would do the work."""
+
+
+def convert(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    from tools import convert_checkpoint
+
+    monkeypatch.setattr(sys, "argv", ["convert_checkpoint.py", *arguments])
+    convert_checkpoint.parse()
+
+
+def preprocess(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    from tools import preprocess_preference_data
+
+    def stop(*_: object, **__: object) -> None:
+        raise Accepted
+
+    monkeypatch.setattr(preprocess_preference_data, "preprocess", stop)
+    monkeypatch.setattr(sys, "argv", ["preprocess_preference_data.py", *arguments])
+    with pytest.raises(Accepted):
+        preprocess_preference_data.main()
+
+
+PARSERS: dict[str, Callable[[list[str], pytest.MonkeyPatch], None]] = {
+    **dict.fromkeys(("convert", "convert_checkpoint"), convert),
+    **dict.fromkeys(("preprocess", "preprocess_preference_data"), preprocess),
+    **dict.fromkeys(("generate", "generate_preference_data"), lambda arguments, _: generate(arguments)),
+    **dict.fromkeys(("evaluate",), lambda arguments, _: evaluate(arguments)),
+    **dict.fromkeys(("train", "megatron_longpo.train"), lambda arguments, _: from_sections(Config, arguments)),
+}
+
+
+def test_the_pages_show_every_program() -> None:
+    shown = {PARSERS[name] for _, name, _ in COMMANDS}
+    assert shown == set(PARSERS.values())
+
+
+@pytest.mark.parametrize(
+    ("page", "program", "arguments"), COMMANDS, ids=[f"{page}: {program}" for page, program, _ in COMMANDS]
+)
+def test_a_command_line_in_the_docs_is_accepted(
+    page: str, program: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    try:
+        PARSERS[program](arguments, monkeypatch)
+    except SystemExit as ending:
+        # --help ends so, too.
+        assert not ending.code, f"{page}: {program} {' '.join(arguments)}"
+
+
+def test_flags_of_benchmarks_in_the_docs_are_there() -> None:
+    found = [
+        (match[1], flag)
+        for page in PAGES
+        for match in re.finditer(r"benchmarks/(\w+\.py)((?: [^#`\n]+)?)", page.read_text(encoding="utf-8"))
+        for flag in re.findall(r"--[\w-]+", match[2])
+    ]
+    assert len(found) > 20
+    for name, flag in found:
+        source = (ROOT / "benchmarks" / name).read_text(encoding="utf-8")
+        assert f'"{flag}"' in source or f'"--no-{flag[2:]}"' in source, f"benchmarks/{name} has no {flag}"
+
+
+def test_links_between_the_files_of_the_repository_lead_somewhere() -> None:
+    front = [
+        ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md", "CODE_OF_CONDUCT.md", "CHANGELOG.md")
+    ]
+    for page in [*front, *sorted((ROOT / "docs").glob("*.md"))]:
+        for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+            path = target.split("#")[0]
+            if path and not target.startswith(("http://", "https://")):
+                assert (page.parent / path).exists(), f"{page.name}: {target}"
+
+
+def test_paths_of_the_package_that_pages_name_are_there() -> None:
+    for page in PAGES:
+        for path in re.findall(
+            r"`((?:megatron_longpo|tools|benchmarks|examples|tests)/[\w./]*)`", page.read_text("utf-8")
+        ):
+            assert (ROOT / path).exists(), f"{page.name}: {path}"

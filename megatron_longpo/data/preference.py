@@ -21,7 +21,7 @@ from typing import Literal
 
 import numpy as np
 
-from megatron_longpo.data.sequence import NO_RESPONSE, IntArray, Row
+from megatron_longpo.data.sequence import NO_RESPONSE, IntArray, Row, common_prefix
 from megatron_longpo.errors import DataError
 
 
@@ -147,7 +147,7 @@ def long_rows(
             row = _row(pieces, slot * 2 + (not chosen), slot, nll_scope if chosen else None)
             if chosen:
                 for earlier in counted:
-                    row.nll_L[: _common_prefix(earlier, row.tokens_L)] = False
+                    row.nll_L[: common_prefix(earlier, row.tokens_L)] = False
                 counted.append(row.tokens_L)
             rows.append(row)
     return rows
@@ -200,12 +200,6 @@ def _row(pieces: Sequence[Piece], response: int, slot: int, nll_scope: str | Non
     return Row(tokens, responses, nll, slot)
 
 
-def _common_prefix(a: IntArray, b: IntArray) -> int:
-    n = min(len(a), len(b))
-    differs = np.flatnonzero(a[:n] != b[:n])
-    return int(differs[0]) if len(differs) else n
-
-
 # --------------------------------------------------------------------------------------------------
 # The published tokenised schema
 # --------------------------------------------------------------------------------------------------
@@ -248,7 +242,7 @@ def from_tokenised(row: dict[str, object], vocab_size: int) -> Sample:
         if loss[0]:
             raise BadRow("no_prompt", f"{name}_labels counts the first token, which nothing predicts")
     first_loss = min(int(np.argmax(chosen_loss)), int(np.argmax(rejected_loss)))
-    shared = min(_common_prefix(chosen, rejected), first_loss)
+    shared = min(common_prefix(chosen, rejected), first_loss)
     pieces = [*_runs(chosen[:shared], chosen_loss[:shared], chosen_nll[:shared], LONG)]
     pieces += _runs(chosen[shared:], chosen_loss[shared:], chosen_nll[shared:], Mode.CHOSEN)
     pieces += _runs(rejected[shared:], rejected_loss[shared:], np.ones(len(rejected) - shared, bool), Mode.REJECTED)
@@ -268,7 +262,7 @@ def from_tokenised(row: dict[str, object], vocab_size: int) -> Sample:
             raise BadRow("no_response", f"turn {turn} of the reference rows has no token with a loss")
         if a_loss[0] or b_loss[0]:
             raise BadRow("no_prompt", f"turn {turn} of the reference rows counts its first token")
-        shared = min(_common_prefix(a, b), int(np.argmax(a_loss)), int(np.argmax(b_loss)))
+        shared = min(common_prefix(a, b), int(np.argmax(a_loss)), int(np.argmax(b_loss)))
         pieces.append(Piece(a[:shared], SHORT | Mode.TURN))
         pieces += _runs(a[shared:], a_loss[shared:], np.ones(len(a) - shared, bool), Mode.SHORT_CHOSEN)
         pieces += _runs(b[shared:], b_loss[shared:], np.ones(len(b) - shared, bool), Mode.SHORT_REJECTED)

@@ -253,12 +253,16 @@ class _Builder:
         )
 
 
+def common_prefix(a: Sequence[int] | IntArray, b: Sequence[int] | IntArray) -> int:
+    """Number of tokens that two rows begin with alike."""
+    n = min(len(a), len(b))
+    differs = np.flatnonzero(np.asarray(a[:n]) != np.asarray(b[:n]))
+    return int(differs[0]) if len(differs) else n
+
+
 def _shared_pairs(a: Row, b: Row, begin: int) -> int:
     """How many places from ``begin`` on have the same token and the same next token in both rows."""
-    n = min(len(a.tokens_L), len(b.tokens_L))
-    differs = np.flatnonzero(a.tokens_L[begin:n] != b.tokens_L[begin:n])
-    common = int(differs[0]) if len(differs) else n - begin
-    return max(0, common - 1)
+    return max(0, common_prefix(a.tokens_L[begin:], b.tokens_L[begin:]) - 1)
 
 
 def query_spans(segments: Sequence[Segment]) -> tuple[QuerySpan, ...]:

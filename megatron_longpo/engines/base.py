@@ -1,7 +1,8 @@
-"""Who answers: a transformers model in this process, vLLM, or any server with OpenAI's interface.
+"""The interface of an engine: groups of prompts in, replies out.
 
-One small interface: groups of prompts in, replies out. The prompts of a group share what they begin with, a document say,
-which an engine computes once. Each engine has a room of its own: ``transformers_engine``, ``vllm_engine``, ``openai_engine``.
+An engine is a transformers model in this process, vLLM, or any server with OpenAI's interface. The prompts of a group begin
+with the same text, for example a document, which an engine computes once. Each engine has a module of its own:
+``transformers_engine``, ``vllm_engine``, ``openai_engine``.
 """
 
 from __future__ import annotations
@@ -16,9 +17,13 @@ from typing import Any
 from megatron_longpo.errors import LongPOError
 from megatron_longpo.text.chat import ChatTokenizer, Message
 
+# Bytes at each end of a weight file that go into a model's identity; hashing whole files would take minutes.
+_IDENTITY_BYTES = 2**20
+_IDENTITY_DIGITS = 24
+
 
 class EngineError(LongPOError):
-    """An engine that cannot answer: a server that stays away, a key that it refuses."""
+    """An engine cannot answer: its server is down, or refuses the key."""
 
 
 @dataclass(frozen=True)
@@ -26,9 +31,9 @@ class Sampling:
     """How an answer is decoded.
 
     Attributes:
-        max_tokens: of the answer.
-        temperature: 0 is greedy.
-        top_p: nucleus (arXiv 1904.09751).
+        max_tokens: longest answer in tokens.
+        temperature: softmax temperature; 0 decodes greedily.
+        top_p: probability mass of nucleus sampling (arXiv 1904.09751).
     """
 
     max_tokens: int
@@ -38,11 +43,11 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Rope:
-    """Another RoPE for a while; None: the model's.
+    """RoPE of one call; None keeps the model's value.
 
     Attributes:
         base: theta.
-        scaling: with ``rope_type``, by Hugging Face's names.
+        scaling: ``rope_type`` and its numbers, by Hugging Face's names.
     """
 
     base: float | None = None
@@ -58,12 +63,12 @@ MODEL_ROPE = Rope()
 
 @dataclass(frozen=True)
 class Prompt:
-    """What is to be answered.
+    """A conversation to be answered.
 
     Attributes:
         messages: the conversation.
-        prefix: what the answer begins with; the engine goes on from there.
-        seed: of the sampling; the same prompt with the same seed has the same answer (of in-process engines).
+        seed: sampling seed. In-process engines give the same prompt with the same seed the same answer.
+        prefix: first words of the answer; the engine continues from there.
     """
 
     messages: tuple[Message, ...]
@@ -76,10 +81,10 @@ class Reply:
     """An answer.
 
     Attributes:
-        text: without special tokens, stripped.
-        finished: whether it ended by itself and not at the token limit.
-        prompt_tokens, new_tokens: read and written.
-        refused: why the engine would not take the prompt (too long for it, say), or None.
+        text: the answer, stripped and without special tokens.
+        finished: whether the model ended it; False if it was cut at the token limit.
+        prompt_tokens, new_tokens: tokens read and written.
+        refused: why the engine did not accept the prompt (for example, too long), or None.
     """
 
     text: str
@@ -93,8 +98,8 @@ class Engine(ABC):
     """Answers groups of prompts.
 
     Attributes:
-        tokenizer: of the model; measures documents.
-        groups_at_once: how many groups are best given together.
+        tokenizer: tokenizer of the model; it also measures documents.
+        groups_at_once: how many groups are best passed in one call.
         document_batch: documents whose prompts are answered together. If greater than 1, replies may differ in the last bits
             depending on what is batched with them, so the same documents form a batch however the work is split.
     """
@@ -106,7 +111,7 @@ class Engine(ABC):
     @property
     @abstractmethod
     def identity(self) -> dict[str, Any]:
-        """What makes its answers what they are."""
+        """Everything about the engine that determines its answers."""
 
     @abstractmethod
     def answer(
@@ -115,22 +120,34 @@ class Engine(ABC):
         sampling: Sampling,
         rope: Rope = MODEL_ROPE,
     ) -> list[list[Reply]]:
-        """Replies to all prompts, in order.
+        """Answer all prompts.
+
+        Args:
+            groups: prompts; those of a group may begin alike.
+            sampling: how to decode.
+            rope: RoPE of this call.
+
+        Returns:
+            A reply for each prompt, in the order of the prompts.
 
         Raises:
-            LongPOError: no answer can be had.
+            LongPOError: the engine cannot answer.
         """
+
+    def token_rows(self, groups: Sequence[Sequence[Prompt]]) -> list[list[list[int]]]:
+        """Token ids of each prompt, its prefix included."""
+        return [[self.tokenizer.prompt(p.messages, p.prefix) for p in group] for group in groups]
 
 
 def model_identity(path: Path) -> str:
-    """A name for a model folder's content: its config, and of each weight file the size and both ends."""
+    """Hash that identifies the content of a model folder: its config, and size and both ends of each weight file."""
     digest = hashlib.sha256()
     config = path / "config.json"
     digest.update(config.read_bytes() if config.is_file() else b"")
     for file in sorted(p for p in path.iterdir() if p.suffix in (".safetensors", ".bin")):
         size = file.stat().st_size
         with open(file, "rb") as stream:
-            head = stream.read(2**20)
-            stream.seek(max(0, size - 2**20))
-            digest.update(f"{file.name} {size} ".encode() + head + stream.read(2**20))
-    return digest.hexdigest()[:24]
+            head = stream.read(_IDENTITY_BYTES)
+            stream.seek(max(0, size - _IDENTITY_BYTES))
+            digest.update(f"{file.name} {size} ".encode() + head + stream.read(_IDENTITY_BYTES))
+    return digest.hexdigest()[:_IDENTITY_DIGITS]

@@ -1,6 +1,6 @@
-"""How a transformers model reads and decodes on a CPU: attention for what has a past, and a cache with room for more.
+"""Attention and cache of a transformers model on a CPU: fast attention after cached tokens, and a cache with spare room.
 
-Shapes: B rows, H heads, G key-value heads, Q queries, K keys, D width of a head.
+Shape legend: B = rows, H = heads, G = key-value heads, Q = queries, K = keys, D = width of a head.
 """
 
 from __future__ import annotations
@@ -8,42 +8,59 @@ from __future__ import annotations
 import inspect
 import itertools
 from functools import cache
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-# Queries for which plain matrix products do better on a CPU than the blocks of its attention kernel.
+from megatron_longpo.model.blocks import Blocks, CausalBlock, FullBlock, blocks_forward
+
+# Up to so many queries, plain matrix products are faster on a CPU than its attention kernel.
 _FEW_QUERIES = 64
 
-# Queries of a tile: its scores should stay in the cache of a core.
+# Queries per tile: a tile's scores should fit in the cache of a core.
 _TILE = 128
 
-# Tokens that a cache has room for beyond those it holds; a long one has room for a sixteenth of its own.
-_LEAST_ROOM = 256
+# Spare tokens of a cache: at least so many, and in a long cache a fraction of what it holds.
+_MINIMUM_SPARE_TOKENS = 256
+_SPARE_FRACTION = 16
+
+
+class KeyValueCache(Protocol):
+    """What the engine needs of transformers' caches."""
+
+    layers: list[Any]
+
+    def get_seq_length(self) -> int: ...
+
+    def crop(self, max_length: int, /) -> None: ...
+
+    def batch_repeat_interleave(self, repeats: int, /) -> None: ...
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, /) -> Any: ...
 
 
 @cache
 def _kernel_is_slow_in_bf16() -> bool:
-    """Whether this CPU multiplies matrices in bf16 several times as fast as torch's attention kernel does.
+    """Whether plain bf16 matrix products are several times faster on this CPU than torch's attention kernel.
 
-    The kernel uses AMX where there is such. With AVX512's bf16 instructions alone it is as slow as in fp32: seen on such a
-    machine, one thread, 9 heads of 64, 4096 tokens: 79 GFLOP/s where a product reaches 450, and tiles of products 200.
+    The kernel uses AMX if the CPU has it. With only AVX512's bf16 instructions it is as slow as in fp32. Measured on such a
+    machine with one thread, 9 heads of 64 and 4096 tokens: 79 GFLOP/s, against 450 of a product and 200 of tiled products.
     """
-    # A version of torch without the question is taken to have no slow kernel.
+    # Versions of torch that cannot tell are assumed to have no slow kernel.
     capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     return bool(capabilities.get("avx512_bf16")) and not capabilities.get("amx_bf16")
 
 
 def attention_by_tiles(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-    """Causal attention as matrix products, some queries at a time; not differentiable.
+    """Causal attention as matrix products over tiles of queries; not differentiable.
 
-    Scores are rounded to the tensors' type before the softmax, as transformers' own eager attention does.
+    Scores are rounded to the tensors' dtype before the softmax, as in transformers' eager attention.
 
     Args:
-        query: [B, H, Q, D]; the last of them stands at the last key.
+        query: [B, H, Q, D]; the last query is at the position of the last key.
         key, value: [B, G, K, D].
-        scaling: of the scores.
+        scaling: factor of the scores.
 
     Returns:
         [B, Q, H, D]
@@ -53,14 +70,14 @@ def attention_by_tiles(query: Tensor, key: Tensor, value: Tensor, scaling: float
     share, past = heads // groups, length - queries
     query = query.reshape(batch, groups, share, queries, width)
     result = query.new_empty(batch, queries, groups, share, width)
-    # One for all tiles: so large a tensor would be mapped, and filled with zeros, anew for each.
+    # One buffer for all tiles: the system would map so large a tensor, and fill it with zeros, anew for each tile.
     room = query.new_empty(share * min(_TILE, queries) * length)
     later = torch.ones(_TILE, _TILE, dtype=torch.bool, device=query.device).triu(1)
     for row, group in itertools.product(range(batch), range(groups)):
         for start in range(0, queries, _TILE):
             end = min(queries, start + _TILE)
             count, seen = end - start, past + end
-            # A matrix each, not a batch of them: a part of a cache is none that the kernel takes without a copy.
+            # One product per head, not a batched one: that would copy the keys, which are a slice of a larger tensor.
             asked = query[row, group, :, start:end].reshape(share * count, width)
             scores = room[: share * count * seen].view(share * count, seen)
             torch.addmm(scores, asked, key[row, group, :seen].t(), beta=0, alpha=scaling, out=scores)
@@ -82,12 +99,23 @@ def cached_attention(
     dropout: float = 0.0,
     **more: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' SDPA attention, but for what a CPU's kernel does slowly: a step of decoding; queries after a past, which
-    it takes under a mask, the whole rectangle of it; and bf16, on some CPUs.
+    """transformers' SDPA attention, except for three cases that a CPU's kernel computes slowly.
 
-    A few queries are plain products, all heads of a key at once. Many without a mask are tiles of products where the
-    kernel is slow in bf16, and else, after a past, two blocks merged by their log-sum-exps
-    (``megatron_longpo/model/blocks.py``): all of the past, and themselves, causal.
+    - A few queries, as in a step of decoding: plain products, all heads of a key-value head at once.
+    - Queries after cached tokens, for which the kernel needs a mask and computes the whole rectangle: two blocks merged by
+      their log-sum-exps (``megatron_longpo/model/blocks.py``), the cached tokens in full and the queries causally.
+    - bf16 on some CPUs (``_kernel_is_slow_in_bf16``): tiled products.
+
+    Args:
+        module: attention layer of the model.
+        query: [B, H, Q, D].
+        key, value: [B, G, K, D].
+        attention_mask: [B or 1, 1, Q, at least K], boolean (True is visible) or added to the scores; None is causal.
+        scaling: factor of the scores; None is 1 / sqrt(D).
+        dropout, more: passed on to transformers' attention.
+
+    Returns:
+        [B, Q, H, D], and None for the attention weights.
     """
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -102,13 +130,11 @@ def cached_attention(
     if plain and query.dtype == torch.bfloat16 and _kernel_is_slow_in_bf16() and getattr(module, "is_causal", True):
         return attention_by_tiles(query, key, value, scale), None
     if plain and past > 0 and batch == 1:
-        from megatron_longpo.model.blocks import Blocks, CausalBlock, FullBlock, blocks_forward
-
         blocks = Blocks((CausalBlock(0, past, queries),), (FullBlock(0, queries, 0, past),))
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
         return blocks_forward(q, k, v, blocks, scale)[0][None], None
     if attention_mask is None and queries > 1 and past > 0:
-        # The mask that ``_cached_attention_mask`` left unmade; without one the kernel would let the first query see one key.
+        # ``_cached_attention_mask`` made no mask here, and without one the kernel lets the first query see only the first key.
         attention_mask = torch.ones(queries, key.shape[2], dtype=torch.bool, device=query.device).tril(past)[None, None]
     if queries > _FEW_QUERIES or (queries > 1 and attention_mask is None) or not known:
         return sdpa_attention_forward(  # type: ignore[no-any-return]
@@ -117,11 +143,11 @@ def cached_attention(
     groups, length = key.shape[1], key.shape[2]
     rows = (query * scale).reshape(batch, groups, heads // groups * queries, width)
     pairs = list(itertools.product(range(batch), range(groups)))
-    # A matrix each: see ``attention_by_tiles``.
+    # One product per head, as in ``attention_by_tiles``.
     scores = torch.stack([rows[b, g] @ key[b, g].t() for b, g in pairs]).float().view(batch, heads, queries, length)
     if attention_mask is not None:
         mask = attention_mask[..., :length]
-        # Not minus infinity: padding that sees nothing would become NaN, and spread.
+        # Not minus infinity: padding that sees no key would become NaN, and spread.
         least = torch.finfo(scores.dtype).min
         scores = scores.masked_fill(~mask, least) if mask.dtype == torch.bool else scores + mask
     weights = scores.softmax(-1).to(value.dtype).view(batch, groups, heads // groups * queries, length)
@@ -130,7 +156,7 @@ def cached_attention(
 
 
 def _cached_attention_mask(batch_size: int, q_length: int, kv_length: int, **more: Any) -> Tensor | None:
-    """transformers' mask for SDPA, but none where one row goes on after its past and every place sees what is before it."""
+    """transformers' SDPA mask, or None for one row that continues cached tokens under plain causal attention."""
     from transformers.masking_utils import causal_mask_function, sdpa_mask
 
     plain = more.get("mask_function") is causal_mask_function and more.get("allow_is_causal_skip", False)
@@ -140,17 +166,17 @@ def _cached_attention_mask(batch_size: int, q_length: int, kv_length: int, **mor
 
 
 def use_cached_attention(model: Any) -> None:
-    """Let a model that would use SDPA read and decode by ``cached_attention``."""
+    """Let a model that uses SDPA attend by ``cached_attention``; other models and old versions are left alone."""
     if getattr(model.config, "_attn_implementation", None) != "sdpa" or not hasattr(model, "set_attn_implementation"):
         return
     try:
         from transformers import AttentionInterface, AttentionMaskInterface
         from transformers.masking_utils import sdpa_mask
     except ImportError:
-        # Before transformers let one register an attention and its mask.
+        # This version of transformers cannot register an attention and its mask.
         return
     if not {"q_length", "kv_length", "mask_function"} <= set(inspect.signature(sdpa_mask).parameters):
-        # Earlier ways to ask for a mask.
+        # This version passes other arguments to a mask function.
         return
     AttentionInterface.register("cached_attention", cached_attention)
     AttentionMaskInterface.register("cached_attention", _cached_attention_mask)
@@ -159,14 +185,14 @@ def use_cached_attention(model: Any) -> None:
 
 @cache
 def _roomy_layer() -> Any:
-    """transformers' growing layer of a cache, but one that does not copy all it holds for every token that is added."""
+    """transformers' ``DynamicLayer``, without its copy of the whole layer for every token added."""
     from transformers.cache_utils import DynamicLayer
 
     class RoomyLayer(DynamicLayer):  # type: ignore[misc]
-        """Keys and values are the beginning of tensors that have room for more.
+        """Keys and values are slices at the beginning of larger tensors.
 
-        What cuts or repeats them (``crop``, ``batch_repeat_interleave``) may do so as before: where they no longer begin
-        such a tensor, they get a new one.
+        ``crop`` and ``batch_repeat_interleave`` work as before: keys and values that are no longer such a slice get a new
+        tensor at the next ``update``.
         """
 
         is_initialized: bool
@@ -188,25 +214,31 @@ def _roomy_layer() -> Any:
 
 
 def _added(room: Tensor | None, held: Tensor | None, new: Tensor) -> tuple[Tensor, Tensor]:
-    """The room, and the part of it that holds what was held and the new: [B, G, K, D]."""
+    """The larger tensor, and the slice of it with the old tokens and the new ones.
+
+    Args:
+        room: larger tensor of the last call, or None.
+        held: [B, G, K, D] tokens so far, or None.
+        new: [B, G, Q, D] tokens to add.
+    """
     length = 0 if held is None else held.shape[-2]
     needed = length + new.shape[-2]
     fits = room is not None and room.shape[0] == new.shape[0] and room.shape[-2] >= needed
     if room is None or not fits or (held is not None and held.data_ptr() != room.data_ptr()):
         *front, _, width = new.shape
-        room = new.new_empty(*front, needed + max(_LEAST_ROOM, needed // 16), width)
+        room = new.new_empty(*front, needed + max(_MINIMUM_SPARE_TOKENS, needed // _SPARE_FRACTION), width)
         if held is not None:
             room[..., :length, :] = held
     room[..., length:needed, :] = new
     return room, room[..., :needed, :]
 
 
-def roomy_cache() -> Any:
-    """An empty cache that has room for more, or None where this transformers has no such caches: it then makes its own."""
+def roomy_cache() -> KeyValueCache | None:
+    """An empty cache with spare room, or None if this version of transformers cannot have one and makes its own."""
     from transformers import DynamicCache
 
     made = DynamicCache()
     if not hasattr(made, "layer_class_to_replicate"):
         return None
     made.layer_class_to_replicate = _roomy_layer()
-    return made
+    return made  # type: ignore[no-any-return]

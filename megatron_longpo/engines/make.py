@@ -1,4 +1,4 @@
-"""The engine that a configuration names."""
+"""Makes the engine that a configuration names."""
 
 from __future__ import annotations
 
@@ -7,15 +7,19 @@ from megatron_longpo.engines.settings import EngineConfig
 
 
 def make_engine(config: EngineConfig, seq_length: int, *, keep_prefix: bool = False) -> Engine:
-    """The engine that a configuration names, for rows of at most ``seq_length`` tokens.
+    """Make the engine that a configuration names.
 
-    ``keep_prefix``: see ``TransformersEngine``; vLLM keeps prefixes always.
+    Args:
+        config: the engine and its settings.
+        seq_length: longest row in tokens, answers included.
+        keep_prefix: see ``TransformersEngine``. vLLM always keeps prefixes.
 
     Raises:
-        ConfigError, DataError: it cannot be had.
+        ConfigError: the engine is not installed, or its settings do not work.
+        DataError: the model or tokenizer cannot be loaded.
     """
-    # Where they are needed: each knows the library that it stands on.
     assert config.model is not None
+    # Each engine needs a library that the others do not.
     if config.engine == "openai":
         from megatron_longpo.engines.openai_engine import OpenAIEngine
 

@@ -1,4 +1,4 @@
-"""Any server with OpenAI's chat completions as an engine: requests made again, with pauses, as long as that may help."""
+"""Any server with OpenAI's chat completions as an engine, with patient retries."""
 
 from __future__ import annotations
 
@@ -10,57 +10,64 @@ import random
 import re
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
+
+import requests
 
 from megatron_longpo.engines.base import MODEL_ROPE, Engine, EngineError, Prompt, Reply, Rope, Sampling
 from megatron_longpo.engines.settings import EngineConfig
 from megatron_longpo.errors import ConfigError
 from megatron_longpo.text.chat import load_tokenizer
 
-# What may pass: too many requests, a server that is starting, overloaded or gone for a moment.
-_PASSING = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
-_LONGEST_PAUSE = 60.0
+# Temporary failures: too many requests, or a server that is starting, overloaded or briefly gone.
+_TEMPORARY = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
+_WRONG_KEY = (401, 403)
+# A prompt that is too long: 413, or one of these with a body that says so.
+_BAD_REQUEST = (400, 422)
 _TOO_LONG = re.compile(
     r"context|too long|too large|maximum.{0,40}(?:length|tokens)|length.{0,40}exceed|exceed.{0,40}(?:length|tokens)",
     re.I,
 )
+_CONNECT_SECONDS = 10.0
+# The first retry waits up to twice this long; each further one up to twice as long as the one before.
+_BASE_PAUSE_SECONDS = 0.25
+_LONGEST_PAUSE_SECONDS = 60.0
+_LONGEST_RETRY_AFTER_SECONDS = 600.0
 
 
 class OpenAIEngine(Engine):
     """Any server with OpenAI's chat completions, over HTTP.
 
-    Requests that fail for a reason that may pass (connection, time-out, 429, 5xx, a body cut short) are made again with
-    growing random pauses; a ``Retry-After`` is honoured, by all requests. The key comes from the environment and is
-    written nowhere.
+    Requests that fail for a reason that may pass (connection, time-out, 429, 5xx, a truncated body) are repeated after growing
+    random pauses; a ``Retry-After`` holds back all requests. The key comes from the environment and is never written down.
 
     Args:
-        config: server, model, tokenizer, limits.
+        config: server, model, tokenizer and limits.
 
     Raises:
-        DataError: no tokenizer there.
+        ConfigError: the key has characters that no key has.
+        DataError: the tokenizer cannot be loaded.
     """
 
     def __init__(self, config: EngineConfig) -> None:
-        import requests
-
         assert config.model is not None and config.tokenizer is not None
         self.tokenizer = load_tokenizer(config.tokenizer, config.chat_template)
         self.groups_at_once = config.concurrency
+        self.retried = 0
         self._config = config
         self._url = config.base_url.rstrip("/") + "/chat/completions"
-        key = os.environ.get(config.api_key_variable)
-        if key is not None and not (key.isascii() and key.isprintable()):
-            raise ConfigError(f"{config.api_key_variable} holds characters that no key has; set it again")
-        self._key = key
+        self._key = os.environ.get(config.api_key_variable)
+        if self._key is not None and not (self._key.isascii() and self._key.isprintable()):
+            raise ConfigError(
+                f"{config.api_key_variable} holds characters that no key has (a line break?); set the variable again"
+            )
         self._sessions = threading.local()
-        self._new_session: Callable[[], Any] = requests.Session
         self._pool = ThreadPoolExecutor(config.concurrency)
-        # All wait where the server asks one to.
+        # When the server accepts requests again, on the monotonic clock; shared by all threads.
         self._not_before = 0.0
         self._lock = threading.Lock()
-        self.retried = 0
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -78,7 +85,7 @@ class OpenAIEngine(Engine):
         rope: Rope = MODEL_ROPE,
     ) -> list[list[Reply]]:
         assert rope.is_default
-        waiting = [[self._pool.submit(self._ask, p, sampling) for p in group] for group in groups]
+        waiting = [[self._pool.submit(self._ask, prompt, sampling) for prompt in group] for group in groups]
         try:
             return [[future.result() for future in group] for group in waiting]
         except BaseException:
@@ -90,7 +97,7 @@ class OpenAIEngine(Engine):
     def _ask(self, prompt: Prompt, sampling: Sampling) -> Reply:
         messages = list(prompt.messages)
         if prompt.prefix:
-            # This interface has no beginning of an answer; RULER puts it at the end of the question too.
+            # The interface cannot begin an answer, so the prefix ends the question, as in RULER.
             messages[-1] = {**messages[-1], "content": messages[-1]["content"] + prompt.prefix}
         body = {
             "model": self._config.model,
@@ -101,81 +108,94 @@ class OpenAIEngine(Engine):
             "seed": prompt.seed,
             "stream": False,
         }
-        trouble = ""
+        problem = ""
         for attempt in range(self._config.retries + 1):
             if attempt:
                 with self._lock:
                     self.retried += 1
-                # Full jitter: clients that failed together do not come back together.
-                time.sleep(random.uniform(0.2, 1.0) * min(_LONGEST_PAUSE, 0.25 * 2**attempt))
+                # Full jitter: clients that failed together do not return together.
+                pause = min(_LONGEST_PAUSE_SECONDS, _BASE_PAUSE_SECONDS * 2**attempt)
+                time.sleep(random.uniform(0.2, 1.0) * pause)
             while (pause := self._not_before - time.monotonic()) > 0:
-                # Another thread may be asked for a longer pause meanwhile.
+                # Checked again after the pause: another thread may have been told to wait longer.
                 time.sleep(pause)
-            reply, trouble = self._try(body)
+            reply, problem = self._try(body)
             if reply is not None:
                 return reply
         raise EngineError(
-            f"{self._url}: no answer after {self._config.retries + 1} tries (the last: {trouble}); see to the server, or raise "
-            "retries; what was answered is kept, the same command goes on"
+            f"{self._url}: no answer after {self._config.retries + 1} tries (the last: {problem}); check the server, or raise "
+            "retries. Answers so far are kept: rerun the same command to resume"
         )
 
     def _sign(self, request: Any) -> Any:
-        # As requests' own authentication, so that no .netrc takes the key's place.
+        # Passed as an authentication of requests, so that no .netrc replaces the key.
         if self._key:
             request.headers["Authorization"] = f"Bearer {self._key}"
         return request
 
     def _try(self, body: dict[str, Any]) -> tuple[Reply | None, str]:
-        """A reply, or what went wrong in a way that may pass."""
-        import requests
-
+        """Send one request: a reply, or None and the problem if that may pass."""
         session = getattr(self._sessions, "session", None)
         if session is None:
-            session = self._sessions.session = self._new_session()
+            session = self._sessions.session = requests.Session()
         try:
-            timeout = (10.0, self._config.timeout_seconds)
+            timeout = (_CONNECT_SECONDS, self._config.timeout_seconds)
             answer = session.post(self._url, json=body, auth=self._sign, timeout=timeout)
-            # JSON is UTF-8, whatever the headers leave out.
+            # JSON is UTF-8, even if the headers do not say so.
             status, text = answer.status_code, answer.content.decode("utf-8", errors="replace")
         except (requests.exceptions.InvalidURL, requests.exceptions.InvalidSchema, ValueError) as error:
-            raise EngineError(f"{self._url}: is no address ({type(error).__name__}); look at base_url") from None
+            raise EngineError(f"{self._url}: is not a valid URL ({type(error).__name__}); check base_url") from None
         except (requests.RequestException, OSError) as error:
             # A connection that failed is not used again.
             self._sessions.session = None
             return None, type(error).__name__
-        if status in _PASSING:
+        if status in _TEMPORARY:
             self._heed(answer.headers.get("Retry-After"))
             return None, f"status {status}"
         if status != 200:
-            detail = " ".join(text.split())[:300]
-            if status == 413 or (status in (400, 422) and _TOO_LONG.search(text)):
-                # This prompt will not do, whatever is tried.
-                return Reply("", False, 0, 0, refused=f"status {status}: {detail}"), ""
-            fix = (
-                f"set {self._config.api_key_variable}"
-                if status in (401, 403)
-                else "look at base_url and model; base_url usually ends with /v1"
-            )
-            raise EngineError(f"{self._url}: status {status} ({detail}); {fix}")
+            return self._refusal(status, text), ""
         try:
-            content = json.loads(text)
-            choice = content["choices"][0]
-            words = choice["message"]["content"]
-            if not isinstance(words, str):
-                words = ""
-            used = content.get("usage") or {}
-            read, wrote = used.get("prompt_tokens"), used.get("completion_tokens")
-            if read is None or wrote is None:
-                # A server that does not count: the limit of the short rows needs it.
-                read, wrote = len(self.tokenizer.prompt(body["messages"])), self.tokenizer.count([words])[0]
-            # "length" and "content_filter" are answers cut off.
-            finished = choice.get("finish_reason") in (None, "stop")
-            return Reply(words.strip(), finished, int(read), int(wrote)), ""
+            return self._parse(json.loads(text), body), ""
         except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
             self._sessions.session = None
-            return None, f"a body that is no completion ({type(error).__name__})"
+            return None, f"a body that is not a completion ({type(error).__name__})"
+
+    def _refusal(self, status: int, text: str) -> Reply:
+        """The reply to a prompt that this server will never accept.
+
+        Raises:
+            EngineError: the server refuses every prompt.
+        """
+        detail = " ".join(text.split())[:300]
+        if status == 413 or (status in _BAD_REQUEST and _TOO_LONG.search(text)):
+            return Reply(text="", finished=False, prompt_tokens=0, new_tokens=0, refused=f"status {status}: {detail}")
+        if status in _WRONG_KEY:
+            fix = f"set {self._config.api_key_variable}"
+        else:
+            fix = "check base_url and model; base_url usually ends with /v1"
+        raise EngineError(f"{self._url}: status {status} ({detail}); {fix}")
+
+    def _parse(self, content: Any, body: dict[str, Any]) -> Reply:
+        choice = content["choices"][0]
+        words = choice["message"]["content"]
+        if not isinstance(words, str):
+            words = ""
+        usage = content.get("usage") or {}
+        prompt_tokens, new_tokens = usage.get("prompt_tokens"), usage.get("completion_tokens")
+        if prompt_tokens is None or new_tokens is None:
+            # This server does not count, and the length limit of short rows needs the numbers.
+            prompt_tokens = len(self.tokenizer.prompt(body["messages"]))
+            (new_tokens,) = self.tokenizer.count([words])
+        return Reply(
+            text=words.strip(),
+            # Other reasons, such as "length" and "content_filter", mean that the answer was cut.
+            finished=choice.get("finish_reason") in (None, "stop"),
+            prompt_tokens=int(prompt_tokens),
+            new_tokens=int(new_tokens),
+        )
 
     def _heed(self, retry_after: str | None) -> None:
+        """Hold back all requests for as long as the server asks: seconds or a date."""
         if not retry_after:
             return
         try:
@@ -187,5 +207,6 @@ class OpenAIEngine(Engine):
                 return
         if not math.isfinite(seconds):
             return
+        pause = min(max(0.0, seconds), _LONGEST_RETRY_AFTER_SECONDS)
         with self._lock:
-            self._not_before = max(self._not_before, time.monotonic() + min(max(0.0, seconds), 10 * _LONGEST_PAUSE))
+            self._not_before = max(self._not_before, time.monotonic() + pause)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,8 @@ class VLLMEngine(Engine):
     """vLLM in this process, with prefix caching: a document is computed once for all its prompts.
 
     Args:
-        config: model, dtype, GPUs.
-        longest: tokens of a row for which a changed RoPE is to do.
+        config: model, dtype and number of GPUs.
+        longest: longest row in tokens that a changed RoPE must support.
 
     Raises:
         ConfigError: vLLM is not installed.
@@ -34,9 +35,10 @@ class VLLMEngine(Engine):
         self.tokenizer = load_tokenizer(config.model, config.chat_template)
         self.groups_at_once = config.concurrency
         self._config, self._longest = config, longest
+        self._make_llm: Callable[..., Any] = LLM
+        # Loaded at the first call, with the RoPE of that call.
         self._llm: Any = None
-        self._made = Rope()
-        self._make: Callable[..., Any] = LLM
+        self._rope = MODEL_ROPE
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -48,32 +50,6 @@ class VLLMEngine(Engine):
             "template": self.tokenizer.template_hash,
         }
 
-    def _model(self, rope: Rope) -> Any:
-        if self._llm is None or rope != self._made:
-            import gc
-
-            # One at a time: two would not fit.
-            self._llm = None
-            gc.collect()
-            overrides: dict[str, Any] = {}
-            if rope.base is not None:
-                overrides["rope_theta"] = rope.base
-            if rope.scaling is not None:
-                overrides["rope_scaling"] = rope.scaling
-            if not rope.is_default:
-                # Beyond the model's own range; answers and template besides.
-                overrides["max_position_embeddings"] = self._longest
-            more = {"hf_overrides": overrides} if overrides else {}
-            self._llm = self._make(
-                model=self._config.model,
-                dtype=self._config.dtype,
-                tensor_parallel_size=self._config.tensor_parallel_size,
-                enable_prefix_caching=True,
-                **more,
-            )
-            self._made = rope
-        return self._llm
-
     def answer(
         self,
         groups: Sequence[Sequence[Prompt]],
@@ -82,13 +58,13 @@ class VLLMEngine(Engine):
     ) -> list[list[Reply]]:
         from vllm import SamplingParams
 
-        llm = self._model(rope)
-        longest = llm.llm_engine.model_config.max_model_len
-        rows = [[self.tokenizer.prompt(list(p.messages), p.prefix) for p in group] for group in groups]
+        llm = self._load(rope)
+        limit = llm.llm_engine.model_config.max_model_len
+        rows = self.token_rows(groups)
         prompts, parameters = [], []
         for group, tokens in zip(groups, rows, strict=True):
-            for p, ids in zip(group, tokens, strict=True):
-                if len(ids) >= longest:
+            for prompt, ids in zip(group, tokens, strict=True):
+                if len(ids) >= limit:
                     continue
                 prompts.append({"prompt_token_ids": ids})
                 parameters.append(
@@ -96,26 +72,55 @@ class VLLMEngine(Engine):
                         max_tokens=sampling.max_tokens,
                         temperature=sampling.temperature,
                         top_p=sampling.top_p,
-                        seed=p.seed,
+                        seed=prompt.seed,
                         stop_token_ids=sorted(self.tokenizer.answer_ends()),
                         skip_special_tokens=True,
                     )
                 )
         outputs = iter(llm.generate(prompts, parameters, use_tqdm=False))
-        replies = []
-        for tokens in rows:
-            row = []
-            for ids in tokens:
-                if len(ids) >= longest:
-                    why = f"{len(ids)} tokens; the engine takes {longest}"
-                    row.append(Reply("", False, len(ids), 0, refused=why))
-                    continue
-                out = next(outputs)
-                done = out.outputs[0]
-                row.append(
-                    Reply(
-                        done.text.strip(), done.finish_reason == "stop", len(out.prompt_token_ids), len(done.token_ids)
-                    )
-                )
-            replies.append(row)
-        return replies
+        return [[_too_long(ids, limit) if len(ids) >= limit else _reply(next(outputs)) for ids in row] for row in rows]
+
+    def _load(self, rope: Rope) -> Any:
+        """The model with this RoPE, reloaded if it is another than before."""
+        if self._llm is not None and rope == self._rope:
+            return self._llm
+        # Freed first: two would not fit.
+        self._llm = None
+        gc.collect()
+        overrides: dict[str, Any] = {}
+        if rope.base is not None:
+            overrides["rope_theta"] = rope.base
+        if rope.scaling is not None:
+            overrides["rope_scaling"] = rope.scaling
+        if not rope.is_default:
+            # Rows go beyond the model's own range.
+            overrides["max_position_embeddings"] = self._longest
+        self._llm = self._make_llm(
+            model=self._config.model,
+            dtype=self._config.dtype,
+            tensor_parallel_size=self._config.tensor_parallel_size,
+            enable_prefix_caching=True,
+            **({"hf_overrides": overrides} if overrides else {}),
+        )
+        self._rope = rope
+        return self._llm
+
+
+def _reply(output: Any) -> Reply:
+    completion = output.outputs[0]
+    return Reply(
+        text=completion.text.strip(),
+        finished=completion.finish_reason == "stop",
+        prompt_tokens=len(output.prompt_token_ids),
+        new_tokens=len(completion.token_ids),
+    )
+
+
+def _too_long(ids: list[int], limit: int) -> Reply:
+    return Reply(
+        text="",
+        finished=False,
+        prompt_tokens=len(ids),
+        new_tokens=0,
+        refused=f"{len(ids)} tokens; the engine takes {limit}",
+    )

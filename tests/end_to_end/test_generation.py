@@ -161,7 +161,7 @@ def test_a_server_that_refuses_is_named(made: Path, server: str, tmp_path: Path)
     assert "no answer after 2 tries (the last: ConnectionError)" in done.stderr and "Traceback" not in done.stderr
     wrong = [*remote, "--base-url", f"{server}/wrong"]
     done = run([*TOOL, *arguments(made, tmp_path / "y.jsonl"), *wrong], expect=2)
-    assert "status 404" in done.stderr and "look at base_url" in done.stderr
+    assert "status 404" in done.stderr and "check base_url" in done.stderr
 
 
 def test_odd_documents_do_no_harm(made: Path, tmp_path: Path) -> None:

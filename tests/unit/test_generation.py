@@ -38,6 +38,7 @@ from megatron_longpo.generation.settings import (
     check,
 )
 from megatron_longpo.generation.stages import Stage, read_lines
+from megatron_longpo.runtime import platform
 from megatron_longpo.text.documents import DOMAINS, RawDocument, find_files
 from tests.support.launch import ROOT
 from tests.support.models import make_chat_model
@@ -349,6 +350,14 @@ def test_a_shared_document_changes_no_answer(chat_model: Path) -> None:
         )
         assert whole.tokenizer.decode(made[0, ids.shape[1] :].tolist()).strip() == reply.text
         assert reply.prompt_tokens == ids.shape[1]
+
+
+def test_models_are_loaded_on_the_platforms_device(chat_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also on a machine with a GPU when the platform is the CPU (``MEGATRON_LONGPO_PLATFORM=cpu``)."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert TransformersEngine(chat_model).model.device == platform.CURRENT.device
+    monkeypatch.setattr(type(platform.CURRENT), "device", torch.device("meta"))
+    assert TransformersEngine(chat_model).model.device == torch.device("meta")
 
 
 def test_rope_is_changed_for_a_while(chat_model: Path) -> None:

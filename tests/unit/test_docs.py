@@ -1,17 +1,23 @@
-"""Every command line that README and docs show is one that the programs accept.
+"""README and docs: command lines are accepted, option tables are whole, links and paths lead somewhere.
 
-The programs' own parsers read them in this process; nothing is run. An ellipsis stands for whatever the reader fills in.
+The programs' own parsers read the command lines in this process; nothing is run. An ellipsis stands for whatever the
+reader fills in.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import importlib.util
 import re
 import shlex
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import pytest
+import tyro
 
 from megatron_longpo.config import Config, Sections, from_command_line
 from megatron_longpo.evaluation.settings import EvaluationConfig
@@ -134,6 +140,79 @@ def test_flags_of_benchmarks_in_the_docs_are_there() -> None:
     for name, flag in found:
         source = (ROOT / "benchmarks" / name).read_text(encoding="utf-8")
         assert f'"{flag}"' in source or f'"--no-{flag[2:]}"' in source, f"benchmarks/{name} has no {flag}"
+
+
+# --------------------------------------------------------------------------------------------------
+# Option tables
+# --------------------------------------------------------------------------------------------------
+
+
+def options_module() -> Any:
+    spec = importlib.util.spec_from_file_location("options", ROOT / "docs" / "hooks" / "options.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@dataclass(frozen=True)
+class Base:
+    size: int | None = None
+    """Tokens | characters."""
+    plain: bool = True
+
+
+@dataclass(frozen=True)
+class Section(Base):
+    """A section for the test."""
+
+    kind: Annotated[Literal["a", "b"], tyro.conf.arg(name="sort", help="Which of the two.")] = "a"
+    names: tuple[str, ...] = ("x", "y")
+    """Any number
+    of names."""
+
+
+@dataclass(frozen=True)
+class Root:
+    section: Section = field(default_factory=Section)
+
+
+def test_option_rows_come_from_fields_and_the_strings_below_them() -> None:
+    rows = [tuple(row) for row in options_module().option_rows(Section)]
+    assert rows == [
+        ("size", "integer", "", "Tokens | characters."),
+        ("plain", "switch", "on", ""),
+        ("sort", "`a` \\| `b`", "`a`", "Which of the two."),
+        ("names", "list of text", "`x, y`", "Any number of names."),
+    ]
+
+
+def test_an_option_table_has_a_row_per_option() -> None:
+    assert options_module().option_tables(Root).splitlines() == [
+        "### `section`",
+        "",
+        "A section for the test.",
+        "",
+        "| option | value | default | meaning |",
+        "|---|---|---|---|",
+        "| `size` | integer |  | Tokens \\| characters. |",
+        "| `plain` | switch | on |  |",
+        "| `sort` | `a` \\| `b` | `a` | Which of the two. |",
+        "| `names` | list of text | `x, y` | Any number of names. |",
+    ]
+
+
+@pytest.mark.parametrize("root", [Config, GenerationConfig, EvaluationConfig])
+def test_every_option_is_in_the_tables(root: type[Sections]) -> None:
+    tables = options_module().option_tables(root)
+    for section in dataclasses.fields(root):  # type: ignore[arg-type]
+        for option in dataclasses.fields(getattr(root(), section.name)):
+            assert f"| `{option.name}` |" in tables
+
+
+# --------------------------------------------------------------------------------------------------
+# Links and paths
+# --------------------------------------------------------------------------------------------------
 
 
 def test_links_between_the_files_of_the_repository_lead_somewhere() -> None:

@@ -26,7 +26,7 @@ from megatron_longpo.generation.stages import (
     read_stage_manifest,
     work_folder,
 )
-from megatron_longpo.runtime.files import lock
+from megatron_longpo.runtime.files import FolderLock
 
 
 def parts_of(output: Path) -> list[Path]:
@@ -120,11 +120,8 @@ def merge(output: Path) -> dict[str, Any]:
         DataError: parts that are not there, not finished, or not of one run.
     """
     parts_of(output)
-    held = lock(work_folder(output))
-    try:
+    with FolderLock(work_folder(output), name=output):
         return _merge(output)
-    finally:
-        os.close(held)
 
 
 def _merge(output: Path) -> dict[str, Any]:

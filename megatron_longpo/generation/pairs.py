@@ -17,7 +17,6 @@ import hashlib
 import itertools
 import json
 import multiprocessing
-import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -34,7 +33,7 @@ from megatron_longpo.generation.chunks import Span, digest, group_units, take_un
 from megatron_longpo.generation.filters import LanguageFilter, is_refusal, questions_in, why_not_ask
 from megatron_longpo.generation.settings import GenerationConfig
 from megatron_longpo.generation.stages import STAGES, Line, Stage, part_folder, part_folders, read_lines, work_folder
-from megatron_longpo.runtime.files import lock, write_atomically
+from megatron_longpo.runtime.files import FolderLock, write_atomically
 from megatron_longpo.runtime.progress import Progress
 from megatron_longpo.text.chat import load_tokenizer, user_message
 from megatron_longpo.text.documents import MOST_BROKEN, RawDocument, find_files, read_documents
@@ -430,8 +429,7 @@ def make_part(config: GenerationConfig, engine: Engine, rank: int, world_size: i
     folder = part_folder(output, rank, world_size)
     folder.mkdir(parents=True, exist_ok=True)
     _refuse_another_split(output, world_size, restart=restart)
-    held = lock(folder)
-    try:
+    with FolderLock(folder):
         if restart:
             for path in folder.iterdir():
                 path.unlink()
@@ -457,8 +455,6 @@ def make_part(config: GenerationConfig, engine: Engine, rank: int, world_size: i
             engine,
             lambda rows: answer_long(config, engine, rows),
         )
-    finally:
-        os.close(held)
 
 
 def _files(config: GenerationConfig) -> list[tuple[Path, Any]]:

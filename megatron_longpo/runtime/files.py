@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, their checksums, and folders that one process holds."""
+"""Files that appear whole or not at all, checksums, and locks on folders."""
 
 from __future__ import annotations
 
@@ -9,14 +9,17 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
 
-from megatron_longpo.errors import DataError
+from megatron_longpo.errors import DataError, LongPOError
+
+_BLOCK_BYTES = 2**22
+# Of the command line of a process that holds a lock.
+_COMMAND_CHARACTERS = 120
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """The file appears whole under its name, or not at all."""
-    # Two runs may write one file (a cache that they share): each its own.
+    """Write a file that appears whole under its name, or not at all."""
+    # Two runs may write the same file (a shared cache), so each has a temporary file of its own.
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     with open(temporary, "wb") as stream:
         stream.write(content)
@@ -26,19 +29,17 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def sha256_of(path: Path) -> str:
+    """Checksum of a file, in hexadecimal digits."""
     with open(path, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256(stream)
-
-
-def _sha256(stream: BinaryIO) -> str:
-    digest = hashlib.sha256()
-    while block := stream.read(1 << 22):
-        digest.update(block)
-    return digest.hexdigest()
+        # Python 3.10 has no hashlib.file_digest.
+        digest = hashlib.sha256()
+        while block := stream.read(_BLOCK_BYTES):
+            digest.update(block)
+        return digest.hexdigest()
 
 
 def link_atomically(source: Path, target: Path) -> None:
-    """``target`` becomes another name of ``source``, or a copy of it, whole or not at all."""
+    """Make ``target`` another name of ``source``, or a copy of it; it appears whole or not at all."""
     temporary = target.with_name(target.name + ".tmp")
     temporary.unlink(missing_ok=True)
     try:
@@ -49,30 +50,71 @@ def link_atomically(source: Path, target: Path) -> None:
     os.replace(temporary, target)
 
 
+class FolderLock:
+    """An advisory lock on a folder, held until ``release`` or the death of the process.
+
+    The folder itself is locked (flock on its descriptor), so no lock file is left in an output, and whatever the folder holds
+    may be deleted or renamed meanwhile. On a file system without locks nothing is locked.
+
+    Args:
+        folder: folder to lock; it must exist.
+        wait: wait for another holder instead of raising.
+        name: path that the user knows the folder by, for the message; default: the folder.
+        error: class of the error.
+
+    Raises:
+        LongPOError: another process holds the folder, and ``wait`` is off.
+    """
+
+    def __init__(
+        self, folder: Path, *, wait: bool = False, name: Path | None = None, error: type[LongPOError] = DataError
+    ) -> None:
+        self._descriptor: int | None = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            holder = _holder_of(self._descriptor)
+            self.release()
+            raise error(f"{name or folder}: {holder} works on it; wait for it, or choose another output") from None
+        except OSError:
+            pass  # a file system without locks
+
+    def __enter__(self) -> FolderLock:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+    def release(self) -> None:
+        """Give the folder up; a second call does nothing."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+
+def _holder_of(descriptor: int) -> str:
+    """Who holds a lock: process number and command where Linux tells, else "another process"."""
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        inode = os.fstat(descriptor).st_ino
+        for line in Path("/proc/locks").read_text().splitlines():
+            # "7: FLOCK ADVISORY WRITE <pid> <device>:<inode> 0 EOF"; "->" marks one that waits.
+            fields = line.split()
+            if fields[1] == "FLOCK" and int(fields[5].split(":")[2]) == inode and int(fields[4]) > 0:
+                command = Path(f"/proc/{fields[4]}/cmdline").read_bytes().decode(errors="replace").replace("\0", " ")
+                return f"process {fields[4]} ({' '.join(command.split())[:_COMMAND_CHARACTERS]})"
+    return "another process"
+
+
 @contextlib.contextmanager
 def waiting_lock(folder: Path) -> Iterator[None]:
     """Hold a folder while something in it is read, changed and written; another process waits."""
-    held = os.open(folder, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):  # a file system without locks
-            fcntl.flock(held, fcntl.LOCK_EX)
+    with FolderLock(folder, wait=True):
         yield
-    finally:
-        os.close(held)
 
 
 def lock(folder: Path) -> int:
-    """Hold a folder for this process; gives the descriptor to keep.
-
-    Raises:
-        DataError: another process works on it.
-    """
-    held = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(held)
-        raise DataError(f"{folder}: another process works on it; wait for it, or name another --output") from None
-    except OSError:
-        pass  # a file system without locks
-    return held
+    """Hold a folder for this process; returns the descriptor to close."""
+    held = FolderLock(folder)
+    assert held._descriptor is not None
+    descriptor, held._descriptor = held._descriptor, None
+    return descriptor

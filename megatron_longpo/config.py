@@ -594,7 +594,7 @@ def data_parallel_size(config: Config, world_size: int) -> int:
 
 
 def check_against_model(
-    config: Config, *, world_size: int, num_layers: int, attention_heads: int, key_value_heads: int, hidden_size: int
+    config: Config, *, world_size: int, num_layers: int, attention_heads: int, key_value_heads: int
 ) -> None:
     """Whether the degrees fit the model.
 

@@ -242,7 +242,7 @@ def import_(a: argparse.Namespace) -> None:
 def export(a: argparse.Namespace) -> None:
     """Export, and verify before the folder appears under its name."""
 
-    def check(checkpoint: Path, written: Path, shape: ModelShape) -> None:
+    def check(checkpoint: Path, written: Path, _shape: ModelShape) -> None:
         work.stop()
         if not a.no_verify:
             verify_conversion(a, checkpoint, written)

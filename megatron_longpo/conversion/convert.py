@@ -133,7 +133,7 @@ def import_hf(
     changes: Changes = Changes(),
     dtype: str | None = None,
     name: str | None = None,
-    progress: Progress = lambda done, total: None,
+    progress: Progress = lambda *_: None,
 ) -> Conversion:
     """Convert a Hugging Face model folder into a layout-free distributed checkpoint; collective.
 
@@ -224,7 +224,7 @@ def export_hf(
     dtype: str | None = None,
     max_shard_bytes: int = 5 * 10**9,
     check: Callable[[Path, Path, ModelShape], None] | None = None,
-    progress: Progress = lambda done, total: None,
+    progress: Progress = lambda *_: None,
 ) -> Conversion:
     """Convert a converted or trained checkpoint into a Hugging Face folder that transformers loads as it is; collective.
 
@@ -367,7 +367,7 @@ def compare(
     hf: str | Path,
     *,
     changes: Changes = Changes(),
-    progress: Progress = lambda done, total: None,
+    progress: Progress = lambda *_: None,
 ) -> Comparison:
     """Compare a checkpoint with a Hugging Face folder: settings, and every tensor bit by bit after the mapping; collective.
 

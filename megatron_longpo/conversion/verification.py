@@ -68,7 +68,7 @@ def compare_logits(
     first_position: int = 0,
     bound: float = 1e-4,
     whole: bool = False,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Callable[[int, int], None] = lambda *_: None,
 ) -> Agreement:
     """Run both models in fp32 on rows of tokens and compare what comes out of every layer, and the logits.
 
@@ -158,7 +158,7 @@ class _Layers:
         self._outputs: list[Tensor] = []
         self._one_more = one_more
 
-    def hook(self, module: torch.nn.Module, inputs: Any, output: Any) -> None:
+    def hook(self, _module: torch.nn.Module, _inputs: Any, output: Any) -> None:
         hidden = output[0] if isinstance(output, tuple) else output
         self._outputs.append(hidden.detach().reshape(-1, hidden.shape[-1]).float())
         self._one_more()

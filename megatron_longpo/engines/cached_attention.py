@@ -200,7 +200,7 @@ def _roomy_layer() -> Any:
         values: Tensor | None
 
         def update(
-            self, key_states: Tensor, value_states: Tensor, *arguments: Any, **more: Any
+            self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any
         ) -> tuple[Tensor | None, Tensor | None]:
             if not self.is_initialized:
                 self.dtype, self.device = key_states.dtype, key_states.device

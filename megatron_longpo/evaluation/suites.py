@@ -303,7 +303,7 @@ def begin_short(config: EvaluationConfig, prepared: SuiteInputs, share: Share, *
             tasks_by_keys[batch.keys] = (task, taken)
     found: list[Any] = []
 
-    def answer(batch: SampleBatch, done: set[str]) -> Iterator[tuple[list[dict[str, Any]], int]]:
+    def answer(batch: SampleBatch, _done: set[str]) -> Iterator[tuple[list[dict[str, Any]], int]]:
         if not found:
             found.append(short_context.make_model(model, config.engine.dtype, s.short_batch_size))
         task, taken = tasks_by_keys[batch.keys]

@@ -280,7 +280,7 @@ def answer_long(config: GenerationConfig, engine: Engine, lines: Sequence[tuple[
     }
     scaling = None if a.rope_type is None else {"rope_type": a.rope_type, **{k: v for k, v in numbers.items() if v}}
 
-    def text(document: Line, turn: int) -> str:
+    def text(document: Line, _turn: int) -> str:
         return str(document["text"])
 
     return _answer(config, engine, lines, text, "long", Rope(a.rotary_base, scaling))

@@ -92,13 +92,7 @@ class BlockAttention(torch.nn.Module):
     def __init__(
         self,
         config: Any,
-        layer_number: int,
-        attn_mask_type: Any,
-        attention_type: str,
-        attention_dropout: float | None = None,
         softmax_scale: float | None = None,
-        cp_comm_type: str | None = None,
-        pg_collection: Any = None,
         **_: Any,
     ) -> None:
         super().__init__()
@@ -113,10 +107,9 @@ class BlockAttention(torch.nn.Module):
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        attention_mask: Tensor | None = None,
-        attn_mask_type: Any = None,
-        attention_bias: Tensor | None = None,
+        *_: Any,
         packed_seq_params: PackedSeqParams | None = None,
+        **__: Any,
     ) -> Tensor:
         """query [s, 1, Q, D], key and value [s, 1, K, D], not yet rotated -> [s, 1, Q * D]."""
         assert isinstance(packed_seq_params, AttentionPlan), "the model is always called with an AttentionPlan"

@@ -33,10 +33,6 @@ class Parallel:
     world_size: int
 
     @property
-    def tensor_rank(self) -> int:
-        return int(parallel_state.get_tensor_model_parallel_rank())
-
-    @property
     def pipeline_rank(self) -> int:
         return int(parallel_state.get_pipeline_model_parallel_rank())
 
@@ -55,10 +51,6 @@ class Parallel:
     @property
     def dp_cp_size(self) -> int:
         return self.data_size * self.context_size
-
-    @property
-    def tensor_group(self) -> dist.ProcessGroup:
-        return parallel_state.get_tensor_model_parallel_group()
 
     @property
     def pipeline_group(self) -> dist.ProcessGroup:
@@ -147,13 +139,13 @@ def set_up(
 
 class _SumOverGroup(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    def forward(_ctx: Any, x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
         total = x.clone()
         dist.all_reduce(total, group=group)
         return total
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+    def backward(_ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
         return grad, None
 
 

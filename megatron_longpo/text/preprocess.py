@@ -292,8 +292,8 @@ def preprocess(
     *,
     workers: int = 1,
     restart: bool = False,
-    progress: Callable[[int, Manifest], None] = lambda rows, manifest: None,
-    log: Callable[[str], None] = lambda message: None,
+    progress: Callable[[int, Manifest], None] = lambda *_: None,
+    log: Callable[[str], None] = lambda _: None,
 ) -> Manifest:
     """Make PREFIX.bin, .idx, .json and .rejects.jsonl.
 

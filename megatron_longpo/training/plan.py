@@ -31,7 +31,6 @@ class RunPlan:
         manifest: of the data.
         valid_manifest: of the held-out data, or None.
         train_iters: optimizer steps of the whole run.
-        world_size: processes.
         comm_type, comm_reason: how context parallelism exchanges, and why.
     """
 
@@ -43,7 +42,6 @@ class RunPlan:
     manifest: Manifest
     valid_manifest: Manifest | None
     train_iters: int
-    world_size: int
     comm_type: str
     comm_reason: str
 
@@ -93,7 +91,6 @@ def make_plan(config: Config, world_size: int) -> RunPlan:
         num_layers=shape.num_layers,
         attention_heads=shape.num_attention_heads,
         key_value_heads=shape.num_query_groups,
-        hidden_size=shape.hidden_size,
     )
     p = config.parallel
     comm_type, comm_reason = resolve_comm_type(
@@ -115,8 +112,16 @@ def make_plan(config: Config, world_size: int) -> RunPlan:
     train_iters = t.train_iters or max(1, math.floor(t.train_epochs * manifest.samples / t.global_batch_size))
     check_schedule(config, train_iters)
     return RunPlan(
-        *(config, load, reference_load, shape, reference_shape, manifest, valid_manifest),
-        *(train_iters, world_size, comm_type, comm_reason),
+        config=config,
+        load=load,
+        reference_load=reference_load,
+        shape=shape,
+        reference_shape=reference_shape,
+        manifest=manifest,
+        valid_manifest=valid_manifest,
+        train_iters=train_iters,
+        comm_type=comm_type,
+        comm_reason=comm_reason,
     )
 
 

@@ -187,7 +187,7 @@ def _forward(
         batch: MicroBatch = next(iterator)
         output = chunk(batch.tokens_1s, batch.positions_1s, batch.plan, rotary, batch.loss_places_N, batch.targets_N)
 
-        def collect(logps_N: Tensor, non_loss_data: bool = True) -> Tensor:
+        def collect(logps_N: Tensor, **_: Any) -> Tensor:
             sums = response_sums(logps_N, batch, parallel)
             return torch.stack([sums.chosen_B, sums.rejected_B], dim=1)
 

@@ -250,7 +250,7 @@ class Trainer:
             sets = sets[-1:]
         scope = scope_of(config.objective.objective)
         if scope == "none":
-            return [lambda numbers: None] * len(sets)
+            return [lambda _: None] * len(sets)
         rotary = rotary_of(plan.reference_shape, self._reference_base())
 
         def score_with(model: Sequence[PolicyModel]) -> Callable[[list[Sample]], np.ndarray]:

@@ -95,7 +95,7 @@ def _parallel(batch: int = 8, micro: int = 1, **values: object) -> Config:
 
 
 def test_degrees_against_world_and_model() -> None:
-    model = {"num_layers": 8, "attention_heads": 6, "key_value_heads": 2, "hidden_size": 48}
+    model = {"num_layers": 8, "attention_heads": 6, "key_value_heads": 2}
     assert data_parallel_size(_parallel(tensor_model_parallel_size=2), 8) == 4
     with pytest.raises(ConfigError, match="do not divide the world of 6"):
         data_parallel_size(_parallel(tensor_model_parallel_size=4), 6)

@@ -160,7 +160,7 @@ def test_megatron_reads_the_binaries(tmp_path: Path) -> None:
     assert sum(manifest.length_histogram.values()) == 5
 
 
-def test_the_document_is_stored_once(tmp_path: Path) -> None:
+def test_the_document_is_stored_once() -> None:
     sample = random_sample(np.random.default_rng(0), 3, context=1000)
     stored = sum(len(p.tokens) for p in sample.pieces if p.mode & (Mode.CHOSEN | Mode.REJECTED))
     rows = long_rows(sample, slot=0, turns="chained", nll_scope="sequence")

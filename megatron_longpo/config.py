@@ -108,6 +108,9 @@ class ModelConfig:
     is longer."""
     make_vocab_size_divisible_by: int = 128
     """The vocabulary is padded to a multiple of this times the tensor-parallel size. Padding is never computed with."""
+    attention_backend: Literal["auto", "flash", "fused", "memory_efficient", "unfused"] = "auto"
+    """Attention kernels. auto: flash for bf16, memory_efficient for fp32 on CUDA, and says which; flash: FlashAttention as
+    torch carries it; fused: cuDNN (CUDA); memory_efficient: torch's cutlass kernels (CUDA); unfused: the plain formula, slow."""
     logprob_chunk_bytes: int | None = None
     """Memory for the logits of one chunk of tokens. Default: 128 MiB on the CPU, 1 GiB on CUDA."""
 

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from megatron_longpo.model.blocks import Blocks, CausalBlock, FullBlock, blocks_forward
+from megatron_longpo.model.blocks import Blocks, CausalBlock, FullBlock, block_attention
 
 # Up to so many queries, plain matrix products are faster on a CPU than its attention kernel.
 _FEW_QUERIES = 64
@@ -132,7 +132,7 @@ def cached_attention(
     if plain and past > 0 and batch == 1:
         blocks = Blocks((CausalBlock(0, past, queries),), (FullBlock(0, queries, 0, past),))
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-        return blocks_forward(q, k, v, blocks, scale)[0][None], None
+        return block_attention(q, k, v, blocks, scale)[None], None
     if attention_mask is None and queries > 1 and past > 0:
         # ``_cached_attention_mask`` made no mask here, and without one the kernel lets the first query see only the first key.
         attention_mask = torch.ones(queries, key.shape[2], dtype=torch.bool, device=query.device).tril(past)[None, None]

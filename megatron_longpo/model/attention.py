@@ -31,6 +31,7 @@ from torch import Tensor
 from megatron_longpo.data.sequence import QuerySpan
 from megatron_longpo.errors import ConfigError
 from megatron_longpo.model.blocks import Blocks, block_attention, blocks_backward, blocks_forward, blocks_of
+from megatron_longpo.model.kernels import AttentionKernels
 
 
 @dataclass
@@ -45,6 +46,7 @@ class AttentionPlan(PackedSeqParams):
         gathered_of_S: under ``allgather``, where each place of the sequence is in the ranks' shards put end to end.
         head_groups: at most so many exchanges are under way at once.
         cos_sR, sin_sR: rotary embedding of this rank's places, [s, half the rotated channels].
+        kernels: what computes the blocks.
     """
 
     blocks: Blocks = Blocks((), ())  # noqa: RUF009
@@ -54,6 +56,7 @@ class AttentionPlan(PackedSeqParams):
     head_groups: int = 1
     cos_sR: Tensor | None = None
     sin_sR: Tensor | None = None
+    kernels: AttentionKernels | None = None
 
     @classmethod
     def make(
@@ -79,10 +82,10 @@ class AttentionPlan(PackedSeqParams):
             head_groups=head_groups,
         )
 
-    def with_rotary(self, cos_sR: Tensor, sin_sR: Tensor) -> AttentionPlan:
-        """The same plan with a rotary embedding (the policy's and the reference's differ)."""
+    def for_model(self, cos_sR: Tensor, sin_sR: Tensor, kernels: AttentionKernels) -> AttentionPlan:
+        """The same plan with a model's rotary embedding (the policy's and the reference's differ) and its kernels."""
         plan = copy.copy(self)
-        plan.cos_sR, plan.sin_sR = cos_sR, sin_sR
+        plan.cos_sR, plan.sin_sR, plan.kernels = cos_sR, sin_sR, kernels
         return plan
 
 
@@ -114,13 +117,13 @@ class BlockAttention(torch.nn.Module):
         """query [s, 1, Q, D], key and value [s, 1, K, D], not yet rotated -> [s, 1, Q * D]."""
         assert isinstance(packed_seq_params, AttentionPlan), "the model is always called with an AttentionPlan"
         plan = packed_seq_params
-        assert plan.cos_sR is not None and plan.sin_sR is not None
+        assert plan.cos_sR is not None and plan.sin_sR is not None and plan.kernels is not None
         query_SQD = rotate(query.squeeze(1), plan.cos_sR, plan.sin_sR)
         key_SKD = rotate(key.squeeze(1), plan.cos_sR, plan.sin_sR)
         # A copy: as a view it would keep all of the fused projection for the backward.
         value_SKD = value.squeeze(1).contiguous()
         if plan.context_group is None:
-            out_SQD = block_attention(query_SQD, key_SKD, value_SKD, plan.blocks, self.scale)
+            out_SQD = block_attention(query_SQD, key_SKD, value_SKD, plan.blocks, self.scale, plan.kernels)
         elif plan.comm_type == "allgather":
             out_SQD = _GatheredAttention.apply(query_SQD, key_SKD, value_SKD, plan, self.scale)
         else:
@@ -178,6 +181,7 @@ class _GatheredAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan, scale: float) -> Tensor:
+        assert plan.kernels is not None
         kv_heads = key.shape[1]
         of_query = _cut(query.shape[1], kv_heads, plan.head_groups)
         out = torch.empty_like(query)
@@ -185,7 +189,7 @@ class _GatheredAttention(torch.autograd.Function):
         gathering = [_Gathering(key[:, h], value[:, h], plan) for h in _cut(kv_heads, kv_heads, plan.head_groups)]
         for heads, coming in zip(of_query, gathering, strict=True):
             keys, values = coming.wait()
-            out[:, heads], lse[heads] = blocks_forward(query[:, heads], keys, values, plan.blocks, scale)
+            out[:, heads], lse[heads] = blocks_forward(query[:, heads], keys, values, plan.blocks, scale, plan.kernels)
         ctx.save_for_backward(query, key, value, out, lse)
         ctx.plan, ctx.scale = plan, scale
         return out
@@ -194,6 +198,7 @@ class _GatheredAttention(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         query, key, value, out, lse = ctx.saved_tensors
         plan: AttentionPlan = ctx.plan
+        assert plan.kernels is not None
         kv_heads = key.shape[1]
         of_key = _cut(kv_heads, kv_heads, plan.head_groups)
         gathering = [_Gathering(key[:, h], value[:, h], plan) for h in of_key]
@@ -202,7 +207,15 @@ class _GatheredAttention(torch.autograd.Function):
         for heads, coming in zip(_cut(query.shape[1], kv_heads, plan.head_groups), gathering, strict=True):
             keys, values = coming.wait()
             grad_query[:, heads], gk, gv = blocks_backward(
-                grad_out[:, heads], query[:, heads], keys, values, out[:, heads], lse[heads], plan.blocks, ctx.scale
+                grad_out[:, heads],
+                query[:, heads],
+                keys,
+                values,
+                out[:, heads],
+                lse[heads],
+                plan.blocks,
+                ctx.scale,
+                plan.kernels,
             )
             # Back into the order of the shards; each rank gets the sum of what all queries say of its keys.
             total = torch.empty(gk.shape[0], 2 * gk.shape[1], gk.shape[2], dtype=torch.float32, device=key.device)
@@ -298,6 +311,7 @@ class _UlyssesAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan, scale: float) -> Tensor:
+        assert plan.kernels is not None
         ctx.kv_heads = key.shape[1]
         ranks = _ranks(plan)
         # Each rank needs the key-value head of its query heads; the backward sums over the copies.
@@ -313,7 +327,7 @@ class _UlyssesAttention(torch.autograd.Function):
         saved, back = [], []
         for exchange in going:
             q_SqD, k_SkD, v_SkD = exchange.wait()
-            out, lse = blocks_forward(q_SqD, k_SkD, v_SkD, plan.blocks, scale)
+            out, lse = blocks_forward(q_SqD, k_SkD, v_SkD, plan.blocks, scale, plan.kernels)
             saved += [q_SqD, k_SkD, v_SkD, out, lse]
             back.append(_to_places([out], plan))
         whole = torch.empty_like(query, memory_format=torch.contiguous_format)
@@ -326,6 +340,7 @@ class _UlyssesAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         plan: AttentionPlan = ctx.plan
+        assert plan.kernels is not None
         ranks, saved = _ranks(plan), ctx.saved_tensors
         grad = grad_out.unflatten(1, (ranks, -1))
         kv_share = max(1, ctx.kv_heads // ranks)
@@ -335,7 +350,7 @@ class _UlyssesAttention(torch.autograd.Function):
         for i, exchange in enumerate(going):
             (g_SqD,) = exchange.wait()
             q, k, v, out, lse = saved[5 * i : 5 * i + 5]
-            gq, gk, gv = blocks_backward(g_SqD, q, k, v, out, lse, plan.blocks, ctx.scale)
+            gq, gk, gv = blocks_backward(g_SqD, q, k, v, out, lse, plan.blocks, ctx.scale, plan.kernels)
             back.append(_to_places([gq, gk.to(k.dtype), gv.to(v.dtype)], plan))
         grad_query = torch.empty_like(grad, memory_format=torch.contiguous_format)
         grad_key = grad.new_empty(grad.shape[0], ranks, kv_share, grad.shape[3])

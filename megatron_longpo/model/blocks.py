@@ -10,16 +10,13 @@ one block (output, log-sum-exp) and o', l' of another, both of the same queries,
 (as FlashAttention does between its tiles, arXiv 2205.14135, section 3.1). In the backward each block is given the merged
 output and log-sum-exp, which makes its result its exact share of the gradient.
 
-Kernels, behind one pair of functions: torch's flash kernels on the CPU; on CUDA flash-attn's variable-length kernels for
-bf16 and fp16 where it is installed, else torch's memory-efficient SDPA.
+The kernels that compute single blocks are those of ``kernels.py``.
 
 Shape legend: S = places, n = queries and m = keys of a block, Q/K = query/key-value heads, G = Q/K, D = head size.
 """
 
 from __future__ import annotations
 
-import functools
-import importlib
 import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -30,6 +27,7 @@ import torch
 from torch import Tensor
 
 from megatron_longpo.data.sequence import QuerySpan
+from megatron_longpo.model.kernels import AttentionKernels, kernels_for
 
 
 @dataclass(frozen=True)
@@ -147,42 +145,57 @@ def _windowed(
                     full.append(FullBlock(here, here + count, there + count, end))
 
 
-def block_attention(query_SQD: Tensor, key_SKD: Tensor, value_SKD: Tensor, blocks: Blocks, scale: float) -> Tensor:
+def block_attention(
+    query_SQD: Tensor,
+    key_SKD: Tensor,
+    value_SKD: Tensor,
+    blocks: Blocks,
+    scale: float,
+    kernels: AttentionKernels | None = None,
+) -> Tensor:
     """Attention over blocks; places that are a query of none (padding) give zeros.
 
     Args:
         query_SQD: [S, Q, D]; key_SKD, value_SKD: [S, K, D], Q a multiple of K.
         blocks: who sees whom.
         scale: of the dot products.
+        kernels: what computes a block. Default: those that ``kernels_for`` chooses for these tensors.
 
     Returns:
         [S, Q, D].
     """
-    return _BlockAttention.apply(query_SQD, key_SKD, value_SKD, blocks, scale)
+    if kernels is None:
+        kernels = kernels_for(query_SQD.device.type, query_SQD.dtype, query_SQD.shape[-1]).kernels
+    return _BlockAttention.apply(query_SQD, key_SKD, value_SKD, blocks, scale, kernels)
 
 
 class _BlockAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, blocks: Blocks, scale: float) -> Tensor:
-        out, lse = blocks_forward(query, key, value, blocks, scale)
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, blocks: Blocks, scale: float, kernels: AttentionKernels
+    ) -> Tensor:
+        out, lse = blocks_forward(query, key, value, blocks, scale, kernels)
         ctx.save_for_backward(query, key, value, out, lse)
-        ctx.blocks, ctx.scale = blocks, scale
+        ctx.blocks, ctx.scale, ctx.kernels = blocks, scale, kernels
         return out
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         query, key, value, out, lse = ctx.saved_tensors
-        gq, gk, gv = blocks_backward(grad_out, query, key, value, out, lse, ctx.blocks, ctx.scale)
-        return gq, gk.to(key.dtype), gv.to(value.dtype), None, None
+        gq, gk, gv = blocks_backward(grad_out, query, key, value, out, lse, ctx.blocks, ctx.scale, ctx.kernels)
+        return gq, gk.to(key.dtype), gv.to(value.dtype), None, None, None
 
 
-def blocks_forward(query: Tensor, key: Tensor, value: Tensor, blocks: Blocks, scale: float) -> tuple[Tensor, Tensor]:
-    """Output [S, Q, D] and log-sum-exps [Q, S] in fp32."""
+def blocks_forward(
+    query: Tensor, key: Tensor, value: Tensor, blocks: Blocks, scale: float, kernels: AttentionKernels
+) -> tuple[Tensor, Tensor]:
+    """Output [S, Q, D] and log-sum-exps [Q, S], at least in fp32."""
     whole = blocks.num_queries == query.shape[0]
     out = (torch.empty_like if whole else torch.zeros_like)(query, memory_format=torch.contiguous_format)
-    lse = torch.zeros(query.shape[1], query.shape[0], dtype=torch.float32, device=query.device)
-    for queries, keys, lengths in _calls(blocks.causal, query):
-        part, part_lse = _forward(_take(query, queries), _take(key, keys), _take(value, keys), lengths, scale)
+    wide = torch.promote_types(query.dtype, torch.float32)
+    lse = torch.zeros(query.shape[1], query.shape[0], dtype=wide, device=query.device)
+    for queries, keys, lengths in _calls(blocks.causal, kernels, query.shape[1]):
+        part, part_lse = kernels.forward(_take(query, queries), _take(key, keys), _take(value, keys), lengths, scale)
         _put(out, queries, part)
         _put(lse.transpose(0, 1), queries, part_lse.transpose(0, 1))
 
@@ -196,11 +209,11 @@ def blocks_forward(query: Tensor, key: Tensor, value: Tensor, blocks: Blocks, sc
 
     for b in blocks.full:
         here, there = slice(b.query, b.query_end), slice(b.key, b.key_end)
-        merge(here, *_forward(query[here], key[there], value[there], None, scale))
+        merge(here, *kernels.forward(query[here], key[there], value[there], None, scale))
     for f in blocks.fading:
         here, there = slice(f.query, f.query + f.length), slice(f.key, f.key + f.length)
         q, k, v = query[here].flip(0), key[there].flip(0), value[there].flip(0)
-        part, part_lse = _forward(q, k, v, (f.length,), scale)
+        part, part_lse = kernels.forward(q, k, v, (f.length,), scale)
         merge(here, part.flip(0), part_lse.flip(1))
     return out, lse
 
@@ -214,12 +227,14 @@ def blocks_backward(
     lse: Tensor,
     blocks: Blocks,
     scale: float,
+    kernels: AttentionKernels,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of query, key and value; the latter two in fp32, since many queries' blocks add to the same keys."""
+    """Gradients of query, key and value; the latter two at least in fp32, since many queries' blocks add to the same keys."""
     whole = blocks.num_queries == query.shape[0]
     grad_query = (torch.empty_like if whole else torch.zeros_like)(query, memory_format=torch.contiguous_format)
-    grad_key = torch.zeros(key.shape, dtype=torch.float32, device=key.device)
-    grad_value = torch.zeros(value.shape, dtype=torch.float32, device=value.device)
+    wide = torch.promote_types(query.dtype, torch.float32)
+    grad_key = torch.zeros(key.shape, dtype=wide, device=key.device)
+    grad_value = torch.zeros(value.shape, dtype=wide, device=value.device)
 
     def add(total: Tensor, places: tuple[tuple[int, int], ...], part: Tensor) -> None:
         done = 0
@@ -227,8 +242,8 @@ def blocks_backward(
             total[start:end].add_(part[done : done + end - start])
             done += end - start
 
-    for queries, keys, lengths in _calls(blocks.causal, query):
-        gq, gk, gv = _backward(
+    for queries, keys, lengths in _calls(blocks.causal, kernels, query.shape[1]):
+        gq, gk, gv = kernels.backward(
             _take(grad_out, queries),
             _take(query, queries),
             _take(key, keys),
@@ -243,7 +258,7 @@ def blocks_backward(
         add(grad_value, keys, gv)
     for b in blocks.full:
         here, there = slice(b.query, b.query_end), slice(b.key, b.key_end)
-        gq, gk, gv = _backward(
+        gq, gk, gv = kernels.backward(
             grad_out[here], query[here], key[there], value[there], out[here], lse[:, here], None, scale
         )
         grad_query[here].add_(gq)
@@ -253,7 +268,7 @@ def blocks_backward(
         here, there = slice(f.query, f.query + f.length), slice(f.key, f.key + f.length)
         backwards = [grad_out[here], query[here], key[there], value[there], out[here]]
         g, q, k, v, o = (x.flip(0) for x in backwards)
-        gq, gk, gv = _backward(g, q, k, v, o, lse[:, here].flip(1), (f.length,), scale)
+        gq, gk, gv = kernels.backward(g, q, k, v, o, lse[:, here].flip(1), (f.length,), scale)
         grad_query[here].add_(gq.flip(0))
         grad_key[there].add_(gk.flip(0))
         grad_value[there].add_(gv.flip(0))
@@ -263,17 +278,18 @@ def blocks_backward(
 _Ranges = tuple[tuple[int, int], ...]
 
 
-def _calls(causal: tuple[CausalBlock, ...], query: Tensor) -> list[tuple[_Ranges, _Ranges, tuple[int, ...]]]:
-    """Ranges of queries and of keys, and lengths, of each call of the kernels: one for all where they take many."""
-    if causal and _have_flash_attn(query):
-        return [
-            (
-                tuple((b.query, b.query + b.length) for b in causal),
-                tuple((b.key, b.key + b.length) for b in causal),
-                tuple(b.length for b in causal),
-            )
-        ]
-    return [(((b.query, b.query + b.length),), ((b.key, b.key + b.length),), (b.length,)) for b in causal]
+def _calls(
+    causal: tuple[CausalBlock, ...], kernels: AttentionKernels, heads: int
+) -> list[tuple[_Ranges, _Ranges, tuple[int, ...]]]:
+    """Ranges of queries and of keys, and lengths, of each call of the kernels."""
+    return [
+        (
+            tuple((causal[i].query, causal[i].query + causal[i].length) for i in numbers),
+            tuple((causal[i].key, causal[i].key + causal[i].length) for i in numbers),
+            tuple(causal[i].length for i in numbers),
+        )
+        for numbers in kernels.calls(tuple(b.length for b in causal), heads)
+    ]
 
 
 def _take(x: Tensor, ranges: _Ranges) -> Tensor:
@@ -288,143 +304,3 @@ def _put(x: Tensor, ranges: _Ranges, part: Tensor) -> None:
     for start, end in ranges:
         x[start:end].copy_(part[done : done + end - start])
         done += end - start
-
-
-# --------------------------------------------------------------------------------------------------
-# Kernels: [n, Q, D] against [m, K, D]. lengths None: full; else causal pieces of these lengths, n = m = their sum.
-# --------------------------------------------------------------------------------------------------
-
-
-def _forward(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...] | None, scale: float) -> tuple[Tensor, Tensor]:
-    """Output [n, Q, D] and log-sum-exp [Q, n] in fp32."""
-    if _have_flash_attn(q):
-        return _flash_forward(q, k, v, lengths, scale)
-    causal = lengths is not None
-    assert lengths is None or len(lengths) == 1
-    kv_heads = k.shape[1]
-    q4, k4, v4 = _grouped(q, kv_heads), _shared(k, q.shape[1]), _shared(v, q.shape[1])
-    if q.is_cuda:
-        out, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(
-            q4, k4, v4, None, compute_log_sumexp=True, is_causal=causal, scale=scale
-        )
-        # Its rows are padded to 32.
-        lse = lse[..., : q.shape[0]]
-    else:
-        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q4, k4, v4, 0.0, causal, scale=scale)
-    return out.flatten(0, 1).transpose(0, 1), lse.flatten(0, 1)
-
-
-def _backward(
-    g: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    o: Tensor,
-    lse: Tensor,
-    lengths: tuple[int, ...] | None,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients [n, Q, D] and twice [m, K, D], the latter in fp32 on the CPU."""
-    if _have_flash_attn(q):
-        return _flash_backward(g, q, k, v, o, lse, lengths, scale)
-    causal = lengths is not None
-    kv_heads, heads = k.shape[1], q.shape[1]
-    g4, q4, o4 = (_grouped(x, kv_heads) for x in (g, q, o))
-    k4, v4 = _shared(k, heads), _shared(v, heads)
-    lse4 = lse.unflatten(0, (kv_heads, -1))
-    if q.is_cuda:
-        seed = torch.zeros((), dtype=torch.int64, device=q.device)
-        padded = torch.nn.functional.pad(lse4, (0, -lse4.shape[-1] % 32)).contiguous()
-        gq, gk, gv, _ = torch.ops.aten._scaled_dot_product_efficient_attention_backward(
-            g4, q4, k4, v4, None, o4, padded, seed, seed, 0.0, [True, True, True, False], is_causal=causal, scale=scale
-        )
-    else:
-        gq, gk, gv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            g4, q4, k4, v4, o4, lse4, 0.0, causal, scale=scale
-        )
-    return (
-        gq.flatten(0, 1).transpose(0, 1),
-        gk.sum(1, dtype=torch.float32).transpose(0, 1),
-        gv.sum(1, dtype=torch.float32).transpose(0, 1),
-    )
-
-
-def _grouped(x_nHD: Tensor, kv_heads: int) -> Tensor:
-    """View [K, G, n, D]. The kernels want unit stride in the last dimension only."""
-    return x_nHD.transpose(0, 1).unflatten(0, (kv_heads, -1))
-
-
-def _shared(x_mKD: Tensor, heads: int) -> Tensor:
-    """View [K, G, m, D]: a key-value head is seen by its G query heads without being copied."""
-    return x_mKD.transpose(0, 1).unsqueeze(1).expand(-1, heads // x_mKD.shape[1], -1, -1)
-
-
-@functools.cache
-def _flash_attn() -> Any:
-    """flash-attn's interface, or None where it is not installed."""
-    try:
-        return importlib.import_module("flash_attn.flash_attn_interface")
-    except ImportError:
-        return None
-
-
-def _have_flash_attn(x: Tensor) -> bool:
-    return x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) and _flash_attn() is not None
-
-
-@functools.lru_cache(maxsize=64)
-def _boundaries(lengths: tuple[int, ...], device: torch.device) -> Tensor:
-    """Running sums of lengths; the same for all layers of a micro batch."""
-    return torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32).to(device)
-
-
-def _flash_pieces(q: Tensor, k: Tensor, lengths: tuple[int, ...] | None, scale: float) -> dict[str, Any]:
-    """What both of flash-attn's functions are told of a call, by its own names."""
-    of_q, of_k = lengths or (q.shape[0],), lengths or (k.shape[0],)
-    return {
-        "cu_seqlens_q": _boundaries(of_q, q.device),
-        "cu_seqlens_k": _boundaries(of_k, q.device),
-        "max_seqlen_q": max(of_q),
-        "max_seqlen_k": max(of_k),
-        "dropout_p": 0.0,
-        "softmax_scale": scale,
-        "causal": lengths is not None,
-    }
-
-
-def _flash_forward(
-    q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...] | None, scale: float
-) -> tuple[Tensor, Tensor]:
-    out, lse, *_ = _flash_attn()._flash_attn_varlen_forward(q, k, v, **_flash_pieces(q, k, lengths, scale))
-    return out, lse
-
-
-def _flash_backward(
-    g: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    o: Tensor,
-    lse: Tensor,
-    lengths: tuple[int, ...] | None,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    gq, gk, gv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
-    _flash_attn()._flash_attn_varlen_backward(
-        g,
-        q,
-        k,
-        v,
-        o,
-        lse.contiguous(),
-        gq,
-        gk,
-        gv,
-        **_flash_pieces(q, k, lengths, scale),
-        window_size_left=-1,
-        window_size_right=-1,
-        softcap=0.0,
-        alibi_slopes=None,
-        deterministic=torch.are_deterministic_algorithms_enabled(),
-    )
-    return gq, gk, gv

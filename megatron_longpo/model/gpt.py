@@ -33,6 +33,7 @@ from torch import Tensor
 
 from megatron_longpo.config import Config, virtual_pipeline_size
 from megatron_longpo.model.attention import AttentionPlan, BlockAttention
+from megatron_longpo.model.kernels import kernels_for
 from megatron_longpo.model.layers import GatedMLP, NormColumnParallelLinear, RMSNorm, set_recompute_up
 from megatron_longpo.model.logprobs import chunk_tokens, default_chunk_bytes, token_logprobs
 from megatron_longpo.model.rotary import Rotary
@@ -141,9 +142,12 @@ class PolicyModel(GPTModel):
         shape: ModelShape,
         logprob_chunk_bytes: int | None,
         overlap_grad_reduce: bool,
+        attention_backend: str = "auto",
         **kwargs: Any,
     ) -> None:
         super().__init__(config, position_embedding_type="none", **kwargs)
+        device = platform.CURRENT.device.type
+        self.attention = kernels_for(device, config.params_dtype, shape.kv_channels, attention_backend)
         self.shape = shape
         self.overlap_grad_reduce = overlap_grad_reduce
         self.logprob_chunk_bytes = logprob_chunk_bytes or default_chunk_bytes()
@@ -199,7 +203,9 @@ class PolicyModel(GPTModel):
         # Angles travel with the plan: the attention rotates, so that all layers share one pair of tables.
         cos_sin = rotary.cos_sin(positions_1s[0], self.config.params_dtype)
         found: Tensor = self.decoder(
-            hidden_states=hidden, attention_mask=None, packed_seq_params=plan.with_rotary(*cos_sin)
+            hidden_states=hidden,
+            attention_mask=None,
+            packed_seq_params=plan.for_model(*cos_sin, self.attention.kernels),
         )
         return found
 
@@ -241,6 +247,7 @@ def build_model(
             shape=shape,
             logprob_chunk_bytes=config.model.logprob_chunk_bytes,
             overlap_grad_reduce=config.parallel.overlap_grad_reduce,
+            attention_backend=config.model.attention_backend,
             transformer_layer_spec=block,
             vocab_size=padded_vocab_size(
                 shape.vocab_size, config.model.make_vocab_size_divisible_by, parallel.tensor_size

@@ -27,6 +27,8 @@ from megatron_longpo.runtime import platform
 
 # Elements of a block that stays in a core's cache between one pass over it and the next.
 _CACHED = 2**20
+# Whether torch has products of 16-bit matrices that give or add to fp32 (CUDA only; seen in 2.11 and 2.13).
+_WIDE_PRODUCTS = "dtype_out" in torch.ops.aten.mm.overloads() and "dtype_out" in torch.ops.aten.addmm.overloads()
 
 
 def default_chunk_bytes() -> int:
@@ -219,6 +221,9 @@ class _Logits:
         logits_CV = self.buffer[: hidden_CH.shape[0]]
         if hidden_CH.dtype == torch.float32:
             torch.mm(hidden_CH, self.weight.t(), out=logits_CV)
+        elif hidden_CH.is_cuda and _WIDE_PRODUCTS:
+            # The sums leave the product in fp32, where rounding them to bf16 would cost two digits of a logit and a pass.
+            torch.ops.aten.mm.dtype_out(hidden_CH, self.weight.t(), torch.float32, out=logits_CV)
         else:
             logits_CV.copy_(hidden_CH @ self.weight.t())
         return logits_CV
@@ -291,6 +296,9 @@ def _add_product(total_VH: Tensor, grad_CV: Tensor, hidden_CH: Tensor) -> None:
     """total += grad.T @ hidden, added in the precision of ``total``."""
     if total_VH.dtype == grad_CV.dtype:
         total_VH.addmm_(grad_CV.t(), hidden_CH)
+        return
+    if total_VH.is_cuda and total_VH.dtype == torch.float32 and _WIDE_PRODUCTS:
+        torch.ops.aten.addmm.dtype_out(total_VH, grad_CV.t(), hidden_CH, torch.float32, out=total_VH)
         return
     # By rows, so that the product before it is added is small: it would else be as large as the weight.
     rows = max(1, 8 * _CACHED // hidden_CH.shape[1])

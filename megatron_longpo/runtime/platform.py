@@ -78,6 +78,10 @@ class Platform:
             )
         torch.cuda.set_device(local_rank)
 
+    def capability(self) -> tuple[int, int] | None:
+        """CUDA compute capability of the current device; None on the CPU."""
+        return torch.cuda.get_device_capability() if self.is_cuda else None
+
     def synchronize(self) -> None:
         """Wait until the device has done what was queued, so that a clock read after it is true."""
         if self.is_cuda:
@@ -147,6 +151,15 @@ def _tune_allocator() -> None:
     if "MALLOC_MMAP_THRESHOLD_" not in os.environ and os_platform.libc_ver()[0] == "glibc":
         mmap_threshold = -3  # M_MMAP_THRESHOLD in malloc.h
         ctypes.CDLL(None).mallopt(mmap_threshold, 4 * 2**20)
+
+
+def _tune_cuda_allocator() -> None:
+    """Segments that grow: every micro batch has another length, and fixed segments would fragment.
+
+    torch reads the variable when it first allocates on the GPU. Whoever sets either variable decides.
+    """
+    if "PYTORCH_ALLOC_CONF" not in os.environ:
+        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 
 def _resolve() -> Platform:
@@ -446,6 +459,8 @@ def _install(platform: Platform) -> Platform:
         _tune_allocator()
         _patch_torch_for_cpu()
         _patch_megatron_for_cpu()
+    else:
+        _tune_cuda_allocator()
     _patch_megatron_everywhere()
     return platform
 

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from megatron_longpo.config import Config, TrainingConfig, virtual_pipeline_size
 from megatron_longpo.model.logprobs import default_chunk_bytes
 from megatron_longpo.model.shape import ModelShape
+from megatron_longpo.runtime import platform
 from megatron_longpo.runtime.process_groups import Parallel
 
 # What the estimate leaves out: the interpreter and its libraries, buffers of the exchanges, fragmentation.
@@ -135,8 +136,10 @@ def static_bytes(shape: ModelShape, config: Config, parallel: Parallel, stage: i
     both_are_one = first and last and not shape.untie_embeddings_and_output_weights
     parameters = shape.num_layers // parallel.pipeline_size * layer + vocabulary * (first + last - both_are_one)
     bf16 = config.training.bf16
-    # Two states each, and a master in fp32 where the weights are not.
-    states = (12 if bf16 else 8) * parameters
+    # Two states each, and a master in fp32 where the weights are not. RMSProp's second one is never written; on CUDA it is in
+    # host memory (optimization.py).
+    unused = 4 if config.optimizer.optimizer == "rmsprop" and platform.CURRENT.is_cuda else 0
+    states = ((12 if bf16 else 8) - unused) * parameters
     if config.parallel.use_distributed_optimizer:
         states //= parallel.dp_cp_size
     resident = config.reference.reference == "online" and config.objective.objective != "sft"

@@ -76,9 +76,9 @@ def inner_optimizers(optimizer: MegatronOptimizer) -> list[torch.optim.Optimizer
 
 
 def _untouched_zeros(like: torch.Tensor) -> torch.Tensor:
-    """Zeros that take no memory until somebody writes them: a mapping of their own, where torch's zeros are written."""
-    if like.is_cuda or like.dtype != torch.float32 or like.numel() * 4 < mmap.PAGESIZE:
-        return torch.zeros_like(like)
+    """Zeros in host memory that take none until they are written: a mapping of their own, since torch writes its zeros."""
+    if like.dtype != torch.float32 or like.numel() * 4 < mmap.PAGESIZE:
+        return torch.zeros_like(like, device="cpu")
     return torch.frombuffer(mmap.mmap(-1, like.numel() * 4), dtype=torch.float32).view(like.shape)
 
 
@@ -106,8 +106,10 @@ class _RMSPropStep:
                     continue
                 state = self.state[p]
                 if "exp_avg_sq" not in state:
-                    state["exp_avg"] = _untouched_zeros(p)
                     state["exp_avg_sq"] = torch.zeros_like(p)
+                # Never read, but part of Adam's states in checkpoints. Loading a state puts it beside its parameter.
+                if "exp_avg" not in state or state["exp_avg"].device.type != "cpu":
+                    state["exp_avg"] = _untouched_zeros(p)
                 if self.counts_in_state:
                     state.setdefault("step", torch.zeros((), dtype=torch.float32))
                     state["step"] += 1

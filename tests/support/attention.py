@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
+
+from megatron_longpo.data.sequence import Row, lay_out
 
 
 def dense_attention(
@@ -28,3 +31,17 @@ def dense_attention(
     scores = torch.einsum("shd,thd->hst", query, key.repeat_interleave(repeat, 1)) * scale
     weights = scores.masked_fill(~seen, -torch.inf).softmax(-1).nan_to_num(0)
     return torch.einsum("hst,thd->shd", weights, value.repeat_interleave(repeat, 1))
+
+
+def tree(seed: int, head_size: int = 8, kv_heads: int = 2) -> tuple[Any, list[Any]]:
+    """Layout of four rows that share 40 tokens, and queries, keys and values for it with two places of padding."""
+    rng = np.random.default_rng(seed)
+    document = rng.integers(3, 100, 40)
+    rows = []
+    for i in range(4):
+        tokens = np.concatenate([document, rng.integers(3, 100, 5 + 3 * i)])
+        rows.append(Row(tokens, np.full(len(tokens), -1), np.ones(len(tokens), bool), 0))
+    layout = lay_out(rows, prefix_sharing=True, num_samples=1, num_responses=8)
+    torch.manual_seed(seed)
+    heads = (4, kv_heads, kv_heads)
+    return layout, [torch.randn(layout.length + 2, h, head_size, requires_grad=True) for h in heads]

@@ -7,15 +7,13 @@ import types
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_longpo.config import from_dict
-from megatron_longpo.data.sequence import KeyBlock, QuerySpan, Row, lay_out
-from megatron_longpo.model import blocks as blocks_module
+from megatron_longpo.data.sequence import KeyBlock, QuerySpan
 from megatron_longpo.model.attention import rotate
 from megatron_longpo.model.blocks import Blocks, CausalBlock, FullBlock, block_attention, blocks_of
 from megatron_longpo.model.families import _halves, _neighbours, shape_from_hf
@@ -25,7 +23,7 @@ from megatron_longpo.model.shape import ModelShape
 from megatron_longpo.runtime import platform
 from megatron_longpo.runtime.process_groups import Parallel
 from megatron_longpo.training import memory
-from tests.support.attention import dense_attention
+from tests.support.attention import dense_attention, tree
 
 
 def test_branches_on_one_trunk_are_one_block() -> None:
@@ -47,116 +45,6 @@ def test_a_group_without_its_own_keys_is_refused() -> None:
         blocks_of([QuerySpan(0, 2, (KeyBlock(0, 2, False),))])
 
 
-class _FlashAttn:
-    """What flash-attn 2.8's two variable-length functions do, by its documentation, in plain torch: the arguments we give
-    them, the boundaries and the shapes of what comes back."""
-
-    calls = 0
-
-    @staticmethod
-    def _mask(of_q: torch.Tensor, of_k: torch.Tensor, causal: bool) -> torch.Tensor:
-        n, m = int(of_q[-1]), int(of_k[-1])
-        mask = torch.zeros(n, m, dtype=torch.bool)
-        for i in range(len(of_q) - 1):
-            size = (int(of_q[i + 1] - of_q[i]), int(of_k[i + 1] - of_k[i]))
-            visible = torch.ones(size, dtype=torch.bool)
-            mask[of_q[i] : of_q[i + 1], of_k[i] : of_k[i + 1]] = visible.tril() if causal else visible
-        return mask
-
-    @classmethod
-    def _scores(cls, q: Any, k: Any, of_q: Any, of_k: Any, scale: float, causal: bool) -> torch.Tensor:
-        assert of_q.dtype == of_k.dtype == torch.int32
-        scores = torch.einsum("nhd,mhd->hnm", q, k.repeat_interleave(q.shape[1] // k.shape[1], 1)) * scale
-        return scores.masked_fill(~cls._mask(of_q, of_k, causal), -torch.inf)
-
-    @classmethod
-    def _flash_attn_varlen_forward(
-        cls,
-        q: Any,
-        k: Any,
-        v: Any,
-        cu_seqlens_q: Any,
-        cu_seqlens_k: Any,
-        max_seqlen_q: int,
-        max_seqlen_k: int,
-        dropout_p: float,
-        softmax_scale: float,
-        causal: bool,
-    ) -> tuple[Any, ...]:
-        cls.calls += 1
-        assert max_seqlen_q == int(cu_seqlens_q.diff().max()) and max_seqlen_k == int(cu_seqlens_k.diff().max())
-        scores = cls._scores(q, k, cu_seqlens_q, cu_seqlens_k, softmax_scale, causal)
-        repeated = v.repeat_interleave(q.shape[1] // v.shape[1], 1)
-        return torch.einsum("hnm,mhd->nhd", scores.softmax(-1), repeated), scores.logsumexp(-1), None, None
-
-    @classmethod
-    def _flash_attn_varlen_backward(
-        cls,
-        dout: Any,
-        q: Any,
-        k: Any,
-        v: Any,
-        out: Any,
-        softmax_lse: Any,
-        dq: Any,
-        dk: Any,
-        dv: Any,
-        cu_seqlens_q: Any,
-        cu_seqlens_k: Any,
-        max_seqlen_q: int,
-        max_seqlen_k: int,
-        dropout_p: float,
-        softmax_scale: float,
-        causal: bool,
-        window_size_left: int,
-        window_size_right: int,
-        softcap: float,
-        alibi_slopes: Any,
-        deterministic: bool,
-    ) -> None:
-        assert (window_size_left, window_size_right, softcap, alibi_slopes) == (-1, -1, 0.0, None)
-        repeat = q.shape[1] // k.shape[1]
-        scores = cls._scores(q, k, cu_seqlens_q, cu_seqlens_k, softmax_scale, causal)
-        weights = (scores - softmax_lse.unsqueeze(-1)).exp()
-        grad_weights = torch.einsum("nhd,mhd->hnm", dout, v.repeat_interleave(repeat, 1))
-        inner = weights * (grad_weights - (dout * out).sum(-1).t().unsqueeze(-1)) * softmax_scale
-        dq.copy_(torch.einsum("hnm,mhd->nhd", inner, k.repeat_interleave(repeat, 1)))
-        for total, part in (
-            (dk, torch.einsum("hnm,nhd->mhd", inner, q)),
-            (dv, torch.einsum("hnm,nhd->mhd", weights, dout)),
-        ):
-            total.copy_(part.unflatten(1, (k.shape[1], repeat)).sum(2))
-
-
-def _tree(seed: int) -> tuple[Any, list[torch.Tensor]]:
-    rng = np.random.default_rng(seed)
-    document = rng.integers(3, 100, 40)
-    rows = []
-    for i in range(4):
-        tokens = np.concatenate([document, rng.integers(3, 100, 5 + 3 * i)])
-        rows.append(Row(tokens, np.full(len(tokens), -1), np.ones(len(tokens), bool), 0))
-    layout = lay_out(rows, prefix_sharing=True, num_samples=1, num_responses=8)
-    torch.manual_seed(seed)
-    return layout, [torch.randn(layout.length + 2, h, 8, requires_grad=True) for h in (4, 2, 2)]
-
-
-def test_variable_length_kernels_are_called_as_flash_attn_says(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The CUDA path's bookkeeping, on stand-ins of the kernels: all causal blocks in one call, the same numbers."""
-    layout, tensors = _tree(0)
-    blocks = blocks_of(layout.query_spans)
-    direction = torch.randn_like(tensors[0])
-    found = []
-    for flash in (False, True):
-        if flash:
-            monkeypatch.setattr(blocks_module, "_have_flash_attn", lambda x: True)
-            monkeypatch.setattr(blocks_module, "_flash_attn", lambda: _FlashAttn)
-        out = block_attention(*tensors, blocks, 0.3)  # type: ignore[arg-type]
-        found.append((out, *torch.autograd.grad((out * direction).sum(), tensors)))
-    assert _FlashAttn.calls == 1 + len(blocks.full)
-    for a, b in zip(*found, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
-
-
 @settings(max_examples=20, deadline=None)
 @given(st.integers(1, 4), st.integers(0, 2))
 def test_rotation_is_by_complex_numbers(half: int, rest: int) -> None:
@@ -175,7 +63,7 @@ def test_rotation_is_by_complex_numbers(half: int, rest: int) -> None:
     torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
-def test_what_is_made_again_is_not_kept() -> None:
+def test_what_is_recomputed_is_not_kept() -> None:
     """The product that reads it keeps nothing of it, and its gradients are the same."""
     torch.manual_seed(0)
     both, weight = torch.randn(5, 8, requires_grad=True), torch.randn(3, 4, requires_grad=True)
@@ -259,7 +147,7 @@ def test_a_longer_row_needs_more_recompute() -> None:
 @given(st.integers(1, 80), st.integers(0, 3))
 def test_a_sliding_window_is_a_mask(window: int, seed: int) -> None:
     """Blocks with a window, on a tree, against dense attention under the mask of positions."""
-    layout, tensors = _tree(seed)
+    layout, tensors = tree(seed)
     blocks = blocks_of(layout.query_spans, window, layout.positions_S)
     direction = torch.randn_like(tensors[0])
     query, key, value = tensors

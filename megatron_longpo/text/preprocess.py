@@ -399,7 +399,7 @@ def _results(
 
 
 def _check_schema(files: list[Path], text: bool) -> None:
-    """Whether the first readable row is of the schema that the flags say; a whole file of rejects helps nobody."""
+    """Whether the first readable row is of the schema that the flags say; a whole file of skipped rows helps nobody."""
     for row in read_rows(files, 0):
         if row.line > 100:
             return

@@ -294,3 +294,12 @@ def test_ranks_finish_together() -> None:
     costs = (rng.lognormal(9, 0.8, 64) ** 1.5).tolist()
     loads = [sum(costs[i] for m in rank for i in m) for rank in assign_batch(costs, data_size=4, micro_batch_size=1)]
     assert max(loads) <= 1.05 * sum(loads) / 4
+
+
+def test_reasons_for_skipping_have_their_old_name_in_files(tmp_path: Path) -> None:
+    """Files of release 0.1.0 are read, and files of this one by it."""
+    manifest = Manifest(101, "uint16", None, None, None, samples=1, skip_reasons={"not_json": 2})
+    path_of(tmp_path / "data", "json").write_bytes(manifest.as_json())
+    assert json.loads(path_of(tmp_path / "data", "json").read_text())["rejected"] == {"not_json": 2}
+    assert read_manifest(tmp_path / "data") == manifest
+    assert Manifest.from_dict(manifest.as_dict()) == manifest

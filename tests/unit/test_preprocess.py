@@ -1,4 +1,4 @@
-"""Preprocessing: any input line becomes a sample or a counted reject; breaks and workers change nothing."""
+"""Preprocessing: any input line becomes a sample or is skipped and counted; breaks and workers change nothing."""
 
 from __future__ import annotations
 

@@ -3,7 +3,7 @@
 ARG BASE
 FROM ${BASE}
 WORKDIR /workspace/megatron_longpo
-COPY setup.py pyproject.toml README.md ./
+COPY setup.py pyproject.toml README.md LICENSE NOTICE ./
 COPY megatron_longpo megatron_longpo
 COPY tools tools
 COPY benchmarks benchmarks

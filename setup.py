@@ -54,7 +54,10 @@ setup(
         "wonderwords>=2.2",
     ],
     extras_require={
-        "gpu": ["transformer-engine[pytorch]>=2.0", "flash-attn>=2.7", "apex"],
+        # Nothing: a CUDA build of torch brings the attention kernels and fused norms. (PyPI's `apex` is a web toolkit.)
+        "gpu": [],
+        # Its torch part is compiled on installation and wants torch there already: pip install --no-build-isolation.
+        "te": ["transformer-engine[pytorch]>=2.4"],
         "eval": ["lm-eval>=0.4.9", "accelerate>=1.0"],
         "vllm": ["vllm>=0.8"],
         "language": ["py3langid>=0.4"],

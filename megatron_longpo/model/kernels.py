@@ -51,7 +51,7 @@ class AttentionKernels(Protocol):
         """As ``attention_backend`` names it."""
         ...
 
-    def calls(self, lengths: tuple[int, ...], heads: int) -> list[list[int]]:
+    def calls(self, lengths: tuple[int, ...], heads: int, /) -> list[list[int]]:
         """How causal blocks of these lengths, with so many query heads, are put into calls of ``forward``: the numbers of
         the blocks of each call."""
         ...
@@ -97,7 +97,7 @@ class CpuFlash:
 
     name: str = "flash"
 
-    def calls(self, lengths: tuple[int, ...], heads: int) -> list[list[int]]:
+    def calls(self, lengths: tuple[int, ...], _heads: int, /) -> list[list[int]]:
         return _one_by_one(lengths)
 
     def forward(
@@ -146,7 +146,7 @@ class CudaFlash:
 
     name: str = "flash"
 
-    def calls(self, lengths: tuple[int, ...], heads: int) -> list[list[int]]:
+    def calls(self, lengths: tuple[int, ...], _heads: int, /) -> list[list[int]]:
         return [list(range(len(lengths)))] if lengths else []
 
     def forward(
@@ -209,7 +209,7 @@ class CudaFused:
 
     name: str = "fused"
 
-    def calls(self, lengths: tuple[int, ...], heads: int) -> list[list[int]]:
+    def calls(self, lengths: tuple[int, ...], _heads: int, /) -> list[list[int]]:
         return _one_by_one(lengths)
 
     def forward(
@@ -273,7 +273,7 @@ class CudaLargestFused:
     flash: CudaFlash = CudaFlash()
     name: str = "auto"
 
-    def calls(self, lengths: tuple[int, ...], heads: int) -> list[list[int]]:
+    def calls(self, lengths: tuple[int, ...], heads: int, /) -> list[list[int]]:
         large = [i for i, n in enumerate(lengths) if _is_large(n, n, heads, causal=True)]
         small = [i for i in range(len(lengths)) if i not in large]
         return [[i] for i in large] + ([small] if small else [])
@@ -313,7 +313,7 @@ class CudaMemoryEfficient:
 
     name: str = "memory_efficient"
 
-    def calls(self, lengths: tuple[int, ...], heads: int) -> list[list[int]]:
+    def calls(self, lengths: tuple[int, ...], _heads: int, /) -> list[list[int]]:
         return _one_by_one(lengths)
 
     def forward(
@@ -368,7 +368,7 @@ class Unfused:
 
     name: str = "unfused"
 
-    def calls(self, lengths: tuple[int, ...], heads: int) -> list[list[int]]:
+    def calls(self, lengths: tuple[int, ...], _heads: int, /) -> list[list[int]]:
         return _one_by_one(lengths)
 
     def forward(

@@ -298,21 +298,36 @@ class _TorchOnCpu(types.ModuleType):
         return self._wrapped[name]
 
 
+@contextlib.contextmanager
+def _without_warnings() -> Iterator[None]:
+    """Around the first import of megatron-core, which warns five times that Apex and Transformer Engine are missing.
+
+    Neither is needed: on the CPU both are always missing, and on CUDA the log names the layers and kernels that were chosen.
+    Warning filters do not help, since a module that is imported on the way resets them.
+    """
+    warn, warnings.warn = warnings.warn, _answering(None)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        warnings.warn = warn
+
+
+def _import_megatron() -> None:
+    importlib.import_module("megatron.core.models.gpt")
+    importlib.import_module("megatron.core.optimizer")
+
+
 def _patch_megatron_for_cpu() -> None:
     """Patches of megatron-core itself, for the CPU. Each seen needed with 0.16.1 and 0.19.2."""
     # Fused functions are torch.compile'd as their modules are imported, and compiling them needs a C++ compiler and
     # minutes. The fuser's switch sits in the very package whose import decorates them, hence the detour.
     compile_, torch.compile = torch.compile, lambda function=None, **_: function  # type: ignore[assignment]
-    # Five warnings that Apex and Transformer Engine are missing, as on the CPU they always are; filters do not hold, some
-    # imported module resets them.
-    warn, warnings.warn = warnings.warn, _answering(None)  # type: ignore[assignment]
     try:
-        importlib.import_module("megatron.core.jit").disable_jit_fuser()
-        importlib.import_module("megatron.core.models.gpt")
-        importlib.import_module("megatron.core.optimizer")
+        with _without_warnings():
+            importlib.import_module("megatron.core.jit").disable_jit_fuser()
+            _import_megatron()
     finally:
         torch.compile = compile_  # type: ignore[assignment]
-        warnings.warn = warn
 
     # Modules that are imported lazily otherwise, and would miss the replacement.
     for name in ("pipeline_parallel", "distributed", "dist_checkpointing.strategies.torch", "datasets.indexed_dataset"):
@@ -461,6 +476,8 @@ def _install(platform: Platform) -> Platform:
         _patch_megatron_for_cpu()
     else:
         _tune_cuda_allocator()
+        with _without_warnings():
+            _import_megatron()
     _patch_megatron_everywhere()
     return platform
 
@@ -479,6 +496,8 @@ def _quiet() -> None:
         "`torch.distributed._all_gather_base` is deprecated",
         "The .grad attribute of a Tensor that is not a leaf",
         "If you are using transformer_engine as the transformer implementation",
+        "barrier(): using the device under current context",
+        "The argument order of load has been changed",
     ):
         warnings.filterwarnings("ignore", message=f".*{re.escape(message)}")
     for name in (

@@ -1,19 +1,35 @@
-"""Command lines and launches as a user starts them."""
+"""Command lines and launches, as a user types them.
+
+Python and the imports of torch, megatron-core and transformers take 6 to 8 s per process: more than most tests compute. So a
+command line runs, unless its test asks for a fresh interpreter, in a child forked from a server process that has imported them
+already. The child gets the command line's arguments, environment, streams and working directory and runs the same file as
+``__main__``; of a torchrun launch the agent is torch's own, and only its workers are forked instead of started.
+"""
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+import signal
 import socket
 import subprocess
 import sys
+import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Protocol
+
+import psutil
+
+from tests.support import forked
 
 ROOT = Path(__file__).parent.parent.parent
+PYTHON = sys.executable
 
 
 def environment(**extra: str) -> dict[str, str]:
-    """Environment of a launched process: one thread each, since layouts share two cores."""
+    """Environment of a launched process: one thread per process, since the processes of a launch share two cores."""
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **extra}
 
 
@@ -26,7 +42,7 @@ def free_port() -> int:
 def torchrun(processes: int, *arguments: str) -> list[str]:
     """Command line of a launch on this machine."""
     return [
-        sys.executable,
+        PYTHON,
         "-m",
         "torch.distributed.run",
         f"--nproc-per-node={processes}",
@@ -36,15 +52,129 @@ def torchrun(processes: int, *arguments: str) -> list[str]:
     ]
 
 
+class _Process(Protocol):
+    """What ``subprocess.Popen`` and a forked process have in common."""
+
+    pid: int
+
+    def poll(self) -> int | None: ...
+
+    def wait(self, timeout: float) -> int: ...
+
+
+class _Forked:
+    """A child of the server, with Popen's interface."""
+
+    def __init__(self, command: Sequence[str], env: Mapping[str, str], stdout: Path, stderr: Path) -> None:
+        server = multiprocessing.get_context("forkserver")
+        server.set_forkserver_preload(["tests.support.preloaded"])
+        before = dict(os.environ)
+        # The server takes its environment from the first call. A fork copies only the thread that forks, so there must be
+        # no other: none of OpenMP, and none of the jemalloc that pyarrow brings.
+        os.environ.update(OMP_NUM_THREADS="1", JE_ARROW_MALLOC_CONF="background_thread:false")
+        try:
+            self._process = server.Process(
+                target=forked.run_command, args=(list(command), dict(env), str(ROOT), str(stdout), str(stderr))
+            )
+            self._process.start()
+        finally:
+            os.environ.clear()
+            os.environ.update(before)
+        assert self._process.pid is not None
+        self.pid = self._process.pid
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    def wait(self, timeout: float) -> int:
+        self._process.join(timeout)
+        if self._process.exitcode is None:
+            raise subprocess.TimeoutExpired("", timeout)
+        return self._process.exitcode
+
+
+class Running:
+    """A command line that has been started.
+
+    Args:
+        command: the command line; its first element is the Python interpreter.
+        env: environment (default: ``environment()``).
+        fresh: start a fresh interpreter as a shell does, instead of forking a process that has the imports.
+    """
+
+    def __init__(self, command: Sequence[str], *, env: Mapping[str, str] | None = None, fresh: bool = False) -> None:
+        self.command = list(command)
+        assert self.command[0] == PYTHON, command
+        self._folder = tempfile.TemporaryDirectory(prefix="running-")
+        self._streams = [Path(self._folder.name) / name for name in ("stdout", "stderr")]
+        env = dict(env or environment())
+        self._process: _Process
+        if fresh:
+            with open(self._streams[0], "wb") as stdout, open(self._streams[1], "wb") as stderr:
+                self._process = subprocess.Popen(
+                    self.command, stdout=stdout, stderr=stderr, env=env, cwd=ROOT, start_new_session=True
+                )
+        else:
+            self._process = _Forked(self.command, env, *self._streams)
+        self.pid = self._process.pid
+
+    def poll(self) -> int | None:
+        """Exit status (negative: the signal that ended it), or None while it runs."""
+        return self._process.poll()
+
+    def kill(self) -> None:
+        """SIGKILL for the process and everything that it started."""
+        for victim in [*self.children(), self.pid]:
+            _kill(victim)
+        self._process.wait(60)
+
+    def children(self) -> list[int]:
+        """Processes that it started, and theirs."""
+        try:
+            return [child.pid for child in psutil.Process(self.pid).children(recursive=True)]
+        except psutil.NoSuchProcess:
+            return []
+
+    def wait(self, timeout: float = 600, expect: int | None = 0) -> subprocess.CompletedProcess[str]:
+        """Wait for the end.
+
+        Args:
+            timeout: seconds after which everything is killed and the test fails.
+            expect: exit status that the test expects; None for any.
+
+        Raises:
+            AssertionError: another exit status; the message has the output.
+            subprocess.TimeoutExpired: it is still running.
+        """
+        try:
+            code = self._process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            raise subprocess.TimeoutExpired(self.command, timeout, *self._output()) from None
+        stdout, stderr = self._output()
+        if expect is not None and code != expect:
+            raise AssertionError(f"exit status {code} of {self.command}\n{stdout[-4000:]}\n{stderr[-8000:]}")
+        return subprocess.CompletedProcess(self.command, code, stdout, stderr)
+
+    def _output(self) -> tuple[str, str]:
+        stdout, stderr = (p.read_text(encoding="utf-8", errors="replace") if p.exists() else "" for p in self._streams)
+        return stdout, stderr
+
+
+def _kill(pid: int) -> None:
+    try:
+        os.kill(pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+
+
 def run(
-    command: Sequence[str], *, timeout: float = 600, expect: int | None = 0, env: Mapping[str, str] | None = None
+    command: Sequence[str],
+    *,
+    timeout: float = 600,
+    expect: int | None = 0,
+    env: Mapping[str, str] | None = None,
+    fresh: bool = False,
 ) -> subprocess.CompletedProcess[str]:
-    """Run a command line; its output is in the failure message where the exit status is not as expected."""
-    done = subprocess.run(
-        list(command), capture_output=True, text=True, timeout=timeout, env=dict(env or environment()), cwd=ROOT
-    )
-    if expect is not None and done.returncode != expect:
-        raise AssertionError(
-            f"exit status {done.returncode} of {command}\n{done.stdout[-4000:]}\n{done.stderr[-8000:]}"
-        )
-    return done
+    """Run a command line to its end; see ``Running`` and ``Running.wait`` for the arguments."""
+    return Running(command, env=env, fresh=fresh).wait(timeout, expect)

@@ -6,15 +6,16 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.parity.launches import run_cases
+from tests.support.parity.launches import Launch
 
 CASES = ("tp2-sp-pp2-vpp2", "dp2-cp2-distopt-online", "dp2-pp2-vpp2", "cp4-allgather-micro2")
 
 
 @pytest.mark.megatron_latest
 def test_four_processes_agree_with_one(parity_folder: Path) -> None:
-    expected = run_cases(parity_folder, 1, ("qwen2",), "one")["qwen2"]["one"]
-    results = run_cases(parity_folder, 4, ("qwen2",), *CASES)["qwen2"]
+    alone = Launch(parity_folder, 1, ["qwen2"], ["one"])
+    results = Launch(parity_folder, 4, ["qwen2"], CASES).finish()["qwen2"]
+    expected = alone.finish()["qwen2"]["one"]
     assert set(results) == set(CASES)
     for name, found in results.items():
         assert found["metrics"]["loss"] == pytest.approx(expected["metrics"]["loss"], rel=1e-5)

@@ -29,10 +29,9 @@ from megatron_longpo.model.rotary import rotary_of
 from megatron_longpo.model.shape import ModelShape
 from megatron_longpo.training.checkpointer import load_weights
 from tests.support.data import make_data
-from tests.support.launch import run, torchrun
+from tests.support.launch import PYTHON, command, run, torchrun
 from tests.support.models import FAMILIES, VARIANTS, make_model
 
-PYTHON = torchrun(1)[0]
 TOOL = [PYTHON, "tools/convert_checkpoint.py"]
 ALL = FAMILIES + VARIANTS
 
@@ -209,7 +208,7 @@ def test_verification_names_the_layer_that_computes_otherwise(converted: Path, t
 def test_several_processes_share_a_conversion(converted: Path, tmp_path: Path) -> None:
     """Three processes import, verify and export what one does, to the bit; a damaged model ends all of them."""
     source, ckpt, back = converted / "glm", tmp_path / "ckpt", tmp_path / "back"
-    run(torchrun(3, TOOL[1], "import", "--hf", str(source), "--output", str(ckpt)))
+    run(command("convert", "import", processes=3, hf=source, output=ckpt), fresh=True)
     assert len(list(ckpt.glob("*.distcp"))) == 3
     alone, shared = ModelShape.read(converted / "glm.ckpt"), ModelShape.read(ckpt)
     assert shared == alone and shared.base_model == "glm"
@@ -270,7 +269,7 @@ def test_a_killed_import_is_started_again(converted: Path, tmp_path: Path) -> No
         "convert.import_hf(sys.argv[1], sys.argv[2], progress=kill)\n"
     )
     arguments = [str(converted / "llama"), str(tmp_path / "ckpt")]
-    run([PYTHON, "-c", script, *arguments], expect=-9)
+    run([PYTHON, "-c", script, *arguments], expect=-9, fresh=True)
     assert [p.name for p in tmp_path.iterdir()] == [".ckpt.writing"]
     import_hf(*arguments)
     assert [p.name for p in tmp_path.iterdir()] == ["ckpt"]
@@ -287,8 +286,8 @@ def test_disks_that_are_too_small(converted: Path, tmp_path: Path, monkeypatch: 
         "work = export_hf if sys.argv[1] == 'export' else import_hf\n"
         "run_or_fail(lambda: work(sys.argv[2], sys.argv[3]) and None)\n"
     )
-    for command, source in (("import", converted / "llama"), ("export", converted / "llama.ckpt")):
-        done = run([PYTHON, "-c", limited, command, str(source), str(tmp_path / "out")], expect=2)
+    for direction, source in (("import", converted / "llama"), ("export", converted / "llama.ckpt")):
+        done = run([PYTHON, "-c", limited, direction, str(source), str(tmp_path / "out")], expect=2)
         assert "the disk is full" in done.stderr and "Traceback" not in done.stderr
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(convert.shutil, "disk_usage", lambda _: usage._replace(free=1000))

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import random
 import shutil
-import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -20,7 +18,7 @@ from megatron_longpo.evaluation.compare import write_comparison
 from megatron_longpo.evaluation.short_context import load_tasks
 from tests.support.data import make_data
 from tests.support.flaky_proxy import FlakyProxy
-from tests.support.launch import ROOT, environment, run, torchrun
+from tests.support.launch import Running, environment, run, torchrun
 from tests.support.models import make_chat_model, make_model
 from tests.support.tokenizers import WORDS, make_fast_tokenizer
 
@@ -103,7 +101,7 @@ def answers(folder: Path) -> dict[str, tuple[str, float]]:
 def undisturbed(made: Path) -> Path:
     """Three suites in one go by one process."""
     output = made / "before"
-    run([*TOOL, *arguments(made, output), *TASKS, "--tasks", "ruler,needle,infinitebench"])
+    run([*TOOL, *arguments(made, output), *TASKS, "--tasks", "ruler,needle,infinitebench"], fresh=True)
     return output
 
 
@@ -169,24 +167,20 @@ def test_keeping_prefixes_changes_no_answer(made: Path, undisturbed: Path) -> No
 
 def test_killed_and_split_anew_it_goes_on(made: Path, undisturbed: Path) -> None:
     output = made / "killed"
-    command = [*TOOL, *arguments(made, output), *TASKS, "--tasks", "ruler,needle"]
-    process = subprocess.Popen(
-        command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    process = Running([*TOOL, *arguments(made, output), *TASKS, "--tasks", "ruler,needle"], fresh=True)
     path = output / "ruler" / "parts" / "0-of-1" / "answers.jsonl"
     deadline = time.monotonic() + 120
     while not (path.exists() and path.read_bytes().count(b"\n") >= 4):
-        assert process.poll() is None and time.monotonic() < deadline, process.stdout and process.stdout.read()
+        assert process.poll() is None and time.monotonic() < deadline, process.output()
         time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.kill()
     kept = path.read_bytes().count(b"\n")
     assert 4 <= kept < 24
     # On two processes; what is there is not asked again. Preferences, which the two compute together, come after what
     # they answer apart.
     make_data(made / "pairs", 3, seed=3)
     more = ["--tasks", "ruler,needle,preference", "--pairs", str(made / "pairs"), "--context-parallel-size", "2"]
-    done = run(torchrun(2, *TOOL[1:], *arguments(made, output), *TASKS, *more))
+    done = run(torchrun(2, *TOOL[1:], *arguments(made, output), *TASKS, *more), fresh=True)
     assert "samples" in done.stdout
     assert path.read_bytes().count(b"\n") == kept
     for suite in ("ruler", "needle"):

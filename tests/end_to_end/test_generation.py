@@ -63,7 +63,7 @@ def lines(path: Path) -> list[dict[str, Any]]:
 @pytest.fixture(scope="module")
 def undisturbed(made: Path) -> Path:
     """Pairs made in one go by one process."""
-    run([*TOOL, *arguments(made, made / "pairs.jsonl")])
+    run([*TOOL, *arguments(made, made / "pairs.jsonl")], fresh=True)
     return made / "pairs.jsonl"
 
 
@@ -101,7 +101,7 @@ def test_killed_ten_times_in_three_parts(made: Path, undisturbed: Path) -> None:
 
 def test_torchrun_splits_and_merges(made: Path, undisturbed: Path) -> None:
     output = made / "shared.jsonl"
-    run(torchrun(2, TOOL[1], *arguments(made, output)))
+    run(torchrun(2, TOOL[1], *arguments(made, output)), fresh=True)
     assert output.read_bytes() == undisturbed.read_bytes()
 
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import random
 import shutil
 import signal
-import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -22,11 +20,10 @@ from megatron_longpo.checkpoint.stream import DistributedReader, HuggingFaceWeig
 from megatron_longpo.text.chat import BUILT_IN_TEMPLATES
 from megatron_longpo.training.metrics import SAMPLE_COLUMNS, read_metrics
 from tests.support.data import make_data, text_row, tokenised_row, write_lines
-from tests.support.launch import ROOT, environment, run, torchrun
+from tests.support.launch import PYTHON, Running, command, run, torchrun
 from tests.support.models import make_model
 from tests.support.tokenizers import make_fast_tokenizer, make_sentencepiece
 
-PYTHON = torchrun(1)[0]
 TIMED = {"tokens_per_second", "step_seconds", "peak_memory_gb"}
 
 
@@ -35,7 +32,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny Llama and, beside it, its checkpoint and data."""
     folder = tmp_path_factory.mktemp("model")
     make_model("llama", folder / "hf", max_position_embeddings=512)
-    run([PYTHON, "tools/convert_checkpoint.py", "import", "--hf", str(folder / "hf"), "--output", str(folder / "ckpt")])
+    run(command("convert", "import", hf=folder / "hf", output=folder / "ckpt"), fresh=True)
     make_data(folder / "data", 12)
     return folder
 
@@ -75,13 +72,12 @@ def assert_same_tensors(a: Path, b: Path, bound: float = 0.0) -> None:
 def test_tokenised_rows_to_a_trained_hugging_face_model(model: Path, tmp_path: Path) -> None:
     write_lines(tmp_path / "rows.jsonl", [json.dumps(tokenised_row()) for _ in range(8)])
     prefix = tmp_path / "data"
-    tool = [PYTHON, "tools/preprocess_preference_data.py", "--input", str(tmp_path / "rows.jsonl")]
-    run([*tool, "--output-prefix", str(prefix), "--vocab-size", "101"])
+    run(command("preprocess", input=tmp_path / "rows.jsonl", output_prefix=prefix, vocab_size=101), fresh=True)
     config = tmp_path / "c.yaml"
     config.write_text("objective:\n  beta: 0.05\ntraining:\n  train_iters: 2\n")
     output = tmp_path / "run"
     flags = ["--config", str(config), "--rotary-base", "40000", "--seq-length", "1024"]
-    run([PYTHON, *train(model, output, *flags, data=prefix)])
+    run([PYTHON, *train(model, output, *flags, data=prefix)], fresh=True)
     records = read_metrics(output / "metrics.jsonl")
     assert [r["step"] for r in records] == [1, 2]
     expected = {*SAMPLE_COLUMNS, "step", "grad_norm", "lr", *TIMED}
@@ -90,8 +86,7 @@ def test_tokenised_rows_to_a_trained_hugging_face_model(model: Path, tmp_path: P
     assert "beta: 0.05" in (output / "run.yaml").read_text()
     assert (output / "latest_checkpointed_iteration.txt").read_text() == "2\n"
 
-    export = [PYTHON, "tools/convert_checkpoint.py", "export", "--checkpoint", str(output)]
-    run([*export, "--output", str(tmp_path / "hf")])
+    run(command("convert", "export", checkpoint=output, output=tmp_path / "hf"), fresh=True)
     from transformers import AutoModelForCausalLM
 
     trained = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32)
@@ -121,30 +116,12 @@ def test_text_to_a_training_run(tmp_path: Path) -> None:
     assert "mistral" in BUILT_IN_TEMPLATES
 
 
-def kill_group(process: subprocess.Popen[str]) -> None:
-    """SIGKILL for the launcher and everything that it started."""
-    children = psutil.Process(process.pid).children(recursive=True)
-    for victim in [*children, psutil.Process(process.pid)]:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            victim.send_signal(signal.SIGKILL)
-    process.wait()
-
-
-def launch(arguments: list[str], processes: int) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        torchrun(processes, *arguments),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env=environment(),
-        cwd=ROOT,
-        start_new_session=True,
-    )
-
-
 @pytest.mark.parametrize("asynchronous", [False, True], ids=["save", "async-save"])
 def test_killed_at_random_moments_and_resumed(model: Path, tmp_path: Path, asynchronous: bool) -> None:
-    """Five times SIGKILL for all processes, while saving as well (every step saves): the undisturbed run's numbers."""
+    """Five times SIGKILL for all processes, while saving as well (every step saves): the undisturbed run's numbers.
+
+    The first launch and the last are fresh, as a user's are.
+    """
     layout = ["--use-distributed-optimizer", "--train-iters", "10", "--save-interval", "1", "--keep-last", "2"]
     layout += ["--async-save"] if asynchronous else []
     run(torchrun(2, *train(model, tmp_path / "whole", *layout)))
@@ -153,7 +130,7 @@ def test_killed_at_random_moments_and_resumed(model: Path, tmp_path: Path, async
     rng = random.Random(seed)
     kills = 0
     while kills < 5:
-        process = launch(train(model, output, *layout), 2)
+        process = Running(torchrun(2, *train(model, output, *layout)), fresh=kills == 0)
         target = len(metrics_of(output)) + rng.randint(0, 2)
         deadline = time.monotonic() + 120
         while process.poll() is None and len(metrics_of(output)) < min(target, 10) and time.monotonic() < deadline:
@@ -161,9 +138,9 @@ def test_killed_at_random_moments_and_resumed(model: Path, tmp_path: Path, async
         time.sleep(rng.random() * 0.6)
         if process.poll() is not None:
             break
-        kill_group(process)
+        process.kill()
         kills += 1
-    run(torchrun(2, *train(model, output, *layout)))
+    run(torchrun(2, *train(model, output, *layout)), fresh=True)
     assert metrics_of(output) == metrics_of(tmp_path / "whole"), f"seed {seed}"
     assert [r["step"] for r in metrics_of(output)] == list(range(1, 11))
     assert_same_tensors(folder_of(output, 10), folder_of(tmp_path / "whole", 10))
@@ -261,23 +238,24 @@ def test_damaged_data_ends_all_ranks_with_one_message(model: Path, tmp_path: Pat
 def test_an_exception_of_one_rank_ends_all(model: Path, tmp_path: Path) -> None:
     began = time.monotonic()
     arguments = ["-m", "tests.support.failing_rank", *train(model, tmp_path / "run", "--train-iters", "50")[2:]]
-    done = run(torchrun(2, *arguments), expect=None, timeout=90)
+    done = run(torchrun(2, *arguments), expect=None, timeout=90, fresh=True)
     assert done.returncode != 0
     assert _errors(done.stderr) == ["error: rank 1 failed: RuntimeError: the disk of rank 1 is on fire"]
     assert time.monotonic() - began < 60
 
 
 def test_a_killed_rank_ends_all(model: Path, tmp_path: Path) -> None:
-    process = launch(train(model, tmp_path / "run", "--train-iters", "100000"), 2)
+    process = Running(torchrun(2, *train(model, tmp_path / "run", "--train-iters", "100000")), fresh=True)
     while len(metrics_of(tmp_path / "run")) < 2:
         assert process.poll() is None
         time.sleep(0.1)
     worker = psutil.Process(process.pid).children()[-1]
     began = time.monotonic()
     os.kill(worker.pid, signal.SIGKILL)
-    output, _ = process.communicate(timeout=60)
+    done = process.wait(timeout=60, expect=None)
+    output = done.stdout + done.stderr
     assert time.monotonic() - began < 30
-    assert process.returncode != 0
+    assert done.returncode != 0
     assert output.count("Signal 9 (SIGKILL)") == 1
     assert len(_errors(output)) <= 1
 

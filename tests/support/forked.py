@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import runpy
 import signal
 import sys
 from pathlib import Path
+from typing import Any
+
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 
 
 def run_command(command: list[str], env: dict[str, str], folder: str, stdout: str, stderr: str) -> None:
@@ -26,8 +30,9 @@ def run_command(command: list[str], env: dict[str, str], folder: str, stdout: st
         os.close(descriptor)
     from tests.support import preloaded
 
-    assert preloaded.IMPORTED_BY != os.getpid(), "the server has imported nothing"
+    assert os.getpid() != preloaded.IMPORTED_BY, "the server has imported nothing"
     assert preloaded.THREADS == 1, f"{preloaded.THREADS} threads in the server: a fork copies only one of them"
+    filesystem_async._get_write_results_queue = _forked_results_queue
     os.environ.clear()
     os.environ.update(env)
     os.chdir(folder)
@@ -36,6 +41,16 @@ def run_command(command: list[str], env: dict[str, str], folder: str, stdout: st
         _torchrun(arguments[2:])
     else:
         _run(arguments)
+
+
+def _forked_results_queue() -> Any:
+    """``_get_write_results_queue`` of megatron-core 0.16.1's checkpoint writer, with a manager that is forked.
+
+    Its own spawns the manager: an interpreter that imports torch and megatron-core once more, per rank that saves.
+    """
+    if filesystem_async._results_queue is None:
+        filesystem_async._results_queue = multiprocessing.get_context("fork").Manager().Queue()
+    return filesystem_async._results_queue
 
 
 def _run(arguments: list[str]) -> None:

@@ -8,6 +8,7 @@ already. The child gets the command line's arguments, environment, streams and w
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -15,10 +16,9 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import psutil
 
@@ -50,6 +50,34 @@ def torchrun(processes: int, *arguments: str) -> list[str]:
         f"--master-port={free_port()}",
         *arguments,
     ]
+
+
+PROGRAMS = {
+    "train": ["-m", "megatron_longpo.train"],
+    "convert": ["tools/convert_checkpoint.py"],
+    "preprocess": ["tools/preprocess_preference_data.py"],
+    "generate": ["tools/generate_preference_data.py"],
+    "evaluate": ["tools/evaluate.py"],
+}
+
+
+def command(program: str, *arguments: str, processes: int | None = None, **flags: Any) -> list[str]:
+    """Command line of one of the programs.
+
+    Args:
+        program: one of ``PROGRAMS``.
+        arguments: arguments before the flags, such as a subcommand.
+        processes: number of processes of a torchrun launch; None: without torchrun.
+        flags: ``load=x`` is ``--load x``, ``bf16=True`` is ``--bf16``, a sequence is several values, None is left out.
+    """
+    line = [*PROGRAMS[program], *arguments]
+    for name, value in flags.items():
+        if value is None:
+            continue
+        line.append("--" + name.replace("_", "-"))
+        if value is not True:
+            line += [str(v) for v in value] if isinstance(value, list | tuple) else [str(value)]
+    return [PYTHON, *line] if processes is None else torchrun(processes, *line)
 
 
 class _Process(Protocol):
@@ -150,22 +178,21 @@ class Running:
             code = self._process.wait(timeout)
         except subprocess.TimeoutExpired:
             self.kill()
-            raise subprocess.TimeoutExpired(self.command, timeout, *self._output()) from None
-        stdout, stderr = self._output()
+            raise subprocess.TimeoutExpired(self.command, timeout, *self.output()) from None
+        stdout, stderr = self.output()
         if expect is not None and code != expect:
             raise AssertionError(f"exit status {code} of {self.command}\n{stdout[-4000:]}\n{stderr[-8000:]}")
         return subprocess.CompletedProcess(self.command, code, stdout, stderr)
 
-    def _output(self) -> tuple[str, str]:
+    def output(self) -> tuple[str, str]:
+        """What it has written to standard output and to standard error."""
         stdout, stderr = (p.read_text(encoding="utf-8", errors="replace") if p.exists() else "" for p in self._streams)
         return stdout, stderr
 
 
 def _kill(pid: int) -> None:
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
 
 
 def run(

@@ -16,6 +16,7 @@ from megatron_longpo.runtime.failure import run_or_fail
 from megatron_longpo.training.checkpointer import Checkpointer
 from megatron_longpo.training.plan import groups_of, make_plan
 from megatron_longpo.training.trainer import Trainer
+from tests.support.groups import destroy_groups
 
 LAYOUTS = {
     1: {"tp1": {}},
@@ -50,6 +51,7 @@ def main() -> None:
             output = folder / "saved" / f"{family}@{name}"
             saver = Checkpointer(output, config, plan.policy_shape, plan.load / ASSETS, parallel, {})
             saver.save(0, 1, trainer.chunks, trainer.optimizer, trainer.scheduler, trainer.record())
+            destroy_groups()
     process_groups.stop_processes()
 
 

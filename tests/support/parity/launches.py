@@ -1,7 +1,8 @@
-"""Launches of the parity matrix: each world size runs all its cases at once; the tests read the numbers."""
+"""Launches of the parity matrix: each runs all cases of a world size at once; the tests read the numbers."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,9 @@ import torch
 
 from megatron_longpo.conversion.convert import import_hf
 from tests.support.data import make_data
-from tests.support.launch import run, torchrun
+from tests.support.launch import Running, torchrun
 from tests.support.models import FAMILIES, VARIANTS, make_model
+from tests.support.parity.cases import CASES
 
 
 def make_inputs(folder: Path) -> None:
@@ -22,20 +24,25 @@ def make_inputs(folder: Path) -> None:
     make_data(folder / "held_out", 7, seed=5)
 
 
-def run_cases(folder: Path, processes: int, families: tuple[str, ...], *names: str) -> dict[str, dict[str, Any]]:
-    """Run the cases of one world size.
+class Launch:
+    """Cases of one world size, started; ``finish`` waits for them.
 
     Args:
         folder: what ``make_inputs`` has filled.
         processes: world size.
         families: model families to run.
         names: names of the cases (default: all of that world size).
-
-    Returns:
-        Family -> case -> numbers.
     """
-    run(torchrun(processes, "-m", "tests.support.parity.worker", str(folder), ",".join(families), *names))
-    return {f: torch.load(folder / f"results-{f}-{processes}.pt", weights_only=False) for f in families}
+
+    def __init__(self, folder: Path, processes: int, families: Sequence[str], names: Sequence[str] = ()) -> None:
+        worker = ["tests.support.parity.worker", str(folder), ",".join(families), *names]
+        self._running = Running(torchrun(processes, "-m", *worker))
+        self._numbers = {family: folder / f"results-{family}-{processes}.pt" for family in families}
+
+    def finish(self) -> dict[str, dict[str, Any]]:
+        """Family -> case -> numbers."""
+        self._running.wait()
+        return {family: torch.load(path, weights_only=False) for family, path in self._numbers.items()}
 
 
 class Results(dict[str, dict[str, Any]]):
@@ -48,7 +55,11 @@ class Results(dict[str, dict[str, Any]]):
     def __missing__(self, family: str) -> dict[str, Any]:
         # Variants have few cases each: they share their launches.
         together = VARIANTS if family in VARIANTS else (family,)
-        for processes in (1, 2, 4) if family in VARIANTS else (1, 2, 3, 4):
-            for each, numbers in run_cases(self._folder, processes, together).items():
+        sizes = sorted({case.processes for case in CASES if family in case.families})
+        # The launch of one process would leave a core idle: it runs beside the others.
+        alone = Launch(self._folder, sizes[0], together)
+        others = [Launch(self._folder, n, together).finish() for n in sizes[1:]]
+        for found in (alone.finish(), *others):
+            for each, numbers in found.items():
                 self.setdefault(each, {}).update(numbers)
         return self[family]

@@ -18,6 +18,7 @@ from megatron_longpo.runtime.failure import run_or_fail
 from megatron_longpo.training.metrics import reduce_samples
 from megatron_longpo.training.plan import groups_of, make_plan
 from megatron_longpo.training.trainer import Trainer
+from tests.support.groups import destroy_groups
 from tests.support.parity.canonical import canonical, gather_gradient_shards
 from tests.support.parity.cases import CASES, Case
 
@@ -93,6 +94,7 @@ def main() -> None:
             if case.processes != world or family not in case.families or (names and case.name not in names):
                 continue
             results[case.name] = run_case(settings_of(case, folder, family))
+            destroy_groups()
             if int(os.environ["RANK"]) == 0:
                 print(f"done {family} {case.name}", flush=True)
         if int(os.environ["RANK"]) == 0:

@@ -305,36 +305,62 @@ def test_two_conversions_do_not_write_one_output(converted: Path, tmp_path: Path
     assert compare(tmp_path / "ckpt", converted / "llama").is_equal
 
 
-def test_rope_changed_on_the_way_out_is_what_transformers_computes(converted: Path, tmp_path: Path) -> None:
-    """The export's own verification runs both models with the new scaling; without being told of it, it fails."""
-    ckpt = ["--checkpoint", str(converted / "qwen2.ckpt")]
-    yarn = ["--rope-type", "yarn", "--rotary-scaling-factor", "4", "--original-max-position-embeddings", "64"]
-    more = ["--rotary-base", "1e6", "--max-position-embeddings", "2048", "--first-position", "1000"]
-    run([*TOOL, "export", *ckpt, "--output", str(tmp_path / "hf"), *yarn, *more])
-    rope = json.loads((tmp_path / "hf" / "config.json").read_text())["rope_parameters"]
+YARN = {"factor": 4.0, "original_max_position_embeddings": 64}
+
+
+@pytest.fixture
+def exported_with_yarn(converted: Path, tmp_path: Path) -> tuple[Path, Changes]:
+    """An export with another RoPE, and its changes; it has verified itself past the context the model was made for."""
+    rope = {
+        "rope_type": "yarn",
+        "rotary_scaling_factor": 4,
+        "original_max_position_embeddings": 64,
+        "rotary_base": "1e6",
+    }
+    more = {"max_position_embeddings": 2048, "first_position": 1000}
+    run(command("convert", "export", checkpoint=converted / "qwen2.ckpt", output=tmp_path / "hf", **rope, **more))
+    return tmp_path / "hf", Changes(1e6, "yarn", YARN, 2048)
+
+
+def test_rope_changed_on_the_way_out_is_what_transformers_computes(
+    converted: Path, exported_with_yarn: tuple[Path, Changes]
+) -> None:
+    hf, changes = exported_with_yarn
+    rope = json.loads((hf / "config.json").read_text())["rope_parameters"]
     assert rope["rope_type"] == "yarn" and rope["factor"] == 4.0 and rope["rope_theta"] == 1e6
-    done = run([*TOOL, "verify", *ckpt, "--hf", str(tmp_path / "hf")], expect=2)
-    assert "rotary_base: model.json has 10000.0, config.json 1000000.0" in done.stdout
-    # What export wrote is looked at, not what it should have written.
-    exported = Changes(1e6, "yarn", {"factor": 4.0, "original_max_position_embeddings": 64}, 2048)
-    assert compare(converted / "qwen2.ckpt", tmp_path / "hf", changes=exported).is_equal
+    assert compare(converted / "qwen2.ckpt", hf, changes=changes).is_equal
     tokens = [list(range(60))]
-    assert compare_logits(
-        converted / "qwen2.ckpt", tmp_path / "hf", tokens, changes=exported, first_position=500
-    ).is_close
-    _change(tmp_path / "hf", rope_parameters={"rope_type": "default", "rope_theta": 123.0}, max_position_embeddings=7)
-    damaged = compare(converted / "qwen2.ckpt", tmp_path / "hf", changes=exported)
+    assert compare_logits(converted / "qwen2.ckpt", hf, tokens, changes=changes, first_position=500).is_close
+
+
+def test_verification_that_knows_no_changes_finds_the_rope(
+    converted: Path, exported_with_yarn: tuple[Path, Changes]
+) -> None:
+    hf, _ = exported_with_yarn
+    done = run(command("convert", "verify", checkpoint=converted / "qwen2.ckpt", hf=hf), expect=2)
+    assert "rotary_base: model.json has 10000.0, config.json 1000000.0" in done.stdout
+
+
+def test_verification_reads_what_was_written(converted: Path, exported_with_yarn: tuple[Path, Changes]) -> None:
+    """What export has written is compared, not what it should have written."""
+    hf, changes = exported_with_yarn
+    _change(hf, rope_parameters={"rope_type": "default", "rope_theta": 123.0}, max_position_embeddings=7)
+    damaged = compare(converted / "qwen2.ckpt", hf, changes=changes)
     assert [line.split(":")[0] for line in damaged.settings] == [
         "rotary_base",
         "max_position_embeddings",
         "rope_scaling",
     ]
-    apart = compare_logits(converted / "qwen2.ckpt", tmp_path / "hf", tokens, changes=exported, first_position=500)
-    assert not apart.is_close
-    changes = Changes(rope_type="yarn", scaling={"factor": 4.0, "original_max_position_embeddings": 64})
+    tokens = [list(range(60))]
+    assert not compare_logits(converted / "qwen2.ckpt", hf, tokens, changes=changes, first_position=500).is_close
+
+
+def test_rope_changed_on_the_way_in_is_what_transformers_computes(converted: Path, tmp_path: Path) -> None:
+    changes = Changes(rope_type="yarn", scaling=YARN)
     import_hf(converted / "qwen2", tmp_path / "ckpt", changes=changes)
-    assert ModelShape.read(tmp_path / "ckpt").rope_scaling == {"rope_type": "yarn", **changes.scaling}
+    assert ModelShape.read(tmp_path / "ckpt").rope_scaling == {"rope_type": "yarn", **YARN}
     assert compare(tmp_path / "ckpt", converted / "qwen2", changes=changes).is_equal
+    tokens = [list(range(60))]
     assert compare_logits(tmp_path / "ckpt", converted / "qwen2", tokens, changes=changes, first_position=500).is_close
     assert not compare(tmp_path / "ckpt", converted / "qwen2").is_equal
 
@@ -359,47 +385,29 @@ def test_values_that_do_not_fit_a_dtype_are_refused(broken: Path, tmp_path: Path
     assert sorted(p.name for p in tmp_path.iterdir()) == ["ckpt", "hf"]
 
 
-def test_a_trained_model_is_exported_with_its_rope_and_a_card(converted: Path, tmp_path: Path) -> None:
-    """Two steps with YaRN and another theta; optimizer states in the checkpoint; export verifies what was trained."""
-    # Imported in bf16 and trained in fp32: given back in bf16.
-    import_hf(converted / "llama", tmp_path / "ckpt", dtype="bfloat16", name="llama")
-    (tmp_path / "ckpt" / "hf" / "README.md").write_text("The base model's card.")
-    train = torchrun(1, "-m", "megatron_longpo.train")
-    train += [
-        "--load",
-        str(tmp_path / "ckpt"),
-        "--data-path",
-        str(converted / "data"),
-        "--save",
-        str(tmp_path / "run"),
-    ]
-    train += [
-        "--global-batch-size",
-        "2",
-        "--train-iters",
-        "2",
-        "--lr",
-        "1e-3",
-        "--rotary-base",
-        "5e5",
-        "--rope-type",
-        "yarn",
-    ]
-    train += [
-        "--rotary-scaling-factor",
-        "8",
-        "--original-max-position-embeddings",
-        "64",
-        "--max-position-embeddings",
-        "512",
-    ]
-    run(train)
-    said = run([*TOOL, "export", "--checkpoint", str(tmp_path / "run"), "--output", str(tmp_path / "hf")]).stdout
+@pytest.fixture(scope="module")
+def trained(converted: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model imported in bf16 and trained for two steps in fp32, with YaRN and another theta; its export is in ``hf``."""
+    folder = tmp_path_factory.mktemp("trained")
+    import_hf(converted / "llama", folder / "ckpt", dtype="bfloat16", name="llama")
+    (folder / "ckpt" / "hf" / "README.md").write_text("The base model's card.")
+    paths = {"load": folder / "ckpt", "data_path": converted / "data", "save": folder / "run"}
+    rope = {"rotary_base": 5e5, "rope_type": "yarn", "rotary_scaling_factor": 8, "original_max_position_embeddings": 64}
+    schedule = {"global_batch_size": 2, "train_iters": 2, "lr": 1e-3}
+    run(command("train", processes=1, **paths, **rope, **schedule, max_position_embeddings=512))
+    said = run(command("convert", "export", checkpoint=folder / "run", output=folder / "hf")).stdout
     assert ": equal" in said and "logits of 64 tokens" in said
-    rope = json.loads((tmp_path / "hf" / "config.json").read_text())["rope_parameters"]
+    return folder
+
+
+def test_a_trained_model_is_exported_with_its_rope(trained: Path) -> None:
+    rope = json.loads((trained / "hf" / "config.json").read_text())["rope_parameters"]
     expected = {"rope_type": "yarn", "factor": 8.0, "rope_theta": 5e5, "original_max_position_embeddings": 64}
     assert rope == expected
-    card = (tmp_path / "hf" / "README.md").read_text()
+
+
+def test_a_trained_model_is_exported_with_a_card(trained: Path) -> None:
+    card = (trained / "hf" / "README.md").read_text()
     front = yaml.safe_load(card.split("---")[1])
     assert front["base_model"] == "llama" and front["library_name"] == "transformers"
     for part in (
@@ -410,14 +418,16 @@ def test_a_trained_model_is_exported_with_its_rope_and_a_card(converted: Path, t
         "optimizer: adam",
     ):
         assert part in card
-    assert (tmp_path / "hf" / "BASE_MODEL_README.md").read_text() == "The base model's card."
-    # The weights moved, and only the trained ones are there.
-    before, after = tensors(converted / "llama"), tensors(tmp_path / "hf")
+    assert (trained / "hf" / "BASE_MODEL_README.md").read_text() == "The base model's card."
+
+
+def test_trained_weights_are_exported_in_the_imported_dtype(converted: Path, trained: Path) -> None:
+    """They have moved, and nothing else is there: no optimizer states."""
+    before, after = tensors(converted / "llama"), tensors(trained / "hf")
     assert {value.dtype for value in after.values()} == {torch.bfloat16}
-    assert json.loads((tmp_path / "hf" / "config.json").read_text())["dtype"] == "bfloat16"
-    assert before.keys() >= after.keys() and not torch.equal(
-        before["model.layers.0.mlp.up_proj.weight"].bfloat16(), after["model.layers.0.mlp.up_proj.weight"]
-    )
+    assert json.loads((trained / "hf" / "config.json").read_text())["dtype"] == "bfloat16"
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert before.keys() >= after.keys() and not torch.equal(before[name].bfloat16(), after[name])
 
 
 def test_rotary_base_and_dtype_on_the_way(converted: Path, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from megatron_longpo.evaluation.compare import write_comparison
 from megatron_longpo.evaluation.short_context import load_tasks
 from tests.support.data import make_data
 from tests.support.flaky_proxy import FlakyProxy
-from tests.support.launch import Running, environment, run, torchrun
+from tests.support.launch import Running, command, environment, run, torchrun
 from tests.support.models import make_chat_model, make_model
 from tests.support.tokenizers import WORDS, make_fast_tokenizer
 
@@ -316,82 +316,77 @@ def test_short_context_on_local_data(made: Path, short_data: Path) -> None:
 # --------------------------------------------------------------------------------------------------
 
 
-def test_preferences_by_tool_and_in_training_agree(made: Path) -> None:
-    """What training reports before its first step is what the tool finds of the same two models."""
+@pytest.fixture(scope="module")
+def preferences(made: Path) -> Path:
+    """A policy and a reference, data and held-out data; what the tool finds of the held-out data is in ``results``."""
     folder = made / "preference"
     for seed, name in ((0, "policy"), (1, "reference")):
         make_model("llama", folder / name, seed=seed)
+        import_hf(folder / name, folder / f"{name}.ckpt")
     make_data(folder / "held_out", 5, seed=3)
     make_data(folder / "data", 4, seed=4)
-    output = folder / "results"
-    tool = [
-        *TOOL,
-        "--model",
-        str(folder / "policy"),
-        "--reference-model",
-        str(folder / "reference"),
-        "--dtype",
-        "float32",
-    ]
-    run([*tool, "--tasks", "preference", "--pairs", str(folder / "held_out"), "--output", str(output)])
-    found = json.loads((output / "results.json").read_text())["suites"]["preference"]["metrics"]
+    run(evaluate_preferences(folder, output=folder / "results"))
+    return folder
+
+
+def evaluate_preferences(folder: Path, **flags: Any) -> list[str]:
+    """Evaluation of the held-out data."""
+    models = {"model": folder / "policy", "reference_model": folder / "reference", "dtype": "float32"}
+    return command("evaluate", tasks="preference", pairs=folder / "held_out", **models, **flags)
+
+
+def train_preferences(folder: Path, **flags: Any) -> list[str]:
+    """Training of the same two models, evaluated on the same held-out data."""
+    checkpoints = {"load": folder / "policy.ckpt", "reference_load": folder / "reference.ckpt"}
+    return command("train", valid_data_path=folder / "held_out", global_batch_size=2, **checkpoints, **flags)
+
+
+def preference_metrics(output: Path) -> dict[str, Any]:
+    return json.loads((output / "results.json").read_text())["suites"]["preference"]["metrics"]
+
+
+def test_preferences_count_every_pair(preferences: Path) -> None:
+    found = preference_metrics(preferences / "results")
     assert found["samples"] == 5 and sum(of["samples"] for of in found["by_length"].values()) == 5
-    # On two processes, context parallel, where a run was broken off in its third line.
-    kept = rows(output / "preference" / "parts" / "0-of-1" / "answers.jsonl")
+    kept = rows(preferences / "results" / "preference" / "parts" / "0-of-1" / "answers.jsonl")
     assert [r["index"] for r in kept] == [0, 1, 2, 3, 4]
-    broken_off = folder / "two" / "preference" / "parts" / "0-of-1" / "answers.jsonl"
-    broken_off.parent.mkdir(parents=True)
-    broken_off.write_text("".join(json.dumps(r) + "\n" for r in kept[:2]) + json.dumps(kept[2])[:40])
-    shutil.copy(output / "preference" / "settings.json", folder / "two" / "preference")
-    split = [*tool[1:], "--tasks", "preference", "--pairs", str(folder / "held_out"), "--output", str(folder / "two")]
-    done = run(torchrun(2, *split, "--context-parallel-size", "2"))
+
+
+def test_interrupted_preferences_resume_on_two_processes(preferences: Path) -> None:
+    """Interrupted in the third line; the rest by context parallelism: the same figures."""
+    before, output = preferences / "results", preferences / "two"
+    kept = (before / "preference" / "parts" / "0-of-1" / "answers.jsonl").read_text().splitlines(keepends=True)
+    interrupted = output / "preference" / "parts" / "0-of-1" / "answers.jsonl"
+    interrupted.parent.mkdir(parents=True)
+    interrupted.write_text("".join(kept[:2]) + kept[2][:40])
+    shutil.copy(before / "preference" / "settings.json", output / "preference")
+    done = run(evaluate_preferences(preferences, output=output, processes=2, context_parallel_size=2))
     assert "preference: 2 samples were there" in done.stdout
-    fresh = rows(folder / "two" / "preference" / "parts" / "0-of-2" / "answers.jsonl")
+    fresh = rows(output / "preference" / "parts" / "0-of-2" / "answers.jsonl")
     assert [r["index"] for r in fresh] == [2, 3, 4]
-    two = json.loads((folder / "two" / "results.json").read_text())["suites"]["preference"]["metrics"]
+    found, expected = preference_metrics(output), preference_metrics(before)
     for name in ("loss", "nll", "logps/chosen", "kl/rejected", "rewards/margins"):
-        assert two[name] == pytest.approx(found[name], rel=1e-5), name
-    for name in ("policy", "reference"):
-        import_hf(folder / name, folder / f"{name}.ckpt")
-    train = [
-        *(
-            sys.executable,
-            "-m",
-            "megatron_longpo.train",
-            "--load",
-            str(folder / "policy.ckpt"),
-            "--data-path",
-            str(folder / "data"),
-        ),
-        *("--reference-load", str(folder / "reference.ckpt"), "--valid-data-path", str(folder / "held_out")),
-        *(
-            "--save",
-            str(folder / "run"),
-            "--global-batch-size",
-            "2",
-            "--train-iters",
-            "3",
-            "--eval-interval",
-            "2",
-            "--lr",
-            "1e-3",
-        ),
-    ]
-    done = run(train)
+        assert found[name] == pytest.approx(expected[name], rel=1e-5), name
+
+
+def test_training_reports_before_its_first_step_what_the_tool_finds(preferences: Path) -> None:
+    output = preferences / "run"
+    schedule = {"train_iters": 3, "eval_interval": 2, "lr": 1e-3}
+    done = run(train_preferences(preferences, data_path=preferences / "data", save=output, **schedule))
     assert "after step 0: held-out loss" in done.stdout
-    reported = rows(folder / "run" / "validation.jsonl")
+    reported = rows(output / "validation.jsonl")
     assert [r["step"] for r in reported] == [0, 2, 3]
+    expected = preference_metrics(preferences / "results")
     for name in ("loss", "nll", "rewards/margins", "kl/chosen", "kl/rejected"):
-        assert reported[0][name] == pytest.approx(found[name], rel=1e-5), name
+        assert reported[0][name] == pytest.approx(expected[name], rel=1e-5), name
     assert reported[2]["loss"] != reported[0]["loss"]
-    # By itself, without training data or optimizer.
-    alone = [
-        *train[:3],
-        *train[3:5],
-        *("--reference-load", str(folder / "reference.ckpt"), "--valid-data-path", str(folder / "held_out")),
-    ]
-    done = run([*alone, "--skip-train", "--global-batch-size", "2"])
-    assert f"held-out loss {found['loss']:.4f}" in done.stdout
+
+
+def test_held_out_data_are_evaluated_without_training(preferences: Path) -> None:
+    """Without training data or optimizer."""
+    done = run(train_preferences(preferences, skip_train=True))
+    expected = preference_metrics(preferences / "results")["loss"]
+    assert f"held-out loss {expected:.4f}" in done.stdout
 
 
 def test_a_server_answers_as_the_model_in_this_process(

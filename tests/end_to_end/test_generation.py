@@ -114,44 +114,47 @@ def test_other_settings_do_not_go_on(made: Path, undisturbed: Path) -> None:
     assert "holds no part of a run" in done.stderr
 
 
+GREEDY = ("--question-temperature", "0", "--batch-size", "1", "--max-documents", "5")
+SECRET = "a-secret-key"
+
+
+@pytest.fixture(scope="module")
+def greedy(made: Path) -> bytes:
+    """Pairs of five documents, greedily, by the model in the process."""
+    run([*TOOL, *arguments(made, made / "greedy.jsonl"), *GREEDY])
+    pairs = (made / "greedy.jsonl").read_bytes()
+    assert len(pairs.splitlines()) == 5
+    return pairs
+
+
+def generate_served(made: Path, chat_model: Path, url: str, output: Path) -> None:
+    """The same pairs by a server that asks for a key; the key is neither printed nor written."""
+    remote = ["--engine", "openai", "--model", str(chat_model), "--base-url", f"{url}/v1", "--concurrency", "8"]
+    remote += ["--tokenizer", str(made / "model"), "--timeout-seconds", "5", "--retries", "40"]
+    done = run([*TOOL, *arguments(made, output), *GREEDY, *remote], env=environment(OPENAI_API_KEY=SECRET))
+    written = [p.read_text(errors="replace") for p in output.parent.rglob("*") if p.is_file()]
+    assert written and not any(SECRET in text for text in [done.stdout, *written])
+
+
 def test_a_server_answers_as_the_model_in_the_process_does(
-    made: Path, chat_model: Path, server: str, tmp_path: Path
+    made: Path, chat_model: Path, server: str, greedy: bytes, tmp_path: Path
 ) -> None:
-    """Greedy, and again through a proxy that drops, refuses, cuts and stalls: the same samples, once each."""
-    greedy = ["--question-temperature", "0", "--batch-size", "1", "--max-documents", "5"]
-    run([*TOOL, *arguments(made, tmp_path / "own.jsonl"), *greedy])
-    own = (tmp_path / "own.jsonl").read_bytes()
-    assert len(own.splitlines()) == 5
+    generate_served(made, chat_model, server, tmp_path / "served.jsonl")
+    assert (tmp_path / "served.jsonl").read_bytes() == greedy
 
-    def served(url: str, output: Path) -> str:
-        remote = [
-            "--engine",
-            "openai",
-            "--model",
-            str(chat_model),
-            "--base-url",
-            url + "/v1",
-            "--tokenizer",
-            str(made / "model"),
-            "--concurrency",
-            "8",
-        ]
-        patience = ["--timeout-seconds", "5", "--retries", "40"]
-        secret = environment(OPENAI_API_KEY="a-secret-key")
-        return run([*TOOL, *arguments(made, output), *greedy, *remote, *patience], env=secret).stdout
 
-    served(server, tmp_path / "served.jsonl")
-    assert (tmp_path / "served.jsonl").read_bytes() == own
+def test_a_bad_line_to_the_server_changes_nothing(
+    made: Path, chat_model: Path, server: str, greedy: bytes, tmp_path: Path
+) -> None:
+    """A proxy that drops, refuses, cuts and stalls: the same samples, once each."""
     proxy = FlakyProxy(server, seed=2, stall_seconds=60)
     try:
-        said = served(proxy.url, tmp_path / "flaky.jsonl")
+        generate_served(made, chat_model, proxy.url, tmp_path / "flaky.jsonl")
     finally:
         proxy.close()
-    assert (tmp_path / "flaky.jsonl").read_bytes() == own
+    assert (tmp_path / "flaky.jsonl").read_bytes() == greedy
     assert all(proxy.counts[k] for k in ("drop", "429", "500", "cut", "garbage", "stall", "pass"))
-    assert proxy.authorizations == {"Bearer a-secret-key"}
-    written = [p.read_text(errors="replace") for p in tmp_path.rglob("*") if p.is_file()]
-    assert not any("a-secret-key" in text for text in [said, *written])
+    assert proxy.authorizations == {f"Bearer {SECRET}"}
 
 
 def test_a_server_that_refuses_is_named(made: Path, server: str, tmp_path: Path) -> None:

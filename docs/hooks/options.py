@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 
 
 class OptionRow(NamedTuple):
-    """One option of a section, as text for people."""
+    """One option, as text for people."""
 
     name: str
     type: str
@@ -22,10 +22,10 @@ class OptionRow(NamedTuple):
 
 
 def option_rows(cls: type) -> list[OptionRow]:
-    """Options of a configuration dataclass, in the order of its fields.
+    """Options of a configuration dataclass, in the order of its fields; those of a dataclass inside it are among them.
 
-    An option's doc is the string below its field, or else the ``help`` or ``description`` found in the field's metadata
-    or annotation (tyro's and pydantic's words for it).
+    An option's doc is the string below its field, or the ``help`` in its annotation. A rule in the annotation (an object
+    with a ``rule``, such as "must be positive") is part of the type.
 
     Raises:
         TypeError: ``cls`` is not a dataclass.
@@ -35,10 +35,13 @@ def option_rows(cls: type) -> list[OptionRow]:
     rows = []
     for field in dataclasses.fields(cls):
         hint, extras = _without_annotated(hints[field.name])
-        extras += list(field.metadata.values()) if field.metadata else []
+        if dataclasses.is_dataclass(hint):
+            rows += option_rows(hint)  # type: ignore[arg-type]
+            continue
         name = next((e.name for e in extras if isinstance(getattr(e, "name", None), str)), field.name)
-        doc = docs.get(field.name) or next((d for d in map(_described, [*extras, field.default]) if d), "")
-        rows.append(OptionRow(name, _type_text(hint), _default_text(field), " ".join(doc.split())))
+        help_text = next((e.help for e in extras if isinstance(getattr(e, "help", None), str)), "")
+        doc = " ".join((docs.get(field.name) or help_text).split())
+        rows.append(OptionRow(name, _type_text(hints[field.name]), _default_text(field), doc))
     return rows
 
 
@@ -67,41 +70,35 @@ def _without_annotated(hint: Any) -> tuple[Any, list[Any]]:
     return hint, extras
 
 
-def _described(extra: Any) -> str | None:
-    for attribute in ("help", "description"):
-        text = getattr(extra, attribute, None)
-        if isinstance(text, str):
-            return text
-    return None
-
-
 def _type_text(hint: Any) -> str:
-    hint, _ = _without_annotated(hint)
+    hint, extras = _without_annotated(hint)
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
-        return ", ".join(_type_text(a) for a in arguments if a is not type(None))
-    if origin is Literal:
-        return " \\| ".join(f"`{a}`" for a in arguments)
-    if origin in (tuple, list):
-        return f"list of {_type_text(arguments[0])}"
-    return {int: "integer", float: "number", str: "text", bool: "switch"}.get(
-        hint, getattr(hint, "__name__", str(hint))
-    )
+        text = " or ".join(_type_text(a) for a in arguments if a is not type(None))
+    elif origin is Literal:
+        text = " \\| ".join(f"`{a}`" for a in arguments)
+    elif origin in (tuple, list):
+        text = f"list of {_type_text(arguments[0])}"
+    else:
+        names = {int: "integer", float: "number", str: "text", bool: "switch"}
+        text = names.get(hint, getattr(hint, "__name__", str(hint)))
+    rules = [
+        e.rule.removeprefix("must ").replace("be ", "") for e in extras if isinstance(getattr(e, "rule", None), str)
+    ]
+    return ", ".join([text, *rules])
 
 
 def _default_text(field: dataclasses.Field[Any]) -> str:
     default = field.default
     if default is dataclasses.MISSING and field.default_factory is not dataclasses.MISSING:
         default = field.default_factory()
-    # A pydantic field stands where its default is expected.
-    default = getattr(default, "default", default)
-    if default is None or default is dataclasses.MISSING:
+    if default is dataclasses.MISSING:
+        return "required"
+    if default is None or default == ():
         return ""
     if isinstance(default, bool):
         return "on" if default else "off"
     if isinstance(default, (tuple, list)):
-        if not default:
-            return ""
         text = ", ".join(map(str, default))
         return f"`{text}`" if len(text) <= 60 else f"{len(default)} entries"
     text = str(default)
@@ -111,17 +108,21 @@ def _default_text(field: dataclasses.Field[Any]) -> str:
 
 
 def option_tables(root: type) -> str:
-    """Markdown tables of a configuration, one per section."""
+    """Markdown tables: one per section of a configuration, or one of all options where a class is not made of sections."""
+    hints = typing.get_type_hints(root)
+    if not all(dataclasses.is_dataclass(hints[field.name]) for field in dataclasses.fields(root)):
+        return "\n".join(_table(root))
     parts = []
-    for section in dataclasses.fields(root):
-        default = section.default_factory() if section.default_factory is not dataclasses.MISSING else section.default
-        cls = type(default)
-        purpose = " ".join((inspect.getdoc(cls) or "").split("\n\n")[0].split())
-        parts += [f"### `{section.name}`", "", purpose, ""]
-        parts += ["| option | value | default | meaning |", "|---|---|---|---|"]
-        parts += [f"| `{row.name}` | {row.type} | {row.default} | {_escaped(row.doc)} |" for row in option_rows(cls)]
-        parts.append("")
+    for field in dataclasses.fields(root):
+        section = hints[field.name]
+        purpose = " ".join((inspect.getdoc(section) or "").split("\n\n")[0].split())
+        parts += [f"### `{field.name}`", "", purpose, "", *_table(section), ""]
     return "\n".join(parts)
+
+
+def _table(cls: type) -> list[str]:
+    lines = ["| option | value | default | meaning |", "|---|---|---|---|"]
+    return lines + [f"| `{r.name}` | {r.type} | {r.default} | {_escaped(r.doc)} |" for r in option_rows(cls)]
 
 
 def _escaped(text: str) -> str:

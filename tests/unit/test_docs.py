@@ -156,8 +156,13 @@ def options_module() -> Any:
 
 
 @dataclass(frozen=True)
+class Rule:
+    rule: str
+
+
+@dataclass(frozen=True)
 class Base:
-    size: int | None = None
+    size: Annotated[int, Rule("must be at least 1")] | None = None
     """Tokens | characters."""
     plain: bool = True
 
@@ -177,29 +182,30 @@ class Root:
     section: Section = field(default_factory=Section)
 
 
-def test_option_rows_come_from_fields_and_the_strings_below_them() -> None:
-    rows = [tuple(row) for row in options_module().option_rows(Section)]
-    assert rows == [
-        ("size", "integer", "", "Tokens | characters."),
-        ("plain", "switch", "on", ""),
-        ("sort", "`a` \\| `b`", "`a`", "Which of the two."),
-        ("names", "list of text", "`x, y`", "Any number of names."),
-    ]
+@dataclass(frozen=True)
+class Flat:
+    path: str
+    """Where."""
+    section: Section
 
 
-def test_an_option_table_has_a_row_per_option() -> None:
-    assert options_module().option_tables(Root).splitlines() == [
-        "### `section`",
-        "",
-        "A section for the test.",
-        "",
-        "| option | value | default | meaning |",
-        "|---|---|---|---|",
-        "| `size` | integer |  | Tokens \\| characters. |",
-        "| `plain` | switch | on |  |",
-        "| `sort` | `a` \\| `b` | `a` | Which of the two. |",
-        "| `names` | list of text | `x, y` | Any number of names. |",
-    ]
+SECTION_ROWS = [
+    "| `size` | integer, at least 1 |  | Tokens \\| characters. |",
+    "| `plain` | switch | on |  |",
+    "| `sort` | `a` \\| `b` | `a` | Which of the two. |",
+    "| `names` | list of text | `x, y` | Any number of names. |",
+]
+HEAD = ["| option | value | default | meaning |", "|---|---|---|---|"]
+
+
+def test_an_option_table_comes_from_fields_annotations_and_the_strings_below_fields() -> None:
+    tables = options_module().option_tables(Root).splitlines()
+    assert tables == ["### `section`", "", "A section for the test.", "", *HEAD, *SECTION_ROWS]
+
+
+def test_options_that_are_not_in_sections_are_one_table() -> None:
+    tables = options_module().option_tables(Flat).splitlines()
+    assert tables == [*HEAD, "| `path` | text | required | Where. |", *SECTION_ROWS]
 
 
 @pytest.mark.parametrize("root", [Config, GenerationConfig, EvaluationConfig])

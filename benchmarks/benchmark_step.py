@@ -170,8 +170,9 @@ def ours(a: argparse.Namespace, length: int, branches: int) -> dict[str, Any]:
     from megatron_longpo.data.indexed import Manifest, SampleWriter
     from megatron_longpo.model.shape import ModelShape
     from megatron_longpo.runtime import process_groups
-    from megatron_longpo.training.plan import groups_of, make_plan
-    from megatron_longpo.training.trainer import Trainer
+    from megatron_longpo.training.plan import make_plan
+    from megatron_longpo.training.session import open_session
+    from megatron_longpo.training.trainer import start_training
 
     torch.set_num_threads(a.threads)
     shape = ModelShape.read(Path(a.checkpoint))
@@ -209,8 +210,8 @@ def ours(a: argparse.Namespace, length: int, branches: int) -> dict[str, Any]:
         "benchmark",
     )
     ceilings = _ceilings(length, shape, a.dtype)
-    plan = make_plan(config, dist.get_world_size())
-    trainer = Trainer(plan, groups_of(plan))
+    session = open_session(make_plan(config, dist.get_world_size()))
+    trainer = start_training(session, began=time.monotonic())
     set_up = peak_gb()
     # The first step touches all memory for the first time: it is profiled, the next ones are timed. The profiler's own
     # memory does not count.
@@ -221,7 +222,7 @@ def ours(a: argparse.Namespace, length: int, branches: int) -> dict[str, Any]:
         activations = peak_gb() - before
     else:
         seconds, activations = first["step_seconds"], math.nan
-    scoring = _median([_score_again(trainer) for _ in range(max(1, a.steps))])
+    scoring = _median([_score_again(session) for _ in range(max(1, a.steps))])
     # Of the ranks the slowest step and the largest memory count; the step's parts are the first one's.
     most = torch.tensor([seconds, scoring, max(set_up, peak_gb()), activations], dtype=torch.float64)
     dist.all_reduce(most, op=dist.ReduceOp.MAX)
@@ -235,7 +236,7 @@ def ours(a: argparse.Namespace, length: int, branches: int) -> dict[str, Any]:
         "loss": first["loss"],
         "recompute": trainer.config.training.recompute_granularity,
         "parts": parts,
-        "operations": _operations(trainer),
+        "operations": _operations(session),
         "ceilings": ceilings,
     }
 
@@ -244,38 +245,39 @@ def _median(values: list[float]) -> float:
     return float(np.median(values))
 
 
-def _score_again(trainer: Any) -> float:
+def _score_again(session: Any) -> float:
+    """Seconds of scoring all samples with the reference."""
     from megatron_longpo.model.rotary import rotary_of
-    from megatron_longpo.training.reference import score
+    from megatron_longpo.training.reference_scoring import Scorer
 
-    began = time.monotonic()
-    score(
-        [trainer.data[i] for i in range(len(trainer.data))],
-        scope="short",
-        model=trainer.chunks,
-        rotary=rotary_of(trainer.plan.shape, trainer.plan.shape.rotary_base),
-        shape=trainer.plan.shape,
-        parallel=trainer.parallel,
+    shape, data = session.plan.shape, session.data.train
+    scorer = Scorer(
+        model=session.chunks,
+        rotary=rotary_of(shape, shape.rotary_base),
+        shape=shape,
+        rows="short",
+        parallel=session.parallel,
         max_tokens=16384,
     )
+    samples = data.samples(range(len(data)))
+    began = time.monotonic()
+    scorer.score(samples)
     return time.monotonic() - began
 
 
-def _operations(trainer: Any) -> dict[str, float]:
-    """Floating-point operations that a step must do, by part, over all ranks; nothing recomputed is counted."""
+def _operations(session: Any) -> dict[str, float]:
+    """Floating-point operations that a step must do, by part, over all ranks; recomputation is not counted."""
     from megatron_longpo.training.batch import policy_layout
 
-    s, c = trainer.plan.shape, trainer.config
-    q, k = s.num_attention_heads * s.kv_channels, s.num_query_groups * s.kv_channels
+    shape, config, data = session.plan.shape, session.config, session.data.train
     found = {"linear layers": 0.0, "attention": 0.0, "log-probs": 0.0}
-    for i in range(len(trainer.data)):
-        layout = policy_layout([trainer.data[i]], data=c.data, objective=c.objective)
+    for i in range(len(data)):
+        layout = policy_layout([data[i]], data=config.data, objective=config.objective)
         places = len(set(layout.nll_places.tolist()) | set(layout.response_places_E.tolist()))
-        weights = s.hidden_size * (2 * q + 2 * k + 3 * s.ffn_hidden_size)
-        found["linear layers"] += 6.0 * layout.length * weights * s.num_layers
-        # Two products forward, five backward (the scores are made again), 2 operations a multiply-add.
-        found["attention"] += 14.0 * layout.attention_pairs * q * s.num_layers
-        found["log-probs"] += 6.0 * places * s.vocab_size * s.hidden_size
+        found["linear layers"] += 6.0 * layout.length * shape.layer_weights * shape.num_layers
+        # Two matmuls in the forward, five in the backward (the scores are recomputed), 2 operations per multiply-add.
+        found["attention"] += 14.0 * layout.attention_pairs * shape.query_width * shape.num_layers
+        found["log-probs"] += 6.0 * places * shape.vocab_size * shape.hidden_size
     return found
 
 
@@ -299,8 +301,8 @@ def _ceilings(length: int, shape: Any, dtype_name: str) -> dict[str, float]:
     x, y = (torch.randn(4096, 4096).to(dtype) for _ in range(2))
     product = best(lambda: x @ y, 2.0 * 4096**3)
     n = min(length, 8192)
-    width, heads = shape.hidden_size, shape.num_attention_heads * shape.kv_channels
-    qkv = heads + 2 * shape.num_query_groups * shape.kv_channels
+    width, heads = shape.hidden_size, shape.query_width
+    qkv = heads + 2 * shape.kv_width
     sizes = [(qkv, width), (width, heads), (2 * shape.ffn_hidden_size, width), (width, shape.ffn_hidden_size)]
     layer = [tuple(torch.randn(*size).to(dtype) for size in ((n, i), (n, o), (o, i))) for o, i in sizes]
 
@@ -332,24 +334,16 @@ _PARTS = {
     "attention": ("_BlockAttention", "_GatheredAttention", "_UlyssesAttention"),
     "log-probs": ("_TokenLogprobs",),
     "linear layers": ("aten::mm", "aten::addmm", "aten::bmm", "aten::linear", "aten::matmul"),
-    "optimizer": ("benchmark::optimizer",),
+    "optimizer": ("longpo/optimizer",),
 }
 
 
 def _profiled_step(trainer: Any) -> tuple[dict[str, Any], dict[str, float]]:
     """One step under the profiler: its record, and the seconds of its parts."""
-    from torch.profiler import ProfilerActivity, profile, record_function
+    from torch.profiler import ProfilerActivity, profile
 
-    original = trainer.optimizer.step
-
-    def step() -> Any:
-        with record_function("benchmark::optimizer"):
-            return original()
-
-    trainer.optimizer.step = step
     with profile(activities=[ProfilerActivity.CPU]) as prof, _watched_communication() as waited:
         record = trainer.train_step()
-    trainer.optimizer.step = original
     parts = dict.fromkeys(_PARTS, 0.0)
 
     def walk(event: Any) -> None:

@@ -14,10 +14,9 @@ import json
 import os
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from megatron_longpo.config import from_command_line
 from megatron_longpo.data.indexed import read_manifest
@@ -163,8 +162,8 @@ def evaluate_preferences(config: EvaluationConfig, share: Share, results: Result
     from megatron_longpo.runtime.collectives import on_rank0
     from megatron_longpo.runtime.process_groups import start_processes, stop_processes
     from megatron_longpo.training import held_out
-    from megatron_longpo.training.plan import groups_of, make_plan
-    from megatron_longpo.training.trainer import Trainer
+    from megatron_longpo.training.plan import make_plan
+    from megatron_longpo.training.session import open_session
 
     p, model = config.preference, config.engine.model
     assert config.evaluate.output is not None and model is not None and p.pairs is not None
@@ -207,18 +206,19 @@ def evaluate_preferences(config: EvaluationConfig, share: Share, results: Result
         },
         "checkpoint": {"load": str(checkpoints["model"])},
     }
-    plan = make_plan(from_dict(values, "preference"), share.world_size)
-    trainer = Trainer(plan, groups_of(plan))
+    session = open_session(make_plan(from_dict(values, "preference"), share.world_size))
+    session.score_reference()
+    session.load_weights()
     # From one process: all are to leave out the same samples.
     kept = on_rank0(lambda: held_out.kept_metrics(results.rows()))
     if kept and share.rank == 0:
         print(f"preference: {len(kept)} samples were there", flush=True)
 
-    def keep(numbers: list[int], table: np.ndarray) -> None:
+    def keep(numbers: Sequence[int], table: held_out.Table) -> None:
         if share.rank == 0:
             results.add(held_out.kept_rows(numbers, table))
 
-    table = trainer.evaluate(kept, keep)
+    table = session.held_out.evaluate(kept, keep)
     dist.barrier()
     results.close()
     stop_processes()
@@ -226,7 +226,8 @@ def evaluate_preferences(config: EvaluationConfig, share: Share, results: Result
         return None
     shutil.rmtree(work, ignore_errors=True)
     held_out.write_rows(table, folder / "samples.jsonl", settings["pairs"])
-    return {"settings": settings, "asked": {"preference": len(table)}, "metrics": held_out.summary(table)}
+    metrics = held_out.summary(table)
+    return {"settings": settings, "asked": {"preference": metrics["samples"]}, "metrics": metrics}
 
 
 def computes_in_bf16(model: Path, dtype: str) -> bool:

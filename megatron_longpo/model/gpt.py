@@ -33,6 +33,7 @@ from torch import Tensor
 
 from megatron_longpo.config import Config, virtual_pipeline_size
 from megatron_longpo.model.attention import AttentionPlan, BlockAttention
+from megatron_longpo.model.inputs import ModelInputs
 from megatron_longpo.model.kernels import kernels_for
 from megatron_longpo.model.layers import GatedMLP, NormColumnParallelLinear, RMSNorm, set_recompute_up
 from megatron_longpo.model.logprobs import chunk_tokens, default_chunk_bytes, token_logprobs
@@ -153,28 +154,19 @@ class PolicyModel(GPTModel):
         self.logprob_chunk_bytes = logprob_chunk_bytes or default_chunk_bytes()
 
     def forward(  # type: ignore[override]
-        self,
-        tokens_1s: Tensor,
-        positions_1s: Tensor,
-        plan: AttentionPlan,
-        rotary: Rotary,
-        loss_places_N: Tensor,
-        targets_N: Tensor,
-        known_grad_N: Tensor | None = None,
+        self, inputs: ModelInputs, rotary: Rotary, known_grad_N: Tensor | None = None
     ) -> Tensor:
         """Run this stage.
 
         Args:
-            tokens_1s, positions_1s: [1, s] this rank's places.
-            plan: who attends to whom, over the whole sequence.
-            rotary: the policy's rotary embedding or the reference's.
-            loss_places_N, targets_N: places with a loss among these, and what they predict.
-            known_grad_N: gradients that the log-probs will get, where they are known (see ``token_logprobs``).
+            inputs: the sequence.
+            rotary: rotary embedding of the policy or of the reference.
+            known_grad_N: [N] gradients that the log-probs will get, where they are known (see ``token_logprobs``).
 
         Returns:
             Last stage: [N] log-probs in fp32. Other stages: hidden states [s (/TP with sequence parallelism), 1, H].
         """
-        hidden = self.hidden_states(tokens_1s, positions_1s, plan, rotary)
+        hidden = self.hidden_states(inputs.tokens_1s, inputs.positions_1s, inputs.attention, rotary)
         if not self.post_process:
             return hidden
         group = self.pg_collection.tp
@@ -186,9 +178,9 @@ class PolicyModel(GPTModel):
             hidden = tensor_parallel.copy_to_tensor_model_parallel_region(hidden)
         weight = self.shared_embedding_or_output_weight() if self._tied() else self.output_layer.weight
         return token_logprobs(
-            hidden[:, 0].index_select(0, loss_places_N),
+            hidden[:, 0].index_select(0, inputs.loss_places_N),
             weight,
-            targets_N,
+            inputs.targets_N,
             vocab_size=self.shape.vocab_size,
             vocab_start=weight.shape[0] * dist.get_rank(group),
             group=group,

@@ -63,6 +63,30 @@ class ModelShape:
     weights_hash: str | None = None
     base_model: str | None = None
 
+    @property
+    def query_width(self) -> int:
+        """Width of all queries of a token."""
+        return self.num_attention_heads * self.kv_channels
+
+    @property
+    def kv_width(self) -> int:
+        """Width of all keys of a token, which is that of all its values."""
+        return self.num_query_groups * self.kv_channels
+
+    @property
+    def layer_weights(self) -> int:
+        """Weights of a layer's matrices: qkv and output projections, gate, up and down projections of the MLP.
+
+        A token's forward takes as many multiply-adds.
+        """
+        attention = self.hidden_size * (2 * self.query_width + 2 * self.kv_width)
+        return attention + 3 * self.hidden_size * self.ffn_hidden_size
+
+    def row_cost(self, tokens: int) -> float:
+        """Multiply-adds of a layer's forward for a causal row: its matrices and two products per query-key pair."""
+        pairs = tokens * tokens / 2
+        return tokens * self.layer_weights + 2 * pairs * self.query_width
+
     def replace(self, **changes: Any) -> ModelShape:
         return dataclasses.replace(self, **changes)
 

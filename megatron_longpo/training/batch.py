@@ -16,10 +16,10 @@ from megatron_longpo.config import DataConfig, ObjectiveConfig
 from megatron_longpo.data.preference import Mode, Sample, long_rows
 from megatron_longpo.data.sequence import Range, Row, SequenceLayout, Shard, assign_places, lay_out, local_spans, shard
 from megatron_longpo.model.attention import AttentionPlan
+from megatron_longpo.model.inputs import ModelInputs
 from megatron_longpo.runtime import platform
 from megatron_longpo.runtime.process_groups import Parallel, sum_over_group
-from megatron_longpo.training.metrics import SAMPLE_COLUMNS
-from megatron_longpo.training.objective import preference_loss, total_loss
+from megatron_longpo.training.objective import OBJECTIVES, preference_loss, total_loss
 
 # Tiles per rank with cp_comm_type=allgather. Two balance a plain causal sequence (zigzag); branches need more.
 _TILES = 4
@@ -29,7 +29,7 @@ _HEAD_GROUPS = 4
 
 
 def _gathered_of(ranges_of_rank: Sequence[Sequence[Range]], padded: int) -> np.ndarray:
-    """Where each place of the sequence is in the ranks' shards put end to end."""
+    """Index of each place of the sequence in the concatenation of the ranks' shards."""
     result = np.zeros(padded, np.int64)
     for rank, ranges in enumerate(ranges_of_rank):
         first = rank * (padded // len(ranges_of_rank))
@@ -38,20 +38,21 @@ def _gathered_of(ranges_of_rank: Sequence[Sequence[Range]], padded: int) -> np.n
     return result
 
 
-@dataclass
+@dataclass(frozen=True)
 class MicroBatch:
-    """A sequence as this rank computes it, on its device.
+    """Rows laid out as one sequence and cut for this rank.
 
-    ``context_parallel`` says whether the sequence is cut over the context-parallel ranks or whole on each.
+    Attributes:
+        inputs: what the model is called with.
+        layout: the whole sequence.
+        shard: this rank's part of it.
+        num_samples: number of samples whose rows these are.
+        context_parallel: whether the sequence is cut over the context-parallel ranks; otherwise this rank has all of it.
     """
 
+    inputs: ModelInputs
     layout: SequenceLayout
     shard: Shard
-    plan: AttentionPlan
-    tokens_1s: Tensor
-    positions_1s: Tensor
-    loss_places_N: Tensor
-    targets_N: Tensor
     num_samples: int
     context_parallel: bool
 
@@ -70,11 +71,11 @@ class MicroBatch:
 
         Args:
             rows: rows with response slots 2 * sample + side and NLL slots sample.
-            num_samples: how many samples the slots are of.
-            prefix_sharing: share common prefixes.
+            num_samples: number of samples that the slots refer to.
+            prefix_sharing: whether common prefixes are shared.
             parallel: degrees and groups.
-            context_parallel: cut over the context-parallel ranks; else the sequence is this rank's alone.
-            window: of the model's attention.
+            context_parallel: whether to cut the sequence over the context-parallel ranks.
+            window: sliding attention window of the model.
         """
         layout = lay_out(rows, prefix_sharing=prefix_sharing, num_samples=num_samples, num_responses=2 * num_samples)
         parts = parallel.context_size if context_parallel else 1
@@ -87,32 +88,35 @@ class MicroBatch:
             tiles=_TILES if gather else 1,
         )
         padded = sum(r.length for ranges in ranges_of_rank for r in ranges)
-        mine = shard(layout, ranges_of_rank[part], padded)
+        own = shard(layout, ranges_of_rank[part], padded)
         device = platform.CURRENT.device
-        return cls(
-            layout=layout,
-            shard=mine,
-            plan=AttentionPlan.make(
-                local_spans(layout.query_spans, ranges_of_rank[part]) if gather else layout.query_spans,
-                parallel.context_group if context_parallel else None,
-                parallel.comm_type,
-                torch.from_numpy(_gathered_of(ranges_of_rank, padded)).to(device) if gather else None,
-                head_groups=_HEAD_GROUPS,
-                window=window,
-                positions_S=layout.positions_S,
-            ),
-            tokens_1s=torch.from_numpy(mine.tokens).to(device)[None],
-            positions_1s=torch.from_numpy(mine.positions).to(device)[None],
-            loss_places_N=torch.from_numpy(mine.loss_places_N).to(device),
-            targets_N=torch.from_numpy(mine.targets_N).to(device),
-            num_samples=num_samples,
-            context_parallel=context_parallel,
+        attention = AttentionPlan.make(
+            local_spans(layout.query_spans, ranges_of_rank[part]) if gather else layout.query_spans,
+            parallel.context_group if context_parallel else None,
+            parallel.comm_type,
+            torch.from_numpy(_gathered_of(ranges_of_rank, padded)).to(device) if gather else None,
+            head_groups=_HEAD_GROUPS,
+            window=window,
+            positions_S=layout.positions_S,
         )
+        inputs = ModelInputs(
+            tokens_1s=torch.from_numpy(own.tokens).to(device)[None],
+            positions_1s=torch.from_numpy(own.positions).to(device)[None],
+            attention=attention,
+            loss_places_N=torch.from_numpy(own.loss_places_N).to(device),
+            targets_N=torch.from_numpy(own.targets_N).to(device),
+        )
+        return cls(inputs=inputs, layout=layout, shard=own, num_samples=num_samples, context_parallel=context_parallel)
 
 
 @dataclass(frozen=True)
 class ResponseSums:
-    """Whole-sequence sums, the same on every context-parallel rank; each [B]."""
+    """Sums over the whole sequence, identical on all context-parallel ranks; each has shape [B].
+
+    Attributes:
+        chosen_B, rejected_B: log-probs of the responses.
+        nll_sum_B: NLL of the chosen rows, summed over tokens.
+    """
 
     chosen_B: Tensor
     rejected_B: Tensor
@@ -120,14 +124,14 @@ class ResponseSums:
 
 
 def response_sums(logps_N: Tensor, batch: MicroBatch, parallel: Parallel) -> ResponseSums:
-    """Sum log-probs into responses and NLLs, over places and, in forward only, over context-parallel ranks."""
+    """Sum log-probs into responses and NLLs: over places and, in the forward only, over context-parallel ranks."""
     device, n = logps_N.device, batch.num_samples
     s = batch.shard
 
     def index(array: np.ndarray) -> Tensor:
         return torch.from_numpy(array).to(device)
 
-    # In fp64: 128K summands in fp32 would cost three of the digits that layouts are to agree in.
+    # In fp64: summing 128K terms in fp32 would lose three of the digits that layouts have to agree in.
     logps_N = logps_N.double()
     zeros = torch.zeros(3 * n, dtype=torch.float64, device=device)
     responses = zeros.index_add(0, index(s.response_slots_E), logps_N.index_select(0, index(s.response_index_E)))
@@ -135,31 +139,99 @@ def response_sums(logps_N: Tensor, batch: MicroBatch, parallel: Parallel) -> Res
     if batch.context_parallel:
         sums = sum_over_group(sums, parallel.context_group)
     pairs = sums[: 2 * n].view(n, 2)
-    return ResponseSums(pairs[:, 0], pairs[:, 1], sums[2 * n :])
+    return ResponseSums(chosen_B=pairs[:, 0], rejected_B=pairs[:, 1], nll_sum_B=sums[2 * n :])
 
 
 def known_nll_grad(
-    batch: MicroBatch, *, objective: ObjectiveConfig, parallel: Parallel, microbatches: int
+    batch: MicroBatch, *, objective: ObjectiveConfig, parallel: Parallel, num_microbatches: int
 ) -> Tensor | None:
-    """Gradient that each of this rank's log-probs will get, [N] in fp32, NaN where it depends on the preference.
+    """Gradients of this rank's log-probs that are known before the forward: [N] in fp32, NaN where they are not.
 
-    A token that counts in an NLL alone gets -1 / its sample's NLL tokens, over the samples of the micro batch, over the
-    micro batches of the step, times the context-parallel size (megatron-core's schedule; docs/loss.md).
+    A token that contributes only to an NLL gets -1 / (NLL tokens of its sample), divided by the samples of the micro batch
+    and by the micro batches of the step, times the context-parallel size (megatron-core's schedule; docs/loss.md). A token
+    that contributes to the preference term gets NaN.
+
+    Returns:
+        The gradients, or None if no gradient is known.
     """
-    s = batch.shard
-    if objective.objective == "dpo" or not len(s.loss_places_N):
+    s, spec = batch.shard, OBJECTIVES[objective.objective]
+    if not spec.uses_nll or not len(s.loss_places_N):
         return None
-    each_B = parallel.context_size / (np.maximum(batch.layout.nll_tokens, 1) * batch.num_samples * microbatches)
+    each_B = parallel.context_size / (np.maximum(batch.layout.nll_tokens, 1) * batch.num_samples * num_microbatches)
     expected = np.zeros(len(s.loss_places_N))
     np.subtract.at(expected, s.nll_index, each_B[s.nll_slots])
-    if objective.objective != "sft":
+    if spec.uses_preference:
         expected[s.response_index_E] = np.nan
     return torch.from_numpy(expected.astype(np.float32)).to(platform.CURRENT.device)
 
 
-def policy_rows(samples: Sequence[Sample], *, data: DataConfig, objective: ObjectiveConfig) -> list[Row]:
-    """The long rows that the policy computes of some samples."""
-    sides = (Mode.CHOSEN,) if objective.objective == "sft" else (Mode.CHOSEN, Mode.REJECTED)
+@dataclass(frozen=True)
+class PolicyBatch:
+    """Samples of one micro batch with all that their loss needs.
+
+    Attributes:
+        places: places of the samples in the global batch.
+        chosen_tokens: length of each sample's long chosen row in tokens.
+        micro_batch: their long rows as this rank computes them.
+        reference_B2: [B, 2] reference log-probs of the chosen and the rejected responses; None without a reference.
+    """
+
+    places: Sequence[int]
+    chosen_tokens: Sequence[int]
+    micro_batch: MicroBatch
+    reference_B2: np.ndarray | None
+
+
+def policy_batch(
+    samples: Sequence[Sample],
+    places: Sequence[int],
+    reference_B2: np.ndarray | None,
+    *,
+    data: DataConfig,
+    objective: ObjectiveConfig,
+    parallel: Parallel,
+    window: int | None = None,
+) -> PolicyBatch:
+    """Lay out and cut the long rows of some samples.
+
+    Args:
+        samples: samples of the micro batch.
+        places: their places in the global batch.
+        reference_B2: [B, 2] log-probs of the reference, or None.
+        data: how turns are arranged and prefixes shared.
+        objective: which rows the policy computes.
+        parallel: degrees and groups.
+        window: sliding attention window of the model.
+    """
+    micro_batch = MicroBatch.make(
+        _policy_rows(samples, data=data, objective=objective),
+        num_samples=len(samples),
+        prefix_sharing=data.prefix_sharing,
+        parallel=parallel,
+        context_parallel=True,
+        window=window,
+    )
+    return PolicyBatch(
+        places=places,
+        chosen_tokens=[sample.length(Mode.CHOSEN) for sample in samples],
+        micro_batch=micro_batch,
+        reference_B2=reference_B2,
+    )
+
+
+def policy_layout(samples: Sequence[Sample], *, data: DataConfig, objective: ObjectiveConfig) -> SequenceLayout:
+    """Layout of the samples' long rows before it is cut."""
+    return lay_out(
+        _policy_rows(samples, data=data, objective=objective),
+        prefix_sharing=data.prefix_sharing,
+        num_samples=len(samples),
+        num_responses=2 * len(samples),
+    )
+
+
+def _policy_rows(samples: Sequence[Sample], *, data: DataConfig, objective: ObjectiveConfig) -> list[Row]:
+    needs_rejected = OBJECTIVES[objective.objective].needs_rejected
+    sides = (Mode.CHOSEN, Mode.REJECTED) if needs_rejected else (Mode.CHOSEN,)
     return [
         row
         for slot, sample in enumerate(samples)
@@ -167,72 +239,40 @@ def policy_rows(samples: Sequence[Sample], *, data: DataConfig, objective: Objec
     ]
 
 
-def policy_layout(samples: Sequence[Sample], *, data: DataConfig, objective: ObjectiveConfig) -> SequenceLayout:
-    """Their layout, before any cut."""
-    rows = policy_rows(samples, data=data, objective=objective)
-    return lay_out(rows, prefix_sharing=data.prefix_sharing, num_samples=len(samples), num_responses=2 * len(samples))
-
-
-def policy_batch(
-    samples: Sequence[Sample],
-    *,
-    data: DataConfig,
-    objective: ObjectiveConfig,
-    parallel: Parallel,
-    window: int | None = None,
-) -> MicroBatch:
-    """The long rows of some samples as this rank computes them."""
-    return MicroBatch.make(
-        policy_rows(samples, data=data, objective=objective),
-        num_samples=len(samples),
-        prefix_sharing=data.prefix_sharing,
-        parallel=parallel,
-        context_parallel=True,
-        window=window,
-    )
-
-
 def batch_loss(
-    logps_N: Tensor,
-    batch: MicroBatch,
-    reference_B2: np.ndarray | None,
-    *,
-    objective: ObjectiveConfig,
-    parallel: Parallel,
-    chosen_tokens: Sequence[int],
-) -> tuple[Tensor, list[list[float]]]:
-    """Mean loss of a micro batch, whole on every context-parallel rank, and each sample's metrics.
+    logps_N: Tensor, batch: PolicyBatch, *, objective: ObjectiveConfig, parallel: Parallel
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Mean loss of a micro batch, identical on all context-parallel ranks, and the metrics of its samples.
 
     Args:
-        logps_N: log-probs of this rank's places.
+        logps_N: [N] log-probs of this rank's places.
         batch: the micro batch.
-        reference_B2: [B, 2] reference log-probs of chosen and rejected, or None for sft.
         objective: the loss.
-        parallel: groups.
-        chosen_tokens: tokens of each sample's long chosen row, for the log.
+        parallel: degrees and groups.
 
     Returns:
-        The scalar loss and, per sample, the metrics of SAMPLE_COLUMNS.
+        The scalar loss, and the metrics by name, each [B] in fp64 without gradient.
     """
-    sums = response_sums(logps_N, batch, parallel)
+    layout = batch.micro_batch.layout
+    sums = response_sums(logps_N, batch.micro_batch, parallel)
     device = logps_N.device
-    nll_tokens = torch.from_numpy(batch.layout.nll_tokens).to(device).clamp(min=1)
+    nll_tokens = torch.from_numpy(layout.nll_tokens).to(device).clamp(min=1)
+    response_tokens = torch.from_numpy(layout.response_tokens).to(device).view(-1, 2)
     nll_B = sums.nll_sum_B / nll_tokens
     zeros = torch.zeros_like(nll_B)
-    if reference_B2 is None:
+    if batch.reference_B2 is None:
         loss_B = total_loss(objective.objective, None, nll_B, objective.preference_weight)
-        preference = ref_chosen = ref_rejected = reward_chosen = reward_rejected = zeros
+        preference_B = ref_chosen_B = ref_rejected_B = reward_chosen_B = reward_rejected_B = zeros
         # The rejected rows are not computed.
-        logp_rejected = zeros
+        rejected_B = zeros
     else:
-        reference = torch.from_numpy(reference_B2).to(device=device, dtype=torch.float64)
-        ref_chosen, ref_rejected = reference[:, 0], reference[:, 1]
-        response_tokens = torch.from_numpy(batch.layout.response_tokens).to(device).view(-1, 2)
+        reference_B2 = torch.from_numpy(batch.reference_B2).to(device=device, dtype=torch.float64)
+        ref_chosen_B, ref_rejected_B = reference_B2[:, 0], reference_B2[:, 1]
         terms = preference_loss(
             sums.chosen_B,
             sums.rejected_B,
-            ref_chosen,
-            ref_rejected,
+            ref_chosen_B,
+            ref_rejected_B,
             beta=objective.beta,
             loss_type=objective.loss_type,
             label_smoothing=objective.label_smoothing,
@@ -240,22 +280,23 @@ def batch_loss(
             rejected_tokens_B=response_tokens[:, 1],
         )
         loss_B = total_loss(objective.objective, terms.loss_B, nll_B, objective.preference_weight)
-        preference, reward_chosen, reward_rejected = terms.loss_B, terms.reward_chosen_B, terms.reward_rejected_B
-        logp_rejected = sums.rejected_B
-    margins = reward_chosen - reward_rejected
-    columns = (
-        loss_B,
-        nll_B,
-        preference,
-        sums.chosen_B,
-        logp_rejected,
-        ref_chosen,
-        ref_rejected,
-        reward_chosen,
-        reward_rejected,
-        margins,
-        (margins > 0).double(),
-        torch.tensor(list(chosen_tokens), dtype=torch.float64, device=device),
-    )
-    assert len(columns) == len(SAMPLE_COLUMNS)
-    return loss_B.mean(), torch.stack([c.detach() for c in columns], dim=1).tolist()
+        preference_B, reward_chosen_B, reward_rejected_B = terms.loss_B, terms.reward_chosen_B, terms.reward_rejected_B
+        rejected_B = sums.rejected_B
+    margins_B = reward_chosen_B - reward_rejected_B
+    metrics = {
+        "loss": loss_B,
+        "nll": nll_B,
+        "preference": preference_B,
+        "logps/chosen": sums.chosen_B,
+        "logps/rejected": rejected_B,
+        "ref/chosen": ref_chosen_B,
+        "ref/rejected": ref_rejected_B,
+        "rewards/chosen": reward_chosen_B,
+        "rewards/rejected": reward_rejected_B,
+        "rewards/margins": margins_B,
+        "rewards/accuracies": margins_B > 0,
+        "tokens": torch.tensor(batch.chosen_tokens, device=device),
+        "response_tokens/chosen": response_tokens[:, 0],
+        "response_tokens/rejected": response_tokens[:, 1],
+    }
+    return loss_B.mean(), {name: value.detach().double() for name, value in metrics.items()}

@@ -1,10 +1,10 @@
-"""What a step needs of memory, and what is computed again in its backward: ``recompute_granularity=auto``.
+"""How much memory a step needs, and what its backward recomputes: ``recompute_granularity=auto``.
 
-More than half of what a layer keeps is the MLP's first product (``mlp_up``). Making it again costs one product in nine of that
-width: a tenth of all operations at a few thousand tokens, less and less of them as attention grows.
-So it is made again where it costs no more than that (``CHEAP``). Beyond it, recomputing whole layers costs a third of
-the linear layers' time and more of the attention's: that is done only as far as memory demands, as many layers of a stage
-as are needed (``full``, method ``block``).
+More than half of what a layer saves is the output of the MLP's up-projection (``mlp_up``). Recomputing it costs one matmul of
+that width in nine: a tenth of all operations at a few thousand tokens, and a smaller share as attention grows. So it is
+recomputed wherever it costs no more than that (``CHEAP``). Going further, recomputing whole layers costs a third of the linear
+layers' time and more of the attention's; that is done only as far as memory demands, for as many layers of a stage as are
+needed (``full``, method ``block``).
 
 Shape legend: H = hidden size, F = MLP width, Q/K = query/key-value heads, D = head size.
 """
@@ -13,31 +13,47 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+import torch
+import torch.distributed as dist
+
 from megatron_longpo.config import Config, TrainingConfig, virtual_pipeline_size
+from megatron_longpo.data.sequence import SequenceLayout
 from megatron_longpo.model.logprobs import default_chunk_bytes
 from megatron_longpo.model.shape import ModelShape
 from megatron_longpo.runtime import platform
+from megatron_longpo.runtime.log import log
 from megatron_longpo.runtime.process_groups import Parallel
+from megatron_longpo.training.batch import policy_layout
+from megatron_longpo.training.data_set import DataSet
+from megatron_longpo.training.objective import OBJECTIVES
+from megatron_longpo.training.plan import RunPlan
 
-# What the estimate leaves out: the interpreter and its libraries, buffers of the exchanges, fragmentation.
+# What the estimate leaves out: the interpreter and its libraries, communication buffers, fragmentation.
 _RESERVE_BYTES = 2**30
 _USABLE = 0.9
 
-# A share of a step's operations.
+# Largest share of a step's operations that is recomputed without need.
 CHEAP = 0.1
+
+# How many of the most expensive samples are laid out to find the longest micro batch.
+_MEASURED_SAMPLES = 4
 
 
 @dataclass(frozen=True)
 class Choice:
-    """A way to train, with what it costs.
+    """A way to train, and what it costs.
 
     Attributes:
-        granularity, modules, layers: as ``recompute_granularity``, ``recompute_modules``, ``recompute_num_layers``.
-        bytes_needed: estimate of the peak on this rank.
-        extra: floating-point operations computed again, as a share of a step's.
+        granularity: value of ``recompute_granularity``.
+        modules: value of ``recompute_modules``.
+        layers: value of ``recompute_num_layers``.
+        bytes_needed: estimated peak memory of this rank.
+        extra: floating-point operations that are recomputed, as a share of those of a step.
     """
 
     granularity: str
@@ -63,115 +79,202 @@ class Choice:
         if self.granularity == "none":
             return "nothing"
         if self.granularity == "selective":
-            return "the first products of MLPs"
-        return f"{self.layers} layer(s) of each stage, of the others the first products of MLPs"
+            return "the MLPs' up-projections"
+        return f"{self.layers} layer(s) of each stage, and the MLPs' up-projections of the others"
+
+
+def decide_recompute(plan: RunPlan, data: DataSet, parallel: Parallel) -> RunPlan:
+    """Replace ``recompute_granularity=auto`` by a decision that is the same on all ranks, since they exchange in the same
+    order; collective.
+
+    Args:
+        plan: plan of the run.
+        data: data that is trained on.
+        parallel: degrees and groups.
+
+    Returns:
+        The plan with the resolved configuration.
+    """
+    training = plan.config.training
+    if training.recompute_granularity != "auto":
+        return plan
+    if training.skip_train:
+        # Nothing is saved for a backward.
+        return _with_training(plan, dataclasses.replace(training, recompute_granularity="none"))
+    micro_batch = _longest_micro_batch(plan.config, data)
+    tokens = sum(layout.length for layout in micro_batch)
+    found = choices(
+        plan.shape,
+        plan.config,
+        parallel,
+        tokens=tokens,
+        pairs=sum(layout.attention_pairs for layout in micro_batch),
+        num_microbatches=training.global_batch_size // (parallel.data_size * training.micro_batch_size),
+        stage=parallel.pipeline_rank,
+    )
+    # The processes of a node share its memory, but each has a GPU of its own.
+    sharing = 1 if platform.CURRENT.is_cuda else int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    available = platform.CURRENT.available_memory_bytes() // sharing
+    free = torch.tensor([free_bytes(c, available) for c in found], dtype=torch.float64).to(platform.CURRENT.device)
+    # Stages need different amounts, and the processes of a node have not all allocated the same when they measure: the
+    # tightest rank counts.
+    dist.all_reduce(free, op=dist.ReduceOp.MIN)
+    choice = choose(found, free.tolist())
+    need, have = choice.bytes_needed / 2**30, available / 2**30
+    log(
+        f"recompute: {choice} (estimate {need:.1f} GB of {have:.1f} GB available per process, longest micro batch {tokens} "
+        f"tokens, {choice.extra:.0%} more operations)",
+        active=parallel.rank == 0,
+    )
+    if need > have:
+        log(
+            "recompute: the estimate does not fit even so; raise context_parallel_size or tensor_model_parallel_size, set "
+            "use_distributed_optimizer, or preprocess with a smaller --seq-length",
+            active=parallel.rank == 0,
+        )
+    return _with_training(plan, choice.applied_to(training))
+
+
+def _with_training(plan: RunPlan, training: TrainingConfig) -> RunPlan:
+    return dataclasses.replace(plan, config=dataclasses.replace(plan.config, training=training))
+
+
+def _longest_micro_batch(config: Config, data: DataSet) -> list[SequenceLayout]:
+    """Layouts of the samples of the longest micro batch there could be.
+
+    Costs are those of chained rows. For independent turns they are only an approximation, so several of the most expensive
+    samples are laid out and measured.
+    """
+    size = config.training.micro_batch_size
+    most_expensive = np.argsort(data.costs)[::-1][: max(_MEASURED_SAMPLES, size)]
+    layouts = [
+        policy_layout([sample], data=config.data, objective=config.objective) for sample in data.samples(most_expensive)
+    ]
+    return sorted(layouts, key=lambda layout: layout.length)[-size:]
 
 
 def choices(
-    shape: ModelShape, config: Config, parallel: Parallel, *, tokens: int, pairs: int, microbatches: int, stage: int
+    shape: ModelShape,
+    config: Config,
+    parallel: Parallel,
+    *,
+    tokens: int,
+    pairs: int,
+    num_microbatches: int,
+    stage: int,
 ) -> list[Choice]:
     """All ways to recompute, fewest operations first.
 
     Args:
-        shape: of the model.
-        config: of the run.
+        shape: shape of the model.
+        config: configuration of the run.
         parallel: degrees.
         tokens: places of the longest micro batch, over all its context-parallel ranks.
         pairs: query-key pairs of that micro batch.
-        microbatches: of a step.
+        num_microbatches: micro batches per step.
         stage: pipeline rank.
     """
     p = config.parallel
     virtual = virtual_pipeline_size(p, shape.num_layers) or 1
     chunk_layers = shape.num_layers // (parallel.pipeline_size * virtual)
     local = math.ceil(tokens / parallel.context_size)
-    in_flight = min(_chunks_in_flight(parallel.pipeline_size, virtual, stage), microbatches * virtual)
+    in_flight = min(_chunks_in_flight(parallel.pipeline_size, virtual, stage), num_microbatches * virtual)
     width = 2 if config.training.bf16 else 4
-    entry, whole, without_mlp = (int(x * local * width) for x in _kept_numbers(shape, parallel))
+    saved = _saved_per_token(shape, parallel)
+    layer_input, everything, without_mlp = (
+        int(n * local * width) for n in (saved.layer_input, saved.everything, saved.without_mlp)
+    )
     base = static_bytes(shape, config, parallel, stage) + _RESERVE_BYTES
-    # A layer's backward holds its gradients beside what it kept; the last stage the logits of a chunk.
-    base += 2 * whole + (config.model.logprob_chunk_bytes or default_chunk_bytes()) * 3 // 2
-    linear, attention = _forward_operations(shape, tokens, pairs)
+    # The backward of a layer holds its gradients beside what was saved; the last stage also holds a chunk of logits.
+    base += 2 * everything + (config.model.logprob_chunk_bytes or default_chunk_bytes()) * 3 // 2
+    # Floating-point operations of a layer's forward.
+    linear, attention = 2.0 * tokens * shape.layer_weights, 4.0 * pairs * shape.query_width
     up = 2 * 2 * shape.hidden_size * shape.ffn_hidden_size * tokens
-    # Backward: twice the linear layers, five products for the attention's two.
+    # The backward takes twice the linear layers, and five matmuls for the attention's two.
     step = 3 * linear + 3.5 * attention
-    # While a layer's MLP goes backward, what it makes again is there.
+    # During the backward of a layer's MLP its recomputed output is in memory: it is part of ``base``.
     found = [Choice("selective", ("mlp_up",), 0, base + in_flight * chunk_layers * without_mlp, up / step)]
     if up / step > CHEAP:
-        found.append(Choice("none", (), 0, base + in_flight * chunk_layers * whole, 0.0))
+        found.append(Choice("none", (), 0, base + in_flight * chunk_layers * everything, 0.0))
     for layers in range(1, chunk_layers + 1):
-        kept = layers * entry + (chunk_layers - layers) * without_mlp
+        kept = layers * layer_input + (chunk_layers - layers) * without_mlp
         share = layers / chunk_layers
         extra = (share * (linear + attention) + (1 - share) * up) / step
         found.append(Choice("full", ("mlp_up",), layers, base + in_flight * kept, extra))
     return sorted(found, key=lambda c: c.extra)
 
 
-def room(choice: Choice, available: int) -> float:
-    """Bytes that a choice leaves of what is available; below 0 it does not fit."""
+def free_bytes(choice: Choice, available: int) -> float:
+    """Bytes that a choice leaves free of what is available; negative if it does not fit."""
     return _USABLE * available - choice.bytes_needed
 
 
-def choose(found: Sequence[Choice], rooms: Sequence[float]) -> Choice:
-    """The cheapest choice that fits, or the one that is nearest to it where none does.
+def choose(found: Sequence[Choice], free: Sequence[float]) -> Choice:
+    """The cheapest choice that fits, or the closest to fitting if none does.
 
     Args:
         found: all choices, fewest operations first.
-        rooms: of each, the least that any rank has left.
+        free: for each choice, what the tightest rank has left.
     """
-    for choice, left in zip(found, rooms, strict=True):
+    for choice, left in zip(found, free, strict=True):
         if left >= 0:
             return choice
-    return found[max(range(len(found)), key=lambda i: rooms[i])]
+    return found[max(range(len(found)), key=lambda i: free[i])]
 
 
 def static_bytes(shape: ModelShape, config: Config, parallel: Parallel, stage: int) -> int:
-    """Weights, gradients and optimizer states of a rank."""
-    h, f = shape.hidden_size, shape.ffn_hidden_size
-    q = shape.num_attention_heads * shape.kv_channels
-    k = shape.num_query_groups * shape.kv_channels
-    layer = (h * (2 * q + 2 * k) + 3 * h * f) // parallel.tensor_size + 2 * h
-    vocabulary = shape.vocab_size * h // parallel.tensor_size
+    """Weights, gradients and optimizer states of a rank in bytes."""
+    layer = shape.layer_weights // parallel.tensor_size + 2 * shape.hidden_size
+    vocabulary = shape.vocab_size * shape.hidden_size // parallel.tensor_size
     first, last = stage == 0, stage == parallel.pipeline_size - 1
-    both_are_one = first and last and not shape.untie_embeddings_and_output_weights
-    parameters = shape.num_layers // parallel.pipeline_size * layer + vocabulary * (first + last - both_are_one)
+    is_shared = first and last and not shape.untie_embeddings_and_output_weights
+    parameters = shape.num_layers // parallel.pipeline_size * layer + vocabulary * (first + last - is_shared)
     bf16 = config.training.bf16
-    # Two states each, and a master in fp32 where the weights are not. RMSProp's second one is never written; on CUDA it is in
-    # host memory (optimization.py).
+    # Two states each, and an fp32 master copy where the weights are not fp32. RMSProp never writes the second state; on CUDA it
+    # is in host memory (optimization.py).
     unused = 4 if config.optimizer.optimizer == "rmsprop" and platform.CURRENT.is_cuda else 0
     states = ((12 if bf16 else 8) - unused) * parameters
     if config.parallel.use_distributed_optimizer:
         states //= parallel.dp_cp_size
-    resident = config.reference.reference == "online" and config.objective.objective != "sft"
-    weights = (2 if bf16 else 4) * parameters * (2 if resident else 1)
+    # An online reference takes the place of the policy's weights, of which a copy waits, or is a second model.
+    copies = (
+        2 if config.reference.reference == "online" and OBJECTIVES[config.objective.objective].uses_preference else 1
+    )
+    weights = (2 if bf16 else 4) * parameters * copies
     return weights + 4 * parameters + states
 
 
-def _kept_numbers(shape: ModelShape, parallel: Parallel) -> tuple[float, float, float]:
-    """Numbers a token keeps in a layer: its input alone, everything (model/layers.py), everything but the MLP's width."""
+@dataclass(frozen=True)
+class _Saved:
+    """Numbers per token that a layer saves for its backward.
+
+    Attributes:
+        layer_input: only the layer's input, when the whole layer is recomputed.
+        everything: what model/layers.py saves without recomputing.
+        without_mlp: everything except what has the MLP's width.
+    """
+
+    layer_input: float
+    everything: float
+    without_mlp: float
+
+
+def _saved_per_token(shape: ModelShape, parallel: Parallel) -> _Saved:
     t = parallel.tensor_size
-    entry = shape.hidden_size / (t if parallel.sequence_parallel else 1)
-    q = shape.num_attention_heads * shape.kv_channels / t
-    k = shape.num_query_groups * shape.kv_channels / t
+    layer_input = shape.hidden_size / (t if parallel.sequence_parallel else 1)
+    q, k = shape.query_width / t, shape.kv_width / t
     attention = 2 * q + 2 * k
     if parallel.context_size > 1 and parallel.comm_type == "a2a":
-        # The output is kept on both sides of the exchange, and key-value heads may be held several times over.
-        copies = max(1.0, parallel.context_size * t / shape.num_query_groups)
-        attention = 3 * q + 2 * k * copies
-    without_mlp = 2 * entry + attention
-    return entry, without_mlp + 2 * shape.ffn_hidden_size / t, without_mlp
-
-
-def _forward_operations(shape: ModelShape, tokens: int, pairs: int) -> tuple[float, float]:
-    """Floating-point operations of a forward in the linear layers of a layer and in its attention."""
-    q = shape.num_attention_heads * shape.kv_channels
-    k = shape.num_query_groups * shape.kv_channels
-    linear = 2.0 * tokens * shape.hidden_size * (2 * q + 2 * k + 3 * shape.ffn_hidden_size)
-    return linear, 4.0 * pairs * q
+        # The output is saved on both sides of the exchange, and key-value heads may be replicated.
+        replicas = max(1.0, parallel.context_size * t / shape.num_query_groups)
+        attention = 3 * q + 2 * k * replicas
+    without_mlp = 2 * layer_input + attention
+    everything = without_mlp + 2 * shape.ffn_hidden_size / t
+    return _Saved(layer_input=layer_input, everything=everything, without_mlp=without_mlp)
 
 
 def _chunks_in_flight(pipeline: int, virtual: int, stage: int) -> int:
-    """Most chunks of a stage whose backward is still to come (1F1B, arXiv 2104.04473, section 2.2)."""
+    """Largest number of forwards of model chunks whose backward is still outstanding (1F1B, arXiv 2104.04473, 2.2)."""
     if virtual == 1:
         return pipeline - stage
     return (pipeline - stage - 1) * 2 + (virtual - 1) * pipeline + 1

@@ -1,23 +1,30 @@
-"""What a step reports: exact reduction over ranks, metrics.jsonl, TensorBoard, W&B, the progress line, curves.png."""
+"""What a step reports: exact means over ranks, metrics.jsonl, TensorBoard, W&B, the progress line, curves.png."""
 
 from __future__ import annotations
 
 import json
 import os
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
-from megatron_longpo.config import LoggingConfig
+from megatron_longpo.checkpoint.card import RUN_CONFIG
+from megatron_longpo.config import Config
 from megatron_longpo.runtime import platform
+from megatron_longpo.runtime.files import write_atomically
+from megatron_longpo.runtime.log import log
 from megatron_longpo.runtime.process_groups import Parallel
+from megatron_longpo.runtime.progress import duration
 
-# Per-sample metrics that the last pipeline stage reports, in the order of their columns.
-SAMPLE_COLUMNS = (
+# Metrics of a sample that metrics.jsonl has, in the order of its keys. Values are looked up by name everywhere, so this order
+# decides nothing else.
+SAMPLE_METRICS = (
     "loss",
     "nll",
     "preference",
@@ -33,35 +40,51 @@ SAMPLE_COLUMNS = (
 )
 
 
-def reduce_samples(
-    sample_metrics: dict[int, list[float]], batch_size: int, parallel: Parallel, *, has_metrics: bool
-) -> dict[str, float]:
-    """Means over the global batch (``tokens``: the sum), the same on every rank and for every layout.
+@dataclass(frozen=True)
+class SampleMetrics:
+    """Metrics of some samples of a global batch.
+
+    Attributes:
+        places: places of the samples in the global batch.
+        values: name -> [B] values in fp64, in the order of ``places``.
+    """
+
+    places: Sequence[int]
+    values: Mapping[str, Tensor]
+
+
+def reduce_samples(found: Sequence[SampleMetrics], batch_size: int, parallel: Parallel) -> dict[str, float]:
+    """Means over the global batch (of ``tokens`` the sum), identical on every rank and for every layout; collective.
 
     Each sample's metrics are put at its place in the batch and summed over ranks with zeros, so that the mean is always
-    taken in one order.
+    taken in the same order.
 
     Args:
-        sample_metrics: place in the batch -> SAMPLE_COLUMNS, for the samples of this data-parallel rank.
+        found: metrics of the samples of this data-parallel rank; only those of the last pipeline stage are read.
         batch_size: samples of the global batch.
-        parallel: groups.
-        has_metrics: whether this rank is one of the last stages, which know them.
+        parallel: degrees and groups.
     """
-    table = gather_samples(sample_metrics, batch_size, len(SAMPLE_COLUMNS), parallel, has_metrics=has_metrics)
-    means = table.mean(0).tolist()
-    result = dict(zip(SAMPLE_COLUMNS, means, strict=True))
-    result["tokens"] = float(table[:, SAMPLE_COLUMNS.index("tokens")].sum())
-    return result
+    table = _gather_table(found, SAMPLE_METRICS, batch_size, parallel)
+    means = dict(zip(SAMPLE_METRICS, table.mean(0).tolist(), strict=True))
+    columns = dict(zip(SAMPLE_METRICS, table.unbind(1), strict=True))
+    means["tokens"] = float(columns["tokens"].sum())
+    return means
 
 
 def gather_samples(
-    sample_metrics: dict[int, list[float]], batch_size: int, columns: int, parallel: Parallel, *, has_metrics: bool
-) -> torch.Tensor:
-    """Metrics of a whole batch, [batch_size, columns] in fp64, on every rank; see ``reduce_samples``."""
-    table = torch.zeros(batch_size, columns, dtype=torch.float64, device=platform.CURRENT.device)
-    if has_metrics:
-        for place, row in sample_metrics.items():
-            table[place] = torch.tensor(row, dtype=torch.float64, device=table.device)
+    found: Sequence[SampleMetrics], names: Sequence[str], batch_size: int, parallel: Parallel
+) -> dict[str, Tensor]:
+    """Named metrics of a whole global batch, each [batch_size] in fp64, on every rank; see ``reduce_samples``."""
+    table = _gather_table(found, names, batch_size, parallel)
+    return dict(zip(names, table.unbind(1), strict=True))
+
+
+def _gather_table(found: Sequence[SampleMetrics], names: Sequence[str], batch_size: int, parallel: Parallel) -> Tensor:
+    """[batch_size, names] in fp64. The only place where metrics have columns instead of names."""
+    table = torch.zeros(batch_size, len(names), dtype=torch.float64, device=platform.CURRENT.device)
+    if parallel.is_last_stage:
+        for metrics in found:
+            table[list(metrics.places)] = torch.stack([metrics.values[name] for name in names], dim=1)
         dist.all_reduce(table, group=parallel.data_group)
     if parallel.pipeline_size > 1:
         dist.broadcast(table, src=parallel.last_stage_rank, group=parallel.pipeline_group)
@@ -69,7 +92,7 @@ def gather_samples(
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Whole lines of a metrics.jsonl; a line that a killed run left half-written is passed over."""
+    """Read the whole lines of a metrics.jsonl; a line that a killed run left half-written is skipped."""
     records = []
     if path.exists():
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
@@ -83,68 +106,53 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def keep_until(path: Path, step: int) -> list[dict[str, Any]]:
-    """Drop what a killed run logged after the checkpoint it resumes from, so that no step is there twice."""
+    """Drop what a killed run logged after the checkpoint that it resumes from, so that no step appears twice."""
     records = [r for r in read_metrics(path) if r["step"] <= step]
     if path.exists():
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
-        os.replace(temporary, path)
+        write_atomically(path, "".join(json.dumps(r) + "\n" for r in records).encode())
     return records
 
 
-@dataclass
-class _Clock:
-    start: float
-    first_step: int
-
-
 class Reporter:
-    """Writes a run's metrics; does nothing on any rank but the first.
+    """Logs a run; does nothing on any rank but the first.
 
     Args:
-        output: the run's folder, or None to write nothing but the progress line.
+        output: the run's folder; None: only the progress line is logged.
         train_iters: steps of the whole run, for the time left.
-        resumed_step: steps done before; later lines of an old metrics.jsonl are dropped.
-        config: what to write.
-        run_config: the resolved configuration, for W&B.
+        resumed_step: steps that an earlier launch finished; later lines of its metrics.jsonl are dropped.
+        config: the resolved configuration; its ``logging`` section says what is written.
         active: whether this rank reports.
     """
 
     def __init__(
-        self,
-        output: Path | None,
-        *,
-        train_iters: int,
-        resumed_step: int,
-        config: LoggingConfig,
-        run_config: dict[str, Any],
-        active: bool,
+        self, output: Path | None, *, train_iters: int, resumed_step: int, config: Config, active: bool
     ) -> None:
-        self.output, self.train_iters, self.config, self.active = output, train_iters, config, active
+        self.output, self.train_iters, self.config, self.active = output, train_iters, config.logging, active
         self.records: list[dict[str, Any]] = []
         self.validations: list[dict[str, Any]] = []
         self._stream: TextIO | None = None
         self._tensorboard: Any = None
         self._wandb: Any = None
-        self._clock = _Clock(time.monotonic(), resumed_step)
+        self._began, self._first_step = time.monotonic(), resumed_step
         if not active or output is None:
             return
         output.mkdir(parents=True, exist_ok=True)
+        (output / RUN_CONFIG).write_text(config.as_yaml(), encoding="utf-8")
         path = output / "metrics.jsonl"
         self.records = keep_until(path, resumed_step)
         self.validations = keep_until(output / "validation.jsonl", resumed_step or -1)
         self._stream = open(path, "a", encoding="utf-8")  # noqa: SIM115
-        if config.tensorboard:
+        if self.config.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
             self._tensorboard = SummaryWriter(str(output / "tensorboard"), purge_step=resumed_step + 1)
-        if config.wandb_project:
+        if self.config.wandb_project:
             import wandb
 
             self._wandb = wandb.init(
-                project=config.wandb_project,
-                name=config.wandb_exp_name,
-                config=run_config,
+                project=self.config.wandb_project,
+                name=self.config.wandb_exp_name,
+                config=config.as_dict(),
                 dir=str(output),
                 resume="allow",
             )
@@ -164,12 +172,12 @@ class Reporter:
         if self._wandb is not None:
             self._wandb.log(record, step=record["step"])
         if record["step"] % self.config.log_interval == 0 or record["step"] == self.train_iters:
-            print(self._line(record), flush=True)
+            log(self._line(record))
         if self.output is not None and record["step"] % self.config.plot_interval == 0:
             self.plot()
 
     def validation(self, record: dict[str, Any]) -> None:
-        """Report one evaluation of held-out data."""
+        """Report one evaluation of the held-out data."""
         if not self.active:
             return
         self.validations.append(record)
@@ -182,17 +190,17 @@ class Reporter:
                 self._tensorboard.add_scalar(name, value, record["step"])
         if self._wandb is not None:
             self._wandb.log(flat, step=record["step"])
-        print(f"after step {record['step']}: {validation_line(record)}", flush=True)
+        log(f"after step {record['step']}: {validation_line(record)}")
         self.plot()
 
     def _line(self, r: dict[str, Any]) -> str:
-        done = r["step"] - self._clock.first_step
-        left = (time.monotonic() - self._clock.start) / max(1, done) * (self.train_iters - r["step"])
+        done = r["step"] - self._first_step
+        left = (time.monotonic() - self._began) / max(1, done) * (self.train_iters - r["step"])
         width = len(str(self.train_iters))
         return (
             f"step {r['step']:>{width}}/{self.train_iters} | loss {r['loss']:.4f} | nll {r['nll']:.4f} | margin "
             f"{r['rewards/margins']:+.4f} | acc {r['rewards/accuracies']:.2f} | grad norm {r['grad_norm']:.3f} | lr "
-            f"{r['lr']:.2e} | {r['tokens_per_second']:,.0f} tokens/s | {_duration(left)} left"
+            f"{r['lr']:.2e} | {r['tokens_per_second']:,.0f} tokens/s | {duration(left)} left"
         )
 
     def plot(self) -> None:
@@ -201,6 +209,7 @@ class Reporter:
             draw_curves(self.records, self.output / "curves.png", self.validations)
 
     def close(self) -> None:
+        """Draw the last curves and close what is open."""
         self.plot()
         if self._stream is not None:
             self._stream.close()
@@ -211,22 +220,16 @@ class Reporter:
 
 
 def validation_line(r: dict[str, Any]) -> str:
-    """Held-out metrics for people."""
+    """One line with the metrics of an evaluation of held-out data."""
     parts = [f"held-out loss {r['loss']:.4f}", f"nll {r['nll']:.4f}"]
     if "rewards/margins" in r:
         parts += [f"margin {r['rewards/margins']:+.4f}", f"acc {r['rewards/accuracies']:.2f}"]
-        parts += [f"kl {r['kl/rejected']:+.4f} (chosen {r['kl/chosen']:+.4f}) a token"]
+        parts += [f"kl per token {r['kl/rejected']:+.4f} (chosen {r['kl/chosen']:+.4f})"]
     return " | ".join([*parts, f"{r['samples']} samples"])
 
 
-def _duration(seconds: float) -> str:
-    hours, rest = divmod(round(seconds), 3600)
-    minutes, seconds_ = divmod(rest, 60)
-    return f"{hours}:{minutes:02d}:{seconds_:02d}" if hours else f"{minutes}:{seconds_:02d}"
-
-
 def draw_curves(records: list[dict[str, Any]], path: Path, validations: list[dict[str, Any]] | None = None) -> None:
-    """Loss, log-probs, rewards, accuracy, gradient norm and speed against steps, as one PNG; held-out metrics as crosses."""
+    """Plot loss, log-probs, rewards, accuracy, gradient norm and speed over steps as one PNG; held-out metrics as crosses."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,4 +1,4 @@
-"""What a run can know before any process group is made: its configuration against checkpoint, data and the world."""
+"""The plan of a run: its configuration, checked against checkpoint, data and world size before any process group exists."""
 
 from __future__ import annotations
 
@@ -17,19 +17,22 @@ from megatron_longpo.model.rotary import changed_scaling
 from megatron_longpo.model.shape import ModelShape
 from megatron_longpo.runtime import process_groups
 from megatron_longpo.runtime.process_groups import Parallel
+from megatron_longpo.training.objective import OBJECTIVES, ObjectiveSpec
 from megatron_longpo.training.optimization import check_schedule
 
 
 @dataclass(frozen=True)
 class RunPlan:
-    """What can be known before any process group is made; every rank knows the same.
+    """What a run does, as far as it is known before the model is built; identical on every rank.
 
     Attributes:
-        config: as resolved.
-        load: checkpoint that training starts from; reference_load: that of the reference.
-        shape, reference_shape: of the two checkpoints.
-        manifest: of the data.
-        valid_manifest: of the held-out data, or None.
+        config: the resolved configuration. ``make_plan`` leaves recompute_granularity=auto in it, and
+            ``memory.decide_recompute`` replaces it.
+        load: checkpoint that training starts from.
+        reference_load: checkpoint of the reference.
+        shape, reference_shape: shapes of the two checkpoints.
+        manifest: manifest of the data.
+        valid_manifest: manifest of the held-out data, or None.
         train_iters: optimizer steps of the whole run.
         comm_type, comm_reason: how context parallelism exchanges, and why.
     """
@@ -46,8 +49,21 @@ class RunPlan:
     comm_reason: str
 
     @property
+    def output(self) -> Path | None:
+        """Output folder of the run; None: nothing is written."""
+        return Path(self.config.checkpoint.save) if self.config.checkpoint.save else None
+
+    @property
+    def objective(self) -> ObjectiveSpec:
+        return OBJECTIVES[self.config.objective.objective]
+
+    @property
+    def reference_rotary_base(self) -> float:
+        return self.config.reference.reference_rotary_base or self.reference_shape.rotary_base
+
+    @property
     def policy_shape(self) -> ModelShape:
-        """Shape of the trained model: with the policy's rotary base and the context it was trained on."""
+        """Shape of the trained model, with the policy's RoPE and the context length that it is trained on."""
         m, d = self.config.model, self.config.data
         trained = d.seq_length or self.manifest.longest
         return self.shape.replace(
@@ -59,7 +75,11 @@ class RunPlan:
 
 
 def make_plan(config: Config, world_size: int) -> RunPlan:
-    """Check a configuration against itself, its checkpoint, its data and the world.
+    """Check a configuration against itself, its checkpoints, its data and the world size.
+
+    Args:
+        config: the configuration as the user gave it.
+        world_size: number of processes.
 
     Raises:
         ConfigError, CheckpointError, DataError, PlatformError: the first thing that does not fit.
@@ -68,7 +88,7 @@ def make_plan(config: Config, world_size: int) -> RunPlan:
     if config.checkpoint.load is None:
         raise ConfigError("load is not given; name a converted checkpoint with --load CKPT")
     if config.training.skip_train and config.data.data_path is None:
-        # Nothing is trained on; the held-out data say what rows there are.
+        # There is no training data; the sizes of the held-out data stand in for it.
         config = dataclasses.replace(
             config, data=dataclasses.replace(config.data, data_path=config.data.valid_data_path)
         )
@@ -80,8 +100,8 @@ def make_plan(config: Config, world_size: int) -> RunPlan:
         own = Path(config.checkpoint.save)
         if latest_step(own) is not None and own.resolve() not in (load.resolve(), *load.resolve().parents):
             raise ConfigError(
-                f"skip_train evaluates load={config.checkpoint.load}, and save={own} holds a run's checkpoints; to "
-                f"evaluate those give --load {own}, else leave save out"
+                f"skip_train evaluates load={config.checkpoint.load}, but save={own} holds the checkpoints of another run; "
+                f"use --load {own} to evaluate those, or leave --save out"
             )
     reference_load = resolve(config.reference.reference_load or config.checkpoint.load)
     shape, reference_shape = ModelShape.read(load), ModelShape.read(reference_load)
@@ -100,6 +120,7 @@ def make_plan(config: Config, world_size: int) -> RunPlan:
         p.context_parallel_size,
         p.tensor_model_parallel_size,
     )
+    # Raises where the platform cannot run this layout (runtime/platform.py).
     transformer_config(shape, config, use_transformer_engine=False)
     _check_same_architecture(shape, reference_shape, config)
     manifest = read_manifest(config.data.data_path)
@@ -136,8 +157,8 @@ def _check_same_architecture(shape: ModelShape, reference: ModelShape, config: C
     }
     if shape.replace(**ignored) != reference.replace(**ignored):
         raise ConfigError(
-            f"reference_load={config.reference.reference_load} is another architecture than load="
-            f"{config.checkpoint.load}; give a reference of the same family, sizes and tokenizer"
+            f"reference_load={config.reference.reference_load} differs in architecture from load={config.checkpoint.load}; "
+            "use a reference of the same family, sizes and tokenizer"
         )
 
 
@@ -145,29 +166,29 @@ def _check_data(config: Config, prefix: str, manifest: Manifest, shape: ModelSha
     path = f"{prefix}.json"
     if manifest.vocab_size > shape.vocab_size:
         raise DataError(
-            f"{path}: vocab_size={manifest.vocab_size} is larger than the model's {shape.vocab_size}; preprocess with "
-            "the model's tokenizer"
+            f"{path}: vocab_size={manifest.vocab_size} is larger than the model's {shape.vocab_size}; preprocess the data "
+            "with the model's tokenizer"
         )
     if manifest.tokenizer_hash and shape.tokenizer_hash and manifest.tokenizer_hash != shape.tokenizer_hash:
         raise DataError(
             f"{path}: tokenizer {manifest.tokenizer} ({manifest.tokenizer_hash[:12]}) is not the model's "
-            f"({shape.tokenizer_hash[:12]}); preprocess with the model's tokenizer"
+            f"({shape.tokenizer_hash[:12]}); preprocess the data with the model's tokenizer"
         )
     limit = config.data.seq_length
     if limit is not None and manifest.longest > limit:
         raise DataError(
-            f"{path}: its longest row has {manifest.longest} tokens, seq_length={limit}; raise seq_length or preprocess "
-            "with --seq-length"
+            f"{path}: its longest row has {manifest.longest} tokens, more than seq_length={limit}; raise seq_length, or "
+            f"preprocess the data with --seq-length {limit}"
         )
     if config.data.turns == "independent" and not manifest.independent_turns:
         raise ConfigError(
-            f"turns=independent needs each turn's own prompt, which {path} does not have (it came tokenised); use "
-            "turns=chained, or preprocess from text"
+            f"turns=independent needs each turn's own prompt, which {path} lacks because its input was tokenised already; "
+            "use turns=chained, or preprocess from text"
         )
 
 
 def groups_of(plan: RunPlan) -> Parallel:
-    """Make the process groups of a plan."""
+    """Create the process groups of a plan; collective."""
     p = plan.config.parallel
     return process_groups.set_up(
         tensor=p.tensor_model_parallel_size,

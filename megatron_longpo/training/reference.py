@@ -1,7 +1,7 @@
-"""Log-probs of the frozen reference: computed once and cached beside the data, or online in every step.
+"""The frozen reference in its four forms: cached, resident, swapped, or none.
 
-LongPO's reference scores each answer on its short chunk alone (paper, Eq. 9), so its rows are short and whole: they are
-assigned to the data x context ranks by cost and packed. DPO's reference scores the long rows, cut like the policy's.
+``cached`` computes the log-probs once and keeps them beside the data. The online forms compute them in every step: ``resident``
+with a second model, ``swapped`` with weights that wait in host memory and change places with the policy's.
 """
 
 from __future__ import annotations
@@ -9,209 +9,185 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from megatron_longpo.config import Config
-from megatron_longpo.data.indexed import PreferenceData
-from megatron_longpo.data.preference import Sample, long_rows, short_rows
-from megatron_longpo.data.sequence import Row
 from megatron_longpo.errors import DataError
-from megatron_longpo.model.rotary import Rotary
+from megatron_longpo.model.gpt import PolicyModel, build_model
+from megatron_longpo.model.rotary import rotary_of
 from megatron_longpo.model.shape import ModelShape
 from megatron_longpo.runtime import platform
-from megatron_longpo.runtime.balance import assign, round_up
+from megatron_longpo.runtime.collectives import on_rank0
 from megatron_longpo.runtime.files import sha256_of, write_atomically
+from megatron_longpo.runtime.log import log
 from megatron_longpo.runtime.process_groups import Parallel
-from megatron_longpo.training.batch import MicroBatch, response_sums
+from megatron_longpo.runtime.progress import Progress
+from megatron_longpo.training.checkpointer import load_weights
+from megatron_longpo.training.data_set import DataSet
+from megatron_longpo.training.plan import RunPlan
+from megatron_longpo.training.reference_scoring import Scorer
 
 SCHEMA_VERSION = 1
 
-
-@dataclass(frozen=True)
-class Task:
-    """Rows that are laid out together, of one sample: a short turn's two rows, or a sample's long rows."""
-
-    sample: int
-    rows: tuple[Row, ...]
-    tokens: int
-    cost: float
+# Samples per data x context rank between two writes of a partial cache.
+_SAMPLES_PER_RANK = 8
 
 
-def scope_of(objective: str) -> str:
-    """Which rows the reference of an objective scores: ``short``, ``long`` or ``none``."""
-    return {"longpo": "short", "dpo": "long", "sft": "none"}[objective]
+class Reference(Protocol):
+    """Log-probs of the frozen reference.
 
-
-def row_cost(tokens: int, shape: ModelShape) -> float:
-    """Relative cost of a causal row: linear layers and attention, in multiply-adds of the forward.
-
-    A token passes through qkv, output, gate, up and down projections; a query-key pair through two products.
+    Attributes:
+        weights: name of the reference's weights, the same for the same weights; empty without a reference.
     """
-    width = shape.num_attention_heads * shape.kv_channels
-    linear = shape.hidden_size * (
-        2 * width + 2 * shape.num_query_groups * shape.kv_channels + 3 * shape.ffn_hidden_size
-    )
-    return tokens * linear + tokens * tokens / 2 * 2 * width
+
+    weights: str
+
+    def prepare(self, data_sets: Sequence[DataSet]) -> None:
+        """Do what has to be done before the first step; collective. May take hours, and leaves any weights in the policy.
+
+        Args:
+            data_sets: data sets whose log-probs will be asked for.
+        """
+
+    def logps(self, data: DataSet, numbers: Sequence[int]) -> np.ndarray | None:
+        """[numbers, 2] log-probs of the chosen and the rejected responses in fp64, or None without a reference; collective.
+
+        Args:
+            data: one of the data sets that were prepared.
+            numbers: samples of it, the same on every rank.
+        """
 
 
-def tasks_of(samples: Sequence[Sample], scope: str, shape: ModelShape) -> list[Task]:
-    """What there is to score; ``Task.sample`` and the rows' slots number the given samples."""
-    tasks = []
-    for number, sample in enumerate(samples):
-        if scope == "long":
-            groups = [long_rows(sample, slot=number, turns="chained", nll_scope="response")]
-        else:
-            rows = short_rows(sample, slot=number)
-            groups = [rows[i : i + 2] for i in range(0, len(rows), 2)]
-        for group in groups:
-            # The longest row stands for the group: its rows share all but their answers.
-            longest = max(len(row.tokens_L) for row in group)
-            tasks.append(Task(number, tuple(group), sum(len(r.tokens_L) for r in group), row_cost(longest, shape)))
-    return tasks
-
-
-def pack(tokens: Sequence[int], limit: int) -> list[list[int]]:
-    """Pack numbered items into sequences of at most ``limit`` tokens, first fit by decreasing size; a larger item is a
-    sequence of its own."""
-    packs: list[list[int]] = []
-    room: list[int] = []
-    for item in sorted(range(len(tokens)), key=lambda i: (-tokens[i], i)):
-        for number, left in enumerate(room):
-            if tokens[item] <= left:
-                packs[number].append(item)
-                room[number] -= tokens[item]
-                break
-        else:
-            packs.append([item])
-            room.append(limit - tokens[item])
-    return packs
-
-
-def score(
-    samples: Sequence[Sample],
-    *,
-    scope: str,
-    model: Sequence[torch.nn.Module],
-    rotary: Rotary,
-    shape: ModelShape,
-    parallel: Parallel,
-    max_tokens: int,
-    prefix_sharing: bool = True,
-) -> np.ndarray:
-    """Log-probs of the chosen and rejected responses, summed over the turns of each sample; collective.
+def make_reference(plan: RunPlan, chunks: Sequence[PolicyModel], parallel: Parallel) -> Reference:
+    """The reference that the configuration asks for; ``prepare`` has to be called before it is used.
 
     Args:
-        samples: the same on every rank.
-        scope: ``short`` or ``long``.
-        model: this pipeline rank's chunks, holding the reference's weights.
-        rotary: the reference's rotary embedding.
-        shape: of the model, for the costs.
-        parallel: groups.
-        max_tokens: of a packed sequence of short rows.
-        prefix_sharing: whether rows share prefixes.
-
-    Returns:
-        [samples, 2] in fp64, the same on every rank.
+        plan: plan of the run.
+        chunks: the policy's model chunks, which take the reference's weights while it is scored with them.
+        parallel: degrees and groups.
     """
-    long = scope == "long"
-    tasks = tasks_of(samples, scope, shape)
-    ranks, rank = (parallel.data_size, parallel.data_rank) if long else (parallel.dp_cp_size, parallel.dp_cp_rank)
-    mine = [tasks[i] for i in assign([t.cost for t in tasks], ranks)[rank]]
-    packs = [[i] for i in range(len(mine))] if long else pack([t.tokens for t in mine], max_tokens)
-    result = torch.zeros(len(samples), 2, dtype=torch.float64, device=platform.CURRENT.device)
-    for numbers, sums in zip(
-        packs,
-        _forward(
-            [[mine[i] for i in p] for p in packs], model, rotary, parallel, long, prefix_sharing, shape.window_size
-        ),
-        strict=True,
-    ):
-        for slot, number in enumerate(numbers):
-            result[mine[number].sample] += sums[slot]
-    if parallel.pipeline_size > 1:
-        dist.broadcast(result, src=parallel.last_stage_rank, group=parallel.pipeline_group)
-    # Plain sums of disjoint parts; no gradient is taken through them.
-    dist.all_reduce(result, group=parallel.data_group if long else parallel.dp_cp_group)
-    return result.cpu().numpy()
+    if plan.objective.reference_rows is None:
+        return NoReference()
+    config = plan.config.reference
+    weights = on_rank0(lambda: weights_fingerprint(plan.reference_load, plan.reference_shape))
+    if config.reference == "cached":
+        return CachedReference(plan, chunks, parallel, weights=weights)
+    if config.reference_model == "resident":
+        return ResidentReference(plan, parallel, weights=weights)
+    return SwappedReference(plan, chunks, parallel, weights=weights)
 
 
-def _forward(
-    packs: list[list[Task]],
-    model: Sequence[torch.nn.Module],
-    rotary: Rotary,
-    parallel: Parallel,
-    long: bool,
-    prefix_sharing: bool,
-    window: int | None,
-) -> list[Tensor]:
-    """[tasks of the pack, 2] sums of each pack; zeros on all but the last pipeline stage."""
-    batches = []
-    for pack_ in packs:
-        rows = [
-            Row(
-                row.tokens_L,
-                np.where(row.response_L < 0, row.response_L, row.response_L % 2 + 2 * slot),
-                np.zeros_like(row.nll_L),
-                slot,
-            )
-            for slot, task in enumerate(pack_)
-            for row in task.rows
-        ]
-        batches.append(
-            MicroBatch.make(
-                rows,
-                num_samples=len(pack_),
-                prefix_sharing=prefix_sharing,
-                parallel=parallel,
-                context_parallel=long,
-                window=window,
-            )
-        )
-    if not batches:
-        return []
-    # Interleaved schedules want a multiple of the pipeline's length; what is added is not read.
-    wanted = round_up(len(batches), parallel.pipeline_size) if parallel.virtual_stages else len(batches)
-    fed = batches + [batches[-1]] * (wanted - len(batches))
+class NoReference:
+    """For objectives without a preference term."""
 
-    def forward_step(iterator: Any, chunk: torch.nn.Module) -> tuple[Tensor, Callable[..., Any]]:
-        batch: MicroBatch = next(iterator)
-        output = chunk(batch.tokens_1s, batch.positions_1s, batch.plan, rotary, batch.loss_places_N, batch.targets_N)
+    weights = ""
 
-        def collect(logps_N: Tensor, **_: Any) -> Tensor:
-            sums = response_sums(logps_N, batch, parallel)
-            return torch.stack([sums.chosen_B, sums.rejected_B], dim=1)
+    def prepare(self, data_sets: Sequence[DataSet]) -> None:
+        pass
 
-        return output, collect
+    def logps(self, data: DataSet, numbers: Sequence[int]) -> None:
+        return None
 
-    training = [chunk.training for chunk in model]
-    for chunk in model:
-        chunk.eval()
+
+class CachedReference:
+    """Log-probs of whole data sets, computed once with the policy's model before training begins and kept on disk."""
+
+    def __init__(self, plan: RunPlan, chunks: Sequence[PolicyModel], parallel: Parallel, *, weights: str) -> None:
+        self.weights = weights
+        self._plan, self._chunks, self._parallel = plan, chunks, parallel
+        self._scorer = _make_scorer(plan, chunks, parallel)
+        self._tables: dict[str, np.ndarray] = {}
+
+    def prepare(self, data_sets: Sequence[DataSet]) -> None:
+        for data in data_sets:
+            cache = cache_for(self._plan, data, self.weights)
+            table = on_rank0(cache.read)
+            if table is None:
+                log(f"reference: scoring {len(data)} samples once, into {cache.path}", active=self._parallel.rank == 0)
+                load_weights(self._plan.reference_load, self._chunks, self._parallel)
+                table = fill(cache, data, self._scorer)
+            else:
+                log(
+                    f"reference: log-probs of {len(data)} samples found in {cache.path}",
+                    active=self._parallel.rank == 0,
+                )
+            self._tables[data.prefix] = table
+
+    def logps(self, data: DataSet, numbers: Sequence[int]) -> np.ndarray:
+        return self._tables[data.prefix][list(numbers)]
+
+
+class ResidentReference:
+    """A second model in memory."""
+
+    def __init__(self, plan: RunPlan, parallel: Parallel, *, weights: str) -> None:
+        self.weights = weights
+        self._plan, self._parallel = plan, parallel
+        self._chunks = build_model(plan.reference_shape, plan.config, parallel)
+        self._scorer = _make_scorer(plan, self._chunks, parallel)
+
+    def prepare(self, data_sets: Sequence[DataSet]) -> None:
+        log("reference: online, a second model in memory", active=self._parallel.rank == 0)
+        load_weights(self._plan.reference_load, self._chunks, self._parallel)
+
+    def logps(self, data: DataSet, numbers: Sequence[int]) -> np.ndarray:
+        return self._scorer.score(data.samples(numbers))
+
+
+class SwappedReference:
+    """Weights in host memory that change places with the policy's while the reference is scored."""
+
+    def __init__(self, plan: RunPlan, chunks: Sequence[PolicyModel], parallel: Parallel, *, weights: str) -> None:
+        self.weights = weights
+        self._plan, self._chunks, self._parallel = plan, chunks, parallel
+        self._scorer = _make_scorer(plan, chunks, parallel)
+        self._frozen: list[list[Tensor]] = []
+
+    def prepare(self, data_sets: Sequence[DataSet]) -> None:
+        log("reference: online, its weights wait in host memory", active=self._parallel.rank == 0)
+        load_weights(self._plan.reference_load, self._chunks, self._parallel)
+        self._frozen = [[p.detach().to("cpu", copy=True) for p in chunk.parameters()] for chunk in self._chunks]
+
+    def logps(self, data: DataSet, numbers: Sequence[int]) -> np.ndarray:
+        with swapped_weights(self._chunks, self._frozen):
+            return self._scorer.score(data.samples(numbers))
+
+
+def _make_scorer(plan: RunPlan, chunks: Sequence[PolicyModel], parallel: Parallel) -> Scorer:
+    assert plan.objective.reference_rows is not None
+    return Scorer(
+        model=chunks,
+        rotary=rotary_of(plan.reference_shape, plan.reference_rotary_base),
+        shape=plan.shape,
+        rows=plan.objective.reference_rows,
+        parallel=parallel,
+        max_tokens=plan.config.reference.reference_max_tokens,
+        prefix_sharing=plan.config.data.prefix_sharing,
+    )
+
+
+@contextmanager
+def swapped_weights(chunks: Sequence[torch.nn.Module], weights: Sequence[Sequence[Tensor]]) -> Iterator[None]:
+    """Inside this context the chunks hold other weights. They are copied in place, since the parameters must stay views of
+    the buffers of DDP and of the optimizer."""
+    own = [[p.detach().clone() for p in chunk.parameters()] for chunk in chunks]
     with torch.no_grad():
-        sums = get_forward_backward_func()(
-            forward_step_func=forward_step,
-            data_iterator=[iter(fed) for _ in model] if len(model) > 1 else iter(fed),
-            model=list(model) if len(model) > 1 else model[0],
-            num_microbatches=len(fed),
-            seq_length=1,  # ignored: lengths vary
-            micro_batch_size=1,
-            forward_only=True,
-            collect_non_loss_data=True,
-        )
-    for chunk, was in zip(model, training, strict=True):
-        chunk.train(was)
-    if parallel.is_last_stage:
-        return list(sums)[: len(batches)]
-    return [torch.zeros(b.num_samples, 2, dtype=torch.float64, device=platform.CURRENT.device) for b in batches]
+        for chunk, values in zip(chunks, weights, strict=True):
+            for p, value in zip(chunk.parameters(), values, strict=True):
+                p.copy_(value)
+        try:
+            yield
+        finally:
+            for chunk, values in zip(chunks, own, strict=True):
+                for p, value in zip(chunk.parameters(), values, strict=True):
+                    p.copy_(value)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -220,7 +196,7 @@ def _forward(
 
 
 def weights_fingerprint(checkpoint: Path, shape: ModelShape) -> str:
-    """What tells one set of weights from another: the hash taken at import, else one of the checkpoint's files."""
+    """Name of a checkpoint's weights: the hash taken when they were imported, or else a hash of the checkpoint's files."""
     if shape.weights_hash is not None:
         return shape.weights_hash
     digest = hashlib.sha256()
@@ -230,10 +206,15 @@ def weights_fingerprint(checkpoint: Path, shape: ModelShape) -> str:
 
 
 class ReferenceCache:
-    """Cached log-probs of a whole data set under one fingerprint.
+    """Cached log-probs of a whole data set.
 
-    ``FOLDER/HASH.json`` says what they are of, ``FOLDER/HASH.npy`` holds [samples, 2] in fp64. While it is computed,
-    ``HASH.partial`` holds what is done and NaN elsewhere, so that a computation broken off goes on.
+    ``FOLDER/HASH.json`` holds what they are log-probs of, and ``FOLDER/HASH.npy`` the table, [samples, 2] in fp64. While it is
+    computed, ``HASH.partial`` holds the values found so far and NaN elsewhere, so that an interrupted computation resumes.
+
+    Args:
+        folder: folder of the cache.
+        identity: everything that the log-probs depend on; HASH is made of it.
+        num_samples: number of samples of the data set.
     """
 
     def __init__(self, folder: Path, identity: dict[str, Any], num_samples: int) -> None:
@@ -247,7 +228,7 @@ class ReferenceCache:
         return self.folder / f"{self.name}.npy"
 
     def read(self) -> np.ndarray | None:
-        """The whole table, or None where it is not there.
+        """Read the whole table; None if there is none.
 
         Raises:
             DataError: the file is damaged.
@@ -256,7 +237,7 @@ class ReferenceCache:
             return None
         try:
             table = np.load(self.path, allow_pickle=False)
-        except Exception as error:  # numpy raises a dozen kinds for a file that is none of its own
+        except Exception as error:  # numpy raises a dozen kinds for a file that is not one of its own
             raise DataError(f"{self.path}: cannot be read ({error}); remove it to compute it again") from None
         if table.shape != (self.num_samples, 2) or table.dtype != np.float64 or not np.isfinite(table).all():
             raise DataError(
@@ -266,7 +247,7 @@ class ReferenceCache:
         return table
 
     def partial(self) -> np.ndarray:
-        """What is done so far; NaN elsewhere."""
+        """Values that an interrupted computation found; NaN elsewhere."""
         path = self.folder / f"{self.name}.partial"
         table = np.full((self.num_samples, 2), np.nan)
         if path.exists():
@@ -280,6 +261,8 @@ class ReferenceCache:
         write_atomically(self.folder / f"{self.name}.partial", np.ascontiguousarray(table).tobytes())
 
     def finish(self, table: np.ndarray) -> None:
+        """Write the whole table, and what it holds."""
+        self.folder.mkdir(parents=True, exist_ok=True)
         write_atomically(self.folder / f"{self.name}.json", json.dumps(self.identity, indent=2).encode() + b"\n")
         temporary = self.folder / f"{self.name}.{os.getpid()}.tmp.npy"
         np.save(temporary, table, allow_pickle=False)
@@ -287,21 +270,25 @@ class ReferenceCache:
         (self.folder / f"{self.name}.partial").unlink(missing_ok=True)
 
 
-def cache_for(
-    config: Config, data: PreferenceData, weights: str, rotary_base: float, shape: ModelShape
-) -> ReferenceCache:
-    """The cache of this configuration's reference, whose weights and shape are given."""
-    scope = scope_of(config.objective.objective)
-    identity = {
+def cache_for(plan: RunPlan, data: DataSet, weights: str) -> ReferenceCache:
+    """The cache of a data set's log-probs under the reference of this plan.
+
+    Args:
+        plan: plan of the run.
+        data: the data set.
+        weights: name of the reference's weights.
+    """
+    config, shape = plan.config, plan.reference_shape
+    identity: dict[str, Any] = {
         "weights": weights,
         "data": data.manifest.bin_sha256,
         "index": data.manifest.idx_sha256,
-        "scope": scope,
-        "rotary_base": rotary_base,
+        "scope": plan.objective.reference_rows,
+        "rotary_base": plan.reference_rotary_base,
         "dtype": "bfloat16" if config.training.bf16 else "float32",
     }
-    # The same weights under another scaling or window are another reference. Named where they are, so that caches made
-    # before there were any stay good.
+    # The same weights with another RoPE scaling or attention window are another reference. These two are named only if they
+    # are set, so that caches made before they existed stay valid.
     if shape.rope_scaling:
         identity["rope_scaling"] = shape.rope_scaling
     if shape.window_size:
@@ -310,45 +297,44 @@ def cache_for(
     return ReferenceCache(folder, identity, len(data))
 
 
-def fill(
-    cache: ReferenceCache,
-    data: PreferenceData,
-    score_samples: Callable[[list[Sample]], np.ndarray],
-    *,
-    parallel: Parallel,
-    log: Callable[[str], None],
-    block: int | None = None,
-    interval_seconds: float = 10.0,
-) -> np.ndarray:
-    """Compute what a cache lacks, block by block; collective. Returns the whole table on every rank."""
-    device = platform.CURRENT.device
-    holder = torch.from_numpy(cache.partial() if parallel.rank == 0 else np.zeros((len(data), 2))).to(device)
-    # All ranks go by what the first one finds on disk.
-    dist.broadcast(holder, src=0)
-    table = holder.cpu().numpy()
+def fill(cache: ReferenceCache, data: DataSet, scorer: Scorer) -> np.ndarray:
+    """Compute what a cache lacks, block by block; collective.
+
+    Returns:
+        The whole table, on every rank.
+
+    Raises:
+        DataError: a log-prob is not finite.
+    """
+    is_rank0 = scorer.parallel.rank == 0
+    # Rank 0 decides what is left to do: other nodes may not see its disk.
+    table = _broadcast_table(cache.partial() if is_rank0 else None, len(data))
     todo = np.flatnonzero(np.isnan(table).any(axis=1))
-    block = block or 8 * parallel.dp_cp_size
-    began = said = time.monotonic()
-    if len(todo) < len(data):
-        log(f"reference: {len(data) - len(todo)} of {len(data)} samples were scored before")
-    for start in range(0, len(todo), block):
-        numbers = todo[start : start + block]
-        table[numbers] = score_samples([data[int(i)] for i in numbers])
-        if not np.isfinite(table[numbers]).all():
-            bad = int(numbers[~np.isfinite(table[numbers]).all(axis=1)][0])
-            raise DataError(
-                f"the reference gives sample {bad} a log-prob that is not finite; check the reference checkpoint's weights"
-            )
-        if parallel.rank == 0:
-            cache.write_partial(table)
-        now = time.monotonic()
-        done = start + len(numbers)
-        if now - said > interval_seconds or done == len(todo):
-            left = (now - began) / done * (len(todo) - done)
-            log(f"reference: {done}/{len(todo)} samples scored, {left:.0f} s left")
-            said = now
-    if parallel.rank == 0:
-        cache.folder.mkdir(parents=True, exist_ok=True)
+    found = len(data) - len(todo)
+    if found:
+        log(f"reference: {found} of {len(data)} samples were scored before", active=is_rank0)
+    block = _SAMPLES_PER_RANK * scorer.parallel.dp_cp_size
+    with Progress("reference", len(data), done=found, unit="samples", active=is_rank0) as progress:
+        for start in range(0, len(todo), block):
+            numbers = todo[start : start + block]
+            table[numbers] = scorer.score(data.samples(numbers))
+            finite = np.isfinite(table[numbers]).all(axis=1)
+            if not finite.all():
+                raise DataError(
+                    f"the reference's log-prob of sample {int(numbers[~finite][0])} is not finite; check the weights of the "
+                    "reference checkpoint"
+                )
+            if is_rank0:
+                cache.write_partial(table)
+            progress.add(len(numbers))
+    if is_rank0:
         cache.finish(table)
     dist.barrier()
     return table
+
+
+def _broadcast_table(table: np.ndarray | None, num_samples: int) -> np.ndarray:
+    """Give all ranks the [num_samples, 2] table of rank 0."""
+    holder = torch.from_numpy(np.zeros((num_samples, 2)) if table is None else table).to(platform.CURRENT.device)
+    dist.broadcast(holder, src=0)
+    return holder.cpu().numpy()

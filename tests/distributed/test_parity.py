@@ -111,11 +111,12 @@ def test_one_process_agrees_with_hugging_face(
 def test_held_out_figures_agree_with_one_process(results: dict[str, Any], case: Case) -> None:
     """Every figure of every sample, the last batch being filled up."""
     found, expected = results[EVALUATED][case.name]["held_out"], results[EVALUATED][case.oracle]["held_out"]
-    assert found.shape == expected.shape == (7, len(held_out.COLUMNS))
-    for row, other in zip(found, expected, strict=True):
+    assert found.keys() == expected.keys() == set(held_out.METRICS)
+    assert all(len(table[name]) == 7 for table in (found, expected) for name in held_out.METRICS)
+    for number in range(7):
         _assert_metrics(
-            dict(zip(held_out.COLUMNS, row, strict=True)),
-            dict(zip(held_out.COLUMNS, other, strict=True)),
+            {name: values[number] for name, values in found.items()},
+            {name: values[number] for name, values in expected.items()},
             LAYOUT_BOUND,
         )
 
@@ -137,7 +138,7 @@ def test_held_out_figures_agree_with_hugging_face(results: dict[str, Any], parit
     m, beta = answer.metrics, settings["objective"]["beta"]
     margin = beta * ((m["logps/chosen"] - m["ref/chosen"]) - (m["logps/rejected"] - m["ref/rejected"]))
     assert abs(summary["rewards/margins"] - margin) <= HF_BOUND * _scale(m, "rewards/margins", beta)
-    # Estimates of the KL a token, sample by sample.
+    # Estimates of the KL per token, sample by sample.
     metrics = held_out.metrics_of(results[EVALUATED]["one"]["held_out"])
     for number in range(7):
         m = answers[number].metrics

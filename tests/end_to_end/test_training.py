@@ -18,7 +18,7 @@ import torch
 from megatron_longpo.checkpoint.folders import folder_of, latest_step
 from megatron_longpo.checkpoint.stream import DistributedReader, HuggingFaceWeights
 from megatron_longpo.text.chat import BUILT_IN_TEMPLATES
-from megatron_longpo.training.metrics import SAMPLE_COLUMNS, read_metrics
+from megatron_longpo.training.metrics import SAMPLE_METRICS, read_metrics
 from tests.support.data import make_data, text_row, tokenised_row, write_lines
 from tests.support.launch import PYTHON, Running, command, run, torchrun
 from tests.support.models import make_model
@@ -80,7 +80,7 @@ def test_tokenised_rows_to_a_trained_hugging_face_model(model: Path, tmp_path: P
     run([PYTHON, *train(model, output, *flags, data=prefix)], fresh=True)
     records = read_metrics(output / "metrics.jsonl")
     assert [r["step"] for r in records] == [1, 2]
-    expected = {*SAMPLE_COLUMNS, "step", "grad_norm", "lr", *TIMED}
+    expected = {*SAMPLE_METRICS, "step", "grad_norm", "lr", *TIMED}
     assert all(set(r) == expected for r in records)
     assert (output / "curves.png").stat().st_size > 1000
     assert "beta: 0.05" in (output / "run.yaml").read_text()

@@ -7,15 +7,15 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from pathlib import Path
 
-from megatron_longpo.checkpoint.folders import ASSETS
 from megatron_longpo.config import from_dict
 from megatron_longpo.runtime import process_groups
 from megatron_longpo.runtime.failure import run_or_fail
-from megatron_longpo.training.checkpointer import Checkpointer
-from megatron_longpo.training.plan import groups_of, make_plan
-from megatron_longpo.training.trainer import Trainer
+from megatron_longpo.training.plan import make_plan
+from megatron_longpo.training.session import open_session
+from megatron_longpo.training.trainer import start_training
 from tests.support.groups import destroy_groups
 
 LAYOUTS = {
@@ -39,18 +39,18 @@ def main() -> None:
                     "data": {"data_path": str(folder / "data")},
                     "parallel": layout,
                     "objective": {"objective": "sft"},
-                    "checkpoint": {"load": str(folder / f"{family}.ckpt"), "no_save_optim": True},
+                    "checkpoint": {
+                        "load": str(folder / f"{family}.ckpt"),
+                        "save": str(folder / "saved" / f"{family}@{name}"),
+                        "no_save_optim": True,
+                    },
                     "training": {"global_batch_size": 4},
                     "model": {"max_position_embeddings": 512},
                 },
                 name,
             )
-            plan = make_plan(config, int(os.environ["WORLD_SIZE"]))
-            parallel = groups_of(plan)
-            trainer = Trainer(plan, parallel)
-            output = folder / "saved" / f"{family}@{name}"
-            saver = Checkpointer(output, config, plan.policy_shape, plan.load / ASSETS, parallel, {})
-            saver.save(0, 1, trainer.chunks, trainer.optimizer, trainer.scheduler, trainer.record())
+            session = open_session(make_plan(config, int(os.environ["WORLD_SIZE"])))
+            start_training(session, began=time.monotonic()).save(last=True)
             destroy_groups()
     process_groups.stop_processes()
 

@@ -239,11 +239,11 @@ def test_intervals_cover_as_the_normal_ones_do(n: int, p: float, seed: int) -> N
 
 
 def test_preference_summary_by_hand() -> None:
-    table = np.zeros((3, len(held_out.COLUMNS)))
+    table = {name: np.zeros(3) for name in held_out.METRICS}
 
     def put(row: int, **values: float) -> None:
         for name, value in values.items():
-            table[row, held_out.COLUMNS.index(name.replace("__", "/"))] = value
+            table[name.replace("__", "/")][row] = value
 
     for row, tokens in enumerate((100, 128, 129)):
         put(row, tokens=tokens, nll=row, response_tokens__chosen=4, response_tokens__rejected=5)

@@ -107,7 +107,7 @@ def _choices(tokens: int, context: int) -> list[memory.Choice]:
         parallel,
         tokens=tokens,
         pairs=tokens * tokens // 2,
-        microbatches=8,
+        num_microbatches=8,
         stage=0,  # type: ignore[arg-type]
     )
 
@@ -125,22 +125,22 @@ def test_no_more_is_computed_again_than_memory_demands() -> None:
     assert found[0].bytes_needed - all_layers.bytes_needed == kept - 16384 * 4096 * 2 * 32
     assert all_layers.extra > 0.2
     available = 2 * 10**11
-    assert memory.choose(found, [memory.room(c, available) for c in found]).layers == 0
+    assert memory.choose(found, [memory.free_bytes(c, available) for c in found]).layers == 0
     tight = int(by_layers[20].bytes_needed / 0.9) + 1
-    chosen = memory.choose(found, [memory.room(c, tight) for c in found])
-    assert memory.room(chosen, tight) >= 0
-    assert all(memory.room(c, tight) < 0 for c in found if c.extra < chosen.extra)
+    chosen = memory.choose(found, [memory.free_bytes(c, tight) for c in found])
+    assert memory.free_bytes(chosen, tight) >= 0
+    assert all(memory.free_bytes(c, tight) < 0 for c in found if c.extra < chosen.extra)
     # Nothing fits: the one that is nearest.
-    assert memory.choose(found, [memory.room(c, 10**9) for c in found]) == all_layers
+    assert memory.choose(found, [memory.free_bytes(c, 10**9) for c in found]) == all_layers
 
 
 def test_a_longer_row_needs_more_recompute() -> None:
-    rooms = [[memory.room(c, 80 * 10**9) for c in _choices(tokens, 8)] for tokens in (32768, 131072, 262144)]
+    rooms = [[memory.free_bytes(c, 80 * 10**9) for c in _choices(tokens, 8)] for tokens in (32768, 131072, 262144)]
     extra = [memory.choose(_choices(t, 8), r).extra for t, r in zip((32768, 131072, 262144), rooms, strict=True)]
     assert extra == sorted(extra) and extra[0] < memory.CHEAP < extra[2]
     # Where attention is little, the MLPs' products are not cheap: nothing is computed again without need.
     short = _choices(1024, 1)
-    assert memory.choose(short, [memory.room(c, 10**12) for c in short]).granularity == "none"
+    assert memory.choose(short, [memory.free_bytes(c, 10**12) for c in short]).granularity == "none"
 
 
 @settings(max_examples=60, deadline=None)

@@ -13,15 +13,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_longpo.config import LoggingConfig, from_dict
+from megatron_longpo.config import Config, LoggingConfig, from_dict
 from megatron_longpo.errors import ConfigError, DataError, PlatformError
 from megatron_longpo.model.attention import check_ulysses, resolve_comm_type
 from megatron_longpo.model.gpt import padded_vocab_size
 from megatron_longpo.runtime import platform
 from megatron_longpo.runtime.balance import assign
-from megatron_longpo.training.metrics import Reporter, keep_until, read_metrics
+from megatron_longpo.training import held_out, metrics
+from megatron_longpo.training.metrics import Reporter, SampleMetrics, keep_until, read_metrics, reduce_samples
 from megatron_longpo.training.optimization import _become_rmsprop, build_scheduler
-from megatron_longpo.training.reference import ReferenceCache, pack
+from megatron_longpo.training.reference import ReferenceCache
+from megatron_longpo.training.reference_scoring import pack
 
 
 class _Optimizer:
@@ -132,7 +134,7 @@ def test_reporter_writes_what_people_look_at(tmp_path: Path, capsys: pytest.Capt
     record = dict.fromkeys(names.split(), 0.5) | {"rewards/margins": 0.1, "rewards/accuracies": 1.0, "grad_norm": 1.0}
     record |= {"lr": 1e-6, "tokens": 10, "tokens_per_second": 5.0, "step_seconds": 2.0, "peak_memory_gb": 1.0}
     reporter = Reporter(
-        tmp_path, train_iters=2, resumed_step=0, config=LoggingConfig(plot_interval=1), run_config={}, active=True
+        tmp_path, train_iters=2, resumed_step=0, config=Config(logging=LoggingConfig(plot_interval=1)), active=True
     )
     for step in (1, 2):
         reporter.step({"step": step, **record})
@@ -156,3 +158,45 @@ def test_a_damaged_cache_is_refused(tmp_path_factory: pytest.TempPathFactory, ju
 def test_another_identity_is_another_cache(tmp_path: Path) -> None:
     caches = [ReferenceCache(tmp_path, {"weights": w, "scope": s}, 3) for w in "ab" for s in ("short", "long")]
     assert len({c.path for c in caches}) == 4
+
+
+class _LastStage:
+    """What the reduction of metrics sees of the only rank."""
+
+    is_last_stage, pipeline_size, data_group = True, 1, None
+
+
+@pytest.mark.parametrize("order", ["as it is", "reversed"])
+def test_a_metric_is_known_by_its_name_in_whatever_order(monkeypatch: pytest.MonkeyPatch, order: str) -> None:
+    """Two micro batches that give their metrics in orders of their own, at places of their own."""
+    names = metrics.SAMPLE_METRICS
+    if order == "reversed":
+        monkeypatch.setattr(metrics, "SAMPLE_METRICS", names[::-1])
+    monkeypatch.setattr(metrics.dist, "all_reduce", lambda *_, **__: None)
+    # Of the metric number i, sample number n has the value 10 * i + n.
+    values = {
+        name: [10.0 * i + n for n in range(3)] for i, name in enumerate((*names, "only some objectives have this"))
+    }
+
+    def of(places: list[int], order: list[str]) -> SampleMetrics:
+        columns = {name: torch.tensor([values[name][p] for p in places], dtype=torch.float64) for name in order}
+        return SampleMetrics(places, columns)
+
+    found = [of([2, 0], list(values)), of([1], list(values)[::-1])]
+    means = reduce_samples(found, 3, _LastStage())  # type: ignore[arg-type]
+    assert list(means) == list(metrics.SAMPLE_METRICS)
+    for i, name in enumerate(names):
+        assert means[name] == (30.0 * i + 3 if name == "tokens" else 10.0 * i + 1), name
+    gathered = metrics.gather_samples(found, ("tokens", "loss"), 3, _LastStage())  # type: ignore[arg-type]
+    assert {name: column.tolist() for name, column in gathered.items()} == {n: values[n] for n in ("tokens", "loss")}
+
+
+def test_metrics_in_files_do_not_depend_on_the_order_in_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half-done evaluations keep a list of numbers per sample, whose order is that of commit a8ab853."""
+    order = "loss nll preference logps/chosen logps/rejected ref/chosen ref/rejected rewards/chosen rewards/rejected"
+    order += " rewards/margins rewards/accuracies tokens response_tokens/chosen response_tokens/rejected"
+    table = {name: np.array([100.0 + i, 200.0 + i]) for i, name in enumerate(order.split())}
+    (first, second) = held_out.kept_rows([5, 7], dict(reversed(table.items())))
+    assert first["figures"] == [100.0 + i for i in range(14)] and first["score"] == 100.0
+    kept = held_out.kept_metrics([first, second, {"index": 9, "figures": [1.0]}])
+    assert kept == {n: {name: values[i] for name, values in table.items()} for i, n in enumerate((5, 7))}

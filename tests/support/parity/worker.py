@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ from megatron_longpo.config import Config, from_dict
 from megatron_longpo.runtime import process_groups
 from megatron_longpo.runtime.failure import run_or_fail
 from megatron_longpo.training.metrics import reduce_samples
-from megatron_longpo.training.plan import groups_of, make_plan
-from megatron_longpo.training.trainer import Trainer
+from megatron_longpo.training.plan import make_plan
+from megatron_longpo.training.session import open_session
+from megatron_longpo.training.trainer import start_training
 from tests.support.groups import destroy_groups
 from tests.support.parity.canonical import canonical, gather_gradient_shards
 from tests.support.parity.cases import CASES, Case
@@ -56,24 +58,25 @@ def settings_of(case: Case, folder: Path, family: str) -> Config:
 
 def run_case(config: Config) -> dict[str, Any]:
     plan = make_plan(config, int(os.environ["WORLD_SIZE"]))
-    parallel = groups_of(plan)
-    trainer = Trainer(plan, parallel)
+    session = open_session(plan)
+    parallel = session.parallel
+    trainer = start_training(session, began=time.monotonic())
     numbers = trainer.sampler.batch(0)
-    reference = trainer.reference(numbers)
+    reference = session.reference.logps(session.data.train, numbers)
     for chunk in trainer.model:
         chunk.zero_grad_buffer()
-    sample_metrics = trainer.forward_backward(numbers, reference)
-    metrics = reduce_samples(sample_metrics, len(numbers), parallel, has_metrics=parallel.is_last_stage)
+    found = session.runner.forward_backward(trainer.model, session.data.train, numbers, reference)
+    metrics = reduce_samples(found, len(numbers), parallel)
     gather_gradient_shards(trainer.model)
-    gradients = canonical(trainer.chunks, plan.shape, parallel, lambda p: p.main_grad)
+    gradients = canonical(session.chunks, plan.shape, parallel, lambda p: p.main_grad)
     # Before any step, on seven of the eight samples: the second batch is not full.
-    held_out = trainer.evaluate() if config.data.valid_data_path and not config.training.bf16 else None
+    held_out = session.held_out.evaluate() if config.data.valid_data_path and not config.training.bf16 else None
     steps = []
     for _ in range(STEPS):
         record = trainer.train_step()
         trainer.step += 1
         steps.append(record)
-    weights = canonical(trainer.chunks, plan.shape, parallel, lambda p: p.detach())
+    weights = canonical(session.chunks, plan.shape, parallel, lambda p: p.detach())
     return {
         "metrics": metrics,
         "gradients": gradients,

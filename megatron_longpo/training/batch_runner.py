@@ -1,0 +1,109 @@
+"""A global batch through the model: assigned to ranks and micro batches, forward, loss and backward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from megatron_longpo.data.sampler import assign_batch
+from megatron_longpo.model.rotary import rotary_of
+from megatron_longpo.runtime.process_groups import Parallel
+from megatron_longpo.training.batch import PolicyBatch, batch_loss, known_nll_grad, policy_batch
+from megatron_longpo.training.data_set import DataSet
+from megatron_longpo.training.metrics import SampleMetrics
+from megatron_longpo.training.plan import RunPlan
+
+
+class BatchRunner:
+    """Runs global batches through the policy.
+
+    Args:
+        plan: plan of the run.
+        parallel: degrees and groups.
+    """
+
+    def __init__(self, plan: RunPlan, parallel: Parallel) -> None:
+        self.plan, self.parallel = plan, parallel
+        self.rotary = rotary_of(plan.policy_shape, plan.policy_shape.rotary_base)
+
+    def forward_backward(
+        self,
+        model: Sequence[torch.nn.Module],
+        data: DataSet,
+        numbers: Sequence[int],
+        reference: np.ndarray | None,
+        *,
+        forward_only: bool = False,
+    ) -> list[SampleMetrics]:
+        """Compute the mean loss over a global batch and its gradients, which are in DDP's buffers afterwards, reduced.
+
+        Args:
+            model: this pipeline rank's chunks, wrapped by DDP unless ``forward_only``.
+            data: data set of the samples.
+            numbers: numbers of the samples of the global batch, in order.
+            reference: [global batch, 2] log-probs of the reference, or None.
+            forward_only: take no gradients.
+
+        Returns:
+            Metrics of the samples of this data-parallel rank, on the last pipeline stage; nothing on the others.
+        """
+        batches = self._lay_out(data, numbers, reference)
+        found: list[SampleMetrics] = []
+
+        def forward_step(iterator: Iterator[PolicyBatch], chunk: torch.nn.Module) -> tuple[Tensor, Callable[..., Any]]:
+            batch = next(iterator)
+
+            def loss_func(logps_N: Tensor) -> tuple[Tensor, dict[str, Any]]:
+                loss, values = batch_loss(logps_N, batch, objective=self.plan.config.objective, parallel=self.parallel)
+                found.append(SampleMetrics(batch.places, values))
+                return loss, {}
+
+            known_grad_N = None if forward_only else self._known_nll_grad(batch, num_microbatches=len(batches))
+            return chunk(batch.micro_batch.inputs, self.rotary, known_grad_N), loss_func
+
+        several = len(model) > 1
+        with torch.set_grad_enabled(not forward_only):
+            get_forward_backward_func()(
+                forward_step_func=forward_step,
+                data_iterator=[iter(batches) for _ in model] if several else iter(batches),
+                model=list(model) if several else model[0],
+                num_microbatches=len(batches),
+                seq_length=1,  # ignored: lengths vary
+                micro_batch_size=1,
+                forward_only=forward_only,
+            )
+        return found
+
+    def _lay_out(self, data: DataSet, numbers: Sequence[int], reference: np.ndarray | None) -> list[PolicyBatch]:
+        """The micro batches of this data-parallel rank."""
+        config = self.plan.config
+        places_of_batches = assign_batch(
+            [data.costs[number] for number in numbers],
+            data_size=self.parallel.data_size,
+            micro_batch_size=config.training.micro_batch_size,
+        )[self.parallel.data_rank]
+        return [
+            policy_batch(
+                data.samples([numbers[place] for place in places]),
+                places,
+                None if reference is None else reference[places],
+                data=config.data,
+                objective=config.objective,
+                parallel=self.parallel,
+                window=self.plan.shape.window_size,
+            )
+            for places in places_of_batches
+        ]
+
+    def _known_nll_grad(self, batch: PolicyBatch, *, num_microbatches: int) -> Tensor | None:
+        return known_nll_grad(
+            batch.micro_batch,
+            objective=self.plan.config.objective,
+            parallel=self.parallel,
+            num_microbatches=num_microbatches,
+        )

@@ -237,6 +237,14 @@ class LoggingConfig:
     wandb_exp_name: str | None = None
     plot_interval: int = 25
     """Steps between redrawings of OUTPUT/curves.png; it is always drawn at the end."""
+    profile: bool = False
+    """Write a torch profile of some steps to OUTPUT/profile and, on CUDA, a snapshot of the allocator's memory."""
+    profile_step_start: int = 10
+    """Steps that are done before the profile begins."""
+    profile_step_end: int = 12
+    """Last step of the profile."""
+    profile_ranks: tuple[int, ...] = (0,)
+    """Ranks that are profiled."""
 
 
 class Sections:
@@ -514,6 +522,13 @@ def check(config: Config) -> None:
         raise ConfigError(
             "sequence_parallel shards over tensor-parallel ranks, and tensor_model_parallel_size=1; raise that or turn "
             "sequence_parallel off"
+        )
+    if c.logging.profile and c.checkpoint.save is None:
+        raise ConfigError("profile is on but save is not given; name the output folder with --save")
+    if not 0 <= c.logging.profile_step_start < c.logging.profile_step_end:
+        raise ConfigError(
+            f"profile_step_start={c.logging.profile_step_start} must be at least 0 and less than "
+            f"profile_step_end={c.logging.profile_step_end}; steps 11 and 12 are profiled with 10 and 12"
         )
     if c.checkpoint.async_save and c.checkpoint.save is None:
         raise ConfigError("async_save is on but save is not given; name the output folder with --save")

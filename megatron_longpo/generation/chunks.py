@@ -1,6 +1,6 @@
-"""Documents cut into units and chunks.
+"""Cuts documents into units and chunks.
 
-A chunk is a stretch of its document's text, so an exact substring always. Lengths are in tokens of the model's tokenizer.
+A chunk is a span of its document, and therefore always an exact substring. Lengths are in tokens of the model's tokenizer.
 """
 
 from __future__ import annotations
@@ -12,19 +12,18 @@ from dataclasses import dataclass
 
 from megatron_longpo.text.documents import Domain
 
+# Tokens of each text.
 Count = Callable[[Sequence[str]], list[int]]
 
-
-def digest(text: str) -> str:
-    """Name of a text: equal texts have the same."""
-    return hashlib.sha256(text.encode("utf-8", errors="surrogatepass")).hexdigest()[:24]
-
-
-# Where a unit ends, from coarse to fine. A pattern matches what comes between units, or the place (of no length) before
-# one.
+_DIGEST_DIGITS = 24
+# Pieces that are counted in one call of the tokenizer.
+_PIECES_PER_CALL = 512
+# Longer pieces are counted in parts: a tokenizer's time may grow with the square of a word's length.
+_LONGEST_COUNTED = 2**14
+# Where a unit ends, from coarse to fine. A pattern matches the text between two units, or the empty place before one.
 _BLANK_LINE = re.compile(r"\n[ \t]*\n\s*")
 _LINE = re.compile(r"\n+")
-# Also "sentence.Next sentence", as texts scraped from the web run together.
+# Also "sentence.Next sentence": texts scraped from the web often lack the space.
 _SENTENCE = re.compile(r"(?<=[.!?。！？])[\"'”’)]*(?:\s+|(?=[A-Z]))|(?<=[。！？])")
 _WORD = re.compile(r"\s+")
 _UNITS: dict[str, tuple[re.Pattern[str], ...]] = {
@@ -36,7 +35,7 @@ _UNITS: dict[str, tuple[re.Pattern[str], ...]] = {
         *(_BLANK_LINE, _LINE, _SENTENCE, _WORD),
     ),
     "code": (
-        # Files put one after the other, then definitions at the left margin.
+        # Concatenated files, then definitions at the left margin.
         re.compile(r"(?m)(?=^(?:// ?|# ?|-- ?|/\* ?)?(?:={3,} ?)?(?:[Ff]ile(?:name)?|[Pp]ath): ?\S+)"),
         re.compile(
             r"(?m)(?=^(?:@\w|async def |def |class |func |fn |pub |impl |struct |enum |trait |interface |export |function |"
@@ -46,24 +45,33 @@ _UNITS: dict[str, tuple[re.Pattern[str], ...]] = {
         *(_BLANK_LINE, _LINE, _WORD),
     ),
 }
-_BATCH = 512
-_LONGEST_COUNTED = 2**14
 
 
 @dataclass(frozen=True)
 class Span:
-    """A stretch of a text, with its tokens."""
+    """Characters ``[start, end)`` of a text, and their number of tokens."""
 
     start: int
     end: int
     tokens: int
 
 
-def units_of(text: str, domain: Domain, count: Count, largest: int) -> list[Span]:
-    """A text cut where its domain has its joints, no unit above ``largest`` tokens; what is too large is cut finer.
+def digest(text: str) -> str:
+    """Hash that identifies a text."""
+    return hashlib.sha256(text.encode("utf-8", errors="surrogatepass")).hexdigest()[:_DIGEST_DIGITS]
 
-    The units are the text without the white space between them; a unit's tokens are those of the white space after it too,
-    so that a stretch of units has at most their sum.
+
+def units_of(text: str, domain: Domain, count: Count, largest: int) -> list[Span]:
+    """Cut a text at the boundaries of its domain, and finer where a unit would be too large.
+
+    The units are the text without the white space between them. The tokens of a unit include those of the white space after
+    it, so that a span of several units never has more tokens than their sum.
+
+    Args:
+        text: text of the document.
+        domain: decides what the boundaries are.
+        count: counts tokens.
+        largest: most tokens of a unit.
     """
     units = _counted(text, _pieces(text, 0, len(text), _UNITS[domain][0]), len(text), count)
     for pattern in (*_UNITS[domain][1:], None):
@@ -77,7 +85,7 @@ def units_of(text: str, domain: Domain, count: Count, largest: int) -> list[Span
             elif pattern is not None:
                 finer += _counted(text, _pieces(text, unit.start, unit.end, pattern), stop, count)
             else:
-                # One word, or white space, of that length: cut anywhere.
+                # A single word, or white space, of this length is cut anywhere.
                 step = max(1, largest // 4)
                 finer += _counted(text, [(p, min(stop, p + step)) for p in range(unit.start, stop, step)], stop, count)
         units = finer
@@ -85,6 +93,7 @@ def units_of(text: str, domain: Domain, count: Count, largest: int) -> list[Span
 
 
 def _pieces(text: str, start: int, end: int, pattern: re.Pattern[str]) -> list[tuple[int, int]]:
+    """Stretches of ``text[start:end]`` between matches, stripped; empty ones are left out."""
     pieces, begin = [], start
     for match in pattern.finditer(text, start, end):
         if match.start() > begin:
@@ -101,12 +110,12 @@ def _pieces(text: str, start: int, end: int, pattern: re.Pattern[str]) -> list[t
 
 
 def _counted(text: str, pieces: Sequence[tuple[int, int]], stop: int, count: Count) -> list[Span]:
+    """Pieces with their tokens, those up to the next piece (for the last one, up to ``stop``) included."""
     spans = []
     nexts = [a for a, _ in pieces[1:]] + [stop]
-    for first in range(0, len(pieces), _BATCH):
-        batch = pieces[first : first + _BATCH]
-        # A very long piece is counted in parts: a tokenizer may take time that grows with the square of a word's length.
-        ranges = zip((a for a, _ in batch), nexts[first : first + _BATCH], strict=True)
+    for first in range(0, len(pieces), _PIECES_PER_CALL):
+        batch = pieces[first : first + _PIECES_PER_CALL]
+        ranges = zip((a for a, _ in batch), nexts[first : first + _PIECES_PER_CALL], strict=True)
         parts = [[text[p : min(b, p + _LONGEST_COUNTED)] for p in range(a, b, _LONGEST_COUNTED)] for a, b in ranges]
         counts = iter(count([part for piece in parts for part in piece]))
         spans += [Span(a, b, sum(next(counts) for _ in piece)) for (a, b), piece in zip(batch, parts, strict=True)]
@@ -114,9 +123,9 @@ def _counted(text: str, pieces: Sequence[tuple[int, int]], stop: int, count: Cou
 
 
 def group_units(units: Sequence[Span], smallest: int, largest: int) -> list[Span]:
-    """Consecutive units in stretches of ``smallest`` to ``largest`` tokens; a rest that is smaller is left out.
+    """Group consecutive units into spans of ``smallest`` to ``largest`` tokens; a smaller remainder is left out.
 
-    Units of at most ``largest - smallest`` tokens always make such stretches.
+    With units of at most ``largest - smallest`` tokens, only the end of the text can be left out.
     """
     chunks: list[Span] = []
     first, tokens = 0, 0
@@ -132,7 +141,11 @@ def group_units(units: Sequence[Span], smallest: int, largest: int) -> list[Span
 
 
 def take_units(units: Sequence[Span], largest: int, first: int = 0) -> tuple[Span, int]:
-    """The longest run of units from ``first`` with at most ``largest`` tokens (one at least), and the unit after it."""
+    """The longest run of units from ``first`` with at most ``largest`` tokens, but at least one unit.
+
+    Returns:
+        The span of the run, and the number of the unit after it.
+    """
     last, tokens = first, units[first].tokens
     while last + 1 < len(units) and tokens + units[last + 1].tokens <= largest:
         last += 1

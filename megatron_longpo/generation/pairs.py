@@ -1,11 +1,11 @@
-"""A model makes its own short-to-long pairs from plain documents (LongPO, arXiv 2502.13922, section 3), in stages.
+"""A model generates its own short-to-long pairs from plain documents (LongPO, arXiv 2502.13922, section 3), in stages.
 
     documents -> questions -> short answers (chosen) -> long answers (rejected) -> filters -> preference JSONL
 
-Each stage is a file of lines, one for each line of the stage before, appended as they are made: a run that is killed goes
-on after its last whole line. A stage's manifest holds what made it, so that it is not gone on with under other settings.
-What is drawn is drawn by seed and document, and a document is answered by itself, so that the result does not depend on
-how the work is split or broken off. The parts of a split run are merged by ``merging.merge``.
+Each stage is a file with one line for each line of the stage before, appended as it is made: a killed run resumes after its
+last whole line. A stage's manifest records what determines its lines, so that it is never resumed with other settings. Random
+draws depend only on the seed and the document, and each document is answered by itself, so the result does not depend on how
+the work was split or interrupted. The parts of a split run are merged by ``merging.merge``.
 
     OUTPUT.work/part-00-of-03/documents.jsonl  .manifest.json      and questions, short, long
     OUTPUT  OUTPUT.rejects.jsonl  OUTPUT.report/report.html  report.json
@@ -13,21 +13,24 @@ how the work is split or broken off. The parts of a split run are merged by ``me
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import itertools
 import json
 import multiprocessing
+import shutil
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
-from megatron_longpo.engines.base import Engine, Prompt, Reply, Rope, Sampling
+from megatron_longpo.engines.base import MODEL_ROPE, Engine, Prompt, Reply, Rope, Sampling
 from megatron_longpo.errors import DataError
 from megatron_longpo.generation.chunks import Span, digest, group_units, take_units, units_of
 from megatron_longpo.generation.filters import LanguageFilter, is_refusal, questions_in, why_not_ask
@@ -38,30 +41,32 @@ from megatron_longpo.runtime.progress import Progress
 from megatron_longpo.text.chat import load_tokenizer, user_message
 from megatron_longpo.text.documents import MOST_BROKEN, RawDocument, find_files, read_documents
 
+# Characters of a text that are kept to show why something was skipped.
+DETAIL_CHARACTERS = 300
+# Documents queued per worker: enough to keep it busy, few enough to keep memory flat.
+_DOCUMENTS_PER_WORKER = 4
+
 # --------------------------------------------------------------------------------------------------
 # Documents
 # --------------------------------------------------------------------------------------------------
-
-_cutter: Any = None
 
 
 class Cutter:
     """Cuts a document into its parts and their chunks.
 
     Args:
-        config: lengths and seed.
+        config: lengths, tokenizer and seed.
     """
 
     def __init__(self, config: GenerationConfig) -> None:
         self.config = config
-        e = config.engine
-        path = e.tokenizer or e.model
+        path = config.engine.tokenizer or config.engine.model
         assert path is not None
-        self.tokenizer = load_tokenizer(path, e.chat_template)
+        self.tokenizer = load_tokenizer(path, config.engine.chat_template)
         self._specials = [t for t in self.tokenizer.special_texts if t]
 
     def lines(self, number: int, raw: RawDocument) -> list[Line]:
-        """Lines of the documents stage: one, or several where an overlong document is split."""
+        """Lines of the documents stage: one, or several if an overlong document is split."""
         d = self.config.documents
         base: Line = {"number": number, "part": 0, "name": raw.name, "domain": raw.domain, "broken": raw.broken}
         if raw.error:
@@ -72,11 +77,11 @@ class Cutter:
         if raw.broken > MOST_BROKEN * len(text):
             return [{**base, "reason": "not_text"}]
         if any(special in text for special in self._specials):
-            # In a prompt it would end a turn, and the data tools refuse it.
+            # In a prompt it would end a turn, and preprocessing skips texts with it.
             return [{**base, "reason": "special_token_in_text"}]
         smallest, largest = self.config.chunk_tokens
         shortest, longest = self.config.document_tokens
-        # So that any run of units can be brought between the two.
+        # Units this small can always be grouped to a length between the two limits.
         units = units_of(text, raw.domain, self.tokenizer.count, max(1, min(largest - smallest, longest)))
         total = sum(u.tokens for u in units)
         if total < shortest:
@@ -113,13 +118,23 @@ class Cutter:
 
 
 def rng_of(seed: int, *keys: Any) -> np.random.Generator:
-    """Random numbers of their own for a seed and a thing."""
+    """Generator for one draw, which depends only on the seed and on what the draw is for.
+
+    Args:
+        seed: seed of the run.
+        keys: what the draw is for, as JSON values.
+    """
     text = json.dumps([seed, *keys])
     return np.random.default_rng(int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little"))
 
 
 def seed_of(seed: int, *keys: Any) -> int:
+    """Sampling seed of one prompt; see ``rng_of``."""
     return int(rng_of(seed, *keys).integers(2**31))
+
+
+# Set once in each worker process.
+_cutter: Cutter | None = None
 
 
 def _start_worker(config: GenerationConfig) -> None:
@@ -128,46 +143,52 @@ def _start_worker(config: GenerationConfig) -> None:
 
 
 def _cut(number: int, raw: RawDocument) -> list[Line]:
-    return list(_cutter.lines(number, raw))
+    assert _cutter is not None
+    return _cutter.lines(number, raw)
 
 
 def _own_documents(
     config: GenerationConfig, rank: int, world_size: int, skip_before: int
 ) -> Iterator[tuple[int, RawDocument]]:
-    """This part's documents from a number on. Repetitions are told from all documents, so all are read."""
+    """Documents of this part from number ``skip_before`` on. All documents are read, to find duplicates."""
     d = config.documents
     document_batch = config.document_batch
     seen: set[bytes] = set()
     for raw in itertools.islice(read_documents(find_files(d.documents, d.domain), d.text_column), d.max_documents):
         error = raw.error
         if error is None:
+            # Half a hash keeps the set small.
             key = hashlib.sha256(raw.text.encode("utf-8", errors="surrogatepass")).digest()[:16]
             if key in seen and raw.text.strip():
                 error = "duplicate"
             seen.add(key)
-        # Documents that are answered together stay together.
+        # Documents that are answered together belong to the same part.
         if raw.number // document_batch % world_size == rank and raw.number >= skip_before:
-            text = "" if error else raw.text
-            yield raw.number, RawDocument(raw.number, raw.name, raw.domain, text, raw.broken, error)
+            yield raw.number, dataclasses.replace(raw, text="" if error else raw.text, error=error)
 
 
 def cut_documents(config: GenerationConfig, stage: Stage, rank: int, world_size: int) -> None:
-    """The documents stage.
+    """Run the documents stage, or resume it.
+
+    Args:
+        config: what is read and how it is cut.
+        stage: file of the stage.
+        rank, world_size: which part of how many.
 
     Raises:
-        DataError: input that cannot be read, or a worker that died.
+        DataError: the input cannot be read, or a worker died.
     """
-    # A document whose lines are not all there is cut again.
+    # A document with missing lines is cut again.
     last = _drop_unfinished(stage) if stage.records else -1
-    with stage, Progress("documents", None) as progress:
+    with stage, Progress("documents") as progress:
         for lines in _cut_all(config, _own_documents(config, rank, world_size, last + 1)):
             stage.append(lines)
-            progress.add(1, sum(line.get("tokens", 0) for line in lines))
+            progress.add(1, tokens=sum(line.get("tokens", 0) for line in lines))
     stage.finish()
 
 
 def _drop_unfinished(stage: Stage) -> int:
-    """Number of the last document whose lines are all there; others are cut off."""
+    """Drop the lines of an incomplete document; returns the number of the last complete one, or -1."""
     end = count = whole_end = whole_count = 0
     last = -1
     with open(stage.path, "rb+") as stream:
@@ -176,7 +197,7 @@ def _drop_unfinished(stage: Stage) -> int:
                 line = json.loads(raw)
                 is_last = line["part"] + 1 == line.get("parts", 1)
             except (ValueError, KeyError, TypeError):
-                raise DataError(f"{stage.path}: line {count + 1} is damaged; begin again with --restart") from None
+                raise DataError(f"{stage.path}: line {count + 1} is damaged; start again with --restart") from None
             end, count = end + len(raw), count + 1
             if is_last:
                 whole_end, whole_count, last = end, count, line["number"]
@@ -186,7 +207,7 @@ def _drop_unfinished(stage: Stage) -> int:
 
 
 def _cut_all(config: GenerationConfig, documents: Iterator[tuple[int, RawDocument]]) -> Iterator[list[Line]]:
-    """Lines of documents, in order, by as many processes as are asked for."""
+    """Lines of each document, in order, by ``workers`` processes."""
     workers = config.documents.workers
     if workers == 1:
         cutter = Cutter(config)
@@ -199,14 +220,13 @@ def _cut_all(config: GenerationConfig, documents: Iterator[tuple[int, RawDocumen
         with ProcessPoolExecutor(workers, context, _start_worker, (config,)) as pool:
             for number, raw in documents:
                 under_way.append(pool.submit(_cut, number, raw))
-                # Few at a time, so that memory stays flat.
-                if len(under_way) >= 4 * workers:
+                if len(under_way) >= _DOCUMENTS_PER_WORKER * workers:
                     yield under_way.popleft().result()
             while under_way:
                 yield under_way.popleft().result()
     except BrokenProcessPool:
         raise DataError(
-            "a worker process died (out of memory?); lower --workers; the same command goes on where it was"
+            f"one of {workers} workers died, probably out of memory; rerun with fewer --workers to resume"
         ) from None
 
 
@@ -216,14 +236,14 @@ def _cut_all(config: GenerationConfig, documents: Iterator[tuple[int, RawDocumen
 
 
 def ask(config: GenerationConfig, engine: Engine, lines: Sequence[Line]) -> list[Line]:
-    """Lines of the questions stage for lines of the documents stage: one turn for each chunk, or why there is none."""
+    """Lines of the questions stage for lines of the documents stage: a turn for each chunk, or the reason why not."""
     q, seed = config.questions, config.run.seed
-    told = q.question_prompt.format(count=q.questions_per_chunk)
-    sampling = Sampling(q.question_tokens, q.question_temperature, q.question_top_p)
+    instruction = q.question_prompt.format(count=q.questions_per_chunk)
+    sampling = Sampling(max_tokens=q.question_tokens, temperature=q.question_temperature, top_p=q.question_top_p)
     turns: list[list[Line | None]] = [[None] * len(line.get("chunks", ())) for line in lines]
     spent = [_Spent() for _ in lines]
     for attempt in range(q.question_tries):
-        # Chunks that have no turn yet, or one with a reason not to ask that another try may lift.
+        # Chunks without a turn, or without a usable question so far.
         open_ = [[i for i, t in enumerate(row) if t is None or "reason" in t] for row in turns]
         groups, owners = [], []
         for number, (line, places) in enumerate(zip(lines, open_, strict=True)):
@@ -232,69 +252,93 @@ def ask(config: GenerationConfig, engine: Engine, lines: Sequence[Line]) -> list
                 groups.append(
                     [
                         Prompt(
-                            (user_message(chunk_text(line, i), told),),
-                            seed_of(seed, line["id"], line["chunks"][i], "question", attempt),
+                            messages=(user_message(chunk_text(line, i), instruction),),
+                            seed=seed_of(seed, line["id"], line["chunks"][i], "question", attempt),
                         )
                         for i in places
                     ]
                 )
         if not groups:
             break
-        for number, replies in zip(owners, _timed(engine, groups, sampling, Rope(), spent, owners), strict=True):
+        replies_of = _timed(engine, groups, sampling, MODEL_ROPE, [spent[number] for number in owners])
+        for number, replies in zip(owners, replies_of, strict=True):
             for i, reply in zip(open_[number], replies, strict=True):
                 rng = rng_of(seed, lines[number]["id"], lines[number]["chunks"][i], "draw", attempt)
-                turns[number][i] = _turn(reply, config, told, rng)
+                turns[number][i] = _turn(reply, config, instruction, rng)
     return [_line_of(line, row, s) for line, row, s in zip(lines, turns, spent, strict=True)]
 
 
-def _turn(reply: Reply, config: GenerationConfig, told: str, rng: np.random.Generator) -> Line:
+def _turn(reply: Reply, config: GenerationConfig, instruction: str, rng: np.random.Generator) -> Line:
+    """A turn with one of the reply's questions, or the reason why not."""
     q = config.questions
     if reply.refused:
         return {"reason": "prompt_refused", "detail": reply.refused}
     found = questions_in(reply.text, q.question_pattern)
     if len(found) != q.questions_per_chunk:
-        return {"reason": "wrong_number_of_questions", "detail": f"{len(found)}: {reply.text[:300]}"}
+        return {"reason": "wrong_number_of_questions", "detail": f"{len(found)}: {reply.text[:DETAIL_CHARACTERS]}"}
     question = found[int(rng.integers(len(found)))]
     lead_in = q.lead_ins[int(rng.integers(len(q.lead_ins)))]
-    reason = why_not_ask(question, told, config.filters)
+    reason = why_not_ask(question, instruction, config.filters)
     if reason:
-        return {"reason": reason, "detail": question[:300]}
+        return {"reason": reason, "detail": question[:DETAIL_CHARACTERS]}
     return {"question": question, "instruction": lead_in + question}
 
 
 def answer_short(config: GenerationConfig, engine: Engine, lines: Sequence[tuple[Line, Line]]) -> list[Line]:
-    """Lines of the short stage: each turn's answer on its chunk (chosen)."""
-
-    def text(document: Line, turn: int) -> str:
-        return chunk_text(document, turn)
-
-    return _answer(config, engine, [(d, q, None) for d, q in lines], text, "short", Rope())
+    """Lines of the short stage: an answer to each turn on its chunk (chosen)."""
+    a = config.answers
+    return _answer(
+        config,
+        engine,
+        [(document, questions, None) for document, questions in lines],
+        stage="short",
+        text_of=chunk_text,
+        sampling=Sampling(max_tokens=a.answer_tokens, temperature=a.answer_temperature, top_p=a.answer_top_p),
+        rope=MODEL_ROPE,
+    )
 
 
 def answer_long(config: GenerationConfig, engine: Engine, lines: Sequence[tuple[Line, Line, Line]]) -> list[Line]:
-    """Lines of the long stage: each turn's answer on the whole document (rejected), if its turn can still be kept."""
+    """Lines of the long stage: an answer on the whole document (rejected) to each turn that may still be kept."""
     a = config.answers
     numbers = {
         "factor": a.rotary_scaling_factor,
         "original_max_position_embeddings": a.original_max_position_embeddings,
     }
     scaling = None if a.rope_type is None else {"rope_type": a.rope_type, **{k: v for k, v in numbers.items() if v}}
-
-    def text(document: Line, _turn: int) -> str:
-        return str(document["text"])
-
-    return _answer(config, engine, lines, text, "long", Rope(a.rotary_base, scaling))
+    max_tokens, temperature, top_p = config.long_sampling
+    return _answer(
+        config,
+        engine,
+        lines,
+        stage="long",
+        text_of=lambda document, _turn: str(document["text"]),
+        sampling=Sampling(max_tokens=max_tokens, temperature=temperature, top_p=top_p),
+        rope=Rope(base=a.rotary_base, scaling=scaling),
+    )
 
 
 def _answer(
     config: GenerationConfig,
     engine: Engine,
     lines: Sequence[tuple[Line, Line, Line | None]],
-    text: Callable[[Line, int], str],
-    stage: str,
+    *,
+    stage: Literal["short", "long"],
+    text_of: Callable[[Line, int], str],
+    sampling: Sampling,
     rope: Rope,
 ) -> list[Line]:
-    a, seed = config.answers, config.run.seed
+    """Answer the turns of some documents.
+
+    Args:
+        config: filters and seed.
+        engine: who answers.
+        lines: for each document its lines of the stages documents, questions and, in the long stage, short.
+        stage: stage whose lines are made.
+        text_of: text on which a turn of a document is answered.
+        sampling: how to decode.
+        rope: RoPE of the engine.
+    """
     turns: list[list[Line | None]] = []
     groups, owners, places = [], [], []
     for number, (document, questions, short) in enumerate(lines):
@@ -313,47 +357,47 @@ def _answer(
             groups.append(
                 [
                     Prompt(
-                        (user_message(text(document, i), questions["turns"][i]["instruction"]),),
-                        seed_of(seed, document["id"], document["chunks"][i], stage),
+                        messages=(user_message(text_of(document, i), questions["turns"][i]["instruction"]),),
+                        seed=seed_of(config.run.seed, document["id"], document["chunks"][i], stage),
                     )
                     for i in asked
                 ]
             )
     spent = [_Spent() for _ in lines]
-    usual = (a.answer_tokens, a.answer_temperature, a.answer_top_p)
-    sampling = Sampling(*(usual if stage == "short" else config.long_sampling))
-    replies = _timed(engine, groups, sampling, rope, spent, owners) if groups else []
-    for number, asked, row_replies in zip(owners, places, replies, strict=True):
-        for i, reply in zip(asked, row_replies, strict=True):
+    replies_of = _timed(engine, groups, sampling, rope, [spent[number] for number in owners]) if groups else []
+    for number, asked, replies in zip(owners, places, replies_of, strict=True):
+        for i, reply in zip(asked, replies, strict=True):
             turns[number][i] = _answered(reply, config, stage)
     return [_line_of(d, row, s) for (d, _, _), row, s in zip(lines, turns, spent, strict=True)]
 
 
-def _answered(reply: Reply, config: GenerationConfig, stage: str) -> Line:
+def _answered(reply: Reply, config: GenerationConfig, stage: Literal["short", "long"]) -> Line:
+    """An answered turn, with the reason if it is already known that it will not be kept."""
     side = "chosen" if stage == "short" else "rejected"
     f = config.filters
     line: Line = {"text": reply.text, "prompt_tokens": reply.prompt_tokens, "new_tokens": reply.new_tokens}
     if reply.refused:
         return {**line, "reason": "prompt_refused", "detail": reply.refused}
     if not reply.finished and not f.keep_truncated:
-        return {**line, "reason": f"truncated_{side}", "detail": reply.text[:300]}
+        return {**line, "reason": f"truncated_{side}", "detail": reply.text[:DETAIL_CHARACTERS]}
     if stage == "short":
-        # No long document is read for an answer that will not be kept.
+        # Saves reading the long document for a turn that will not be kept.
         if not reply.text:
             return {**line, "reason": "empty_chosen"}
         if is_refusal(reply.text, f):
-            return {**line, "reason": "refusal_chosen", "detail": reply.text[:300]}
+            return {**line, "reason": "refusal_chosen", "detail": reply.text[:DETAIL_CHARACTERS]}
         if reply.prompt_tokens + reply.new_tokens > f.short_seq_length:
             return {**line, "reason": "short_row_too_long", "detail": str(reply.prompt_tokens + reply.new_tokens)}
     return line
 
 
+@dataclass
 class _Spent:
-    """Tokens and seconds of a line."""
+    """Tokens and seconds that a line took."""
 
-    def __init__(self) -> None:
-        self.prompt = self.new = 0
-        self.seconds = 0.0
+    prompt_tokens: int = 0
+    new_tokens: int = 0
+    seconds: float = 0.0
 
 
 def _timed(
@@ -362,16 +406,16 @@ def _timed(
     sampling: Sampling,
     rope: Rope,
     spent: Sequence[_Spent],
-    owners: Sequence[int],
 ) -> list[list[Reply]]:
+    """Answer groups of prompts, and add what each group took to its entry of ``spent``; time is divided equally."""
     began = time.monotonic()
-    replies = engine.answer(groups, sampling, rope)
+    replies_of = engine.answer(groups, sampling, rope)
     share = (time.monotonic() - began) / len(groups)
-    for number, row in zip(owners, replies, strict=True):
-        spent[number].prompt += sum(r.prompt_tokens for r in row)
-        spent[number].new += sum(r.new_tokens for r in row)
-        spent[number].seconds += share
-    return replies
+    for entry, replies in zip(spent, replies_of, strict=True):
+        entry.prompt_tokens += sum(r.prompt_tokens for r in replies)
+        entry.new_tokens += sum(r.new_tokens for r in replies)
+        entry.seconds += share
+    return replies_of
 
 
 def _line_of(document: Line, turns: Sequence[Line | None], spent: _Spent) -> Line:
@@ -379,13 +423,14 @@ def _line_of(document: Line, turns: Sequence[Line | None], spent: _Spent) -> Lin
         "number": document["number"],
         "part": document["part"],
         "turns": list(turns),
-        "prompt_tokens": spent.prompt,
-        "new_tokens": spent.new,
+        "prompt_tokens": spent.prompt_tokens,
+        "new_tokens": spent.new_tokens,
         "seconds": round(spent.seconds, 3),
     }
 
 
 def chunk_text(document: Line, turn: int) -> str:
+    """Text of a turn's chunk."""
     start, end, _ = document["chunks"][turn]
     return str(document["text"][start:end])
 
@@ -398,7 +443,13 @@ def chunk_text(document: Line, turn: int) -> str:
 def stage_identities(
     config: GenerationConfig, engine_identity: dict[str, Any], files: Any
 ) -> dict[str, dict[str, Any]]:
-    """What makes the lines of each stage what they are."""
+    """Everything that determines the lines of each stage.
+
+    Args:
+        config: the configuration.
+        engine_identity: identity of the engine.
+        files: names, sizes and domains of the input files.
+    """
     c = config.as_dict()
     own = {k: v for k, v in c["documents"].items() if k not in ("documents", "workers")}
     e = config.engine
@@ -418,11 +469,17 @@ def stage_identities(
 
 
 def make_part(config: GenerationConfig, engine: Engine, rank: int, world_size: int, *, restart: bool = False) -> None:
-    """All stages of one part, from where they are.
+    """Run all stages of one part, or resume them.
+
+    Args:
+        config: the configuration.
+        engine: who asks and answers.
+        rank, world_size: which part of how many.
+        restart: delete what an earlier run made of this part.
 
     Raises:
-        DataError: unreadable input, stages of other settings, another process at the same part.
-        LongPOError: what the engine cannot do.
+        DataError: the input cannot be read, the stages were made with other settings, or another process works on this part.
+        LongPOError: the engine cannot answer.
     """
     assert config.run.output is not None
     output = Path(config.run.output)
@@ -433,90 +490,78 @@ def make_part(config: GenerationConfig, engine: Engine, rank: int, world_size: i
         if restart:
             for path in folder.iterdir():
                 path.unlink()
-        files = [[f.name, f.stat().st_size, domain] for f, domain in _files(config)]
+        inputs = find_files(config.documents.documents, config.documents.domain)
+        files = [[path.name, path.stat().st_size, domain] for path, domain in inputs]
+        # Raises where languages cannot be recognised; merging, hours later, would be too late.
         LanguageFilter(config.filters.languages, config.filters.min_language_probability)
         identities = stage_identities(config, engine.identity, files)
         stages = {name: Stage(folder, name, identities[name]) for name in STAGES}
         write_atomically(work_folder(output) / "run.yaml", config.as_yaml().encode())
         if not stages["documents"].finished:
             cut_documents(config, stages["documents"], rank, world_size)
-        _run(stages, "questions", ("documents",), engine, lambda rows: ask(config, engine, [r[0] for r in rows]))
-        _run(
-            stages,
-            "short",
-            ("documents", "questions"),
-            engine,
-            lambda rows: answer_short(config, engine, rows),
-        )
-        _run(
-            stages,
-            "long",
-            ("documents", "questions", "short"),
-            engine,
-            lambda rows: answer_long(config, engine, rows),
-        )
-
-
-def _files(config: GenerationConfig) -> list[tuple[Path, Any]]:
-    return find_files(config.documents.documents, config.documents.domain)
+        _run(stages, "questions", engine, lambda rows: ask(config, engine, [document for (document,) in rows]))
+        _run(stages, "short", engine, lambda rows: answer_short(config, engine, rows))
+        _run(stages, "long", engine, lambda rows: answer_long(config, engine, rows))
 
 
 def _refuse_another_split(output: Path, world_size: int, *, restart: bool) -> None:
     others = {p.name.split("-of-")[1] for p in part_folders(output)} - {f"{world_size:02d}"}
     if others and not restart:
         raise DataError(
-            f"{work_folder(output)}: holds a run split in {int(min(others))} parts, not {world_size}; give that "
-            "--world-size to go on, another --output, or --restart to begin again"
+            f"{work_folder(output)}: holds a run split in {int(min(others))} parts, not {world_size}; use that "
+            "--world-size to resume, another --output, or --restart to start again"
         )
     if restart:
-        import shutil
-
         for old in part_folders(output):
             if old.name.split("-of-")[1] in others:
                 shutil.rmtree(old, ignore_errors=True)
 
 
-def _run(
-    stages: dict[str, Stage],
-    name: str,
-    before: Sequence[str],
-    engine: Engine,
-    work: Callable[[list[Any]], list[Line]],
-) -> None:
-    """One stage after those before it, a few documents at a time."""
+def _run(stages: dict[str, Stage], name: str, engine: Engine, work: Callable[[list[Any]], list[Line]]) -> None:
+    """Run a stage, or resume it, some documents at a time.
+
+    Args:
+        stages: all stages.
+        name: stage to run.
+        engine: decides how many documents are worked on together.
+        work: makes the lines of documents from their lines in the stages before.
+    """
     stage = stages[name]
     if stage.finished:
         return
+    before = STAGES[: STAGES.index(name)]
     total = stages["documents"].records
     rows: Iterable[tuple[Line, ...]] = zip(*(read_lines(stages[b].path) for b in before), strict=True)
-    batches = _document_batches(rows, engine.document_batch)
     if engine.document_batch == 1:
-        batches = _batched((row for batch in batches for row in batch), engine.groups_at_once, stage.records)
+        batches = _batched(rows, engine.groups_at_once, skip=stage.records)
     else:
-        batches = _undone(batches, stage)
+        batches = _undone(_document_batches(rows, engine.document_batch), stage)
+    # Before the stage is opened and counted: lines of an incomplete batch are dropped on the way to the first one.
+    first = list(itertools.islice(batches, 1))
     with stage, Progress(name, total, done=stage.records) as progress:
-        for batch in batches:
+        for batch in itertools.chain(first, batches):
             lines = work(batch)
             stage.append(lines)
-            progress.add(len(lines), sum(line["prompt_tokens"] + line["new_tokens"] for line in lines))
+            progress.add(len(lines), tokens=sum(line["prompt_tokens"] + line["new_tokens"] for line in lines))
     assert stage.records == total
     stage.finish()
 
 
-def _batched(rows: Iterable[Any], size: int, skip: int) -> Iterator[list[Any]]:
+def _batched(rows: Iterable[Any], size: int, *, skip: int) -> Iterator[list[Any]]:
+    """Rows from number ``skip`` on, ``size`` at a time."""
     iterator = itertools.islice(rows, skip, None)
     while batch := list(itertools.islice(iterator, size)):
         yield batch
 
 
 def _document_batches(rows: Iterable[tuple[Line, ...]], size: int) -> Iterator[list[Any]]:
-    """Rows of the documents that are answered together."""
+    """Rows grouped by the documents that are answered together."""
     for _, group in itertools.groupby(rows, key=lambda row: row[0]["number"] // size):
         yield list(group)
 
 
 def _undone(batches: Iterator[list[Any]], stage: Stage) -> Iterator[list[Any]]:
-    """Windows that are not all there; of one that a kill cut, the lines that are there go too."""
+    """Batches whose lines are not all in the stage; lines of an incomplete batch are dropped, and made again."""
     done = 0
     for batch in batches:
         if done + len(batch) <= stage.records:

@@ -1,4 +1,4 @@
-"""Stages of pair generation on disk: append-only files of lines with manifests, one folder a part of a run."""
+"""Stages of pair generation on disk: append-only files of JSON lines with manifests, in one folder per part of a run."""
 
 from __future__ import annotations
 
@@ -8,26 +8,40 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 from megatron_longpo.errors import DataError
 from megatron_longpo.runtime.files import write_atomically
 
 STAGES = ("documents", "questions", "short", "long")
 _SCHEMA_VERSION = 1
+# Lines between two syncs to the disk.
 _SYNC_EVERY = 256
+_BRIEF_CHARACTERS = 120
 Line = dict[str, Any]
 
 
+class DocumentLines(NamedTuple):
+    """Lines of one document in all stages."""
+
+    document: Line
+    questions: Line
+    short: Line
+    long: Line
+
+
 def work_folder(output: Path) -> Path:
+    """Folder of a run's stages, beside its output."""
     return output.with_name(output.name + ".work")
 
 
 def part_folder(output: Path, rank: int, world_size: int) -> Path:
+    """Folder of one part of a run."""
     return work_folder(output) / f"part-{rank:02d}-of-{world_size:02d}"
 
 
 def part_folders(output: Path) -> list[Path]:
+    """Folders of the parts that exist, of whatever split."""
     return sorted(p for p in work_folder(output).glob("part-*") if re.fullmatch(r"part-\d+-of-\d+", p.name))
 
 
@@ -35,17 +49,18 @@ class Stage:
     """An append-only file of JSON lines with a manifest.
 
     Args:
-        folder: of the part.
-        name: of the stage.
-        identity: what makes its lines what they are.
+        folder: folder of the part.
+        name: name of the stage.
+        identity: everything that determines the lines.
 
     Raises:
-        DataError: the file was made with something else.
+        DataError: the file was made with another identity, or is damaged.
     """
 
     def __init__(self, folder: Path, name: str, identity: dict[str, Any]) -> None:
         self.path = folder / f"{name}.jsonl"
         self.manifest_path = folder / f"{name}.manifest.json"
+        # Through JSON, so that it compares equal to what is read back.
         self.name, self.identity = name, json.loads(json.dumps(identity))
         self.finished = False
         if self.manifest_path.exists():
@@ -57,7 +72,7 @@ class Stage:
         self.records = 0 if not self.path.exists() else self._whole_lines()
         if self.finished and self.records != manifest.get("records"):
             raise DataError(
-                f"{self.path}: has {self.records} lines and was finished with {manifest.get('records')}; begin again with "
+                f"{self.path}: has {self.records} lines, its manifest says {manifest.get('records')}; start again with "
                 "--restart"
             )
 
@@ -66,7 +81,7 @@ class Stage:
             if before.get(key) != self.identity.get(key):
                 raise DataError(
                     f"{self.path}: was made with {key}={brief(before.get(key))}, now it is {brief(self.identity.get(key))}; "
-                    "give the same to go on, another --output, or --restart to begin again"
+                    "use the old value to resume, another --output, or --restart to start again"
                 )
 
     def _write_manifest(self) -> None:
@@ -80,7 +95,7 @@ class Stage:
         write_atomically(self.manifest_path, json.dumps(content, indent=2).encode() + b"\n")
 
     def _whole_lines(self) -> int:
-        """Lines that are whole; what a kill left of the last one of an unfinished file is cut off."""
+        """Number of whole lines; a partial last line that a kill left in an unfinished file is cut off."""
         count, end = 0, 0
         with open(self.path, "rb+") as stream:
             for raw in stream:
@@ -96,12 +111,12 @@ class Stage:
         self._unsynced = 0
         return self
 
-    def __exit__(self, kind: Any, *_: Any) -> None:
+    def __exit__(self, *_: object) -> None:
         os.fsync(self._stream.fileno())
         self._stream.close()
 
     def append(self, lines: Sequence[Line]) -> None:
-        """Add lines, in one write."""
+        """Add lines, in one write if the system takes them at once."""
         if not lines:
             return
         raw = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
@@ -115,7 +130,7 @@ class Stage:
             self._unsynced = 0
 
     def drop_after(self, records: int) -> None:
-        """Cut all lines off but the first so many."""
+        """Keep only the first ``records`` lines."""
         end = 0
         with open(self.path, "rb+") as stream:
             for raw in itertools.islice(stream, records):
@@ -124,37 +139,37 @@ class Stage:
         self.records = records
 
     def finish(self) -> None:
-        """Say that no line will follow."""
+        """Record in the manifest that the stage is complete."""
         self.finished = True
         self._write_manifest()
 
 
 def read_stage_manifest(path: Path) -> dict[str, Any]:
-    """Manifest of a stage.
+    """Read the manifest of a stage.
 
     Raises:
-        DataError: damaged, or of another version.
+        DataError: it is damaged, or of another version.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         if content["schema_version"] == _SCHEMA_VERSION and "identity" in content and "finished" in content:
             return dict(content)
-        problem = "is of another version"
+        problem = f"has another schema version than {_SCHEMA_VERSION}, or lacks a key"
     except (OSError, ValueError, KeyError, TypeError) as error:
         problem = f"cannot be read ({error})"
-    raise DataError(f"{path}: {problem}; begin again with --restart")
+    raise DataError(f"{path}: {problem}; start again with --restart")
 
 
 def read_lines(path: Path, skip: int = 0) -> Iterator[Line]:
-    """Lines of a stage from ``skip`` on.
+    """Lines of a stage from number ``skip`` on.
 
     Raises:
-        DataError: a line that is not JSON.
+        DataError: a line is not a JSON object.
     """
     try:
         stream = open(path, "rb")  # noqa: SIM115
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error}); begin again with --restart") from None
+        raise DataError(f"{path}: cannot be read ({error}); start again with --restart") from None
     with stream:
         for number, raw in enumerate(stream):
             if number < skip:
@@ -165,9 +180,10 @@ def read_lines(path: Path, skip: int = 0) -> Iterator[Line]:
                     raise ValueError("not an object")
                 yield line
             except ValueError as error:
-                raise DataError(f"{path}: line {number + 1} is damaged ({error}); begin again with --restart") from None
+                raise DataError(f"{path}: line {number + 1} is damaged ({error}); start again with --restart") from None
 
 
 def brief(value: Any) -> str:
+    """A value as JSON, shortened for a message."""
     text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 120 else text[:117] + "..."
+    return text if len(text) <= _BRIEF_CHARACTERS else text[: _BRIEF_CHARACTERS - 3] + "..."

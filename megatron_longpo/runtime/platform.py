@@ -13,14 +13,12 @@ import ctypes
 import functools
 import gc
 import importlib
-import logging
 import os
 import platform as os_platform
 import re
 import resource
 import sys
 import types
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +27,7 @@ from typing import Any, Literal
 import torch
 
 from megatron_longpo.errors import PlatformError
+from megatron_longpo.runtime.quiet import quiet_libraries
 
 _VARIABLE = "MEGATRON_LONGPO_PLATFORM"
 
@@ -309,34 +308,15 @@ class _TorchOnCpu(types.ModuleType):
         return self._wrapped[name]
 
 
-@contextlib.contextmanager
-def _without_warnings() -> Iterator[None]:
-    """Around the first import of megatron-core, which warns five times that Apex and Transformer Engine are missing.
-
-    Neither is needed: on the CPU both are always missing, and on CUDA the log names the layers and kernels that were chosen.
-    Warning filters do not help, since a module that is imported on the way resets them.
-    """
-    warn, warnings.warn = warnings.warn, _answering(None)  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        warnings.warn = warn
-
-
-def _import_megatron() -> None:
-    importlib.import_module("megatron.core.models.gpt")
-    importlib.import_module("megatron.core.optimizer")
-
-
 def _patch_megatron_for_cpu() -> None:
     """Patches of megatron-core itself, for the CPU. Each seen needed with 0.16.1 and 0.19.2."""
     # Fused functions are torch.compile'd as their modules are imported, and compiling them needs a C++ compiler and
     # minutes. The fuser's switch sits in the very package whose import decorates them, hence the detour.
     compile_, torch.compile = torch.compile, lambda function=None, **_: function  # type: ignore[assignment]
     try:
-        with _without_warnings():
-            importlib.import_module("megatron.core.jit").disable_jit_fuser()
-            _import_megatron()
+        importlib.import_module("megatron.core.jit").disable_jit_fuser()
+        importlib.import_module("megatron.core.models.gpt")
+        importlib.import_module("megatron.core.optimizer")
     finally:
         torch.compile = compile_  # type: ignore[assignment]
 
@@ -487,39 +467,11 @@ def _install(platform: Platform) -> Platform:
         _patch_megatron_for_cpu()
     else:
         _tune_cuda_allocator()
-        with _without_warnings():
-            _import_megatron()
     _patch_megatron_everywhere()
     return platform
 
 
-def _quiet() -> None:
-    """Pass over what libraries say of one another's deprecations at every start; errors and our own lines remain."""
-    for message in (
-        "full scope is deprecated",
-        "Please use DTensor instead",
-        "`load_state_dict` is deprecated",
-        "`torch.distributed.reduce_op` is deprecated",
-        "torch.distributed is disabled, unavailable or uninitialized",
-        "`torch.distributed.reduce_scatter_tensor` is deprecated",
-        "`torch.distributed.all_gather_into_tensor` is deprecated",
-        "`torch.distributed._reduce_scatter_base` is deprecated",
-        "`torch.distributed._all_gather_base` is deprecated",
-        "The .grad attribute of a Tensor that is not a leaf",
-        "If you are using transformer_engine as the transformer implementation",
-        "barrier(): using the device under current context",
-        "The argument order of load has been changed",
-    ):
-        warnings.filterwarnings("ignore", message=f".*{re.escape(message)}")
-    for name in (
-        "megatron.core.rerun_state_machine",
-        "megatron.core.models.gpt.gpt_model",
-        "megatron.core.transformer",
-    ):
-        logging.getLogger(name).setLevel(logging.ERROR)
-
-
-_quiet()
+quiet_libraries()
 CURRENT: Platform = _install(_resolve())
 
 

@@ -8,7 +8,9 @@ import json
 import random
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
+from html.parser import HTMLParser
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,7 @@ from megatron_longpo.errors import ConfigError, DataError
 from megatron_longpo.generation.chunks import group_units, take_units, units_of
 from megatron_longpo.generation.filters import LanguageFilter, is_repetitive, questions_in, why_not_ask, why_not_keep
 from megatron_longpo.generation.pairs import Cutter
+from megatron_longpo.generation.report import Report
 from megatron_longpo.generation.settings import (
     AnswersConfig,
     DocumentsConfig,
@@ -37,7 +40,7 @@ from megatron_longpo.generation.settings import (
     RunConfig,
     check,
 )
-from megatron_longpo.generation.stages import Stage, read_lines
+from megatron_longpo.generation.stages import DocumentLines, Line, Stage, read_lines
 from megatron_longpo.runtime import platform
 from megatron_longpo.text.documents import DOMAINS, RawDocument, find_files
 from tests.support.launch import ROOT
@@ -274,7 +277,7 @@ def test_languages() -> None:
     assert LanguageFilter([], 0.5).passes(german)
     only = LanguageFilter(["en"], 0.5)
     assert only.passes(english, "Yes.") and not only.passes(english, german)
-    with pytest.raises(ConfigError, match="languages=qq is no code"):
+    with pytest.raises(ConfigError, match="languages=qq is not a known code"):
         LanguageFilter(["qq"], 0.5)
 
 
@@ -300,8 +303,67 @@ def test_a_stage_goes_on_after_its_last_whole_line(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="made with a=1, now it is 2"):
         Stage(tmp_path, "short", {"a": 2})
     stage.manifest_path.write_text("{")
-    with pytest.raises(DataError, match="begin again with --restart"):
+    with pytest.raises(DataError, match="start again with --restart"):
         Stage(tmp_path, "short", {"a": 1})
+
+
+# --------------------------------------------------------------------------------------------------
+# Report
+# --------------------------------------------------------------------------------------------------
+
+HOSTILE = """<script>alert("1")</script> & 'quoted' <img src=x onerror=alert(1)> </pre></details> {{ 7 * 7 }} \ud800"""
+
+
+class _Page(HTMLParser):
+    """Elements, attributes and text of a page, as a browser reads them."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags: Counter[str] = Counter()
+        self.attributes: set[str] = set()
+        self.text = ""
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags[tag] += 1
+        self.attributes |= {name for name, _ in attrs}
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def _report_page(text: str) -> str:
+    """Page of a run whose every piece of foreign text is ``text``."""
+    report = Report(num_samples=5, seed=0)
+    context = f"{text}\n\n{text} chunk {text}\n\n{text}"
+    document: Line = {
+        "number": 0,
+        "part": 0,
+        "id": "id",
+        "name": text,
+        "domain": "book",
+        "tokens": 1234,
+        "text": context,
+        "chunks": [[0, len(text), 12]],
+    }
+    spent = {"prompt_tokens": 10, "new_tokens": 4, "seconds": 2.0}
+    answered = {**spent, "turns": [{"text": text, "prompt_tokens": 5, "new_tokens": 2}]}
+    lines = DocumentLines(document, {**spent, "turns": [{"question": text}]}, answered, answered)
+    turn = {"instruction": text, "short_context": text, "chosen": text, "rejected": text}
+    report.add(lines, {"id": text, "context": context, "turns": [turn]}, [{"reason": text}])
+    return report.as_html(f"output: {text}")
+
+
+def test_a_report_shows_hostile_text_and_runs_none_of_it() -> None:
+    harmless, page = _report_page("plain"), _report_page(HOSTILE)
+    found, expected = _Page(page), _Page(harmless)
+    assert found.tags == expected.tags and found.attributes == expected.attributes, "text adds no element"
+    assert "script" not in found.tags and "onerror" not in found.attributes
+    # Reason, document, instruction, both answers, chunk and configuration in full; beginnings in the outline.
+    assert found.text.count(HOSTILE) == 7
+    assert found.text.count(HOSTILE[:80]) == 10
+    assert "1,234 tokens, 1 turn(s)" in found.text and "{{ 7 * 7 }}" in page and "49" not in found.text
+    assert page.count("<mark>") == 1 and "left:0.00%" in page
 
 
 # --------------------------------------------------------------------------------------------------

@@ -1,15 +1,14 @@
-"""Configuration: dataclasses by section, read from YAML and flags, checked before any process group is made.
+"""Configuration of a training run: dataclasses by section, read from YAML and flags, checked before any process group is made.
 
-A field has Megatron-LM's argument name wherever Megatron-LM has the argument; its flag is that name without a section
-prefix. Precedence: flag, then YAML, then the default written here. Unknown keys are refused.
+A field has the name of Megatron-LM's argument wherever Megatron-LM has one; its flag is that name without a section prefix.
+Precedence: flag, then YAML, then the default written here. Unknown keys are refused. The range of a number is in its
+annotation (``schema.py``); rules that concern several fields are in the functions below the sections.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,28 +18,33 @@ import tyro
 import yaml
 
 from megatron_longpo.errors import ConfigError
+from megatron_longpo.schema import Count, PositiveFloat, Range, check_ranges, convert_fields, kind_of, nearest
+
+RECOMPUTE_MODULES = ("core_attn", "mlp", "mlp_up")
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """What is trained on."""
+    """The data that the model is trained on."""
 
     data_path: str | None = None
-    """Prefix of the indexed binaries (PREFIX.bin, PREFIX.idx, PREFIX.json)."""
+    """Path prefix of the indexed binaries (PREFIX.bin, PREFIX.idx, PREFIX.json)."""
     valid_data_path: str | None = None
-    """Prefix of held-out data. They are evaluated every eval_interval steps and at the end: OUTPUT/validation.jsonl."""
+    """Path prefix of held-out data, evaluated every eval_interval steps and after the last one. Results go to
+    OUTPUT/validation.jsonl."""
     shuffle: bool = True
-    """Shuffle the samples of each epoch by seed; off: file order."""
+    """Shuffle the samples of each epoch by the seed. Off: file order."""
     turns: Literal["chained", "independent"] = "chained"
-    """chained: the turns of a sample are one dialogue (the released code); independent: each turn alone on the document
-    (the paper's Eq. 13)."""
+    """chained: the turns of a sample form one dialogue (the released code); independent: each turn stands on the document by
+    itself (the paper's Eq. 13)."""
     prefix_sharing: bool = True
-    """Compute what the rows of a sample share once. Off: every row whole (same numbers, more work)."""
-    seq_length: int | None = None
-    """Longest row in tokens that is accepted, both rows of a sample; longer samples are refused at start. Default: no
-    limit but the model's rotary range is the user's choice (see rotary_base)."""
+    """Compute what the rows of a sample have in common once. Off: compute every row in full, for the same numbers at a higher
+    cost."""
+    seq_length: Count | None = None
+    """Longest row of a sample, in tokens; data with longer ones are refused at the start. Default: no limit, and staying within
+    the model's rotary range is up to you (see rotary_base)."""
     verify_data: bool = True
-    """Check the checksums of the binaries at start."""
+    """Verify the checksums of the binaries at the start."""
 
 
 @dataclass(frozen=True)
@@ -48,129 +52,146 @@ class ObjectiveConfig:
     """The loss."""
 
     objective: Literal["longpo", "dpo", "sft"] = "longpo"
-    """longpo: preference_weight * preference loss against the short-context reference + NLL; dpo: preference loss
+    """longpo: preference_weight times the preference loss against the short-context reference, plus NLL; dpo: preference loss
     against the reference on the long rows; sft: NLL of the chosen rows."""
-    beta: float = 0.1
-    """Strength of the constraint to the reference (paper 0.1, released script 0.01)."""
-    preference_weight: float = 0.01
-    """Lambda, the weight of the preference term in longpo (paper and script 0.01)."""
+    beta: Annotated[float, Range(gt=0, fix="the paper uses 0.1")] = 0.1
+    """Strength of the constraint to the reference (0.1 in the paper, 0.01 in the released script)."""
+    preference_weight: Annotated[float, Range(ge=0, fix="the paper uses 0.01")] = 0.01
+    """Weight of the preference term in longpo, the paper's lambda (0.01 in the paper and the released script)."""
     nll_scope: Literal["sequence", "response"] = "sequence"
-    """sequence: the NLL is the mean over the whole long chosen sequence, document included; response: over its
-    responses."""
+    """sequence: NLL is the mean over the whole long chosen sequence, document included; response: over its responses only."""
     loss_type: Literal["sigmoid", "ipo", "hinge"] = "sigmoid"
     """Form of the preference loss."""
-    label_smoothing: float = 0.0
-    """Probability that a preference is the wrong way round (sigmoid only)."""
+    label_smoothing: Annotated[float, Range(ge=0, lt=0.5, fix="0 turns it off")] = 0.0
+    """Probability that the two answers of a pair are swapped (loss_type=sigmoid only)."""
 
 
 @dataclass(frozen=True)
 class ReferenceConfig:
-    """The frozen reference."""
+    """The frozen reference model."""
 
     reference: Literal["cached", "online"] = "cached"
-    """cached: log-probs are computed once, with the initial weights, and kept beside the data; online: in every step."""
+    """cached: log-probs are computed once, with the initial weights, and stored with the data; online: in every step."""
     reference_load: str | None = None
-    """Checkpoint of the reference. Default: the one of --load."""
+    """Checkpoint of the reference. Default: that of --load."""
     reference_model: Literal["swapped", "resident"] = "swapped"
-    """Online only. swapped: the initial weights wait in host memory and change places with the policy's; resident: a
-    second model."""
-    reference_rotary_base: float | None = None
-    """RoPE theta of the reference. Default: its checkpoint's own."""
+    """For reference=online. swapped: the initial weights wait in host memory and trade places with the policy's; resident: the
+    reference is a second model on the device."""
+    reference_rotary_base: PositiveFloat | None = None
+    """RoPE theta of the reference. Default: its checkpoint's."""
     reference_cache: str | None = None
-    """Folder of the cached log-probs. Default: PREFIX.reference beside the data."""
-    reference_max_tokens: int = 16384
-    """Short rows are packed into sequences of at most this many tokens (a longer row is a sequence of its own)."""
+    """Folder of the cached log-probs. Default: PREFIX.reference, next to the data."""
+    reference_max_tokens: Count = 16384
+    """Short rows are packed into sequences of at most this many tokens; a longer row is a sequence by itself."""
 
 
 @dataclass(frozen=True)
-class ModelConfig:
-    """What may be set of the model; its shape comes from the checkpoint."""
+class RopeChanges:
+    """Changes to a model's RoPE and to its longest context. Default: as the model is."""
 
-    rotary_base: float | None = None
+    rotary_base: PositiveFloat | None = None
     """RoPE theta of the policy (paper: 1e7). Default: the checkpoint's."""
     rope_type: Literal["default", "linear", "llama3", "yarn"] | None = None
-    """Another RoPE scaling for the policy, with the numbers below by Hugging Face's names; default: none at all. The
-    reference keeps its checkpoint's. Not given: the checkpoint's."""
+    """RoPE scaling of the policy, with the numbers below, which have Hugging Face's names; `default` is no scaling. Default: the
+    checkpoint's. The reference always keeps its checkpoint's."""
     rotary_scaling_factor: float | None = None
-    """The scaling's factor (linear, llama3, yarn)."""
+    """Factor of the scaling (linear, llama3, yarn)."""
     original_max_position_embeddings: int | None = None
-    """Context before scaling (llama3, yarn). Default: that of the checkpoint's own scaling, else its longest."""
+    """Context length before scaling, in tokens (llama3, yarn). Default: that of the checkpoint's own scaling, else its
+    longest."""
     attention_factor: float | None = None
-    """Scale of cosines and sines (yarn). Default: from the factor."""
+    """Scale of cosines and sines (yarn). Default: derived from the factor."""
     beta_fast: float | None = None
+    """Rotations within the original context above which a channel is kept (yarn)."""
     beta_slow: float | None = None
-    """Rotations within the original context above which channels are kept and below which they are stretched (yarn)."""
+    """Rotations within the original context below which a channel is stretched (yarn)."""
     low_freq_factor: float | None = None
+    """Rotations within the original context below which a channel is stretched (llama3)."""
     high_freq_factor: float | None = None
-    """The same bounds of llama3."""
-    max_position_embeddings: int | None = None
-    """Longest context that the trained model claims when exported. Default: the checkpoint's, or seq_length where that
-    is longer."""
-    make_vocab_size_divisible_by: int = 128
-    """The vocabulary is padded to a multiple of this times the tensor-parallel size. Padding is never computed with."""
+    """Rotations within the original context above which a channel is kept (llama3)."""
+    max_position_embeddings: Count | None = None
+    """Longest context, in tokens, that the exported model claims. Default: the checkpoint's, or seq_length if that is
+    longer."""
+
+
+@dataclass(frozen=True)
+class ModelConfig(RopeChanges):
+    """What can be set about the model; its shape comes from the checkpoint."""
+
+    make_vocab_size_divisible_by: Count = 128
+    """The vocabulary is padded to a multiple of this times the tensor-parallel size. Padding never takes part in a result."""
     attention_backend: Literal["auto", "flash", "fused", "memory_efficient", "unfused"] = "auto"
-    """Attention kernels. auto: flash for bf16, memory_efficient for fp32 on CUDA, and says which; flash: FlashAttention as
-    torch carries it; fused: cuDNN (CUDA); memory_efficient: torch's cutlass kernels (CUDA); unfused: the plain formula, slow."""
-    logprob_chunk_bytes: int | None = None
-    """Memory for the logits of one chunk of tokens. Default: 128 MiB on the CPU, 1 GiB on CUDA."""
+    """Attention kernels. auto: flash for bf16, memory_efficient for fp32 on CUDA, and the log says which; flash: torch's own
+    FlashAttention; fused: cuDNN (CUDA); memory_efficient: torch's cutlass kernels (CUDA); unfused: the plain formula, slow."""
+    logprob_chunk_bytes: Count | None = None
+    """Memory for the logits of one chunk of tokens, in bytes. Default: 128 MiB on the CPU, 1 GiB on CUDA."""
 
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """How the work is split."""
+    """How the work is divided among processes."""
 
-    tensor_model_parallel_size: int = 1
-    pipeline_model_parallel_size: int = 1
-    num_layers_per_virtual_pipeline_stage: int | None = None
-    """Layers of one virtual stage; interleaves the pipeline."""
-    virtual_pipeline_model_parallel_size: int | None = None
-    """Virtual stages a pipeline rank (instead of num_layers_per_virtual_pipeline_stage)."""
-    context_parallel_size: int = 1
+    tensor_model_parallel_size: Count = 1
+    """Ranks that share each weight matrix."""
+    pipeline_model_parallel_size: Count = 1
+    """Pipeline stages that the layers are divided into."""
+    num_layers_per_virtual_pipeline_stage: Count | None = None
+    """Layers per virtual stage; interleaves the pipeline."""
+    virtual_pipeline_model_parallel_size: Count | None = None
+    """Virtual stages per pipeline rank, instead of num_layers_per_virtual_pipeline_stage."""
+    context_parallel_size: Count = 1
+    """Ranks that share each sequence."""
     cp_comm_type: Literal["auto", "a2a", "allgather"] = "auto"
-    """How context parallelism exchanges. a2a: places against heads (Ulysses; the heads must divide); allgather: keys and
-    values to all, queries assigned so that the causal work is balanced (any size); auto: a2a where the heads divide."""
+    """Communication of context parallelism. a2a: trade positions for heads (Ulysses; the size must divide the heads);
+    allgather: gather keys and values on all ranks, with queries assigned so that causal work is balanced (any size); auto:
+    a2a where the size divides the heads."""
     sequence_parallel: bool = False
-    """Shard norms and residuals over the tensor-parallel ranks."""
+    """Shard norms and residuals across tensor-parallel ranks."""
     use_distributed_optimizer: bool = False
-    """Shard the optimizer's states over the data- and context-parallel ranks."""
+    """Shard optimizer states across data- and context-parallel ranks."""
     overlap_grad_reduce: bool = False
-    """Reduce gradients bucket by bucket while the backward still runs."""
-    distributed_timeout_minutes: int = 10
-    """A collective that takes longer than this is a failure."""
+    """Reduce gradients bucket by bucket while the backward pass is still running."""
+    distributed_timeout_minutes: Count = 10
+    """Minutes after which a collective counts as failed."""
 
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """How long, how much at a time, in what precision."""
+    """Length of the run, size of the batches, precision, recomputation."""
 
-    micro_batch_size: int = 1
-    """Samples a data-parallel rank computes at a time."""
-    global_batch_size: int = 8
-    """Samples an optimizer step (paper: 8)."""
-    train_iters: int | None = None
+    micro_batch_size: Count = 1
+    """Samples that each data-parallel rank processes at once."""
+    global_batch_size: Count = 8
+    """Samples per optimizer step (paper: 8)."""
+    train_iters: Count | None = None
     """Optimizer steps. Default: train_epochs over the data."""
-    train_epochs: float = 1.0
-    """Epochs, where train_iters is not given; rounded down to whole steps, at least one."""
-    eval_interval: int | None = None
-    """Evaluate the held-out data (valid_data_path) every so many steps. Default: before the first and after the
-    last alone."""
-    eval_iters: int | None = None
-    """Global batches of an evaluation, from the first sample. Default: all held-out data."""
+    train_epochs: PositiveFloat = 1.0
+    """Epochs, if train_iters is not given; rounded down to whole steps, but at least one."""
+    eval_interval: Count | None = None
+    """Steps between evaluations of the held-out data (valid_data_path). Default: only before the first and after the last
+    step."""
+    eval_iters: Count | None = None
+    """Global batches per evaluation, counted from the first sample. Default: all held-out data."""
     skip_train: bool = False
-    """Evaluate the held-out data and stop; no optimizer is made, and data_path is not needed."""
+    """Evaluate the held-out data and stop. Neither an optimizer nor data_path is needed."""
     bf16: bool = False
-    """Weights and activations in bfloat16, with fp32 gradients and master weights. Off: fp32."""
+    """Weights and activations in bfloat16, gradients and master weights in fp32. Off: everything in fp32."""
     recompute_granularity: Literal["auto", "none", "selective", "full"] = "auto"
-    """What is computed again in the backward instead of kept: auto takes the MLPs' first products where they are cheap, beyond
-    that as little as fits the memory, and says what; full means whole layers, selective the recompute_modules."""
+    """Activations that the backward pass recomputes instead of keeping. selective: those of recompute_modules; full: whole
+    layers; auto: the MLPs' first products where that is cheap, and beyond that as little as fits into memory; the log says
+    what was chosen."""
     recompute_method: Literal["uniform", "block"] = "uniform"
-    recompute_num_layers: int = 1
+    """For full. uniform: recompute all layers, in groups of recompute_num_layers; block: recompute the first
+    recompute_num_layers layers of each stage."""
+    recompute_num_layers: Count = 1
+    """Layers per group (uniform), or layers that are recomputed per stage (block)."""
     recompute_modules: tuple[str, ...] = ("core_attn",)
-    """What selective recompute computes again: core_attn, mlp, or mlp_up (the MLP's first product alone; with full and
-    method block, that of the layers which are not recomputed whole)."""
+    """Modules for selective: core_attn, mlp, or mlp_up (the MLP's first product only; with full and block, that of the layers
+    that are not recomputed)."""
     seed: int = 1234
+    """Seed of the sample order, and of the random numbers of each rank."""
     manual_gc_interval: int = 0
-    """Collect Python's garbage every so many steps on all ranks at once; 0: leave it to Python."""
+    """Steps between collections of Python's garbage, done by all ranks at the same time. 0: leave it to Python."""
 
 
 @dataclass(frozen=True)
@@ -178,68 +199,80 @@ class OptimizerConfig:
     """Optimizer and learning-rate schedule."""
 
     optimizer: Literal["adam", "rmsprop"] = "adam"
-    lr: float = 5e-7
+    """Optimizer; weight decay is decoupled (AdamW)."""
+    lr: Annotated[float, Range(gt=0, fix="the paper uses 5e-7")] = 5e-7
+    """Peak learning rate (paper: 5e-7)."""
     min_lr: float = 0.0
+    """Learning rate at the end of the decay."""
     lr_decay_style: Literal["cosine", "linear", "constant", "WSD"] = "cosine"
+    """Shape of the decay."""
     lr_decay_iters: int | None = None
     """Steps over which the learning rate decays. Default: train_iters."""
-    lr_warmup_fraction: float | None = None
-    """Fraction of lr_decay_iters to warm up over."""
+    lr_warmup_fraction: Annotated[float, Range(ge=0, lt=1, fix="0.1 warms up over the first tenth")] | None = None
+    """Fraction of lr_decay_iters for the warm-up."""
     lr_warmup_iters: int = 0
-    """Steps to warm up over (instead of lr_warmup_fraction)."""
+    """Steps of the warm-up, instead of lr_warmup_fraction."""
     lr_warmup_init: float = 0.0
+    """Learning rate at the beginning of the warm-up."""
     lr_wsd_decay_iters: int | None = None
-    """Last steps in which a WSD schedule decays."""
+    """Steps of the decay at the end of a WSD schedule."""
     lr_wsd_decay_style: Literal["exponential", "linear", "cosine", "minus_sqrt"] = "linear"
-    weight_decay: float = 0.0
+    """Shape of the decay at the end of a WSD schedule."""
+    weight_decay: Annotated[float, Range(ge=0, fix="0 turns it off")] = 0.0
+    """Weight decay."""
     adam_beta1: float = 0.9
+    """Adam's decay rate of the gradient's mean."""
     adam_beta2: float = 0.999
+    """Adam's decay rate of the squared gradient's mean."""
     adam_eps: float = 1e-8
+    """Adam's epsilon."""
     rmsprop_alpha: float = 0.99
-    """Smoothing of RMSProp's squared gradient (torch's default)."""
+    """RMSProp's decay rate of the squared gradient's mean (torch's default)."""
     rmsprop_eps: float = 1e-8
-    clip_grad: float = 1.0
-    """Largest norm of the whole gradient; 0: no clipping."""
+    """RMSProp's epsilon."""
+    clip_grad: Annotated[float, Range(ge=0, fix="0 turns clipping off")] = 1.0
+    """Largest norm of the whole gradient. 0: no clipping."""
 
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """Where from and where to."""
+    """Checkpoints that are loaded and saved."""
 
     load: str | None = None
-    """Converted checkpoint, or a run's output folder, whose weights training starts from."""
+    """Converted checkpoint, or output folder of a run, whose weights training starts from."""
     save: str | None = None
-    """The run's output folder. A run that finds a checkpoint of its own there goes on from it."""
-    save_interval: int | None = None
-    """Save every so many steps; the last step is always saved."""
+    """Output folder of the run. A run that finds its own checkpoint there resumes from it."""
+    save_interval: Count | None = None
+    """Steps between checkpoints. The last step is always saved."""
     async_save: bool = False
     """Write checkpoints in the background."""
-    keep_last: int | None = None
-    """Keep this many of the newest checkpoints. Default: all."""
+    keep_last: Count | None = None
+    """Number of checkpoints to keep, newest first. Default: all."""
     no_save_optim: bool = False
-    """Save weights alone; such a checkpoint can be exported, not resumed."""
-    exit_interval: int | None = None
-    """Stop, saved, after a step divisible by this (to fit a job's time limit)."""
-    exit_duration_in_mins: float | None = None
-    """Stop, saved, after this many minutes."""
+    """Save weights only. Such a checkpoint can be exported but not resumed from."""
+    exit_interval: Count | None = None
+    """Save and stop after a step divisible by this, to fit a job's time limit."""
+    exit_duration_in_mins: PositiveFloat | None = None
+    """Save and stop after this many minutes."""
 
 
 @dataclass(frozen=True)
 class LoggingConfig:
-    """What is written for people."""
+    """What is logged."""
 
-    log_interval: int = 1
-    """Steps between lines of progress. metrics.jsonl has every step."""
+    log_interval: Count = 1
+    """Steps between progress lines. metrics.jsonl has every step."""
     tensorboard: bool = True
     """Write TensorBoard events to OUTPUT/tensorboard."""
     wandb_project: str | None = None
-    """Report to this Weights & Biases project (extra `wandb`)."""
+    """Weights & Biases project to report to (extra `wandb`)."""
     wandb_exp_name: str | None = None
-    plot_interval: int = 25
-    """Steps between redrawings of OUTPUT/curves.png; it is always drawn at the end."""
+    """Name of the run at Weights & Biases. Default: one that it makes up."""
+    plot_interval: Count = 25
+    """Steps between updates of OUTPUT/curves.png, which is always drawn at the end."""
     profile: bool = False
     """Write a torch profile of some steps to OUTPUT/profile and, on CUDA, a snapshot of the allocator's memory."""
-    profile_step_start: int = 10
+    profile_step_start: Annotated[int, Range(ge=0, fix="0 begins with the first step")] = 10
     """Steps that are done before the profile begins."""
     profile_step_end: int = 12
     """Last step of the profile."""
@@ -248,19 +281,20 @@ class LoggingConfig:
 
 
 class Sections:
-    """What every configuration of sections can do; see ``from_dict`` for the other way."""
+    """A configuration: a dataclass whose fields are dataclasses, one per section. ``from_dict`` is the way back."""
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values by section, as YAML and JSON hold them."""
         return dict(json.loads(json.dumps(dataclasses.asdict(self))))  # type: ignore[call-overload]
 
     def as_yaml(self) -> str:
+        """The configuration as a YAML file."""
         return yaml.safe_dump(self.as_dict(), sort_keys=False, allow_unicode=True)
 
 
 @dataclass(frozen=True)
 class Config(Sections):
-    """A run: one dataclass a section."""
+    """Configuration of a training run."""
 
     data: DataConfig = field(default_factory=DataConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
@@ -282,104 +316,38 @@ Root = TypeVar("Root")
 
 
 def from_dict(values: Any, source: str, root: type[Root] = Config) -> Root:  # type: ignore[assignment]
-    """A Config, or another dataclass of sections, from plain values by section.
+    """Build a configuration from plain values by section.
+
+    Args:
+        values: section -> key -> value; None stands for an empty mapping.
+        source: where the values come from, for errors.
+        root: class of the configuration, a dataclass of sections.
 
     Raises:
         ConfigError: not a mapping of mappings, an unknown section or key, or a value of the wrong type.
     """
-    if values is None:
-        values = {}
+    values = {} if values is None else values
     if not isinstance(values, dict):
-        raise ConfigError(f"{source}: holds {_kind(values)}; a configuration is a mapping of sections")
-    sections = {f.name: f for f in dataclasses.fields(root)}  # type: ignore[arg-type]
+        raise ConfigError(f"{source}: holds {kind_of(values)}; a configuration is a mapping of sections")
+    default = root()
+    sections = [f.name for f in dataclasses.fields(root)]  # type: ignore[arg-type]
     built: dict[str, Any] = {}
     for name, content in values.items():
         if name not in sections:
-            raise ConfigError(f"{source}: section {name!r} is unknown; {_nearest(str(name), sections)}")
-        if content is None:
-            content = {}
+            raise ConfigError(f"{source}: section {name!r} is unknown; {nearest(str(name), sections)}")
+        content = {} if content is None else content
         if not isinstance(content, dict):
-            raise ConfigError(f"{source}: section {name!r} holds {_kind(content)}; it must be a mapping of keys")
-        section_type = type(getattr(root(), name))
-        fields = {f.name: f for f in dataclasses.fields(section_type)}
-        checked = {}
-        for key, value in content.items():
-            if key not in fields:
-                raise ConfigError(f"{source}: key {name}.{key} is unknown; {_nearest(str(key), fields)}")
-            checked[key] = _checked(value, section_type, key, f"{source}: {name}.{key}")
-        built[name] = section_type(**checked)
+            raise ConfigError(f"{source}: section {name!r} holds {kind_of(content)}; it must be a mapping of keys")
+        section_type = type(getattr(default, name))
+        built[name] = section_type(**convert_fields(section_type, content, f"{source}: {name}."))
     return root(**built)
-
-
-def _nearest(name: str, known: Any) -> str:
-    close = difflib.get_close_matches(name, list(known), n=1)
-    return f"did you mean {close[0]!r}?" if close else f"known are {', '.join(known)}"
-
-
-def _kind(value: Any) -> str:
-    return {dict: "a mapping", list: "a list", str: "text", type(None): "nothing", bool: "a switch"}.get(
-        type(value), f"a {type(value).__name__}"
-    )
-
-
-def _checked(value: Any, section: type, key: str, where: str) -> Any:
-    """The value as the field's type, or a ConfigError. YAML reads 5e-7 as text, so numbers in text are read here."""
-    import types
-    import typing
-
-    hint = typing.get_type_hints(section)[key]
-    options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
-    rule = []
-    for option in options:
-        if option is type(None):
-            rule.append("null")
-            if value is None:
-                return None
-        elif typing.get_origin(option) is Literal:
-            allowed = typing.get_args(option)
-            rule.append("one of " + ", ".join(map(str, allowed)))
-            if value in allowed and isinstance(value, str):
-                return value
-        elif option is bool:
-            rule.append("true or false")
-            if isinstance(value, bool):
-                return value
-        elif option is int:
-            rule.append("a whole number")
-            if isinstance(value, int) and not isinstance(value, bool):
-                return value
-        elif option is float:
-            rule.append("a number")
-            if isinstance(value, (int, float)) and not isinstance(value, bool):
-                return float(value)
-            if isinstance(value, str):
-                try:
-                    return float(value)
-                except ValueError:
-                    pass
-        elif option is str:
-            rule.append("text")
-            if isinstance(value, str):
-                return value
-        elif option == tuple[int, ...]:
-            rule.append("a list of whole numbers")
-            if isinstance(value, (list, tuple)) and all(type(v) is int for v in value):
-                return tuple(value)
-        elif typing.get_origin(option) is tuple:
-            rule.append("a list of texts")
-            plain = isinstance(value, (list, tuple)) and all(
-                isinstance(v, (str, int)) and not isinstance(v, bool) for v in value
-            )
-            if plain:
-                return tuple(map(str, value))
-    raise ConfigError(f"{where}={value!r} is {_kind(value)}; it must be {' or '.join(rule)}")
 
 
 def from_yaml(path: str | Path, root: type[Root] = Config) -> Root:  # type: ignore[assignment]
     """Read a YAML file.
 
     Raises:
-        ConfigError: no such file, not YAML, or what ``from_dict`` refuses.
+        ConfigError: no such file, invalid YAML, or whatever ``from_dict`` refuses.
     """
     path = Path(path)
     try:
@@ -392,7 +360,7 @@ def from_yaml(path: str | Path, root: type[Root] = Config) -> Root:  # type: ign
         values = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         detail = " ".join(str(error).split())
-        raise ConfigError(f"--config {path}: is not YAML ({detail}); mend it at that place") from None
+        raise ConfigError(f"--config {path}: is not valid YAML ({detail}); fix it there") from None
     return from_dict(values, f"--config {path}", root)
 
 
@@ -450,120 +418,121 @@ def _take_value(arguments: list[str], flag: str) -> str | None:
 
 
 def check(config: Config) -> None:
-    """What can be said of a configuration alone.
+    """Check what a configuration says by itself, before anything is known of the data, the model or the machine.
 
     Raises:
         ConfigError: the first value that breaks a rule.
     """
-    c = config
+    check_ranges(config)
+    _check_objective(config)
+    _check_optimizer(config.optimizer)
+    _check_held_out(config)
+    _check_parallel(config.parallel)
+    _check_output(config)
+    unknown = set(config.training.recompute_modules) - set(RECOMPUTE_MODULES)
+    if unknown:
+        raise ConfigError(
+            f"recompute_modules={', '.join(sorted(unknown))} is unknown; use core_attn, mlp and mlp_up "
+            "(norms and activation functions are always recomputed)"
+        )
 
-    def positive(section: Any, *names: str) -> None:
-        for name in names:
-            value = getattr(section, name)
-            if value is not None and value <= 0:
-                raise ConfigError(f"{name}={value} must be positive; set it to at least 1, or leave it out")
 
-    positive(c.parallel, "tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size")
-    positive(c.parallel, "num_layers_per_virtual_pipeline_stage", "virtual_pipeline_model_parallel_size")
-    positive(c.parallel, "distributed_timeout_minutes")
-    positive(c.training, "micro_batch_size", "global_batch_size", "train_iters", "recompute_num_layers", "train_epochs")
-    positive(c.training, "eval_interval", "eval_iters")
-    positive(c.checkpoint, "save_interval", "keep_last", "exit_interval", "exit_duration_in_mins")
-    positive(c.logging, "log_interval", "plot_interval")
-    positive(c.model, "rotary_base", "max_position_embeddings", "make_vocab_size_divisible_by", "logprob_chunk_bytes")
-    positive(c.reference, "reference_rotary_base", "reference_max_tokens")
-    positive(c.data, "seq_length")
-
-    if not c.objective.beta > 0:
-        raise ConfigError(f"beta={c.objective.beta} must be positive; the paper uses 0.1")
-    if c.objective.preference_weight < 0:
+def _check_objective(config: Config) -> None:
+    """Rules of the loss and its reference."""
+    loss, reference = config.objective, config.reference
+    if loss.label_smoothing and loss.loss_type != "sigmoid":
         raise ConfigError(
-            f"preference_weight={c.objective.preference_weight} must not be negative; the paper uses 0.01"
+            f"label_smoothing={loss.label_smoothing} is defined for loss_type=sigmoid, not for {loss.loss_type}; set "
+            "label_smoothing to 0 or loss_type to sigmoid"
         )
-    if not 0 <= c.objective.label_smoothing < 0.5:
-        raise ConfigError(f"label_smoothing={c.objective.label_smoothing} must be in [0, 0.5); 0 turns it off")
-    if c.objective.label_smoothing and c.objective.loss_type != "sigmoid":
-        raise ConfigError(
-            f"label_smoothing={c.objective.label_smoothing} is defined for loss_type=sigmoid, not for "
-            f"{c.objective.loss_type}; set label_smoothing to 0 or loss_type to sigmoid"
-        )
-    o = c.optimizer
-    if not o.lr > 0:
-        raise ConfigError(f"lr={o.lr} must be positive; the paper uses 5e-7")
-    if not 0 <= o.min_lr <= o.lr:
-        raise ConfigError(f"min_lr={o.min_lr} must lie between 0 and lr={o.lr}")
-    if not 0 <= o.lr_warmup_init <= o.lr:
-        raise ConfigError(f"lr_warmup_init={o.lr_warmup_init} must lie between 0 and lr={o.lr}")
-    if o.lr_warmup_fraction is not None:
-        if not 0 <= o.lr_warmup_fraction < 1:
-            raise ConfigError(f"lr_warmup_fraction={o.lr_warmup_fraction} must be in [0, 1)")
-        if o.lr_warmup_iters:
-            raise ConfigError(
-                f"lr_warmup_fraction={o.lr_warmup_fraction} and lr_warmup_iters={o.lr_warmup_iters} both set the "
-                "warm-up; give one of them"
-            )
-    if o.lr_decay_style == "WSD" and o.lr_wsd_decay_iters is None:
-        raise ConfigError("lr_decay_style=WSD needs lr_wsd_decay_iters, the number of its last, decaying steps")
-    if o.clip_grad < 0 or o.weight_decay < 0:
-        raise ConfigError(f"clip_grad={o.clip_grad} and weight_decay={o.weight_decay} must not be negative; 0 is off")
-    if c.data.valid_data_path is None:
-        for name in ("eval_interval", "eval_iters", "skip_train"):
-            if getattr(c.training, name):
-                raise ConfigError(f"{name} is about held-out data, and valid_data_path is not given; name its prefix")
-    p = c.parallel
-    if p.num_layers_per_virtual_pipeline_stage and p.virtual_pipeline_model_parallel_size:
-        raise ConfigError(
-            "num_layers_per_virtual_pipeline_stage and virtual_pipeline_model_parallel_size say the same thing twice; "
-            "give one of them"
-        )
-    interleaved = p.num_layers_per_virtual_pipeline_stage or p.virtual_pipeline_model_parallel_size
-    if interleaved and p.pipeline_model_parallel_size == 1:
-        raise ConfigError(
-            "a virtual pipeline needs pipeline_model_parallel_size of at least 2, not 1; raise it or leave "
-            "num_layers_per_virtual_pipeline_stage out"
-        )
-    if p.sequence_parallel and p.tensor_model_parallel_size == 1:
-        raise ConfigError(
-            "sequence_parallel shards over tensor-parallel ranks, and tensor_model_parallel_size=1; raise that or turn "
-            "sequence_parallel off"
-        )
-    if c.logging.profile and c.checkpoint.save is None:
-        raise ConfigError("profile is on but save is not given; name the output folder with --save")
-    if not 0 <= c.logging.profile_step_start < c.logging.profile_step_end:
-        raise ConfigError(
-            f"profile_step_start={c.logging.profile_step_start} must be at least 0 and less than "
-            f"profile_step_end={c.logging.profile_step_end}; steps 11 and 12 are profiled with 10 and 12"
-        )
-    if c.checkpoint.async_save and c.checkpoint.save is None:
-        raise ConfigError("async_save is on but save is not given; name the output folder with --save")
-    if c.objective.objective != "longpo" and c.data.turns == "independent":
-        raise ConfigError(
-            f"turns=independent is LongPO's Eq. 13; objective={c.objective.objective} takes turns=chained"
-        )
-    if c.reference.reference == "cached" and c.reference.reference_model == "resident":
+    if loss.objective != "longpo" and config.data.turns == "independent":
+        raise ConfigError(f"turns=independent is LongPO's Eq. 13; objective={loss.objective} takes turns=chained")
+    if reference.reference == "cached" and reference.reference_model == "resident":
         raise ConfigError(
             "reference_model=resident keeps a second model for reference=online; with reference=cached no reference "
             "model is in memory: leave it out or set reference=online"
         )
-    unknown = set(c.training.recompute_modules) - {"core_attn", "mlp", "mlp_up"}
-    if unknown:
+
+
+def _check_optimizer(optimizer: OptimizerConfig) -> None:
+    """Rules of the learning-rate schedule."""
+    for name in ("min_lr", "lr_warmup_init"):
+        value = getattr(optimizer, name)
+        if not 0 <= value <= optimizer.lr:
+            raise ConfigError(f"{name}={value} must be between 0 and lr={optimizer.lr}; lower it or raise lr")
+    if optimizer.lr_warmup_fraction is not None and optimizer.lr_warmup_iters:
         raise ConfigError(
-            f"recompute_modules={', '.join(sorted(unknown))} is unknown; use core_attn, mlp and mlp_up "
-            "(norms and activations are always computed again)"
+            f"lr_warmup_fraction={optimizer.lr_warmup_fraction} and lr_warmup_iters={optimizer.lr_warmup_iters} both set "
+            "the warm-up; give one of them"
+        )
+    if optimizer.lr_decay_style == "WSD" and optimizer.lr_wsd_decay_iters is None:
+        raise ConfigError("lr_decay_style=WSD needs lr_wsd_decay_iters; give the number of its last, decaying steps")
+
+
+def _check_held_out(config: Config) -> None:
+    """Options of held-out evaluation need held-out data."""
+    if config.data.valid_data_path is not None:
+        return
+    for name in ("eval_interval", "eval_iters", "skip_train"):
+        value = getattr(config.training, name)
+        if value:
+            raise ConfigError(
+                f"{name}={value} concerns held-out data, but valid_data_path is not given; name the data's prefix with "
+                "--valid-data-path"
+            )
+
+
+def _check_parallel(parallel: ParallelConfig) -> None:
+    """Rules between the degrees of parallelism."""
+    if parallel.num_layers_per_virtual_pipeline_stage and parallel.virtual_pipeline_model_parallel_size:
+        raise ConfigError(
+            f"num_layers_per_virtual_pipeline_stage={parallel.num_layers_per_virtual_pipeline_stage} and "
+            f"virtual_pipeline_model_parallel_size={parallel.virtual_pipeline_model_parallel_size} both set the virtual "
+            "stages; give one of them"
+        )
+    interleaved = parallel.num_layers_per_virtual_pipeline_stage or parallel.virtual_pipeline_model_parallel_size
+    if interleaved and parallel.pipeline_model_parallel_size == 1:
+        raise ConfigError(
+            "a virtual pipeline needs pipeline_model_parallel_size of at least 2, not 1; raise it, or leave out "
+            "num_layers_per_virtual_pipeline_stage and virtual_pipeline_model_parallel_size"
+        )
+    if parallel.sequence_parallel and parallel.tensor_model_parallel_size == 1:
+        raise ConfigError(
+            "sequence_parallel shards across tensor-parallel ranks, but tensor_model_parallel_size=1; raise that or turn "
+            "sequence_parallel off"
         )
 
 
-def scaling_numbers(model: ModelConfig) -> dict[str, Any]:
-    """The numbers of a RoPE scaling by Hugging Face's names; None where not given."""
-    names = "original_max_position_embeddings attention_factor beta_fast beta_slow low_freq_factor high_freq_factor"
-    return {"factor": model.rotary_scaling_factor, **{name: getattr(model, name) for name in names.split()}}
+def _check_output(config: Config) -> None:
+    """Rules of what a run writes."""
+    for name, is_on in (("async_save", config.checkpoint.async_save), ("profile", config.logging.profile)):
+        if is_on and config.checkpoint.save is None:
+            raise ConfigError(f"{name} is on but save is not given; name the output folder with --save")
+    start, end = config.logging.profile_step_start, config.logging.profile_step_end
+    if start >= end:
+        raise ConfigError(
+            f"profile_step_start={start} must be less than profile_step_end={end}; steps 11 and 12 are profiled with 10 and 12"
+        )
+
+
+def scaling_numbers(changes: RopeChanges) -> dict[str, Any]:
+    """Numbers of a RoPE scaling by Hugging Face's names; None where not given."""
+    return {
+        "factor": changes.rotary_scaling_factor,
+        "original_max_position_embeddings": changes.original_max_position_embeddings,
+        "attention_factor": changes.attention_factor,
+        "beta_fast": changes.beta_fast,
+        "beta_slow": changes.beta_slow,
+        "low_freq_factor": changes.low_freq_factor,
+        "high_freq_factor": changes.high_freq_factor,
+    }
 
 
 def virtual_pipeline_size(config: ParallelConfig, num_layers: int) -> int | None:
-    """Virtual stages a pipeline rank, or None.
+    """Virtual stages per pipeline rank; None without interleaving.
 
     Raises:
-        ConfigError: the layers do not divide.
+        ConfigError: the layers cannot be divided evenly.
     """
     stages = config.pipeline_model_parallel_size
     if num_layers % stages:
@@ -593,58 +562,60 @@ def virtual_pipeline_size(config: ParallelConfig, num_layers: int) -> int | None
 
 
 def data_parallel_size(config: Config, world_size: int) -> int:
-    """Data-parallel size that the other degrees leave of the world.
+    """Data-parallel size: what the other degrees leave of the world.
 
     Raises:
-        ConfigError: they do not divide it, or the batch does not divide over it.
+        ConfigError: they do not divide the world, or the batch cannot be divided evenly.
     """
-    p = config.parallel
-    tp, pp, cp = p.tensor_model_parallel_size, p.pipeline_model_parallel_size, p.context_parallel_size
-    if world_size % (tp * pp * cp):
+    parallel, training = config.parallel, config.training
+    tensor, pipeline = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    context = parallel.context_parallel_size
+    ranks = tensor * pipeline * context
+    if world_size % ranks:
         raise ConfigError(
-            f"tensor {tp} x pipeline {pp} x context {cp} = {tp * pp * cp} parallel ranks do not divide the world of "
-            f"{world_size} processes; launch a multiple of {tp * pp * cp}"
+            f"tensor {tensor} x pipeline {pipeline} x context {context} = {ranks} parallel ranks do not divide the world of "
+            f"{world_size} processes; launch a multiple of {ranks}"
         )
-    dp = world_size // (tp * pp * cp)
-    t = config.training
-    if t.global_batch_size % (t.micro_batch_size * dp):
+    data = world_size // ranks
+    if training.global_batch_size % (training.micro_batch_size * data):
         raise ConfigError(
-            f"global_batch_size={t.global_batch_size} is not a multiple of micro_batch_size={t.micro_batch_size} x "
-            f"data-parallel size {dp}; use a multiple of {t.micro_batch_size * dp}"
+            f"global_batch_size={training.global_batch_size} is not a multiple of "
+            f"micro_batch_size={training.micro_batch_size} x data-parallel size {data}; use a multiple of "
+            f"{training.micro_batch_size * data}"
         )
-    return dp
+    return data
 
 
 def check_against_model(
     config: Config, *, world_size: int, num_layers: int, attention_heads: int, key_value_heads: int
 ) -> None:
-    """Whether the degrees fit the model.
+    """Check that the degrees of parallelism fit the model.
 
     Raises:
         ConfigError: the first that does not.
     """
-    dp = data_parallel_size(config, world_size)
-    p, t = config.parallel, config.training
-    tp = p.tensor_model_parallel_size
+    data = data_parallel_size(config, world_size)
+    parallel, training = config.parallel, config.training
+    tensor = parallel.tensor_model_parallel_size
     usable = [n for n in range(1, attention_heads + 1) if attention_heads % n == 0 and key_value_heads % n == 0]
-    if tp not in usable:
+    if tensor not in usable:
         raise ConfigError(
-            f"tensor_model_parallel_size={tp} does not divide {attention_heads} attention heads and {key_value_heads} "
+            f"tensor_model_parallel_size={tensor} does not divide {attention_heads} attention heads and {key_value_heads} "
             f"key-value heads; use one of {', '.join(map(str, usable))}"
         )
-    virtual = virtual_pipeline_size(p, num_layers)
-    microbatches = t.global_batch_size // (t.micro_batch_size * dp)
-    if virtual and microbatches % p.pipeline_model_parallel_size:
+    virtual = virtual_pipeline_size(parallel, num_layers)
+    micro_batches = training.global_batch_size // (training.micro_batch_size * data)
+    if virtual and micro_batches % parallel.pipeline_model_parallel_size:
         raise ConfigError(
-            f"an interleaved pipeline needs its {microbatches} micro batches a step to be a multiple of "
-            f"pipeline_model_parallel_size={p.pipeline_model_parallel_size}; change global_batch_size"
+            f"an interleaved pipeline needs its {micro_batches} micro batches per step to be a multiple of "
+            f"pipeline_model_parallel_size={parallel.pipeline_model_parallel_size}; change global_batch_size"
         )
-    if t.recompute_granularity == "full" and t.recompute_method == "uniform":
-        per_stage = num_layers // p.pipeline_model_parallel_size // (virtual or 1)
-        if per_stage % t.recompute_num_layers:
+    if training.recompute_granularity == "full" and training.recompute_method == "uniform":
+        per_stage = num_layers // parallel.pipeline_model_parallel_size // (virtual or 1)
+        if per_stage % training.recompute_num_layers:
             raise ConfigError(
-                f"recompute_num_layers={t.recompute_num_layers} does not divide the {per_stage} layers of a stage; use "
-                f"one of {_divisors(per_stage)}"
+                f"recompute_num_layers={training.recompute_num_layers} does not divide the {per_stage} layers of a stage; "
+                f"use one of {_divisors(per_stage)}"
             )
 
 
@@ -653,30 +624,14 @@ def _divisors(n: int) -> str:
 
 
 def check_part(rank: int | None, world_size: int | None) -> None:
-    """Which part of how many.
+    """Check which part of how many is asked for.
 
     Raises:
-        ConfigError: one without the other, or no such part.
+        ConfigError: one is given without the other, or there is no such part.
     """
     if rank is None and world_size is None:
         return
     if rank is None or world_size is None:
-        raise ConfigError(f"rank={rank} and world_size={world_size} belong together; give both or none")
+        raise ConfigError(f"rank={rank} and world_size={world_size} belong together; give both or neither")
     if not 0 <= rank < world_size:
-        raise ConfigError(f"rank={rank} must be from 0 to world_size - 1 = {world_size - 1}")
-
-
-def check_numbers(section: Any) -> None:
-    """The numbers of a section of generation or evaluation: whole ones at least 1 (or 0), others finite.
-
-    Raises:
-        ConfigError: the first value that breaks the rule.
-    """
-    for f in dataclasses.fields(section):
-        value = getattr(section, f.name)
-        whole = isinstance(value, int) and not isinstance(value, bool)
-        least = 0 if f.name in ("min_document_tokens", "retries") else 1
-        if whole and value < least:
-            raise ConfigError(f"{f.name}={value} must be at least {least}")
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ConfigError(f"{f.name}={value} must be a number")
+        raise ConfigError(f"rank={rank} must be from 0 to world_size - 1 = {world_size - 1}; number the parts from 0")

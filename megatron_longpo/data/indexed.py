@@ -22,6 +22,7 @@ from megatron.core.datasets.indexed_dataset import DType, IndexedDataset
 from megatron_longpo.data.preference import Mode, Sample
 from megatron_longpo.errors import DataError
 from megatron_longpo.runtime.files import link_atomically, sha256_of, write_atomically
+from megatron_longpo.schema import convert_fields
 
 SCHEMA_VERSION = 1
 _HEADER = b"MMIDIDX\x00\x00"
@@ -75,9 +76,19 @@ class Manifest:
         return {_IN_FILES.get(name, name): value for name, value in dataclasses.asdict(self).items()}
 
     @classmethod
-    def from_dict(cls, content: dict[str, Any]) -> Manifest:
-        """What ``as_dict`` gave."""
-        return cls(**{_IN_PYTHON.get(name, name): value for name, value in content.items()})
+    def from_dict(cls, content: dict[str, Any], *, where: str, fix: str) -> Manifest:
+        """What ``as_dict`` gave.
+
+        Args:
+            content: all fields by the names that they have in files.
+            where: beginning of an error message.
+            fix: end of an error message.
+
+        Raises:
+            DataError: an unknown key, or a value of the wrong type.
+        """
+        values = {_IN_PYTHON.get(name, name): value for name, value in content.items()}
+        return cls(**convert_fields(cls, values, where, DataError, fix))
 
     def as_json(self) -> bytes:
         """The file's content: all fields, and a checksum of them."""
@@ -96,6 +107,11 @@ class Manifest:
                 self.longest_short = max(self.longest_short, sum(len(p.tokens) for p in turn if p.mode & side))
         bin_ = str(2 ** max(_HISTOGRAM_FIRST, (long - 1).bit_length()))
         self.length_histogram[bin_] = self.length_histogram.get(bin_, 0) + 1
+
+
+def token_dtype(vocab_size: int) -> str:
+    """Name of the smallest dtype that holds every token id, by megatron-core's rule."""
+    return np.dtype(DType.optimal_dtype(vocab_size)).name
 
 
 def _checksum(content: dict[str, Any]) -> str:
@@ -171,7 +187,7 @@ class SampleWriter:
             progress = json.loads(path.read_text(encoding="utf-8"))
             self._sizes = {str(k): int(v) for k, v in progress["sizes"].items()}
             self.position = {str(k): int(v) for k, v in progress["position"].items()}
-            manifest = Manifest.from_dict(progress["manifest"])
+            manifest = Manifest.from_dict(progress["manifest"], where=f"{path}: ", fix="start again with --restart")
             fingerprint = progress["fingerprint"]
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise DataError(f"{path}: cannot be read ({error}); start again with --restart") from None
@@ -304,13 +320,7 @@ def read_manifest(prefix: str | Path) -> Manifest:
         raise DataError(
             f"{path}: unknown keys {unknown}, missing keys {missing}; it was changed by hand, preprocess the data again"
         )
-    types = {"int": int, "str": str, "bool": bool, "str | None": (str, type(None))}
-    for name, value in content.items():
-        declared = str(known[name].type)
-        expected: Any = types.get(declared, dict if declared.startswith("dict") else list)
-        if not isinstance(value, expected) or (expected is int and isinstance(value, bool)):
-            raise DataError(f"{path}: {name}={value!r} is not of type {declared}; preprocess the data again")
-    return Manifest.from_dict(content)
+    return Manifest.from_dict(content, where=f"{path}: ", fix="preprocess the data again")
 
 
 class PreferenceData:

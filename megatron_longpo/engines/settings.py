@@ -1,64 +1,65 @@
-"""Configuration of an engine; generation and evaluation have the same."""
+"""Configuration of an engine, which generation and evaluation have in common."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_longpo.config import check_numbers
 from megatron_longpo.errors import ConfigError
+from megatron_longpo.schema import Count, NaturalNumber, PositiveFiniteFloat, check_ranges
 
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """Who answers."""
+    """The engine that answers prompts."""
 
     engine: Literal["transformers", "vllm", "openai"] = "transformers"
-    """transformers: this machine, CPU or GPU; vllm: likewise (extra `vllm`); openai: any server with that interface."""
+    """transformers: in this process, on CPU or GPU; vllm: likewise (extra `vllm`); openai: a server with OpenAI's interface."""
     model: str | None = None
-    """Model folder; for openai the model's name at the server."""
+    """Model folder; for openai the server's name of the model."""
     tokenizer: str | None = None
-    """Tokenizer folder, where the model is none (openai)."""
+    """Tokenizer folder. Needed where the model is not a folder (openai)."""
     chat_template: str | None = None
-    """A file, or one of mistral, mistral-v3, llama-2, chatml, plain (none). Default: the tokenizer's own."""
+    """Template file, or one of mistral, mistral-v3, llama-2, chatml, plain (no template). Default: the tokenizer's own."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    batch_size: int = 4
-    """transformers: prompts that are answered together."""
-    documents_at_once: int = 1
-    """transformers: documents whose prompts may be answered together, to fill a batch."""
-    prefill_tokens: int = 8192
-    """transformers: a long prompt is read in pieces of this many tokens."""
-    tensor_parallel_size: int = 1
-    """vllm: GPUs."""
+    """Data type of weights and activations. auto: as stored."""
+    batch_size: Count = 4
+    """transformers: prompts answered together."""
+    documents_at_once: Count = 1
+    """transformers: documents whose prompts may be answered together to fill a batch."""
+    prefill_tokens: Count = 8192
+    """transformers: tokens that are read at once; a longer prompt is read in chunks of this size."""
+    tensor_parallel_size: Count = 1
+    """vllm: number of GPUs."""
     base_url: str = "http://127.0.0.1:8000/v1"
-    """openai: the server."""
+    """openai: address of the server."""
     api_key_variable: str = "OPENAI_API_KEY"
-    """openai: environment variable with the key. The key itself is written nowhere."""
-    concurrency: int = 16
-    """openai: requests under way at once; vllm: documents given at once."""
-    timeout_seconds: float = 600.0
-    """openai: without anything coming from the server."""
-    retries: int = 8
-    """openai: of a request that fails for a reason that may pass, with growing pauses."""
+    """openai: environment variable that holds the key. The key itself is never written anywhere."""
+    concurrency: Count = 16
+    """openai: requests in flight at once; vllm: documents submitted at once."""
+    timeout_seconds: PositiveFiniteFloat = 600.0
+    """openai: longest wait for the server's next byte."""
+    retries: NaturalNumber = 8
+    """openai: retries of a request that failed for a temporary reason, with growing pauses."""
 
 
-def check_engine(e: EngineConfig) -> None:
-    """An engine by itself; evaluation has the same.
+def check_engine(engine: EngineConfig) -> None:
+    """Check an engine's options.
 
     Raises:
         ConfigError: the first value that breaks a rule.
     """
-    if e.model is None:
+    check_ranges(engine)
+    if engine.model is None:
         raise ConfigError("model is not given; name a model folder (or, for openai, the server's model) with --model")
-    check_numbers(e)
-    if not e.base_url.startswith(("http://", "https://")):
-        raise ConfigError(f"base_url={e.base_url} must begin with http:// or https://")
-    if not e.timeout_seconds > 0:
-        raise ConfigError(f"timeout_seconds={e.timeout_seconds} must be positive")
-    if "@" in e.base_url:
+    if not engine.base_url.startswith(("http://", "https://")):
+        raise ConfigError(f"base_url={engine.base_url} must begin with http:// or https://; add one of them")
+    if "@" in engine.base_url:
         raise ConfigError(
-            f"base_url holds a name or a key before @; it would be written down: put the key into the environment variable "
-            f"{e.api_key_variable}"
+            "base_url has a user name or a key before @, which would end up in files; put the key into the environment "
+            f"variable {engine.api_key_variable}"
         )
-    if e.engine == "openai" and e.tokenizer is None:
-        raise ConfigError("engine=openai needs tokenizer, the folder of the served model's, to measure texts with")
+    if engine.engine == "openai" and engine.tokenizer is None:
+        raise ConfigError(
+            "engine=openai needs tokenizer to measure texts; name the tokenizer folder of the served model with --tokenizer"
+        )

@@ -8,6 +8,7 @@ from megatron_longpo.config import Sections, check_part
 from megatron_longpo.engines.settings import EngineConfig, check_engine
 from megatron_longpo.errors import ConfigError
 from megatron_longpo.evaluation import infinitebench, needle, ruler, short_context
+from megatron_longpo.schema import check_ranges
 
 # A section has a field with the name of its module.
 _INFINITEBENCH_TASKS = infinitebench.TASKS
@@ -156,6 +157,7 @@ def check(c: EvaluationConfig) -> None:
     e = c.evaluate
     if e.output is None:
         raise ConfigError("output is not given; name the folder of the results with --output")
+    check_ranges(c)
     check_engine(c.engine)
     if not c.suites:
         raise ConfigError(f"tasks is empty; name some of {', '.join(SUITES)}")

@@ -1,103 +1,115 @@
-"""Configuration of pair generation: dataclasses by section, read as the training's is (``megatron_longpo/config.py``)."""
+"""Configuration of pair generation: dataclasses by section, read like the training configuration (``config.py``)."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
-from megatron_longpo.config import Sections, check_numbers, check_part
+from megatron_longpo.config import Sections, check_part
 from megatron_longpo.engines.settings import EngineConfig, check_engine
 from megatron_longpo.errors import ConfigError
+from megatron_longpo.schema import Count, FiniteFloat, NaturalNumber, Range, Temperature, TopP, check_ranges
 
-# Of the paper's set-up, at its target of 131072 tokens; other targets scale them.
+# The paper's chunk sizes at its target of 131072 tokens. Shorter targets scale them down.
 _PAPER_TARGET = 131072
 _PAPER_CHUNK = (16384, 30000)
-# Room for the template, the questions and the answers of a long row.
-_ROOM = 64
+# Tokens per turn of a long row for the template and for the question, each.
+_TURN_OVERHEAD = 64
 
 
 @dataclass(frozen=True)
 class DocumentsConfig:
-    """What is read, and how it is cut."""
+    """Documents that are read, and how they are cut into chunks."""
 
     documents: tuple[str, ...] = ()
-    """Files, folders or globs: .txt, .md, .tex, .jsonl (.gz, .zst), .parquet; source code too for the domain code."""
+    """Files, folders or globs: .txt, .md, .tex, .jsonl (.gz, .zst), .parquet; for the domain code also source files."""
     domain: Literal["auto", "book", "arxiv", "code", "other"] = "auto"
-    """What documents are cut into: book and other: paragraphs; arxiv: LaTeX sections; code: files and definitions; auto: by
-    a folder named like a domain, else by the kind of file."""
+    """Units that documents are cut into. book and other: paragraphs; arxiv: LaTeX sections; code: files and definitions; auto:
+    by the name of a folder if it is one of these, else by the type of file."""
     text_column: str = "text"
     """Column of the text in tables (.jsonl, .parquet)."""
-    seq_length: int = _PAPER_TARGET
-    """Target: tokens of the long rows, answers included. Lengths below follow it where they are not given."""
-    min_document_tokens: int | None = None
-    """Shorter documents are kept aside. Default: half the target (paper: 64K of 128K)."""
-    max_document_tokens: int | None = None
-    """Longest document. Default: the target less the answers and questions of all turns."""
+    seq_length: Annotated[int, Range(ge=1, fix="the paper uses 131072")] = _PAPER_TARGET
+    """Target length of the long rows in tokens, answers included. Lengths below that are not given follow from it."""
+    min_document_tokens: NaturalNumber | None = None
+    """Shortest document in tokens; shorter ones are skipped. Default: half the target (paper: 64K of 128K)."""
+    max_document_tokens: Count | None = None
+    """Longest document in tokens. Default: the target minus the questions and answers of all turns."""
     overlong: Literal["drop", "cut", "split"] = "drop"
-    """Longer documents: drop (the paper), cut at a unit's end, or split into several of that length."""
-    min_chunk_tokens: int | None = None
-    max_chunk_tokens: int | None = None
-    """Tokens of a chunk. Default: 16384 to 30000, scaled with a target below 131072."""
-    chunks_per_document: int = 4
-    """Chunks, and so turns, of a document at most, drawn by seed (paper: 4)."""
-    max_documents: int | None = None
-    """Read so many documents at most."""
-    workers: int = 1
-    """Processes that count tokens and cut."""
+    """Fate of longer documents. drop: skip (the paper); cut: keep the beginning, up to the end of a unit; split: into
+    several documents of that length."""
+    min_chunk_tokens: Count | None = None
+    """Shortest chunk in tokens. Default: 16384, scaled down with a target below 131072."""
+    max_chunk_tokens: Count | None = None
+    """Longest chunk in tokens. Default: 30000, scaled down with a target below 131072."""
+    chunks_per_document: Count = 4
+    """Largest number of chunks, and so of turns, per document, drawn by the seed (paper: 4)."""
+    max_documents: Count | None = None
+    """Largest number of documents that are read. Default: all."""
+    workers: Count = 1
+    """Processes that count tokens and cut documents."""
 
 
 @dataclass(frozen=True)
 class QuestionsConfig:
-    """What is asked about a chunk."""
+    """Questions about a chunk."""
 
-    questions_per_chunk: int = 4
-    """Questions that the model is asked for, of which one is drawn (paper: 4)."""
+    questions_per_chunk: Count = 4
+    """Number of questions that the model is asked to write; one of them is drawn (paper: 4)."""
     question_prompt: str = (
         "Write {count} questions that can be answered from the text above. Number them from 1 to {count}, one a line, each "
         "clear by itself, and write nothing else."
     )
-    """Instruction after the chunk; {count} stands for the number of questions."""
+    """Instruction that follows the chunk; {count} stands for the number of questions."""
     question_pattern: str = r"^[ \t]*(?:\*\*)?\d+[ \t]*[.):][ \t]*(?:\*\*[ \t]*)?(\S.*)$"
-    """Regular expression, line by line, whose first group is a question."""
-    question_tokens: int = 512
-    """Most tokens of the reply with the questions."""
-    question_temperature: float = 0.7
-    question_top_p: float = 0.9
-    question_tries: int = 1
-    """Replies asked for, one after the other, until one holds the right number of questions."""
+    """Regular expression, applied line by line, whose first group is a question."""
+    question_tokens: Count = 512
+    """Largest number of tokens in the reply that holds the questions."""
+    question_temperature: Temperature = 0.7
+    """Sampling temperature of the questions; 0: greedy."""
+    question_top_p: TopP = 0.9
+    """Nucleus sampling of the questions: probability mass that is kept."""
+    question_tries: Count = 1
+    """Largest number of replies, one after the other, until one has the right number of questions."""
     lead_ins: tuple[str, ...] = (
         "Based on the preceding descriptions, ",
         "According to the text above, ",
         "From what has been said before, ",
         "Considering the material above, ",
     )
-    """Phrases of which one, drawn by seed, is put before the question."""
+    """Phrases of which one, drawn by the seed, is put before the question."""
 
 
 @dataclass(frozen=True)
 class AnswersConfig:
-    """How questions are answered: on the chunk (chosen) and on the whole document (rejected)."""
+    """Answers: from the chunk only (chosen), and from the whole document (rejected)."""
 
-    answer_tokens: int = 1024
-    answer_temperature: float = 0.0
-    """0: greedy (the paper); the released code has 1."""
-    answer_top_p: float = 1.0
-    long_answer_tokens: int | None = None
-    long_answer_temperature: float | None = None
-    long_answer_top_p: float | None = None
-    """The same of the answers on the whole document. Default: as on the chunk."""
-    rotary_base: float | None = None
-    """RoPE theta of the long answers, for a model beyond its range. In-process engines alone."""
+    answer_tokens: Count = 1024
+    """Largest number of tokens in an answer."""
+    answer_temperature: Temperature = 0.0
+    """Sampling temperature; 0: greedy (the paper). The released code uses 1."""
+    answer_top_p: TopP = 1.0
+    """Nucleus sampling: probability mass that is kept."""
+    long_answer_tokens: Count | None = None
+    """answer_tokens for answers from the whole document. Default: the same."""
+    long_answer_temperature: Temperature | None = None
+    """answer_temperature for answers from the whole document. Default: the same."""
+    long_answer_top_p: TopP | None = None
+    """answer_top_p for answers from the whole document. Default: the same."""
+    rotary_base: FiniteFloat | None = None
+    """RoPE theta for answers from the whole document, if it exceeds the model's context. In-process engines only. Default: the
+    model's."""
     rope_type: Literal["default", "linear", "llama3", "yarn"] | None = None
-    """RoPE scaling of the long answers, with the numbers below."""
-    rotary_scaling_factor: float | None = None
-    original_max_position_embeddings: int | None = None
+    """RoPE scaling for answers from the whole document, with the numbers below. Default: the model's."""
+    rotary_scaling_factor: FiniteFloat | None = None
+    """Factor of the scaling."""
+    original_max_position_embeddings: Count | None = None
+    """Context length before scaling, in tokens."""
 
 
 @dataclass(frozen=True)
 class FiltersConfig:
-    """What is kept aside, by reason."""
+    """What is skipped, and why."""
 
     refusals: tuple[str, ...] = (
         *(
@@ -113,45 +125,54 @@ class FiltersConfig:
         *("i don't have access", "i do not have access", "cannot be answered", "not mentioned in the text"),
         *("does not provide", "doesn't provide", "no information"),
     )
-    """Phrases that make an answer a refusal, in any case of letters, within its first `refusal_characters`."""
+    """Phrases, in upper or lower case, that make an answer a refusal if they occur in its first refusal_characters."""
     refusal_characters: int = 200
+    """Characters at the beginning of an answer that are searched for a refusal."""
     refuse_rejected_too: bool = False
-    """Also where the answer on the whole document refuses. Off: that is a fault to learn from."""
+    """Also skip turns whose answer from the whole document is a refusal. Off: that is a mistake to learn from."""
     keep_truncated: bool = False
     """Keep answers that were cut off at the token limit."""
     min_answer_characters: int = 1
+    """Shortest answer in characters."""
     max_repeated_ngrams: float = 0.5
-    """Largest share of word 4-grams of an answer that were there before (of 50 words on)."""
+    """Largest fraction of an answer's word 4-grams that have occurred in it before (answers of 50 words or more)."""
     max_compression: float = 6.0
-    """Largest factor by which zlib makes an answer smaller (of 300 characters on)."""
+    """Largest factor by which zlib compresses an answer (answers of 300 characters or more)."""
     max_quoted_words: float = 0.6
-    """Largest share of a question's words (of four letters on) that the instruction has: it quotes it."""
+    """Largest fraction of a question's words, of four letters or more, that also occur in the instruction: beyond it the question
+    quotes the instruction."""
     min_question_words: int = 3
+    """Shortest question in words."""
     max_question_words: int = 80
+    """Longest question in words."""
     short_seq_length: int = 32768
-    """Longest short row in tokens (paper)."""
+    """Longest short row in tokens (paper: 32768)."""
     languages: tuple[str, ...] = ()
-    """Languages, as ISO 639-1 codes, of questions and answers; empty: any (extra `language`)."""
+    """Languages of questions and answers, as ISO 639-1 codes (extra `language`). Default: any."""
     min_language_probability: float = 0.5
+    """Smallest probability of the detected language."""
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Where to, and which part."""
+    """The output, and the part of the work that this process does."""
 
     output: str | None = None
-    """Preference JSONL. Beside it OUTPUT.work (stages) and OUTPUT.report."""
+    """Preference JSONL. OUTPUT.work (stages) and OUTPUT.report stand beside it."""
     seed: int = 1234
+    """Seed of everything that is drawn."""
     rank: int | None = None
+    """Number of the part that this process does, from 0. Default: torchrun's RANK, the number of a Slurm array's task, or all
+    parts."""
     world_size: int | None = None
-    """This part of how many. Default: torchrun's RANK and WORLD_SIZE, a Slurm array's task, or all."""
+    """Number of parts. Default: torchrun's WORLD_SIZE, the size of the Slurm array, or 1."""
     report_samples: int = 20
-    """Samples to read in the report."""
+    """Number of samples shown in the report."""
 
 
 @dataclass(frozen=True)
 class GenerationConfig(Sections):
-    """One dataclass a section."""
+    """Configuration of pair generation."""
 
     documents: DocumentsConfig = field(default_factory=DocumentsConfig)
     questions: QuestionsConfig = field(default_factory=QuestionsConfig)
@@ -162,101 +183,109 @@ class GenerationConfig(Sections):
 
     @property
     def document_batch(self) -> int:
-        """Documents that stay together however the work is split."""
+        """Number of documents that stay together however the work is divided."""
         return self.engine.documents_at_once if self.engine.engine == "transformers" else 1
 
     @property
     def chunk_tokens(self) -> tuple[int, int]:
-        """Smallest and largest chunk."""
-        d = self.documents
-        scale = min(1.0, d.seq_length / _PAPER_TARGET)
-        smallest = d.min_chunk_tokens if d.min_chunk_tokens is not None else max(1, int(_PAPER_CHUNK[0] * scale))
-        largest = d.max_chunk_tokens if d.max_chunk_tokens is not None else max(2, int(_PAPER_CHUNK[1] * scale))
-        return smallest, largest
+        """Tokens of the shortest and of the longest chunk."""
+        documents = self.documents
+        scale = min(1.0, documents.seq_length / _PAPER_TARGET)
+        shortest, longest = documents.min_chunk_tokens, documents.max_chunk_tokens
+        return (
+            max(1, int(_PAPER_CHUNK[0] * scale)) if shortest is None else shortest,
+            max(2, int(_PAPER_CHUNK[1] * scale)) if longest is None else longest,
+        )
 
     @property
     def long_sampling(self) -> tuple[int, float, float]:
-        """Most tokens, temperature and top-p of the long answers."""
-        a = self.answers
-        given = a.long_answer_tokens, a.long_answer_temperature, a.long_answer_top_p
-        usual = a.answer_tokens, a.answer_temperature, a.answer_top_p
-        tokens, temperature, top_p = (u if g is None else g for g, u in zip(given, usual, strict=True))
-        return int(tokens), float(temperature), float(top_p)
+        """Largest number of tokens, temperature and top-p of the answers from the whole document."""
+        answers = self.answers
+        tokens, temperature = answers.long_answer_tokens, answers.long_answer_temperature
+        top_p = answers.long_answer_top_p
+        return (
+            answers.answer_tokens if tokens is None else tokens,
+            answers.answer_temperature if temperature is None else temperature,
+            answers.answer_top_p if top_p is None else top_p,
+        )
 
     @property
     def document_tokens(self) -> tuple[int, int]:
-        """Shortest and longest document."""
-        d = self.documents
-        room = d.chunks_per_document * (max(self.answers.answer_tokens, self.long_sampling[0]) + 2 * _ROOM)
-        longest = d.max_document_tokens if d.max_document_tokens is not None else d.seq_length - room
-        shortest = d.min_document_tokens if d.min_document_tokens is not None else min(d.seq_length // 2, longest)
+        """Tokens of the shortest and of the longest document."""
+        documents = self.documents
+        per_turn = max(self.answers.answer_tokens, self.long_sampling[0]) + 2 * _TURN_OVERHEAD
+        longest = documents.max_document_tokens
+        if longest is None:
+            longest = documents.seq_length - documents.chunks_per_document * per_turn
+        shortest = documents.min_document_tokens
+        if shortest is None:
+            shortest = min(documents.seq_length // 2, longest)
         return shortest, longest
 
 
-def check(c: GenerationConfig) -> None:
-    """What can be said of a configuration alone.
+def check(config: GenerationConfig) -> None:
+    """Check what a configuration says by itself, before documents or the model are read.
 
     Raises:
         ConfigError: the first value that breaks a rule.
     """
-    if not c.documents.documents:
+    check_ranges(config)
+    if not config.documents.documents:
         raise ConfigError("documents is not given; name files, folders or globs with --documents")
-    if c.run.output is None:
+    if config.run.output is None:
         raise ConfigError("output is not given; name the preference JSONL with --output")
-    for section in (c.documents, c.questions, c.answers):
-        check_numbers(section)
-    smallest, largest = c.chunk_tokens
+    _check_lengths(config)
+    _check_questions(config.questions)
+    check_engine(config.engine)
+    if config.engine.engine == "openai" and (config.answers.rotary_base or config.answers.rope_type):
+        raise ConfigError(
+            "rotary_base and rope_type have no effect with engine=openai, where RoPE is configured on the server; leave them "
+            "out, and start the server with them"
+        )
+    check_part(config.run.rank, config.run.world_size)
+
+
+def _check_lengths(config: GenerationConfig) -> None:
+    """Rules between the lengths of chunks, documents and rows."""
+    smallest, largest = config.chunk_tokens
     if smallest > largest:
         raise ConfigError(f"min_chunk_tokens={smallest} is above max_chunk_tokens={largest}; lower it")
     if largest - smallest < largest // 4:
         raise ConfigError(
-            f"min_chunk_tokens={smallest} is too near max_chunk_tokens={largest}: texts would be cut into crumbs to fit between "
-            "them; leave a quarter of the larger"
+            f"min_chunk_tokens={smallest} is too near max_chunk_tokens={largest}: chunks could not be packed between the two; "
+            "keep them at least a quarter of max_chunk_tokens apart"
         )
-    shortest, longest = c.document_tokens
+    shortest, longest = config.document_tokens
     if longest < 1 or shortest > longest:
         raise ConfigError(
-            f"documents of {shortest} to {longest} tokens are asked for: seq_length={c.documents.seq_length} leaves "
-            f"{longest} beside {c.documents.chunks_per_document} turns with answers of {c.answers.answer_tokens} tokens; raise "
-            "seq_length, or lower answer_tokens, chunks_per_document or min_document_tokens"
+            f"documents of {shortest} to {longest} tokens are asked for: seq_length={config.documents.seq_length} leaves "
+            f"{longest} beside {config.documents.chunks_per_document} turns with answers of "
+            f"{config.answers.answer_tokens} tokens; raise seq_length, or lower answer_tokens, chunks_per_document or "
+            "min_document_tokens"
         )
     if smallest > longest:
         raise ConfigError(
             f"min_chunk_tokens={smallest} is above the longest document of {longest} tokens; lower it or raise seq_length"
         )
-    for name, value in (
-        ("question_temperature", c.questions.question_temperature),
-        ("answer_temperature", c.answers.answer_temperature),
-        ("long_answer_temperature", c.long_sampling[1]),
-    ):
-        if value < 0:
-            raise ConfigError(f"{name}={value} must not be negative; 0 is greedy")
-    for name, value in (
-        ("question_top_p", c.questions.question_top_p),
-        ("answer_top_p", c.answers.answer_top_p),
-        ("long_answer_top_p", c.long_sampling[2]),
-    ):
-        if not 0 < value <= 1:
-            raise ConfigError(f"{name}={value} must be above 0 and at most 1")
+
+
+def _check_questions(questions: QuestionsConfig) -> None:
+    """Rules of the texts that questions are made with."""
+    pattern_text, prompt = questions.question_pattern, questions.question_prompt
     try:
-        pattern = re.compile(c.questions.question_pattern, re.MULTILINE)
+        pattern = re.compile(pattern_text, re.MULTILINE)
     except (re.error, OverflowError, RecursionError) as error:
         raise ConfigError(
-            f"question_pattern={c.questions.question_pattern!r} is no regular expression ({error})"
+            f"question_pattern={pattern_text!r} is not a regular expression ({error}); correct it, or leave it out"
         ) from None
     if pattern.groups < 1:
-        raise ConfigError(f"question_pattern={c.questions.question_pattern!r} has no group; put the question in (...)")
+        raise ConfigError(f"question_pattern={pattern_text!r} has no group; put the question in (...)")
     try:
-        c.questions.question_prompt.format(count=1)
+        prompt.format(count=1)
     except (KeyError, IndexError, ValueError, AttributeError, TypeError) as error:
         raise ConfigError(
-            f"question_prompt={c.questions.question_prompt!r} cannot be filled in ({error!r}); only {{count}} may stand in "
-            "braces, write {{{{ and }}}} for braces"
+            f"question_prompt={prompt!r} cannot be filled in ({error!r}); only {{count}} may stand in braces, write {{{{ and "
+            "}}}} for braces"
         ) from None
-    if not c.questions.lead_ins:
+    if not questions.lead_ins:
         raise ConfigError('lead_ins is empty; give at least one phrase, "" for none')
-    a = c.answers
-    check_engine(c.engine)
-    if c.engine.engine == "openai" and (a.rotary_base or a.rope_type):
-        raise ConfigError("rotary_base and rope_type are the server's affair with engine=openai; start it with them")
-    check_part(c.run.rank, c.run.world_size)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_longpo.errors import CheckpointError
+from megatron_longpo.schema import convert_fields
 
 FILE_NAME = "model.json"
 SCHEMA_VERSION = 1
@@ -99,7 +100,8 @@ class ModelShape:
         """Read ``model.json`` of a checkpoint.
 
         Raises:
-            CheckpointError: missing, not JSON, of another schema version, or with missing or unknown keys.
+            CheckpointError: missing, not JSON, of another schema version, with missing or unknown keys, or with a value of
+                the wrong type.
         """
         path = folder / FILE_NAME
         try:
@@ -113,7 +115,9 @@ class ModelShape:
             raise CheckpointError(f"{path}: cannot be read ({error}); convert the model again") from None
         if not isinstance(content, dict) or content.pop("schema_version", None) != SCHEMA_VERSION:
             raise CheckpointError(f"{path}: schema_version is not {SCHEMA_VERSION}; convert the model again")
-        try:
-            return cls(**content)
-        except TypeError as error:
-            raise CheckpointError(f"{path}: {error}; convert the model again") from None
+        values = convert_fields(cls, content, f"{path}: ", CheckpointError, "convert the model again")
+        required = [f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING]
+        missing = [name for name in required if name not in values]
+        if missing:
+            raise CheckpointError(f"{path}: {', '.join(missing)} is missing; convert the model again")
+        return cls(**values)

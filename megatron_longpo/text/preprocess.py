@@ -18,10 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from megatron.core.datasets.indexed_dataset import DType
-
-from megatron_longpo.data.indexed import Manifest, SampleWriter, path_of, read_manifest
+from megatron_longpo.data.indexed import Manifest, SampleWriter, path_of, read_manifest, token_dtype
 from megatron_longpo.data.preference import TOKENISED_COLUMNS, BadRow, Mode, Sample, from_tokenised
 from megatron_longpo.errors import DataError
 from megatron_longpo.runtime.files import sha256_of
@@ -327,7 +324,7 @@ def preprocess(
     }
     manifest = Manifest(
         vocab_size=vocab_size,
-        dtype=np.dtype(DType.optimal_dtype(vocab_size)).name,
+        dtype=token_dtype(vocab_size),
         tokenizer=tokenizer.name if tokenizer else None,
         tokenizer_hash=tokenizer.vocabulary_hash if tokenizer else None,
         template_hash=tokenizer.template_hash if tokenizer else None,

@@ -105,7 +105,7 @@ def test_degrees_against_world_and_model() -> None:
         check_against_model(_parallel(tensor_model_parallel_size=3, batch=9), world_size=3, **model)
     with pytest.raises(ConfigError, match="does not divide the 8 layers"):
         check_against_model(_parallel(pipeline_model_parallel_size=3), world_size=3, **model)
-    with pytest.raises(ConfigError, match="micro batches a step to be a multiple"):
+    with pytest.raises(ConfigError, match="micro batches per step to be a multiple"):
         check_against_model(
             _parallel(batch=5, pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2),
             world_size=2,

@@ -1,9 +1,8 @@
 """LongPO training on Megatron-Core.
 
-Importing the package resolves the platform first: where CUDA is absent, ``runtime.platform`` must make
-megatron-core runnable on the CPU before any module of megatron-core is imported.
+Importing the package imports nothing else, so that command lines can be read quickly. Where CUDA is absent, megatron-core
+can be imported only after ``runtime.platform`` has prepared it for the CPU; each subpackage that imports megatron-core
+therefore imports ``runtime.platform`` first.
 """
-
-from megatron_longpo.runtime import platform as platform
 
 __version__ = "0.2.0"

@@ -1,3 +1,3 @@
-"""The package is imported before anything imports megatron-core: the platform comes first."""
+"""Tests may import megatron-core before the package: the platform prepares it first."""
 
-import megatron_longpo  # noqa: F401
+import megatron_longpo.runtime.platform  # noqa: F401

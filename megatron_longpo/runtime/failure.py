@@ -9,8 +9,6 @@ import traceback
 from collections.abc import Callable
 from datetime import timedelta
 
-import torch.distributed as dist
-
 from megatron_longpo.errors import LongPOError
 
 _LINGER_SECONDS = 3.0
@@ -20,6 +18,9 @@ def _first_to_fail() -> bool:
     """Whether this rank is to name the cause: the first to get here, or rank 0 where ranks cannot ask one another."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return True
+    # Not at the top: a command line that only prints its help should not wait for torch.
+    import torch.distributed as dist
+
     environment = os.environ
     try:
         if dist.is_initialized():
@@ -38,6 +39,8 @@ def _first_to_fail() -> bool:
 
 def _has_store() -> bool:
     """Whether ranks can ask one another who failed first: by their group's store, or by torchrun's."""
+    import torch.distributed as dist
+
     return dist.is_initialized() or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 

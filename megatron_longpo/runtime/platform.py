@@ -1,7 +1,8 @@
 """CPU + gloo or CUDA + NCCL, resolved once. The only file that touches ``torch.cuda`` or patches megatron-core.
 
-The choice is made when the package is first imported, because the patches below must precede every
-import of megatron-core. ``MEGATRON_LONGPO_PLATFORM`` (``auto``, ``cpu`` or ``cuda``) overrides it.
+The choice is made when this module is first imported, because the patches below must precede every import of
+megatron-core: the ``__init__`` of each subpackage that imports megatron-core imports this module.
+``MEGATRON_LONGPO_PLATFORM`` (``auto``, ``cpu`` or ``cuda``) overrides it.
 
 Each patch says why it is needed and with which versions the need was seen. All but one are for the CPU alone.
 """

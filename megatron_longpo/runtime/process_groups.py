@@ -9,9 +9,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+
+# isort: off
+from megatron_longpo.runtime import platform  # must precede megatron-core
 from megatron.core import parallel_state, tensor_parallel
 
-from megatron_longpo.runtime import platform
+# isort: on
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ def fail(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):  
     monkeypatch.setattr(failure.os, "_exit", _end)
     monkeypatch.setattr(failure, "_LINGER_SECONDS", 0.0)
     # Another test of this process may have made a group.
-    monkeypatch.setattr(failure.dist, "is_initialized", lambda: False)
+    monkeypatch.setattr(dist, "is_initialized", lambda: False)
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
 

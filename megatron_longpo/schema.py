@@ -134,8 +134,9 @@ def _convert(value: Any, hint: Any) -> Any:
         if any(value == a and type(value) is type(a) for a in arguments):
             return value
     elif origin is tuple and isinstance(value, (list, tuple)):
-        if all(isinstance(v, (str, int)) and not isinstance(v, bool) for v in value):
+        if arguments[0] is str and all(type(v) is int for v in value if not isinstance(v, str)):
             return tuple(map(str, value))
+        return tuple(_convert(v, arguments[0]) for v in value)
     elif origin is list and isinstance(value, list):
         return [_convert(v, arguments[0]) for v in value]
     elif origin is dict and isinstance(value, dict):

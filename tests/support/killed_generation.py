@@ -51,7 +51,7 @@ def attempt(arguments: list[str], folder: Path, more: int | None) -> bool:
 def main() -> None:
     import transformers  # noqa: F401 - once, for all children
 
-    import megatron_longpo.engines.base  # noqa: F401
+    import megatron_longpo.generation.run  # noqa: F401
 
     arguments = sys.argv[1:]
     output = Path(arguments[arguments.index("--output") + 1])

@@ -10,8 +10,6 @@ import dataclasses
 import importlib.util
 import re
 import shlex
-import sys
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -22,6 +20,7 @@ import tyro
 from megatron_longpo.config import Config, Sections, from_command_line
 from megatron_longpo.evaluation.settings import EvaluationConfig
 from megatron_longpo.generation.settings import GenerationConfig
+from tests.support.commands import parsed
 
 ROOT = Path(__file__).parent.parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -55,64 +54,41 @@ def commands() -> list[tuple[str, str, list[str]]]:
 COMMANDS = commands()
 
 
-def from_sections(root: type[Sections], arguments: list[str]) -> None:
+def accept(name: str, arguments: list[str]) -> None:
     # Files that are the reader's own are not there; those of the repository are read.
     if "--config" in arguments and not (ROOT / arguments[arguments.index("--config") + 1]).exists():
         place = arguments.index("--config")
         arguments = arguments[:place] + arguments[place + 2 :]
     arguments = [str(ROOT / a) if a.startswith("examples/") else a for a in arguments]
-    from_command_line(arguments, prog="docs", quiet=True, root=root)
-
-
-def generate(arguments: list[str]) -> None:
-    if arguments[:1] == ["merge"]:
-        assert arguments[1:2] == ["--output"] and len(arguments) == 3
-        return
-    from_sections(GenerationConfig, arguments)
+    if name == "evaluate":
+        evaluate(arguments)
+    else:
+        parsed(name, arguments)
 
 
 def evaluate(arguments: list[str]) -> None:
     if "--compare" in arguments:
         assert not [a for a in arguments if a.startswith("--") and a not in ("--compare", "--output")]
         return
-    from_sections(EvaluationConfig, arguments)
+    from_command_line(arguments, prog="docs", quiet=True, root=EvaluationConfig)
 
 
-class Accepted(Exception):
-    """The arguments were read; what comes next would do the work."""
-
-
-def convert(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    from tools import convert_checkpoint
-
-    monkeypatch.setattr(sys, "argv", ["convert_checkpoint.py", *arguments])
-    convert_checkpoint.parse()
-
-
-def preprocess(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    from tools import preprocess_preference_data
-
-    def stop(*_: object, **__: object) -> None:
-        raise Accepted
-
-    monkeypatch.setattr(preprocess_preference_data, "preprocess", stop)
-    monkeypatch.setattr(sys, "argv", ["preprocess_preference_data.py", *arguments])
-    with pytest.raises(Accepted):
-        preprocess_preference_data.main()
-
-
-PARSERS: dict[str, Callable[[list[str], pytest.MonkeyPatch], None]] = {
-    **dict.fromkeys(("convert", "convert_checkpoint"), convert),
-    **dict.fromkeys(("preprocess", "preprocess_preference_data"), preprocess),
-    **dict.fromkeys(("generate", "generate_preference_data"), lambda arguments, _: generate(arguments)),
-    **dict.fromkeys(("evaluate",), lambda arguments, _: evaluate(arguments)),
-    **dict.fromkeys(("train", "megatron_longpo.train"), lambda arguments, _: from_sections(Config, arguments)),
+PROGRAMS = {
+    "convert": "convert",
+    "convert_checkpoint": "convert",
+    "preprocess": "preprocess",
+    "preprocess_preference_data": "preprocess",
+    "generate": "generate",
+    "generate_preference_data": "generate",
+    "evaluate": "evaluate",
+    "train": "train",
+    "megatron_longpo.train": "train",
 }
 
 
 def test_the_pages_show_every_program() -> None:
-    shown = {PARSERS[name] for _, name, _ in COMMANDS}
-    assert shown == set(PARSERS.values())
+    shown = {PROGRAMS[name] for _, name, _ in COMMANDS}
+    assert shown == set(PROGRAMS.values())
 
 
 @pytest.mark.parametrize(
@@ -123,7 +99,7 @@ def test_a_command_line_in_the_docs_is_accepted(
 ) -> None:
     monkeypatch.chdir(ROOT)
     try:
-        PARSERS[program](arguments, monkeypatch)
+        accept(PROGRAMS[program], arguments)
     except SystemExit as ending:
         # --help ends so, too.
         assert not ending.code, f"{page}: {program} {' '.join(arguments)}"

@@ -42,11 +42,11 @@ from megatron_longpo.generation.settings import (
 )
 from megatron_longpo.generation.stages import DocumentLines, Line, Stage, read_lines
 from megatron_longpo.runtime import platform
+from megatron_longpo.runtime.share import Share, share_of_process
 from megatron_longpo.text.documents import DOMAINS, RawDocument, find_files
 from tests.support.launch import ROOT
 from tests.support.models import make_chat_model
 from tests.support.tokenizers import make_fast_tokenizer
-from tools.generate_preference_data import part_of
 
 # --------------------------------------------------------------------------------------------------
 # Units and chunks
@@ -213,7 +213,7 @@ def test_configurations_that_cannot_work_are_refused(config: GenerationConfig, m
 @pytest.mark.parametrize(
     ("section", "message"),
     [
-        ({"questions": QuestionsConfig(question_pattern="(")}, "no regular expression"),
+        ({"questions": QuestionsConfig(question_pattern="(")}, "not a regular expression"),
         ({"questions": QuestionsConfig(question_pattern="x")}, "has no group"),
         ({"questions": QuestionsConfig(question_prompt="{chunk}")}, "cannot be filled in"),
         ({"questions": QuestionsConfig(question_prompt="{count.x}")}, "cannot be filled in"),
@@ -223,7 +223,7 @@ def test_configurations_that_cannot_work_are_refused(config: GenerationConfig, m
         ({"questions": QuestionsConfig(lead_ins=())}, "lead_ins is empty"),
         ({"answers": AnswersConfig(answer_top_p=0.0)}, "answer_top_p=0.0"),
         ({"engine": EngineConfig(engine="openai", model="m")}, "needs tokenizer"),
-        ({"engine": EngineConfig(model="m", base_url="http://me:secret@host/v1")}, "holds a name or a key"),
+        ({"engine": EngineConfig(model="m", base_url="http://me:secret@host/v1")}, "has a user name or a key"),
         ({"run": RunConfig(output="o", rank=2, world_size=2)}, "from 0 to world_size - 1 = 1"),
         ({"run": RunConfig(output="o", rank=2)}, "belong together"),
     ],
@@ -519,10 +519,11 @@ def test_what_passes_is_tried_again_and_what_does_not_is_not(scripted: Any, monk
 def test_a_slurm_array_is_a_split(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("TORCHELASTIC_RUN_ID", "RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
-    assert part_of(_config(Path("m"))) == (0, 1, "alone")
+    assert share_of_process(None, None, slurm_array=True) == Share()
     for key, value in {"ID": "14", "MIN": "10", "MAX": "16", "COUNT": "4", "STEP": "2"}.items():
         monkeypatch.setenv(f"SLURM_ARRAY_TASK_{key}", value)
-    assert part_of(_config(Path("m"))) == (2, 4, "a Slurm array")
+    assert share_of_process(None, None, slurm_array=True) == Share(2, 4, "a Slurm array")
+    assert share_of_process(None, None) == Share()
 
 
 def test_examples_are_configurations_that_work() -> None:

@@ -1,0 +1,268 @@
+"""``megatron-longpo convert import|verify|export``, or ``tools/convert_checkpoint.py``."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
+
+import tyro
+
+from megatron_longpo.command_line import parse
+from megatron_longpo.config import RopeChanges, scaling_numbers
+from megatron_longpo.errors import CheckpointError
+from megatron_longpo.schema import Count, check_ranges
+
+if TYPE_CHECKING:
+    from megatron_longpo.conversion.convert import Changes, Conversion
+    from megatron_longpo.model.shape import ModelShape
+    from megatron_longpo.runtime.progress import Progress
+
+Folder = Annotated[str, tyro.conf.arg(metavar="DIR")]
+Dtype = Literal["float32", "float16", "bfloat16"]
+Options = TypeVar("Options")
+
+
+def size_in_bytes(text: str) -> int:
+    """``5GB`` (10^9 bytes), ``500MB`` or plain bytes; a bare number below 1000 means GB.
+
+    Raises:
+        ValueError: not a size.
+    """
+    upper = text.strip().upper()
+    for unit, factor in (("GB", 10**9), ("MB", 10**6), ("KB", 10**3)):
+        if upper.endswith(unit):
+            upper, number = upper.removesuffix(unit), factor
+            break
+    else:
+        number = 1
+    try:
+        value = float(upper)
+    except ValueError:
+        raise ValueError(f"{text!r} is not a size; write 5GB, 500MB or a number of bytes") from None
+    if number == 1 and value < 1000:
+        number = 10**9
+    if not 1 <= value * number < float("inf"):
+        raise ValueError(f"{text!r} is not a size; it must be positive")
+    return int(value * number)
+
+
+Size = Annotated[
+    int,
+    tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="SIZE",
+        instance_from_str=lambda texts: size_in_bytes(texts[0]),
+        is_instance=lambda value: isinstance(value, int),
+        str_from_instance=lambda value: [str(value)],
+    ),
+]
+
+
+@dataclass(frozen=True)
+class ComparisonOptions:
+    """How the two sides are compared. All tensors are always compared bit by bit."""
+
+    logits: bool = True
+    """Compare the logits of the two models too."""
+    text: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
+    """Text file that the models are run on. Default: random tokens."""
+    tokens: Count = 64
+    """Tokens per row."""
+    rows: Count = 1
+    """Rows of random tokens."""
+    seed: int = 0
+    """Seed of the random tokens."""
+    first_position: int = 0
+    """Position of each row's first token, to try RoPE beyond the model's context."""
+    bound: float = 1e-4
+    """Largest difference allowed between logits, relative to the largest logit."""
+    whole: bool = False
+    """Keep both models in memory, instead of one layer at a time."""
+    report: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
+    """JSON file that the findings are written to."""
+
+    def check(self) -> None:
+        """Check the numbers, and before any long work that the report can be written.
+
+        Raises:
+            ConfigError, CheckpointError: the first thing that does not fit.
+        """
+        check_ranges(self)
+        if self.report is None:
+            return
+        try:
+            with open(self.report, "a", encoding="utf-8"):
+                pass
+        except OSError as error:
+            raise CheckpointError(f"--report {self.report}: cannot be written ({error}); name another file") from None
+
+
+@dataclass(frozen=True)
+class ImportOptions:
+    """Flags of import."""
+
+    hf: Folder
+    """Hugging Face model folder: config.json, safetensors (or .bin), tokenizer."""
+    output: Folder
+    """New folder of the checkpoint."""
+    changes: RopeChanges
+    dtype: Dtype | None = None
+    """Cast the weights to this type. Default: keep theirs."""
+    name: str | None = None
+    """Name of the base model in the model cards of what is trained from it. Default: the folder's."""
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """Flags of export."""
+
+    checkpoint: Folder
+    """Converted checkpoint, run folder, or one iteration of a run (iter_*)."""
+    output: Folder
+    """New Hugging Face model folder."""
+    changes: RopeChanges
+    comparison: ComparisonOptions
+    dtype: Dtype | None = None
+    """Type of the weights. Default: that of the imported model."""
+    max_shard_size: Size = 5 * 10**9
+    """Largest safetensors file: 5GB, 500MB, or a number of bytes."""
+    verify: bool = True
+    """Compare what was written with the checkpoint before the folder gets its name."""
+
+
+@dataclass(frozen=True)
+class VerifyOptions:
+    """Flags of verify."""
+
+    checkpoint: Folder
+    """Converted checkpoint, run folder, or one iteration of a run (iter_*)."""
+    hf: Folder
+    """Hugging Face model folder."""
+    changes: RopeChanges
+    comparison: ComparisonOptions
+
+
+def import_(arguments: Sequence[str], *, prog: str) -> None:
+    """Convert a Hugging Face folder to a distributed checkpoint that any parallel layout can load. Launched with torchrun, the
+    processes share the work."""
+    options = _parse(ImportOptions, arguments, prog, import_)
+    # Not before the flags are read: it imports torch and megatron-core.
+    from megatron_longpo.conversion.convert import import_hf
+
+    with _processes() as first:
+        with _progress("import", first) as progress:
+            result = import_hf(
+                options.hf,
+                options.output,
+                changes=_changes(options.changes),
+                dtype=options.dtype,
+                name=options.name,
+                progress=lambda more, total: progress.add(more, total=total),
+            )
+        _report(progress, result, options.output)
+
+
+def export(arguments: Sequence[str], *, prog: str) -> None:
+    """Convert a checkpoint to a Hugging Face folder, compared with the checkpoint before it gets its name. Launched with
+    torchrun, the processes share the work."""
+    options = _parse(ExportOptions, arguments, prog, export)
+    options.comparison.check()
+    from megatron_longpo.conversion.convert import export_hf
+
+    with _processes() as first:
+
+        def check(checkpoint: Path, written: Path, _shape: ModelShape) -> None:
+            progress.stop()
+            if options.verify:
+                _verify(checkpoint, written, options.changes, options.comparison)
+
+        with _progress("export", first) as progress:
+            result = export_hf(
+                options.checkpoint,
+                options.output,
+                changes=_changes(options.changes),
+                dtype=options.dtype,
+                max_shard_bytes=options.max_shard_size,
+                check=check,
+                progress=lambda more, total: progress.add(more, total=total),
+            )
+        _report(progress, result, options.output)
+
+
+def verify(arguments: Sequence[str], *, prog: str) -> None:
+    """Compare a checkpoint with a Hugging Face folder: every tensor bit by bit, then logits. Fails where they differ."""
+    options = _parse(VerifyOptions, arguments, prog, verify)
+    options.comparison.check()
+    with _processes():
+        _verify(Path(options.checkpoint), Path(options.hf), options.changes, options.comparison)
+
+
+def _parse(cls: type[Options], arguments: Sequence[str], prog: str, command: Callable[..., None]) -> Options:
+    description = " ".join((command.__doc__ or "").split())
+    return parse(cls, arguments, prog=prog, description=description, quiet=os.environ.get("RANK", "0") != "0")
+
+
+@contextmanager
+def _processes() -> Iterator[bool]:
+    """A process group of the processes that torchrun launched, if it did; yields whether this is the first of them."""
+    import torch.distributed as dist
+
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        dist.init_process_group("gloo", timeout=timedelta(hours=24))
+    yield not dist.is_initialized() or dist.get_rank() == 0
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _progress(name: str, first: bool) -> Progress:
+    from megatron_longpo.runtime.progress import Progress
+
+    return Progress(name, unit="bytes", active=first, shared=True, last_line=False)
+
+
+def _report(progress: Progress, result: Conversion, output: str) -> None:
+    if not progress.active:
+        return
+    gigabytes = result.bytes / 1e9
+    print(
+        f"{progress.name}: {result.tensors} tensors, {gigabytes:.2f} GB in {progress.seconds:.2f} s "
+        f"({gigabytes / progress.seconds:.2f} GB/s) -> {output}",
+        flush=True,
+    )
+
+
+def _changes(options: RopeChanges) -> Changes:
+    from megatron_longpo.conversion.convert import Changes
+
+    return Changes(
+        rotary_base=options.rotary_base,
+        rope_type=options.rope_type,
+        scaling=scaling_numbers(options),
+        max_position_embeddings=options.max_position_embeddings,
+    )
+
+
+def _verify(checkpoint: Path, hf: Path, changes: RopeChanges, comparison: ComparisonOptions) -> None:
+    from megatron_longpo.conversion.verify import LogitsCheck, verify
+
+    logits = LogitsCheck(
+        text=comparison.text,
+        tokens=comparison.tokens,
+        rows=comparison.rows,
+        seed=comparison.seed,
+        first_position=comparison.first_position,
+        bound=comparison.bound,
+        whole=comparison.whole,
+    )
+    verify(
+        checkpoint,
+        hf,
+        changes=_changes(changes),
+        logits=logits if comparison.logits else None,
+        report=Path(comparison.report) if comparison.report else None,
+    )

@@ -1,0 +1,87 @@
+"""``megatron-longpo preprocess``, or ``tools/preprocess_preference_data.py``."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from megatron_longpo.command_line import Switch, parse
+from megatron_longpo.errors import ConfigError
+
+_SECONDS_PER_LINE = 5.0
+
+
+@dataclass(frozen=True)
+class PreprocessOptions:
+    """Flags of preprocessing."""
+
+    input: tuple[str, ...]
+    """Preference pairs: .jsonl, .jsonl.gz, .parquet, .arrow, or a folder that datasets saved."""
+    output_prefix: str
+    """Path prefix of the outputs: PREFIX.bin, PREFIX.idx, PREFIX.json, PREFIX.rejects.jsonl, PREFIX.lengths.png."""
+    tokenizer: str | None = None
+    """Tokenizer folder or SentencePiece .model file. Text input needs it."""
+    chat_template: str | None = None
+    """Template file, or one of mistral, mistral-v3, llama-2, chatml. Default: the tokenizer's own."""
+    vocab_size: int | None = None
+    """Vocabulary size of rows that are already tokenised."""
+    seq_length: int | None = None
+    """Longest long row in tokens; longer samples are skipped. Default: no limit."""
+    short_seq_length: int = 32768
+    """Longest short row in tokens; longer samples are skipped."""
+    workers: int = 1
+    """Processes that tokenise."""
+    restart: Switch = False
+    """Discard existing output and start over."""
+    trust_remote_code: Switch = False
+    """Run code from the tokenizer's folder."""
+
+
+def preprocess(arguments: Sequence[str], *, prog: str) -> None:
+    """Tokenise preference pairs, or pack rows that are already tokenised, into Megatron's indexed binaries."""
+    options = parse(PreprocessOptions, arguments, prog=prog, description=preprocess.__doc__ or "")
+    if not options.input:
+        raise ConfigError("input is empty; name at least one file or folder with --input")
+    # Not before the flags are read: it imports torch and megatron-core.
+    from megatron_longpo.data.indexed import Manifest, path_of
+    from megatron_longpo.text import preprocess as text
+
+    began = reported = time.monotonic()
+
+    def progress(rows: int, manifest: Manifest) -> None:
+        nonlocal reported
+        if time.monotonic() - reported > _SECONDS_PER_LINE:
+            reported = time.monotonic()
+            rate = manifest.tokens / (reported - began)
+            print(
+                f"{rows} rows, {manifest.samples} samples, {manifest.tokens:,} tokens, {rate:,.0f} tokens/s", flush=True
+            )
+
+    manifest = text.preprocess(
+        list(options.input),
+        options.output_prefix,
+        text.Settings(
+            tokenizer=options.tokenizer,
+            chat_template=options.chat_template,
+            vocab_size=options.vocab_size,
+            seq_length=options.seq_length,
+            short_seq_length=options.short_seq_length,
+            trust_remote_code=options.trust_remote_code,
+        ),
+        workers=options.workers,
+        restart=options.restart,
+        progress=progress,
+        log=print,
+    )
+    text.draw_histogram(manifest, Path(f"{options.output_prefix}.lengths.png"))
+    table = Table("samples", "turns", "tokens", "longest row", "skipped", title=options.output_prefix)
+    skipped = ", ".join(f"{reason} {count}" for reason, count in sorted(manifest.skip_reasons.items())) or "nothing"
+    table.add_row(str(manifest.samples), str(manifest.turns), f"{manifest.tokens:,}", f"{manifest.longest:,}", skipped)
+    Console().print(table)
+    if manifest.skip_reasons:
+        print(f"skipped rows, with line numbers: {path_of(options.output_prefix, 'rejects.jsonl')}")

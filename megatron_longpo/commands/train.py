@@ -1,0 +1,30 @@
+"""``megatron-longpo train``, or ``python -m megatron_longpo.train``."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+from megatron_longpo.command_line import ConfigOptions, parse_with_config
+from megatron_longpo.config import Config
+
+
+def train(arguments: Sequence[str], *, prog: str) -> None:
+    """Train, or print the configuration."""
+    first = os.environ.get("RANK", "0") == "0"
+    options, config = parse_with_config(
+        Config,
+        arguments,
+        prog=prog,
+        description="Train a model: LongPO, DPO or SFT.",
+        options=ConfigOptions,
+        quiet=not first,
+    )
+    if options.print_config:
+        if first:
+            print(config.as_yaml(), end="")
+        return
+    # Not before the configuration is read: it imports torch and megatron-core.
+    from megatron_longpo.training.trainer import run
+
+    run(config)

@@ -1,0 +1,174 @@
+"""Whether a checkpoint and a Hugging Face folder are the same model: every tensor bit by bit, then logits."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from megatron_longpo.checkpoint.folders import ASSETS, resolve
+from megatron_longpo.conversion.convert import Changes, Comparison, compare
+from megatron_longpo.conversion.verification import Agreement, compare_logits
+from megatron_longpo.errors import CheckpointError
+from megatron_longpo.model.shape import ModelShape
+from megatron_longpo.runtime.collectives import rank
+from megatron_longpo.runtime.log import log
+from megatron_longpo.runtime.progress import Progress
+from megatron_longpo.text.chat import load_tokenizer
+
+
+@dataclass(frozen=True)
+class LogitsCheck:
+    """How the two models are run side by side.
+
+    Attributes:
+        text: text file whose tokens are the input; None: random tokens.
+        tokens: number of tokens per row.
+        rows: number of rows of random tokens.
+        seed: seed of the random tokens.
+        first_position: position of each row's first token.
+        bound: largest difference allowed between logits, relative to the largest logit.
+        whole: keep both models in memory, instead of one layer at a time.
+    """
+
+    text: str | None = None
+    tokens: int = 64
+    rows: int = 1
+    seed: int = 0
+    first_position: int = 0
+    bound: float = 1e-4
+    whole: bool = False
+
+    def token_rows(self, checkpoint: Path) -> list[list[int]]:
+        """Rows of token ids for a checkpoint's vocabulary.
+
+        Raises:
+            CheckpointError: the text file cannot be read.
+        """
+        folder = resolve(checkpoint)
+        if self.text is not None:
+            try:
+                text = Path(self.text).read_text(encoding="utf-8")
+            except (OSError, UnicodeDecodeError) as error:
+                raise CheckpointError(f"--text {self.text}: cannot be read ({error}); name a UTF-8 text file") from None
+            return [load_tokenizer(folder / ASSETS).encode(text, continues=False)[: self.tokens]]
+        generator = torch.Generator().manual_seed(self.seed)
+        vocabulary = ModelShape.read(folder).vocab_size
+        return [torch.randint(0, vocabulary, (self.tokens,), generator=generator).tolist() for _ in range(self.rows)]
+
+
+def verify(
+    checkpoint: Path,
+    hf: Path,
+    *,
+    changes: Changes,
+    logits: LogitsCheck | None = None,
+    report: Path | None = None,
+) -> None:
+    """Compare all tensors, then logits; log what was found, with a table of the layers where they differ.
+
+    Collective: all processes take part, and all raise.
+
+    Args:
+        checkpoint: converted checkpoint, run folder or one iteration of a run.
+        hf: Hugging Face model folder.
+        changes: changes that import or export was given.
+        logits: how logits are compared; None: tensors only.
+        report: JSON file that the findings are written to.
+
+    Raises:
+        CheckpointError: the two are not the same model.
+    """
+    first = rank() == 0
+    with Progress("verify", unit="bytes", active=first, shared=True, last_line=False) as progress:
+        found = compare(checkpoint, hf, changes=changes, progress=lambda more, total: progress.add(more, total=total))
+    log(
+        f"verify: {found.tensors} tensors, {found.bytes / 1e9:.2f} GB compared bit by bit in {progress.seconds:.2f} s: "
+        + ("equal" if found.is_equal else f"{len(found.differences)} differ"),
+        active=first,
+    )
+    if first and not found.is_equal:
+        print_differences(found)
+    agreement = None
+    # Without a tensor in common there is nothing to run side by side.
+    if logits is not None and found.tensors:
+        agreement = _compare_logits(checkpoint, hf, changes, logits)
+    if first and report is not None:
+        _write_report(report, found, agreement)
+    if not found.is_equal or (agreement is not None and not agreement.is_close):
+        raise CheckpointError(
+            f"{resolve(checkpoint)} and {hf.name.removeprefix('.').removesuffix('.writing')} are not the same model: "
+            f"{'; '.join(_reasons(found, agreement))}; convert again (verify needs the same changes, such as --rotary-base, "
+            "that the conversion was given)"
+        )
+
+
+def _compare_logits(checkpoint: Path, hf: Path, changes: Changes, logits: LogitsCheck) -> Agreement:
+    first = rank() == 0
+    with Progress("layers", unit="layers", active=first, last_line=False) as progress:
+        agreement = compare_logits(
+            checkpoint,
+            hf,
+            logits.token_rows(checkpoint),
+            changes=changes,
+            first_position=logits.first_position,
+            bound=logits.bound,
+            whole=logits.whole,
+            progress=lambda done, total: progress.add(done - progress.done, total=total),
+        )
+    log(
+        f"verify: logits of {agreement.tokens} tokens differ by at most {agreement.distances[-1]:.1e} of the largest one "
+        f"(bound {agreement.bound:g}); the most likely next token is the same at {agreement.same_choice:.1%} of the "
+        "positions",
+        active=first,
+    )
+    if not agreement.is_close:
+        log(f"verify: the first place beyond the bound is {agreement.first_beyond}", active=first)
+    return agreement
+
+
+def _reasons(found: Comparison, agreement: Agreement | None) -> list[str]:
+    reasons = found.settings[:1] + [f"{d.name} at {list(d.index)}" for d in found.differences[:1]]
+    if agreement is not None and not agreement.is_close:
+        reasons.append(f"logits by {agreement.distances[-1]:.1e}")
+    return reasons
+
+
+def print_differences(found: Comparison) -> None:
+    """Print what differs: per layer the number of tensors, and the first element of the first one."""
+    console = Console(width=160)
+    for line in found.settings:
+        console.print(f"differs: {line}", soft_wrap=True, highlight=False)
+    if not found.differences:
+        return
+    table = Table("layer", "tensors that differ", "first", "at", "checkpoint", "Hugging Face", "largest difference")
+    layers: list[int | None] = [None, *range(found.layers)]
+    for layer in layers:
+        here = [d for d in found.differences if d.layer == layer]
+        name = "outside" if layer is None else str(layer)
+        if not here:
+            table.add_row(name, "0", "", "", "", "", "")
+            continue
+        d = here[0]
+        largest = max(x.largest for x in here)
+        table.add_row(
+            name, str(len(here)), d.name, str(list(d.index)), f"{d.ours:.6g}", f"{d.theirs:.6g}", f"{largest:.3g}"
+        )
+    console.print(table)
+
+
+def _write_report(path: Path, found: Comparison, agreement: Agreement | None) -> None:
+    content: dict[str, Any] = {
+        "tensors": found.tensors,
+        "bytes": found.bytes,
+        "settings": found.settings,
+        "differences": [vars(d) for d in found.differences],
+    }
+    if agreement is not None:
+        content["logits"] = vars(agreement)
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -9,7 +9,7 @@ HERE = Path(__file__).parent
 
 
 def version() -> str:
-    """The package's ``__version__``, read as text: importing the package needs torch and megatron-core."""
+    """The package's ``__version__``, read as text: the build need not import the package."""
     text = (HERE / "megatron_longpo" / "__init__.py").read_text(encoding="utf-8")
     found = re.search(r'^__version__ = "([^"]+)"$', text, re.MULTILINE)
     if found is None:

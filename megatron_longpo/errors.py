@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 class LongPOError(Exception):
-    """Base of all errors raised for a reason the user can mend. Printed without a traceback."""
+    """Base of all errors that the user can fix. Printed without a traceback."""
 
 
 class ConfigError(LongPOError):
@@ -20,4 +20,4 @@ class CheckpointError(LongPOError):
 
 
 class PlatformError(LongPOError):
-    """The machine, or a library on it, cannot do what was asked for."""
+    """The machine, or a library on it, cannot do what is asked of it."""

@@ -1,18 +1,18 @@
-"""``core_attention`` of the layers: rotary embedding, block attention and its context parallelism.
+"""``core_attention`` of the layers: rotary embedding, block attention and context parallelism.
 
-``AttentionPlan`` says which queries see which keys; ``BlockAttention`` computes it (``model/blocks.py``). Context
-parallelism has two forms (Megatron-LM's ``cp_comm_type``):
+An ``AttentionPlan`` describes which queries attend to which keys, and ``BlockAttention`` computes it (``model/blocks.py``).
+There are two forms of context parallelism (Megatron-LM's ``cp_comm_type``):
 
-- ``a2a`` (DeepSpeed-Ulysses, arXiv 2309.14509): each rank gives up the places of its heads and receives all places of its
-  share of the heads. Heads must divide over the ranks.
-- ``allgather`` (as in Llama 3's training, arXiv 2407.21783, section 3.3.2): each rank keeps its queries and sees all keys
-  and values. Any number of ranks and heads; the places are assigned so that the causal work is balanced.
+- ``a2a`` (DeepSpeed-Ulysses, arXiv 2309.14509): an all-to-all trades places for heads, so that each rank has all places of
+  its share of the heads. The heads must divide over the ranks.
+- ``allgather`` (as in Llama 3's training, arXiv 2407.21783, section 3.3.2): each rank keeps its queries and gathers all keys
+  and values. This works for any number of ranks and heads; places are assigned so that the causal work is balanced.
 
-Both work key-value head by key-value head where there are several (``AttentionPlan.head_groups``): all exchanges are started
-at once, and while one group of heads is computed, the next is under way.
+Both split the heads into groups that follow the key-value heads (``AttentionPlan.head_groups``). All exchanges start at
+once, and each group is computed while the next one is still in flight.
 
 Shape legend: S = places of the sequence, s = places on this rank, Q/K = query/key-value heads on this rank,
-G = query heads a key-value head (Q/K), D = head size.
+G = query heads per key-value head (Q/K), D = head size.
 """
 
 from __future__ import annotations
@@ -36,17 +36,17 @@ from megatron_longpo.model.kernels import AttentionKernels
 
 @dataclass
 class AttentionPlan(PackedSeqParams):
-    """Travels through megatron-core's layers as their ``packed_seq_params``.
+    """What the attention needs to know of a micro batch; passed through megatron-core's layers as ``packed_seq_params``.
 
     Attributes:
-        blocks: who sees whom. Queries are numbered as the attention sees them: over the whole sequence, or, under
-            ``allgather``, over the places of this rank; keys always over the whole sequence.
-        context_group: ranks that share this sequence, or None where each rank has whole rows (the short pass).
+        blocks: which queries attend to which keys. Keys are numbered over the whole sequence. So are queries, except with
+            ``allgather``, where they are numbered over this rank's places.
+        context_group: ranks that share this sequence, or None if each rank has whole rows (the short pass).
         comm_type: ``a2a`` or ``allgather``.
-        gathered_of_S: under ``allgather``, where each place of the sequence is in the ranks' shards put end to end.
-        head_groups: at most so many exchanges are under way at once.
+        gathered_of_S: with ``allgather``, index of each place of the sequence in the concatenated shards of all ranks.
+        head_groups: maximum number of exchanges in flight at once.
         cos_sR, sin_sR: rotary embedding of this rank's places, [s, half the rotated channels].
-        kernels: what computes the blocks.
+        kernels: kernels that compute the blocks.
     """
 
     blocks: Blocks = Blocks((), ())  # noqa: RUF009
@@ -69,11 +69,11 @@ class AttentionPlan(PackedSeqParams):
         window: int | None = None,
         positions_S: np.ndarray | None = None,
     ) -> AttentionPlan:
-        """A plan over query spans; ``window`` with the places' positions: as ``blocks_of`` wants them."""
+        """Make a plan from query spans; ``window`` and ``positions_S`` are those of ``blocks_of``."""
         if context_group is not None and dist.get_world_size(context_group) == 1:
             context_group = None
         return cls(
-            # A batch of one.
+            # The batch size is one.
             qkv_format="sbhd",
             blocks=blocks_of(query_spans, window, positions_S),
             context_group=context_group,
@@ -83,14 +83,14 @@ class AttentionPlan(PackedSeqParams):
         )
 
     def for_model(self, cos_sR: Tensor, sin_sR: Tensor, kernels: AttentionKernels) -> AttentionPlan:
-        """The same plan with a model's rotary embedding (the policy's and the reference's differ) and its kernels."""
+        """Return a copy with a model's kernels and rotary embedding, which differs between policy and reference."""
         plan = copy.copy(self)
         plan.cos_sR, plan.sin_sR, plan.kernels = cos_sR, sin_sR, kernels
         return plan
 
 
 class BlockAttention(torch.nn.Module):
-    """``core_attention`` for megatron-core's SelfAttention: block attention under an ``AttentionPlan``."""
+    """``core_attention`` for megatron-core's SelfAttention: block attention as an ``AttentionPlan`` describes it."""
 
     def __init__(
         self,
@@ -101,7 +101,7 @@ class BlockAttention(torch.nn.Module):
         super().__init__()
         if config.attention_dropout:
             raise ConfigError(
-                f"attention_dropout={config.attention_dropout} is not offered: block attention has none; set it to 0"
+                f"attention_dropout={config.attention_dropout} is not supported by block attention; set it to 0"
             )
         self.scale = softmax_scale if softmax_scale is not None else config.kv_channels**-0.5
 
@@ -114,13 +114,13 @@ class BlockAttention(torch.nn.Module):
         packed_seq_params: PackedSeqParams | None = None,
         **__: Any,
     ) -> Tensor:
-        """query [s, 1, Q, D], key and value [s, 1, K, D], not yet rotated -> [s, 1, Q * D]."""
-        assert isinstance(packed_seq_params, AttentionPlan), "the model is always called with an AttentionPlan"
+        """Map query [s, 1, Q, D], key and value [s, 1, K, D], not yet rotated, to [s, 1, Q * D]."""
+        assert isinstance(packed_seq_params, AttentionPlan), "the model must be called with an AttentionPlan"
         plan = packed_seq_params
         assert plan.cos_sR is not None and plan.sin_sR is not None and plan.kernels is not None
         query_SQD = rotate(query.squeeze(1), plan.cos_sR, plan.sin_sR)
         key_SKD = rotate(key.squeeze(1), plan.cos_sR, plan.sin_sR)
-        # A copy: as a view it would keep all of the fused projection for the backward.
+        # A copy, because a view would keep the whole fused projection alive until the backward.
         value_SKD = value.squeeze(1).contiguous()
         if plan.context_group is None:
             out_SQD = block_attention(query_SQD, key_SKD, value_SKD, plan.blocks, self.scale, plan.kernels)
@@ -137,12 +137,12 @@ class BlockAttention(torch.nn.Module):
 
 
 def rotate(x_sHD: Tensor, cos_sR: Tensor, sin_sR: Tensor) -> Tensor:
-    """Rotary embedding (arXiv 2104.09864): channel i is rotated with channel i + R, the first 2R channels in all."""
+    """Apply a rotary embedding (arXiv 2104.09864) to the first 2R channels; channel i is paired with channel i + R."""
     return _Rotate.apply(x_sHD, cos_sR, sin_sR)
 
 
 class _Rotate(torch.autograd.Function):
-    """Keeps cosines and sines alone, which all layers share; its backward rotates the other way."""
+    """Saves only cosines and sines, which all layers share; its backward rotates by the negative angle."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -173,10 +173,10 @@ def _rotated(x_sHD: Tensor, cos_sR: Tensor, sin_sR: Tensor) -> Tensor:
 
 
 class _GatheredAttention(torch.autograd.Function):
-    """This rank's queries over all ranks' keys and values.
+    """This rank's queries attend to all ranks' keys and values.
 
-    Only this rank's keys and values are kept for the backward, which gathers again: with them kept whole, the memory of
-    a layer would not shrink with the number of ranks.
+    Only this rank's keys and values are saved, and the backward gathers them again. If the gathered ones were saved, the
+    memory of a layer would not shrink as ranks are added.
     """
 
     @staticmethod
@@ -217,7 +217,8 @@ class _GatheredAttention(torch.autograd.Function):
                 ctx.scale,
                 plan.kernels,
             )
-            # Back into the order of the shards; each rank gets the sum of what all queries say of its keys.
+            # Reorder to the order of the shards. The reduce-scatter sums over the queries of all ranks and returns this
+            # rank's keys to it.
             total = torch.empty(gk.shape[0], 2 * gk.shape[1], gk.shape[2], dtype=torch.float32, device=key.device)
             total[plan.gathered_of_S] = torch.cat([gk, gv], dim=1).float()
             mine = total.new_empty(query.shape[0], *total.shape[1:])
@@ -230,7 +231,7 @@ class _GatheredAttention(torch.autograd.Function):
 
 
 class _Gathering:
-    """All ranks' keys and values of some heads, on their way."""
+    """An all-gather of keys and values of some heads, in flight."""
 
     def __init__(self, key_sKD: Tensor, value_sKD: Tensor, plan: AttentionPlan) -> None:
         assert plan.context_group is not None and plan.gathered_of_S is not None
@@ -241,7 +242,7 @@ class _Gathering:
         self.work = dist.all_gather_into_tensor(self.all, self.mine, group=plan.context_group, async_op=True)
 
     def wait(self) -> tuple[Tensor, Tensor]:
-        """Keys and values in the order of the sequence, [S, K, D] each."""
+        """Wait, and return keys and values in the order of the sequence, [S, K, D] each."""
         self.work.wait()
         keys, values = self.all.index_select(0, self.order).chunk(2, dim=1)
         del self.all, self.mine
@@ -249,7 +250,7 @@ class _Gathering:
 
 
 def _cut(heads: int, kv_heads: int, head_groups: int) -> list[slice]:
-    """Cut heads into at most ``head_groups`` runs that follow key-value heads."""
+    """Split heads into at most ``head_groups`` contiguous groups along the boundaries of key-value heads."""
     head_groups = min(head_groups, kv_heads)
     edges = [kv_heads * i // head_groups * (heads // kv_heads) for i in range(head_groups + 1)]
     return [slice(a, b) for a, b in itertools.pairwise(edges)]
@@ -263,15 +264,15 @@ def _cut(heads: int, kv_heads: int, head_groups: int) -> list[slice]:
 def resolve_comm_type(
     wanted: str, query_heads: int, kv_heads: int, context_parallel_size: int, tensor_parallel_size: int
 ) -> tuple[str, str]:
-    """``a2a`` or ``allgather`` for ``auto``, and why.
+    """Resolve ``auto`` to ``a2a`` or ``allgather``, and return the choice with its reason.
 
     Raises:
-        ConfigError: ``a2a`` is asked for and the heads do not divide.
+        ConfigError: ``a2a`` is requested and the heads do not divide.
     """
     if wanted != "auto":
         if wanted == "a2a":
             check_ulysses(query_heads, kv_heads, context_parallel_size, tensor_parallel_size)
-        return wanted, "as asked for"
+        return wanted, "as requested"
     try:
         check_ulysses(query_heads, kv_heads, context_parallel_size, tensor_parallel_size)
     except ConfigError:
@@ -283,7 +284,7 @@ def resolve_comm_type(
 
 
 def check_ulysses(query_heads: int, kv_heads: int, context_parallel_size: int, tensor_parallel_size: int) -> None:
-    """Whether the heads of one tensor-parallel rank can be split over the context-parallel ranks.
+    """Check that the heads of one tensor-parallel rank can be split over the context-parallel ranks.
 
     Raises:
         ConfigError: query heads do not divide, or key-value heads neither divide nor can be replicated evenly.
@@ -306,17 +307,16 @@ def check_ulysses(query_heads: int, kv_heads: int, context_parallel_size: int, t
 
 
 class _UlyssesAttention(torch.autograd.Function):
-    """All places of this rank's share of the heads; keeps what it received, so that the backward exchanges gradients
-    alone."""
+    """All places of this rank's share of the heads. Saves what it received, so that the backward exchanges only gradients."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan, scale: float) -> Tensor:
         assert plan.kernels is not None
         ctx.kv_heads = key.shape[1]
         ranks = _ranks(plan)
-        # Each rank needs the key-value head of its query heads; the backward sums over the copies.
+        # Each rank needs the key-value heads of its query heads. The backward sums over the copies.
         key, value = _copies(key, ranks), _copies(value, ranks)
-        # Heads are split in order, so each rank's share is contiguous in each of them: [s, ranks, heads, D].
+        # Heads are split in order, so each rank's share is contiguous: [s, ranks, heads, D].
         query, key, value = (x.unflatten(1, (ranks, -1)) for x in (query, key, value))
         going = []
         kv_share = key.shape[2]
@@ -381,7 +381,7 @@ def _summed(x_srD: Tensor, kv_heads: int) -> Tensor:
 
 @dataclass
 class _Exchange:
-    """An all-to-all on its way."""
+    """An all-to-all in flight."""
 
     work: dist.Work
     sent: Tensor
@@ -390,22 +390,22 @@ class _Exchange:
     to_heads: bool
 
     def wait(self) -> list[Tensor]:
-        """[S, heads, D] each where it goes to heads, else [s, ranks, heads, D]."""
+        """Wait, and return the parts: [S, heads, D] each if places were traded for heads, else [s, ranks, heads, D]."""
         self.work.wait()
         x = self.received
         parts = (x.flatten(0, 1) if self.to_heads else x.transpose(0, 1)).split(self.sizes, dim=-2)
-        # Apart from one another: kept for the backward one by one.
+        # Separate tensors, because the backward frees them one by one.
         return [part.contiguous() for part in parts] if self.to_heads else list(parts)
 
 
 def _to_heads(parts_srhD: list[Tensor], plan: AttentionPlan) -> _Exchange:
-    """Give this rank's places of all heads, [s, ranks, heads, D]; receive all places of this rank's heads."""
+    """Send this rank's places of all heads, [s, ranks, heads, D]; receive all places of this rank's heads."""
     send = torch.cat([x.transpose(0, 1) for x in parts_srhD], dim=2)
     return _exchange(send, [x.shape[2] for x in parts_srhD], plan, to_heads=True)
 
 
 def _to_places(parts_ShD: list[Tensor], plan: AttentionPlan) -> _Exchange:
-    """The way back: give all places of this rank's heads, [S, heads, D]; receive this rank's places of all heads."""
+    """The inverse: send all places of this rank's heads, [S, heads, D]; receive this rank's places of all heads."""
     send = torch.cat(parts_ShD, dim=1).unflatten(0, (_ranks(plan), -1))
     return _exchange(send, [x.shape[1] for x in parts_ShD], plan, to_heads=False)
 

@@ -1,16 +1,16 @@
-"""Attention over a list of blocks, merged by log-sum-exp, forward and backward; no query x key mask is ever made.
+"""Attention over a list of blocks that are merged by log-sum-exp. No query x key mask is ever materialised.
 
-A layout's query spans become two lists. Causal blocks: runs of places that see themselves; every real place is a query
-in exactly one. Full blocks: queries that see all of a range of keys, such as all branches on their trunk, which is one
-block however many branches there are. The causal blocks are computed first, the full ones merged into them: with o, l of
-one block (output, log-sum-exp) and o', l' of another, both of the same queries,
+The query spans of a layout are turned into two lists. A causal block is a run of places that attend to themselves; every
+place that is not padding is a query of exactly one. In a full block all queries attend to all keys, such as all branches to
+their trunk: that is one block, however many branches there are. The causal blocks are computed first and the full ones
+merged into them. With the output o and log-sum-exp l of one block, and o' and l' of another over the same queries,
 
     l'' = log(e^l + e^l'),    o'' = e^(l - l'') o + e^(l' - l'') o'
 
-(as FlashAttention does between its tiles, arXiv 2205.14135, section 3.1). In the backward each block is given the merged
-output and log-sum-exp, which makes its result its exact share of the gradient.
+as FlashAttention merges its tiles (arXiv 2205.14135, section 3.1). The backward of each block is given the merged output and
+log-sum-exp, and so computes exactly that block's share of the gradient.
 
-The kernels that compute single blocks are those of ``kernels.py``.
+The kernels that compute single blocks are in ``kernels.py``.
 
 Shape legend: S = places, n = queries and m = keys of a block, Q/K = query/key-value heads, G = Q/K, D = head size.
 """
@@ -32,7 +32,7 @@ from megatron_longpo.model.kernels import AttentionKernels, kernels_for
 
 @dataclass(frozen=True)
 class CausalBlock:
-    """Queries [query, query + length) see keys from [key, key + length), each up to its own."""
+    """Query number ``query + i`` attends to keys [key, key + i], for i < length."""
 
     query: int
     key: int
@@ -41,7 +41,7 @@ class CausalBlock:
 
 @dataclass(frozen=True)
 class FullBlock:
-    """Queries [query, query_end) all see all keys [key, key_end)."""
+    """Queries [query, query_end) attend to all keys [key, key_end)."""
 
     query: int
     query_end: int
@@ -54,10 +54,10 @@ class Blocks:
     """All blocks of a layout, or of one rank's queries.
 
     Attributes:
-        causal: first of all; every query that is no padding is in one.
-        full: merged into those.
-        fading: merged as well: query i of the block sees its keys from i on, the edge of a sliding window. Backwards,
-            queries and keys both, that is a causal block.
+        causal: computed first; every query that is not padding is in exactly one.
+        full: merged into the causal ones.
+        fading: also merged. Query i of such a block attends to its keys from i on: the trailing edge of a sliding window.
+            With queries and keys both reversed this is a causal block.
     """
 
     causal: tuple[CausalBlock, ...]
@@ -66,22 +66,23 @@ class Blocks:
 
     @property
     def num_queries(self) -> int:
-        """Queries that see anything; the others are padding."""
+        """Number of queries that attend to anything; the others are padding."""
         return sum(b.length for b in self.causal)
 
 
 def blocks_of(
     query_spans: Iterable[QuerySpan], window: int | None = None, positions_S: np.ndarray | None = None
 ) -> Blocks:
-    """Blocks of query spans; spans that lie side by side and see the same range share one full block.
+    """Make blocks from query spans. Adjacent spans that attend to the same range of keys share one full block.
 
     Args:
-        query_spans: disjoint ranges of queries with the ranges of keys that they see.
-        window: a query sees keys less than this many positions before its own (Mistral 7B, arXiv 2310.06825).
-        positions_S: with a window, the position of each key.
+        query_spans: disjoint ranges of queries with the ranges of keys that they attend to.
+        window: sliding window: a query attends to keys fewer than this many positions before its own (Mistral 7B,
+            arXiv 2310.06825).
+        positions_S: position of each key; only needed with a window.
 
     Raises:
-        ValueError: a span has not exactly one causal block, of its own length.
+        ValueError: a span does not have exactly one causal range, as long as itself.
     """
     causal: list[CausalBlock] = []
     full: list[FullBlock] = []
@@ -89,7 +90,7 @@ def blocks_of(
     for span in sorted(query_spans, key=lambda s: s.start):
         own = [b for b in span.keys if b.causal]
         if len(own) != 1 or own[0].end - own[0].start != span.end - span.start:
-            raise ValueError(f"{span} must have one causal block over as many keys as it has queries")
+            raise ValueError(f"{span} must have exactly one causal block, over as many keys as it has queries")
         if window is not None:
             assert positions_S is not None
             _windowed(span, own[0].start, window, positions_S, causal, full, fading)
@@ -122,8 +123,10 @@ def _windowed(
     full: list[FullBlock],
     fading: list[CausalBlock],
 ) -> None:
-    """Cut a span whose own keys begin at ``own`` into runs of a window; each sees itself and the edge of what it can of
-    the ranges before it."""
+    """Split a span, whose own keys begin at ``own``, into runs as long as the window.
+
+    Each run attends causally to itself and to what the window leaves of the key ranges before it.
+    """
     before = [(b.start, b.end) for b in span.keys if not b.causal]
     for done in range(0, span.end - span.start, window):
         query, length = span.start + done, min(window, span.end - span.start - done)
@@ -131,11 +134,11 @@ def _windowed(
         first = int(positions_S[own + done])
         for start, end in [*before, *([(own, own + done)] if done else [])]:
             key, past = int(positions_S[start]), int(positions_S[start]) + end - start
-            # Queries up to key + window - 1 see the whole range.
+            # Queries at positions up to key + window - 1 see the whole range.
             whole = min(first + length, key + window)
             if whole > first:
                 full.append(FullBlock(query, query + whole - first, start, end))
-            # Those after lose a key each, until none is left.
+            # Each later query loses one more key, until none is left.
             edge = max(first, key + window)
             count = min(first + length, past + window - 1) - edge
             if count > 0:
@@ -153,16 +156,16 @@ def block_attention(
     scale: float,
     kernels: AttentionKernels | None = None,
 ) -> Tensor:
-    """Attention over blocks; places that are a query of none (padding) give zeros.
+    """Attention over blocks. Places that are not a query of any block (padding) give zeros.
 
     Args:
-        query_SQD: [S, Q, D]; key_SKD, value_SKD: [S, K, D], Q a multiple of K.
-        blocks: who sees whom.
-        scale: of the dot products.
-        kernels: what computes a block. Default: those that ``kernels_for`` chooses for these tensors.
+        query_SQD: queries, [S, Q, D]; key_SKD, value_SKD: keys and values, [S, K, D], Q a multiple of K.
+        blocks: which queries attend to which keys.
+        scale: factor of the dot products.
+        kernels: kernels that compute a block. Default: what ``kernels_for`` chooses for these tensors.
 
     Returns:
-        [S, Q, D].
+        Output, [S, Q, D].
     """
     if kernels is None:
         kernels = kernels_for(query_SQD.device.type, query_SQD.dtype, query_SQD.shape[-1]).kernels
@@ -203,7 +206,7 @@ def blocks_forward(
         both = torch.logaddexp(lse[:, here], part_lse)
         old = (lse[:, here] - both).exp_().t().unsqueeze(-1)
         new = (part_lse - both).exp_().t().unsqueeze(-1)
-        # The weights are fp32, so that 16-bit outputs are rounded once.
+        # The weights are fp32, so 16-bit outputs are rounded only once.
         out[here] = out[here] * old + part * new
         lse[:, here] = both
 

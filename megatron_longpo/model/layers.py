@@ -1,9 +1,9 @@
-"""Layers of the local spec, and what a layer keeps for its backward.
+"""Layers of the local spec, and what a layer saves for its backward.
 
-At long context the activations are the memory. What costs one pass over a tensor to make again is not kept: the output
-of a norm and of the gated activation are dropped after the matrix product that reads them, and made anew when that
-product's backward asks. With rotated queries and keys, values, the attention's output and the up-projection, a token then
-keeps 2 H + 2 Q D + 2 K D + 2 F numbers a layer instead of 4 H + 3 Q D + 3 K D + 3 F.
+At long context activations dominate memory, so whatever one pass over a tensor can recompute is not saved: the outputs of
+norms and of the gated activation are dropped after the matmul that reads them, and recomputed when that matmul's backward
+needs them. What remains are the layer's inputs, rotated queries and keys, values, the attention's output and the MLP's first
+product: 2 H + 2 Q D + 2 K D + 2 F numbers per token and layer instead of 4 H + 3 Q D + 3 K D + 3 F.
 
 Shape legend: H = hidden size, F = MLP width, Q/K = query/key-value heads, D = head size.
 """
@@ -24,11 +24,11 @@ from torch.nn.functional import silu
 
 
 def recompute_in_backward(tensor: Tensor, make: Callable[[], Tensor]) -> AbstractContextManager[Any]:
-    """Within this context no operation keeps ``tensor`` for its backward: ``make`` gives it again when it is wanted.
+    """Inside this context autograd does not save ``tensor``; ``make`` recomputes it when the backward needs it.
 
     Args:
-        tensor: what is dropped; known by its storage, so that views of it are dropped too.
-        make: computes equal values from tensors that are kept anyway, without recording gradients.
+        tensor: tensor that is not saved. It is recognised by its storage, so its views are not saved either.
+        make: function that computes equal values from tensors that are saved anyway; called without recording gradients.
     """
     storage, numel = tensor.untyped_storage().data_ptr(), tensor.numel()
 
@@ -51,7 +51,7 @@ def recompute_in_backward(tensor: Tensor, make: Callable[[], Tensor]) -> Abstrac
 # --------------------------------------------------------------------------------------------------
 
 
-# torch's own kernels: one pass over the input instead of about ten.
+# torch's own fused kernels make one pass over the input instead of about ten.
 _FUSED_NORM = hasattr(torch.ops.aten, "_fused_rms_norm")
 
 
@@ -63,7 +63,7 @@ def _normalised(x: Tensor, weight: Tensor, scale: Tensor, eps: float) -> Tensor:
 
 
 class _RMSNormFunction(torch.autograd.Function):
-    """Keeps the input and one number a place; the normalised activations are made again in the backward."""
+    """Saves the input and one number per place; the backward recomputes the normalised activations."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -91,7 +91,7 @@ class _RMSNormFunction(torch.autograd.Function):
 
 
 class RMSNorm(torch.nn.Module):
-    """Root-mean-square norm (arXiv 1910.07467). megatron-core's local one refuses sequence parallelism."""
+    """Root-mean-square norm (arXiv 1910.07467). megatron-core's own local norm refuses sequence parallelism."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
         super().__init__()
@@ -103,15 +103,15 @@ class RMSNorm(torch.nn.Module):
 
 
 def norm_weight(config: TransformerConfig, hidden_size: int) -> torch.nn.Parameter:
-    """Weight [H] of a norm."""
+    """Make the weight of a norm, [H]."""
     weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
-    # Each tensor-parallel rank sees its own places: Megatron sums such gradients over the group.
+    # Each tensor-parallel rank sees only its own places. Megatron sums the gradients of weights with this mark over the group.
     weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
     return weight
 
 
 class NormColumnParallelLinear(ColumnParallelLinear):
-    """Norm and column-parallel product in one module, as Transformer Engine's: the same names, and no norm output kept."""
+    """Norm and column-parallel linear layer in one module, with Transformer Engine's names; the norm's output is not saved."""
 
     def __init__(self, input_size: int, output_size: int, *, config: TransformerConfig, **kwargs: Any) -> None:
         super().__init__(input_size, output_size, config=config, **kwargs)
@@ -119,7 +119,7 @@ class NormColumnParallelLinear(ColumnParallelLinear):
         self.layer_norm_weight = norm_weight(config, input_size)
 
     def forward(self, input_: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        """input_ [s, 1, H], not yet normed."""
+        """Norm and project ``input_``, [s, 1, H]."""
         weight = self.layer_norm_weight
         normed, scale = _RMSNormFunction.apply(input_, weight, self.eps)
         x, w = input_.detach(), weight.detach()
@@ -133,7 +133,7 @@ class NormColumnParallelLinear(ColumnParallelLinear):
 
 
 class _SwiGLU(torch.autograd.Function):
-    """silu(gate) * up of [..., gate and up]; keeps its input, as Megatron's does, in fewer passes on the CPU."""
+    """silu(gate) * up of the concatenated [..., gate and up]. Saves its input as Megatron's does, in fewer passes on the CPU."""
 
     @staticmethod
     def forward(ctx: Any, both: Tensor) -> Tensor:
@@ -154,12 +154,12 @@ class _SwiGLU(torch.autograd.Function):
 
 
 def set_recompute_up(layers: Iterable[torch.nn.Module], recomputed: int, wanted: bool) -> None:
-    """Which MLPs make their up-projection again: those of a stage's layers that are not recomputed whole.
+    """Choose the MLPs that recompute their up-projection: those in layers that are not recomputed as a whole.
 
     Args:
-        layers: of a stage.
-        recomputed: its first so many are recomputed whole.
-        wanted: whether ``mlp_up`` is asked for.
+        layers: layers of a pipeline stage.
+        recomputed: number of layers, from the first, that are recomputed as a whole.
+        wanted: whether ``mlp_up`` is among the modules to recompute.
     """
     for number, layer in enumerate(layers):
         mlp = layer.mlp
@@ -189,23 +189,24 @@ def _gate_gradient_in_one_pass(grad: Tensor, both: Tensor) -> Tensor:
 
 
 class GatedMLP(MLP):
-    """megatron-core's MLP with SwiGLU, its activated tensor made again for the backward of the down-projection.
+    """megatron-core's MLP with SwiGLU; the backward of the down-projection recomputes the activated tensor.
 
     Attributes:
-        recompute_up: make the up-projection again too (``recompute_modules`` with ``mlp_up``): nothing of the MLP's width is
-            kept then, which is more than half of what a layer keeps, for one of the step's nine products of that width.
+        recompute_up: recompute the up-projection as well (``recompute_modules`` with ``mlp_up``). Then nothing of the MLP's
+            width is saved, which is more than half of what a layer saves, at the cost of one more product besides the nine
+            of that width in a step.
     """
 
     recompute_up = False
 
     def __init__(self, *args: Any, pg_collection: Any = None, tp_group: Any = None, **kwargs: Any) -> None:
-        # megatron-core 0.19 gives an MLP of its own the group alone, and one that it does not know all groups.
+        # megatron-core 0.19 passes only the group to an MLP class of its own, and all groups to one that it does not know.
         kwargs.pop("is_mtp_layer", None)
         group = tp_group if pg_collection is None else pg_collection.tp
         super().__init__(*args, tp_group=group, **kwargs)
 
     def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor | None]:
-        """[s, 1, H] -> [s, 1, H] and no bias."""
+        """Map [s, 1, H] to [s, 1, H]; the second value, a bias, is always None."""
         both, bias = self.linear_fc1(hidden_states)
         assert bias is None
         if not self.recompute_up:
@@ -214,7 +215,7 @@ class GatedMLP(MLP):
             with recompute_in_backward(activated, lambda: _activated(kept)):
                 return self.linear_fc2(activated)
         x = hidden_states.detach()
-        # Made for the down-projection's backward, used by the activation's right after it.
+        # Recomputed for the down-projection's backward and used by the activation's, which comes right after it.
         waiting: list[Tensor] = []
 
         def make_both() -> Tensor:

@@ -1,16 +1,16 @@
 """Log-probs of given tokens from hidden states and the output weight, without the logits.
 
-The logits of 128K tokens x 152K vocabulary are 80 GB in fp32. Here no tensor of vocabulary width is larger than
-``chunk`` x local vocabulary, in forward or backward.
+The logits of 128K tokens and a vocabulary of 152K take 80 GB in fp32. Here no tensor of vocabulary width is larger than
+``chunk`` x local vocabulary, in the forward or the backward.
 
-Two kinds of tokens. Where nothing is known of the gradient that will come, the forward keeps one log-sum-exp a token and
-the backward makes the logits of a chunk again: four products of N x V x H instead of three. But the gradient of a token
-that counts in a mean NLL alone is known beforehand, and those are nearly all tokens of a long document: for them the
-forward takes the gradient at once, from the logits it has, and no logits are made again. The backward checks that the
-gradient which came is the one that was known in advance.
+There are two cases. In general the upstream gradient is unknown during the forward, so we save one log-sum-exp per token and
+recompute each chunk's logits in the backward: four N x V x H matmuls instead of three. A token that contributes only to the
+mean NLL, however, has a gradient that is known in advance, and in a long document nearly every token is like that. For those
+the forward computes the gradient immediately and nothing is recomputed. The backward checks that the gradient that arrives
+is the one that was known in advance.
 
-The weight may be a vocabulary shard (Megatron's vocabulary parallelism): the log-sum-exp is then over the group.
-Columns from ``vocab_size`` on are padding of the vocabulary and never take part.
+The weight may be a vocabulary shard (Megatron's vocabulary parallelism); the log-sum-exp is then taken over the group.
+Columns from ``vocab_size`` on are vocabulary padding and never take part.
 
 Shape legend: N = tokens, C = tokens of a chunk, H = hidden size, V = local vocabulary.
 """
@@ -25,22 +25,24 @@ from torch import Tensor
 
 from megatron_longpo.runtime import platform
 
-# Elements of a block that stays in a core's cache between one pass over it and the next.
+# Elements of a block that stays in a core's cache from one pass over it to the next.
 _CACHED = 2**20
-# Whether torch has products of 16-bit matrices that give or add to fp32 (CUDA only; seen in 2.11 and 2.13).
+# Whether torch has matmuls of 16-bit matrices with fp32 output (CUDA only; seen in torch 2.11 and 2.13).
 _WIDE_PRODUCTS = "dtype_out" in torch.ops.aten.mm.overloads() and "dtype_out" in torch.ops.aten.addmm.overloads()
 
 
 def default_chunk_bytes() -> int:
-    """Memory for a chunk's logits: 220 tokens of the largest vocabularies; on CUDA more, since a product that adds to [V, H]
-    must have ~1000 tokens to be worth its memory traffic."""
+    """Default memory for the logits of one chunk, in bytes: enough for 220 tokens of the largest vocabularies.
+
+    More on CUDA, because a matmul that accumulates into [V, H] needs about 1000 tokens to be worth its memory traffic.
+    """
     return (1024 if platform.CURRENT.is_cuda else 128) * 2**20
 
 
 def chunk_tokens(local_vocabulary: int, budget_bytes: int, dtype: torch.dtype = torch.float32) -> int:
-    """Tokens a chunk may have so that its fp32 logits, and their copy in a 16-bit ``dtype``, stay within the budget.
+    """Number of tokens whose fp32 logits, plus a copy of them in a 16-bit ``dtype``, fit the budget.
 
-    At least 16: below that the matrix product starves, and 16 x 152064 x 6 bytes are 15 MB.
+    At least 16: with fewer the matmul is inefficient, and 16 x 152064 x 6 bytes are only 15 MB.
     """
     each = 4 if dtype == torch.float32 else 4 + dtype.itemsize
     return max(16, budget_bytes // (each * max(1, local_vocabulary)))
@@ -58,28 +60,28 @@ def token_logprobs(
     known_grad_N: Tensor | None = None,
     dummy_gradient: bool = False,
 ) -> Tensor:
-    """log softmax(hidden @ weight.T)[target], one value a token.
+    """log softmax(hidden @ weight.T)[target], one value per token.
 
     Args:
-        hidden_NH: [N, H]; every rank of ``group`` has the same values.
-        weight_VH: [V, H], this rank's rows of the output weight.
-        target_N: [N] token ids of the whole vocabulary, in [0, vocab_size).
-        vocab_size: true vocabulary; rows of the weight past it are padding.
-        vocab_start: id of this rank's first row.
+        hidden_NH: hidden states, [N, H], the same on every rank of ``group``.
+        weight_VH: this rank's rows of the output weight, [V, H].
+        target_N: token ids in [0, vocab_size), [N].
+        vocab_size: true vocabulary size; rows of the weight past it are padding.
+        vocab_start: token id of this rank's first row.
         group: ranks that hold the other rows, or None.
-        chunk: tokens a chunk; by default what ``chunk_tokens`` says.
-        known_grad_N: [N] in fp32, the gradient that the result will get, NaN where it is not known. Needs a ``main_grad``
-            on the weight, where the forward already adds; ignored without one, and where no gradient is recorded.
-        dummy_gradient: give a weight with a ``main_grad`` zeros as its own gradient, and not none: Megatron's DDP asks for one
-            where it overlaps reductions. They are as large as the weight.
+        chunk: tokens per chunk. Default: ``chunk_tokens``.
+        known_grad_N: gradient that the result will receive, [N] in fp32, NaN where it is unknown. It needs a ``main_grad`` on
+            the weight, into which the forward accumulates. Ignored without one, and if no gradient is recorded.
+        dummy_gradient: return zeros instead of None as the gradient of a weight that has a ``main_grad``. Megatron's DDP wants
+            one when it overlaps reductions. It is as large as the weight.
 
     Returns:
-        [N] in fp32. The gradient of ``hidden_NH`` is this rank's part only (sum over the group: backward of Megatron's
-        copy to, or gather from, the tensor-parallel region); that of ``weight_VH`` is whole. Where the weight has a
-        ``main_grad`` (Megatron's DDP) its gradient is accumulated there, in that buffer's precision.
+        Log-probs, [N] in fp32. The gradient of ``hidden_NH`` is only this rank's part, to be summed over the group by the
+        backward of Megatron's copy to, or gather from, the tensor-parallel region; the gradient of ``weight_VH`` is complete.
+        If the weight has a ``main_grad`` (Megatron's DDP), its gradient is accumulated there, in that buffer's precision.
 
     Raises:
-        RuntimeError: in the backward, where the gradient is not the one that was known in advance.
+        RuntimeError: in the backward, the gradient is not the one that was known in advance.
     """
     if group is not None and dist.get_world_size(group) == 1:
         group = None
@@ -115,8 +117,8 @@ class _TokenLogprobs(torch.autograd.Function):
         if known_grad_N is not None:
             known = ~torch.isnan(known_grad_N)
             now_N, later_N = known.nonzero()[:, 0], (~known).nonzero()[:, 0]
-        # Of all tokens, so that the backward fills what is missing and gives this very tensor on. Zeros: a rank whose rows are
-        # all padding fills nothing.
+        # For all tokens: the backward fills in the missing rows and returns this very tensor. Zeros, because a rank whose
+        # rows are all padding fills in nothing.
         grad_hidden_NH = torch.zeros_like(hidden_NH) if len(now_N) else None
         for index_N, take_gradient in ((now_N, True), (later_N, False)):
             for start in range(0, len(index_N), chunk):
@@ -132,7 +134,7 @@ class _TokenLogprobs(torch.autograd.Function):
                 if take_gradient:
                     assert known_grad_N is not None and grad_hidden_NH is not None
                     grad_C = known_grad_N[index_C]
-                    # What is in the buffer are exp(logit - top): softmax is that times exp(top - lse).
+                    # The buffer now holds exp(logit - top); softmax is that times exp(top - lse).
                     logits_CV.mul_((-grad_C * (top_C - lse_C).exp()).unsqueeze(1))
                     grad_hidden_CH = logits.gradient(
                         logits_CV,
@@ -145,7 +147,7 @@ class _TokenLogprobs(torch.autograd.Function):
                     assert grad_hidden_CH is not None
                     grad_hidden_NH[index_C] = grad_hidden_CH
         if group is not None:
-            # Chunks without gradient together, in one exchange.
+            # One exchange for all chunks whose gradient was not taken.
             lse_N[later_N] = _over_group(lse_N[later_N], group)
             dist.all_reduce(target_logit_N, group=group)
         ctx.save_for_backward(
@@ -170,21 +172,21 @@ class _TokenLogprobs(torch.autograd.Function):
             came, told = grad_N[now_N], known_grad_N[now_N]
             if not torch.allclose(came, told, rtol=1e-4, atol=0.0):
                 raise RuntimeError(
-                    f"the gradient of the log-probs ({came[:3].tolist()}, ...) is not the one known in advance "
-                    f"({told[:3].tolist()}, ...), with which the output weight's gradient was taken"
+                    f"the gradient of the log-probs ({came[:3].tolist()}, ...) differs from the one known in advance "
+                    f"({told[:3].tolist()}, ...), from which the output weight's gradient was computed; report this as a bug"
                 )
         if grad_hidden_NH is None:
             grad_hidden_NH = torch.zeros_like(hidden_MH)
         main_grad = getattr(weight_VH, "main_grad", None) if need_weight else None
         grad_weight: Tensor | None = main_grad
         if need_weight and main_grad is None:
-            # fp32 whatever the weights are: thousands of chunks are added up.
+            # Always fp32, because thousands of chunks are accumulated.
             grad_weight = torch.zeros(weight_VH.shape, dtype=torch.float32, device=weight_VH.device)
         logits = _Logits(weight_VH, ctx.valid, target_N - ctx.vocab_start, min(ctx.chunk, max(1, n)))
         for start in range(0, len(later_N) if ctx.valid else 0, ctx.chunk):
             index_C = later_N[start : start + ctx.chunk]
             hidden_CH, grad_C = hidden_MH[start : start + ctx.chunk], grad_N[index_C]
-            # d logp / d logits = onehot - softmax; the softmax from the saved global log-sum-exp.
+            # d logp / d logits = onehot - softmax, with the softmax from the saved global log-sum-exp.
             logits_CV = logits.make(hidden_CH)
             for rows in _cached(logits_CV):
                 block = logits_CV[rows]
@@ -193,7 +195,7 @@ class _TokenLogprobs(torch.autograd.Function):
             if grad_hidden is not None:
                 grad_hidden_NH[index_C] = grad_hidden
         if main_grad is not None:
-            # As Megatron's fused weight gradient does: DDP must not add .grad again.
+            # Like Megatron's fused weight gradient, so that DDP does not add .grad a second time.
             weight_VH.grad_added_to_main_grad = True
             grad_weight = torch.zeros_like(weight_VH) if ctx.dummy_gradient else None
         elif grad_weight is not None:
@@ -202,12 +204,13 @@ class _TokenLogprobs(torch.autograd.Function):
 
 
 class _Logits:
-    """Makes the logits of chunks, all in one buffer, and gradients from what became of them.
+    """Computes the logits of one chunk after another in a single buffer, and the gradients from them.
 
     Args:
-        weight_VH: this rank's rows; of them ``valid`` are no padding.
-        local_N: targets in this rank's rows, below 0 or from ``valid`` on where another rank has them.
-        chunk: most tokens of a chunk.
+        weight_VH: this rank's rows of the output weight.
+        valid: number of rows that are not padding.
+        local_N: targets as rows of this rank; below 0, or ``valid`` and above, if another rank has them.
+        chunk: maximum tokens of a chunk.
     """
 
     def __init__(self, weight_VH: Tensor, valid: int, local_N: Tensor, chunk: int) -> None:
@@ -217,19 +220,19 @@ class _Logits:
         self.buffer = torch.empty(chunk, valid, dtype=torch.float32, device=weight_VH.device)
 
     def make(self, hidden_CH: Tensor) -> Tensor:
-        """[C, V] in fp32, in the buffer."""
+        """Logits of a chunk in the buffer, [C, V] in fp32."""
         logits_CV = self.buffer[: hidden_CH.shape[0]]
         if hidden_CH.dtype == torch.float32:
             torch.mm(hidden_CH, self.weight.t(), out=logits_CV)
         elif hidden_CH.is_cuda and _WIDE_PRODUCTS:
-            # The sums leave the product in fp32, where rounding them to bf16 would cost two digits of a logit and a pass.
+            # The matmul's fp32 sums are kept. Rounding them to bf16 would lose two digits of each logit and cost another pass.
             torch.ops.aten.mm.dtype_out(hidden_CH, self.weight.t(), torch.float32, out=logits_CV)
         else:
             logits_CV.copy_(hidden_CH @ self.weight.t())
         return logits_CV
 
     def at_target(self, logits_CV: Tensor, index_C: Tensor) -> Tensor:
-        """[C] logits of the targets that are in this rank's rows, else 0."""
+        """Logits of the targets, [C]; 0 where the target is not in this rank's rows."""
         if not logits_CV.shape[1]:
             return logits_CV.new_zeros(len(index_C))
         found = logits_CV.gather(1, self._column(index_C)).squeeze(1)
@@ -244,10 +247,10 @@ class _Logits:
         grad_weight: Tensor | None,
         need_hidden: bool,
     ) -> Tensor | None:
-        """Add a chunk's part to ``grad_weight`` and return that of the hidden states, [C, H].
+        """Accumulate a chunk's gradient into ``grad_weight`` and return that of the hidden states, [C, H].
 
         Args:
-            minus_softmax_CV: softmax times minus the gradient; overwritten.
+            minus_softmax_CV: softmax times the negative gradient; overwritten.
             grad_C: gradient of the chunk's log-probs.
         """
         if not minus_softmax_CV.shape[1]:
@@ -263,14 +266,14 @@ class _Logits:
 
 
 def _cached(x_CV: Tensor) -> list[slice]:
-    """Rows of blocks that fit a cache; all rows at once where there is none to fit."""
+    """Split rows into blocks that fit a core's cache; on CUDA all rows are one block."""
     c = x_CV.shape[0]
     rows = c if x_CV.is_cuda else max(1, _CACHED // max(1, x_CV.shape[1]))
     return [slice(i, min(c, i + rows)) for i in range(0, c, rows)]
 
 
 def _exponentials_(logits_CV: Tensor) -> tuple[Tensor, Tensor]:
-    """Replace logits by exp(logit - top) in place; give top and the sums, [C] each (-inf and 1 where V = 0)."""
+    """Replace logits by exp(logit - top) in place; return top and the sums, [C] each (-inf and 1 if V = 0)."""
     c, v = logits_CV.shape
     if not v:
         return logits_CV.new_full((c,), -torch.inf), logits_CV.new_ones(c)
@@ -284,7 +287,7 @@ def _exponentials_(logits_CV: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _over_group(lse_C: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Log-sum-exp of the ranks' log-sum-exps; exact, and C floats a rank instead of the logits."""
+    """Log-sum-exp over the ranks' log-sum-exps: exact, and it exchanges C floats per rank instead of logits."""
     top_C = lse_C.clone()
     dist.all_reduce(top_C, op=dist.ReduceOp.MAX, group=group)
     sum_C = torch.exp(lse_C - top_C)
@@ -293,14 +296,14 @@ def _over_group(lse_C: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 
 def _add_product(total_VH: Tensor, grad_CV: Tensor, hidden_CH: Tensor) -> None:
-    """total += grad.T @ hidden, added in the precision of ``total``."""
+    """total += grad.T @ hidden, accumulated in the precision of ``total``."""
     if total_VH.dtype == grad_CV.dtype:
         total_VH.addmm_(grad_CV.t(), hidden_CH)
         return
     if total_VH.is_cuda and total_VH.dtype == torch.float32 and _WIDE_PRODUCTS:
         torch.ops.aten.addmm.dtype_out(total_VH, grad_CV.t(), hidden_CH, torch.float32, out=total_VH)
         return
-    # By rows, so that the product before it is added is small: it would else be as large as the weight.
+    # By blocks of rows; otherwise the product would be as large as the weight before it is added.
     rows = max(1, 8 * _CACHED // hidden_CH.shape[1])
     for start in range(0, total_VH.shape[0], rows):
         total_VH[start : start + rows].add_(grad_CV[:, start : start + rows].t() @ hidden_CH)

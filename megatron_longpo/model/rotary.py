@@ -1,9 +1,10 @@
 """Rotary embeddings (arXiv 2104.09864) and their scalings, for any positions: branches, shards, packs.
 
-All forms are a vector of inverse frequencies and one scale of cosines and sines, computed as transformers does, in the
-same precision and order, so that both models agree to the last bit. Supported ``rope_type``s and what each needs:
+Every form is a vector of inverse frequencies and one factor for cosines and sines. Both are computed as transformers does, in
+the same precision and order, so that the two models agree to the last bit. Supported values of ``rope_type`` and the numbers
+that each needs:
 
-- ``default``: nothing.
+- ``default``: none.
 - ``linear``: ``factor`` (arXiv 2306.15595).
 - ``llama3``: ``factor``, ``low_freq_factor``, ``high_freq_factor``, ``original_max_position_embeddings`` (Llama 3.1).
 - ``yarn``: ``factor``, ``original_max_position_embeddings``; optional ``attention_factor``, ``beta_fast``, ``beta_slow``,
@@ -45,24 +46,24 @@ class Rotary:
     """A rotary embedding.
 
     Attributes:
-        inverse_frequencies_R: [R] in fp32.
-        scale: of cosines and sines (YaRN's attention factor).
+        inverse_frequencies_R: inverse frequencies, [R] in fp32.
+        scale: factor of cosines and sines (YaRN's attention factor).
     """
 
     inverse_frequencies_R: Tensor
     scale: float = 1.0
 
     def cos_sin(self, positions_s: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Cosines and sines, [s, R] each, of positions [s]; angles are taken in fp32."""
+        """Compute cosines and sines, [s, R] each, of positions [s]. Angles are computed in fp32."""
         angles = positions_s.float().unsqueeze(1) * self.inverse_frequencies_R
         return (angles.cos() * self.scale).to(dtype), (angles.sin() * self.scale).to(dtype)
 
 
 def check_scaling(scaling: dict[str, Any], source: str) -> dict[str, Any] | None:
-    """What of a ``rope_scaling`` or ``rope_parameters`` is needed, under plain names; None without scaling.
+    """Extract the numbers that a ``rope_scaling`` or ``rope_parameters`` needs; None if RoPE is not scaled.
 
     Raises:
-        CheckpointError: an unknown ``rope_type``, or a missing or odd number.
+        CheckpointError: the ``rope_type`` is unknown, or a number is missing or not positive.
     """
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
     if kind not in _NEEDED:
@@ -86,16 +87,16 @@ def check_scaling(scaling: dict[str, Any], source: str) -> dict[str, Any] | None
 def changed_scaling(
     shape: ModelShape, rope_type: str | None, numbers: dict[str, Any], source: str
 ) -> dict[str, Any] | None:
-    """The scaling of a model that is told another one.
+    """Scaling of a model whose RoPE scaling the user changes.
 
     Args:
-        shape: of the model as it is; its longest context is the original one where none is given.
-        rope_type: None: as it is.
-        numbers: by the names above; those that are None are not given.
-        source: where they come from, for errors.
+        shape: shape of the model before the change. Its longest context is the original one unless a number says otherwise.
+        rope_type: new type; None keeps the model's own scaling.
+        numbers: numbers by the names above; None means not given.
+        source: name of where they come from, for errors.
 
     Raises:
-        CheckpointError: numbers without a type, a missing or odd number, or one that the type does not have.
+        CheckpointError: numbers are given without a type, or a number is missing, not positive or unknown to the type.
     """
     given = {k: v for k, v in numbers.items() if v is not None}
     if rope_type is None:
@@ -115,7 +116,7 @@ def changed_scaling(
 
 
 def rotary_of(shape: ModelShape, rotary_base: float) -> Rotary:
-    """The rotary embedding of a model, with the given RoPE theta."""
+    """Make the rotary embedding of a model with the given RoPE theta."""
     channels = int(shape.kv_channels * shape.rotary_percent)
     exponents = torch.arange(0, channels, 2, dtype=torch.int64).float() / channels
     plain = 1.0 / (rotary_base**exponents)
@@ -134,7 +135,7 @@ def _llama3(plain: Tensor, scaling: dict[str, Any]) -> Tensor:
     factor, low, high = scaling["factor"], scaling["low_freq_factor"], scaling["high_freq_factor"]
     original = scaling["original_max_position_embeddings"]
     wavelength = 2 * math.pi / plain
-    # Long waves are stretched, short ones kept, those between are a mixture.
+    # Long wavelengths are stretched, short ones kept, and those in between interpolated.
     stretched = torch.where(wavelength > original / low, plain / factor, plain)
     share = (original / wavelength - low) / (high - low)
     mixture = (1 - share) * stretched / factor + share * stretched
@@ -154,7 +155,7 @@ def _yarn(base: float, channels: int, scaling: dict[str, Any]) -> tuple[Tensor, 
         scale = magnitude(both[0]) / magnitude(both[1]) if both[0] and both[1] else magnitude(1.0)
 
     def channel_of(rotations: float) -> float:
-        """Channel that turns so many times within the original context."""
+        """Channel that makes this many rotations within the original context."""
         return channels * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(base))
 
     low, high = channel_of(scaling.get("beta_fast", 32)), channel_of(scaling.get("beta_slow", 1))

@@ -1,4 +1,4 @@
-"""What a model is, apart from its weights: read from a Hugging Face config at import, kept in every checkpoint."""
+"""The shape of a model: read from a Hugging Face config at import and stored in every checkpoint."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ class ModelShape:
     Attributes:
         family: name in ``families.FAMILIES``.
         ffn_hidden_size: width of the gated MLP.
-        num_query_groups: key-value heads.
+        num_query_groups: number of key-value heads.
         kv_channels: head size.
-        vocab_size: true vocabulary, without padding.
+        vocab_size: true vocabulary size, without padding.
         rotary_base: RoPE theta.
-        max_position_embeddings: longest context the model claims.
-        untie_embeddings_and_output_weights: whether the output has a weight of its own.
-        qk_layernorm: whether queries and keys are normed, head by head, before they are rotated.
-        window_size: a query sees so many places at most, itself included; None: all.
-        rotary_percent: share of a head's channels that are rotated.
-        rotary_interleaved: whether Hugging Face's weights rotate channel 2i with 2i + 1. Ours rotate i with i + R always;
-            conversion puts the rows in that order.
-        rope_scaling: ``rope_type`` with its numbers (``model/rotary.py``); None: plain.
-        tokenizer_hash: hash of the tokenizer's vocabulary, or None where the checkpoint carried no tokenizer.
-        weights_hash: hash of all weights in file order, as imported; None for a trained checkpoint.
-        base_model: what the imported model is called.
-        dtype: dtype of the imported weights, which export gives back unless told otherwise.
+        max_position_embeddings: longest context that the model claims, in tokens.
+        untie_embeddings_and_output_weights: whether the output layer has its own weight.
+        qk_layernorm: whether queries and keys are normed per head before they are rotated.
+        window_size: sliding window in tokens, the query itself included; None for no window.
+        rotary_percent: fraction of a head's channels that are rotated.
+        rotary_interleaved: whether Hugging Face's weights pair channel 2i with 2i + 1. Ours always pair i with i + R;
+            conversion reorders the rows.
+        rope_scaling: ``rope_type`` with its numbers (``model/rotary.py``); None for plain RoPE.
+        tokenizer_hash: hash of the tokenizer's vocabulary; None if the checkpoint came without a tokenizer.
+        weights_hash: hash of all weights in file order, taken at import; None for a trained checkpoint.
+        base_model: name of the imported model.
+        dtype: dtype of the imported weights; export writes the same unless told otherwise.
     """
 
     family: str
@@ -108,7 +108,7 @@ class ModelShape:
             content = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise CheckpointError(
-                f"{folder}: holds no {FILE_NAME}, so it is not a checkpoint of this project; convert a Hugging Face "
+                f"{folder}: contains no {FILE_NAME}, so it is not a checkpoint of this project; convert a Hugging Face "
                 "model with tools/convert_checkpoint.py import"
             ) from None
         except (OSError, ValueError) as error:

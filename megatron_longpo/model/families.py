@@ -1,7 +1,7 @@
-"""Model families: declarative tables from Hugging Face names to ours. One table serves both directions.
+"""Model families: declarative tables from Hugging Face names to Megatron's. One table serves both directions.
 
-Megatron keeps the layers of a model stacked under one key (``decoder.layers.mlp.linear_fc2.weight`` of [layers, ...]),
-query, key and value fused by key-value group, and gate and up projections one above the other.
+Megatron stacks the layers of a model under one key (``decoder.layers.mlp.linear_fc2.weight`` is [layers, ...]), fuses query,
+key and value per key-value group, and concatenates the gate and up projections.
 
 Shape legend: H = hidden size, D = head size, Q/K = query/key-value heads, F = MLP width.
 """
@@ -24,12 +24,12 @@ Kind = Literal["plain", "qkv", "gate_up"]
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor of ours and the Hugging Face tensors it is made of.
+    """One Megatron tensor and the Hugging Face tensors that it is made of.
 
     Attributes:
         ours: key in the distributed checkpoint.
-        theirs: names, ``{layer}`` standing for the layer number.
-        kind: how they are put together.
+        theirs: Hugging Face names; ``{layer}`` stands for the layer number.
+        kind: how the Hugging Face tensors are combined.
         stacked: whether ``ours`` has a leading layer dimension.
     """
 
@@ -49,14 +49,14 @@ class Family:
     Attributes:
         architecture: name in config.json's ``architectures``.
         model_type: config.json's ``model_type``.
-        entries: all tensors but the output layer.
+        entries: all tensors except the output layer.
         qkv_bias: whether query, key and value have biases.
-        qk_layernorm: whether queries and keys are normed head by head.
-        rotary_percent: share of a head's channels that are rotated where config.json does not say.
-        rotary_interleaved: whether neighbouring channels are rotated with one another.
-        window_key: config.json's key of the sliding window, where the family has one.
-        understood: config.json keys with the values that are understood, the first being the default; any other value is
-            refused.
+        qk_layernorm: whether queries and keys are normed per head.
+        rotary_percent: fraction of a head's channels that are rotated if config.json does not say.
+        rotary_interleaved: whether RoPE pairs neighbouring channels.
+        window_key: config.json's key for the sliding window, if the family has one.
+        understood: config.json keys that change the arithmetic, each with the values that are supported (the first is the
+            default). Any other value is refused.
     """
 
     architecture: str
@@ -85,7 +85,7 @@ _ATTENTION = (
 _GATE_AND_UP = (
     Entry("decoder.layers.mlp.linear_fc1.weight", (_L + "mlp.gate_proj.weight", _L + "mlp.up_proj.weight"), "gate_up"),
 )
-# Already one above the other, as ours.
+# Already concatenated, like ours.
 _GATE_UP = (Entry("decoder.layers.mlp.linear_fc1.weight", (_L + "mlp.gate_up_proj.weight",)),)
 _LAST = (
     Entry("decoder.layers.mlp.linear_fc2.weight", (_L + "mlp.down_proj.weight",)),
@@ -113,7 +113,7 @@ FAMILIES: dict[str, Family] = {
         entries=_COMMON,
         understood=(("attention_bias", (False, None)), ("mlp_bias", (False, None)), ("pretraining_tp", (1, None))),
     ),
-    # v0.1 with its window, v0.2, v0.3, YaRN-Mistral.
+    # v0.1 with its sliding window, v0.2, v0.3, YaRN-Mistral.
     "mistral": Family("MistralForCausalLM", "mistral", entries=_COMMON, window_key="sliding_window"),
     # Qwen2 and Qwen2.5.
     "qwen2": Family(
@@ -130,7 +130,7 @@ FAMILIES: dict[str, Family] = {
         qk_layernorm=True,
         understood=(("use_sliding_window", (False, None)), ("attention_bias", (False, None))),
     ),
-    # GLM-4-9B and its 1M version, in transformers' own form.
+    # GLM-4-9B and its 1M version, in the form that transformers supports natively.
     "glm": Family(
         "GlmForCausalLM",
         "glm",
@@ -144,16 +144,16 @@ FAMILIES: dict[str, Family] = {
 
 
 def entries_of(shape: ModelShape) -> tuple[Entry, ...]:
-    """All tensors of a model, in file order."""
+    """List all tensors of a model, in file order."""
     entries = FAMILIES[shape.family].entries
     return (*entries, _OUTPUT) if shape.untie_embeddings_and_output_weights else entries
 
 
 def shape_from_hf(config: dict[str, Any], source: str) -> ModelShape:
-    """Shape of the model that a config.json describes.
+    """Read the shape of a model from its config.json.
 
     Raises:
-        CheckpointError: unknown architecture, missing key, or a value that is not understood.
+        CheckpointError: the architecture is unknown, a key is missing, or a value is not supported.
     """
     architectures = config.get("architectures") or []
     family_name = next(
@@ -212,8 +212,10 @@ def shape_from_hf(config: dict[str, Any], source: str) -> ModelShape:
 
 
 def _rope(config: dict[str, Any], family: Family, source: str) -> tuple[float, dict[str, Any] | None, float]:
-    """RoPE theta, scaling and share of rotated channels: transformers 5 keeps them in ``rope_parameters``, 4 in
-    ``rope_theta``, ``rope_scaling`` and ``partial_rotary_factor``."""
+    """Read RoPE theta, scaling and the fraction of rotated channels.
+
+    transformers 5 stores them in ``rope_parameters``, and 4 in ``rope_theta``, ``rope_scaling`` and ``partial_rotary_factor``.
+    """
     for key in ("rope_parameters", "rope_scaling"):
         if config.get(key) is not None and not isinstance(config[key], dict):
             raise CheckpointError(f"{source}: {key}={config[key]!r} must be a mapping, or null")
@@ -224,19 +226,21 @@ def _rope(config: dict[str, Any], family: Family, source: str) -> tuple[float, d
     for key, value in (("rope_theta", theta), ("partial_rotary_factor", percent)):
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
             raise CheckpointError(f"{source}: {key}={value!r} must be a number above 0")
-    # Files that do not say where the model came from mean the context that they claim.
+    # If a file does not name the original context, it means the longest one that it claims.
     scaling.setdefault("original_max_position_embeddings", config.get("max_position_embeddings"))
     return float(theta), check_scaling(scaling, source), float(percent)
 
 
 def config_for_export(config: dict[str, Any], shape: ModelShape, dtype: str, source: str) -> dict[str, Any]:
-    """The source's config.json with the RoPE theta and scaling, longest context and dtype of the exported model.
+    """Make the exported model's config.json: the source's, with its own RoPE, longest context and dtype.
 
-    Kept in the form that the source has: ``rope_parameters`` (transformers 5), or ``rope_theta`` and ``rope_scaling``.
+    RoPE is written the way the source does it: ``rope_parameters`` (transformers 5), or ``rope_theta`` and ``rope_scaling``.
 
     Args:
-        config: as imported.
-        source: its name, for errors.
+        config: config.json of the imported model.
+        shape: shape of the exported model.
+        dtype: dtype of the exported weights.
+        source: name of the imported model, for errors.
     """
     exported = _with_rope(config, shape, with_scaling=False)
     if not _means(exported, shape, source):
@@ -260,7 +264,7 @@ def _with_rope(config: dict[str, Any], shape: ModelShape, *, with_scaling: bool)
         if scaling is not None:
             config.pop("rope_scaling", None)
     elif scaling is not None:
-        # `type` is how versions of transformers before 4.43 call it.
+        # transformers before 4.43 calls it `type`.
         config["rope_scaling"] = {**scaling, "type": scaling["rope_type"]} if shape.rope_scaling else None
     if "rope_theta" in config or not isinstance(config.get("rope_parameters"), dict):
         config["rope_theta"] = shape.rotary_base
@@ -274,7 +278,7 @@ def _with_rope(config: dict[str, Any], shape: ModelShape, *, with_scaling: bool)
 
 
 def their_shapes(entry: Entry, shape: ModelShape) -> list[tuple[int, ...]]:
-    """Shapes of the Hugging Face tensors of an entry."""
+    """Shapes of the Hugging Face tensors of an entry, in order."""
     h, f, d = shape.hidden_size, shape.ffn_hidden_size, shape.kv_channels
     q, k = shape.num_attention_heads * d, shape.num_query_groups * d
     if entry.kind == "qkv":
@@ -297,13 +301,13 @@ def their_shapes(entry: Entry, shape: ModelShape) -> list[tuple[int, ...]]:
 
 
 def our_shape(entry: Entry, shape: ModelShape) -> tuple[int, ...]:
-    """Shape of our tensor, of one layer where it is stacked."""
+    """Shape of the Megatron tensor of an entry; that of one layer if layers are stacked."""
     shapes = their_shapes(entry, shape)
     return (sum(s[0] for s in shapes), *shapes[0][1:])
 
 
 def fuse(entry: Entry, tensors: Iterable[Tensor], shape: ModelShape) -> Tensor:
-    """Our tensor from theirs, which are taken one at a time."""
+    """Combine Hugging Face's tensors, taken one at a time, into ours."""
     source = iter(tensors)
     if entry.kind == "plain":
         return next(source)
@@ -320,7 +324,7 @@ def fuse(entry: Entry, tensors: Iterable[Tensor], shape: ModelShape) -> Tensor:
 
 
 def split(entry: Entry, tensor: Tensor, shape: ModelShape) -> Iterator[Tensor]:
-    """Their tensors from ours, made one at a time."""
+    """Split our tensor into Hugging Face's, made one at a time."""
     if entry.kind == "plain":
         yield tensor
         return
@@ -331,8 +335,10 @@ def split(entry: Entry, tensor: Tensor, shape: ModelShape) -> Iterator[Tensor]:
 
 
 def parts_of(entry: Entry, fused: Tensor, shape: ModelShape) -> list[Tensor]:
-    """Views of our tensor, one for each of theirs, that hold its values in its order (interleaved rotary channels but in
-    halves)."""
+    """Views of our tensor, one for each of Hugging Face's.
+
+    Values are in the order of the Hugging Face tensor, except that interleaved rotary channels are in halves.
+    """
     if entry.kind == "plain":
         return [fused]
     if entry.kind == "gate_up":
@@ -345,7 +351,7 @@ def parts_of(entry: Entry, fused: Tensor, shape: ModelShape) -> list[Tensor]:
 
 
 def _halves(x: Tensor, shape: ModelShape) -> Tensor:
-    """Rows of query or key such that channel i, rotated with i + R, is what was channel 2i, rotated with 2i + 1."""
+    """Reorder rows of query or key so that old channels 2i and 2i + 1, which RoPE pairs, become i and i + R."""
     if not shape.rotary_interleaved:
         return x
     heads = x.unflatten(0, (-1, shape.kv_channels))
@@ -354,7 +360,7 @@ def _halves(x: Tensor, shape: ModelShape) -> Tensor:
 
 
 def _neighbours(x: Tensor, shape: ModelShape) -> Tensor:
-    """The way back."""
+    """The inverse of ``_halves``."""
     if not shape.rotary_interleaved:
         return x
     heads = x.unflatten(0, (-1, shape.kv_channels))

@@ -1,8 +1,8 @@
-"""The policy: megatron-core's GPTModel by layer specs, returning log-probs of the places that have a loss.
+"""The policy: megatron-core's GPTModel, built from layer specs, which returns the log-probs of places that have a loss.
 
-On CUDA with Transformer Engine its fused layers are used; elsewhere megatron-core's local linear layers with the
-RMSNorm below. Both use ``BlockAttention``, so that layouts, context parallelism and numbers are the same. Checkpoint
-keys are those of the Transformer Engine spec in both cases.
+On CUDA, Transformer Engine's fused layers are used if it is installed; otherwise megatron-core's local linear layers with our
+norms (``layers.py``). Both use ``BlockAttention``, so layouts, context parallelism and numbers are the same, and checkpoint
+keys are always those of the Transformer Engine spec.
 
 Shape legend: s = places on this context-parallel rank, N = places with a loss on this rank, H = hidden size.
 """
@@ -45,7 +45,7 @@ from megatron_longpo.runtime.process_groups import Parallel
 
 
 def layer_spec(use_transformer_engine: bool, qk_layernorm: bool = False) -> ModuleSpec:
-    """Spec of one layer: Transformer Engine's linear layers and norms, or megatron-core's and ours."""
+    """Spec of one layer, with Transformer Engine's linear layers and norms, or with megatron-core's and ours."""
     if use_transformer_engine:
         from megatron.core.extensions.transformer_engine import (
             TELayerNormColumnParallelLinear,
@@ -59,7 +59,7 @@ def layer_spec(use_transformer_engine: bool, qk_layernorm: bool = False) -> Modu
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
-            # The norms are in the products that follow them.
+            # The linear layers that follow the norms include them.
             input_layernorm=IdentityOp,
             self_attention=ModuleSpec(
                 module=SelfAttention,
@@ -81,7 +81,7 @@ def layer_spec(use_transformer_engine: bool, qk_layernorm: bool = False) -> Modu
 
 
 def transformer_config(shape: ModelShape, config: Config, *, use_transformer_engine: bool) -> TransformerConfig:
-    """megatron-core's configuration of this model in this run."""
+    """Make megatron-core's configuration of a model in a run."""
     p, t = config.parallel, config.training
     virtual = virtual_pipeline_size(p, shape.num_layers)
     batch_p2p = platform.use_batched_p2p(virtual is not None)
@@ -93,7 +93,7 @@ def transformer_config(shape: ModelShape, config: Config, *, use_transformer_eng
     if t.recompute_granularity == "full":
         recompute |= {"recompute_method": t.recompute_method, "recompute_num_layers": t.recompute_num_layers}
     elif t.recompute_granularity == "selective":
-        # Ours is the up-projection (model/layers.py); the others are megatron-core's.
+        # The up-projection is recomputed by our own layers (layers.py), the other modules by megatron-core.
         modules = [m for m in t.recompute_modules if m != "mlp_up"]
         recompute = {**recompute, "recompute_modules": modules} if modules else {}
     return TransformerConfig(
@@ -118,15 +118,15 @@ def transformer_config(shape: ModelShape, config: Config, *, use_transformer_eng
         virtual_pipeline_model_parallel_size=virtual,
         context_parallel_size=p.context_parallel_size,
         sequence_parallel=p.sequence_parallel,
-        # Every micro batch has the length of its samples; stages tell one another.
+        # Every micro batch has its own length, which pipeline stages communicate.
         variable_seq_lengths=True,
-        moe_token_dispatcher_type="alltoall",  # asked for by variable_seq_lengths even of dense models
+        moe_token_dispatcher_type="alltoall",  # required by variable_seq_lengths, even for dense models
         batch_p2p_comm=batch_p2p,
         pipeline_dtype=dtype,
         params_dtype=dtype,
         bf16=t.bf16,
         gradient_accumulation_fusion=False,
-        # Weights come from a checkpoint, so nothing is gained by filling them with model-parallel random numbers first.
+        # Weights come from a checkpoint, so random initialisation would be wasted.
         use_cpu_initialization=not use_transformer_engine,
         perform_initialization=False,
         deallocate_pipeline_outputs=True,
@@ -135,7 +135,7 @@ def transformer_config(shape: ModelShape, config: Config, *, use_transformer_eng
 
 
 class PolicyModel(GPTModel):
-    """One pipeline stage's part of the model. The last stage returns log-probs instead of logits."""
+    """One model chunk of a pipeline stage. The last one returns log-probs instead of logits."""
 
     def __init__(
         self,
@@ -161,20 +161,21 @@ class PolicyModel(GPTModel):
         Args:
             inputs: the sequence.
             rotary: rotary embedding of the policy or of the reference.
-            known_grad_N: [N] gradients that the log-probs will get, where they are known (see ``token_logprobs``).
+            known_grad_N: gradients that the log-probs will receive, [N], where they are known (see ``token_logprobs``).
 
         Returns:
-            Last stage: [N] log-probs in fp32. Other stages: hidden states [s (/TP with sequence parallelism), 1, H].
+            Log-probs [N] in fp32 on the last stage, hidden states [s (/TP with sequence parallelism), 1, H] on the others.
         """
         hidden = self.hidden_states(inputs.tokens_1s, inputs.positions_1s, inputs.attention, rotary)
         if not self.post_process:
             return hidden
         group = self.pg_collection.tp
         if self.config.sequence_parallel:
-            # All-gather in forward; reduce-scatter in backward, since each rank has its vocabulary's part of the gradient.
+            # All-gather in the forward; reduce-scatter in the backward, since each rank holds its vocabulary's part of the
+            # gradient.
             hidden = tensor_parallel.gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True)
         else:
-            # Identity in forward; all-reduce in backward, for the same reason.
+            # Identity in the forward; all-reduce in the backward, for the same reason.
             hidden = tensor_parallel.copy_to_tensor_model_parallel_region(hidden)
         weight = self.shared_embedding_or_output_weight() if self._tied() else self.output_layer.weight
         return token_logprobs(
@@ -190,9 +191,13 @@ class PolicyModel(GPTModel):
         )
 
     def hidden_states(self, tokens_1s: Tensor, positions_1s: Tensor, plan: AttentionPlan, rotary: Rotary) -> Tensor:
-        """What the decoder of this stage gives, [s (/TP with sequence parallelism), 1, H]; normed on the last stage."""
+        """Run the decoder of this stage.
+
+        Returns:
+            Hidden states, [s (/TP with sequence parallelism), 1, H]; normed on the last stage.
+        """
         hidden = self.embedding(input_ids=tokens_1s, position_ids=positions_1s) if self.pre_process else None
-        # Angles travel with the plan: the attention rotates, so that all layers share one pair of tables.
+        # The plan carries the rotary tables, so that all layers share one pair.
         cos_sin = rotary.cos_sin(positions_1s[0], self.config.params_dtype)
         found: Tensor = self.decoder(
             hidden_states=hidden,
@@ -206,7 +211,7 @@ class PolicyModel(GPTModel):
 
 
 def padded_vocab_size(vocab_size: int, divisible_by: int, tensor_parallel_size: int) -> int:
-    """Vocabulary rounded up so that every tensor-parallel rank has as many rows."""
+    """Vocabulary size rounded up so that all tensor-parallel ranks have the same number of rows."""
     multiple = divisible_by * tensor_parallel_size
     return round_up(vocab_size, multiple)
 
@@ -214,10 +219,16 @@ def padded_vocab_size(vocab_size: int, divisible_by: int, tensor_parallel_size: 
 def build_model(
     shape: ModelShape, config: Config, parallel: Parallel, *, reference_layers: bool = False
 ) -> list[PolicyModel]:
-    """This pipeline rank's model chunks (one, or one a virtual stage), weights not yet loaded.
+    """Build this pipeline rank's model chunks (one, or one per virtual stage), without loading weights.
 
-    ``reference_layers``: megatron-core's own layers even where Transformer Engine is there; on the meta device, if that is
-    torch's default at the moment, the model stays there.
+    Args:
+        shape: shape of the model.
+        config: configuration of the run.
+        parallel: process groups.
+        reference_layers: use megatron-core's own layers even if Transformer Engine is installed.
+
+    Returns:
+        The chunks, on the platform's device; or on the meta device if that is torch's default device during the call.
     """
     engine = platform.have_transformer_engine() and not reference_layers
     megatron_config = transformer_config(shape, config, use_transformer_engine=engine)
@@ -264,9 +275,9 @@ def build_model(
 
 
 def _mark_tensor_parallel(model: PolicyModel) -> None:
-    """Say which weights are shards: megatron-core does so as it fills them with random numbers, which we spare.
+    """Mark sharded weights. megatron-core sets these attributes while initialising, a step that we skip.
 
-    Without the mark the gradient norm counts each shard of rank 0 alone, and clipping goes wrong without an error.
+    Without the mark the gradient norm would count only rank 0's shards, and clipping would be wrong without any error.
     """
     for module in model.modules():
         if isinstance(module, (ColumnParallelLinear, VocabParallelEmbedding, RowParallelLinear)):

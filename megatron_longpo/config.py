@@ -199,7 +199,7 @@ class OptimizerConfig:
     """Optimizer and learning-rate schedule."""
 
     optimizer: Literal["adam", "rmsprop"] = "adam"
-    """Optimizer; weight decay is decoupled (AdamW)."""
+    """adam: AdamW, whose weight decay is decoupled; rmsprop: torch's, whose weight decay is added to the gradient."""
     lr: Annotated[float, Range(gt=0, fix="the paper uses 5e-7")] = 5e-7
     """Peak learning rate (paper: 5e-7)."""
     min_lr: float = 0.0

@@ -67,7 +67,7 @@ class Cutter:
 
     def lines(self, number: int, raw: RawDocument) -> list[Line]:
         """Lines of the documents stage: one, or several if an overlong document is split."""
-        d = self.config.documents
+        documents = self.config.documents
         base: Line = {"number": number, "part": 0, "name": raw.name, "domain": raw.domain, "broken": raw.broken}
         if raw.error:
             return [{**base, "reason": raw.error}]
@@ -86,7 +86,7 @@ class Cutter:
         total = sum(u.tokens for u in units)
         if total < shortest:
             return [{**base, "reason": "document_too_short", "tokens": total}]
-        if total > longest and d.overlong == "drop":
+        if total > longest and documents.overlong == "drop":
             return [{**base, "reason": "document_too_long", "tokens": total}]
         lines: list[Line] = []
         first = 0
@@ -95,10 +95,10 @@ class Cutter:
             part = {**base, "part": len(lines)}
             if span.tokens >= shortest:
                 lines.append({**part, **self._part(text, units[first:after], span)})
-            elif d.overlong == "split":
+            elif documents.overlong == "split":
                 lines.append({**part, "reason": "document_too_short", "tokens": span.tokens})
             first = after
-            if d.overlong != "split":
+            if documents.overlong != "split":
                 break
         for line in lines:
             line["parts"] = len(lines)
@@ -151,10 +151,13 @@ def _own_documents(
     config: GenerationConfig, rank: int, world_size: int, skip_before: int
 ) -> Iterator[tuple[int, RawDocument]]:
     """Documents of this part from number ``skip_before`` on. All documents are read, to find duplicates."""
-    d = config.documents
+    documents = config.documents
     document_batch = config.document_batch
     seen: set[bytes] = set()
-    for raw in itertools.islice(read_documents(find_files(d.documents, d.domain), d.text_column), d.max_documents):
+    for raw in itertools.islice(
+        read_documents(find_files(documents.documents, documents.domain), documents.text_column),
+        documents.max_documents,
+    ):
         error = raw.error
         if error is None:
             # Half a hash keeps the set small.
@@ -237,12 +240,14 @@ def _cut_all(config: GenerationConfig, documents: Iterator[tuple[int, RawDocumen
 
 def ask(config: GenerationConfig, engine: Engine, lines: Sequence[Line]) -> list[Line]:
     """Lines of the questions stage for lines of the documents stage: a turn for each chunk, or the reason why not."""
-    q, seed = config.questions, config.run.seed
-    instruction = q.question_prompt.format(count=q.questions_per_chunk)
-    sampling = Sampling(max_tokens=q.question_tokens, temperature=q.question_temperature, top_p=q.question_top_p)
+    questions, seed = config.questions, config.run.seed
+    instruction = questions.question_prompt.format(count=questions.questions_per_chunk)
+    sampling = Sampling(
+        max_tokens=questions.question_tokens, temperature=questions.question_temperature, top_p=questions.question_top_p
+    )
     turns: list[list[Line | None]] = [[None] * len(line.get("chunks", ())) for line in lines]
     spent = [_Spent() for _ in lines]
-    for attempt in range(q.question_tries):
+    for attempt in range(questions.question_tries):
         # Chunks without a turn, or without a usable question so far.
         open_ = [[i for i, t in enumerate(row) if t is None or "reason" in t] for row in turns]
         groups, owners = [], []
@@ -270,14 +275,14 @@ def ask(config: GenerationConfig, engine: Engine, lines: Sequence[Line]) -> list
 
 def _turn(reply: Reply, config: GenerationConfig, instruction: str, rng: np.random.Generator) -> Line:
     """A turn with one of the reply's questions, or the reason why not."""
-    q = config.questions
+    questions = config.questions
     if reply.refused:
         return {"reason": "prompt_refused", "detail": reply.refused}
-    found = questions_in(reply.text, q.question_pattern)
-    if len(found) != q.questions_per_chunk:
+    found = questions_in(reply.text, questions.question_pattern)
+    if len(found) != questions.questions_per_chunk:
         return {"reason": "wrong_number_of_questions", "detail": f"{len(found)}: {reply.text[:DETAIL_CHARACTERS]}"}
     question = found[int(rng.integers(len(found)))]
-    lead_in = q.lead_ins[int(rng.integers(len(q.lead_ins)))]
+    lead_in = questions.lead_ins[int(rng.integers(len(questions.lead_ins)))]
     reason = why_not_ask(question, instruction, config.filters)
     if reason:
         return {"reason": reason, "detail": question[:DETAIL_CHARACTERS]}
@@ -286,26 +291,32 @@ def _turn(reply: Reply, config: GenerationConfig, instruction: str, rng: np.rand
 
 def answer_short(config: GenerationConfig, engine: Engine, lines: Sequence[tuple[Line, Line]]) -> list[Line]:
     """Lines of the short stage: an answer to each turn on its chunk (chosen)."""
-    a = config.answers
+    answers = config.answers
     return _answer(
         config,
         engine,
         [(document, questions, None) for document, questions in lines],
         stage="short",
         text_of=chunk_text,
-        sampling=Sampling(max_tokens=a.answer_tokens, temperature=a.answer_temperature, top_p=a.answer_top_p),
+        sampling=Sampling(
+            max_tokens=answers.answer_tokens, temperature=answers.answer_temperature, top_p=answers.answer_top_p
+        ),
         rope=MODEL_ROPE,
     )
 
 
 def answer_long(config: GenerationConfig, engine: Engine, lines: Sequence[tuple[Line, Line, Line]]) -> list[Line]:
     """Lines of the long stage: an answer on the whole document (rejected) to each turn that may still be kept."""
-    a = config.answers
+    answers = config.answers
     numbers = {
-        "factor": a.rotary_scaling_factor,
-        "original_max_position_embeddings": a.original_max_position_embeddings,
+        "factor": answers.rotary_scaling_factor,
+        "original_max_position_embeddings": answers.original_max_position_embeddings,
     }
-    scaling = None if a.rope_type is None else {"rope_type": a.rope_type, **{k: v for k, v in numbers.items() if v}}
+    scaling = (
+        None
+        if answers.rope_type is None
+        else {"rope_type": answers.rope_type, **{k: v for k, v in numbers.items() if v}}
+    )
     max_tokens, temperature, top_p = config.long_sampling
     return _answer(
         config,
@@ -314,7 +325,7 @@ def answer_long(config: GenerationConfig, engine: Engine, lines: Sequence[tuple[
         stage="long",
         text_of=lambda document, _turn: str(document["text"]),
         sampling=Sampling(max_tokens=max_tokens, temperature=temperature, top_p=top_p),
-        rope=Rope(base=a.rotary_base, scaling=scaling),
+        rope=Rope(base=answers.rotary_base, scaling=scaling),
     )
 
 
@@ -374,19 +385,19 @@ def _answer(
 def _answered(reply: Reply, config: GenerationConfig, stage: Literal["short", "long"]) -> Line:
     """An answered turn, with the reason if it is already known that it will not be kept."""
     side = "chosen" if stage == "short" else "rejected"
-    f = config.filters
+    filters = config.filters
     line: Line = {"text": reply.text, "prompt_tokens": reply.prompt_tokens, "new_tokens": reply.new_tokens}
     if reply.refused:
         return {**line, "reason": "prompt_refused", "detail": reply.refused}
-    if not reply.finished and not f.keep_truncated:
+    if not reply.finished and not filters.keep_truncated:
         return {**line, "reason": f"truncated_{side}", "detail": reply.text[:DETAIL_CHARACTERS]}
     if stage == "short":
         # Saves reading the long document for a turn that will not be kept.
         if not reply.text:
             return {**line, "reason": "empty_chosen"}
-        if is_refusal(reply.text, f):
+        if is_refusal(reply.text, filters):
             return {**line, "reason": "refusal_chosen", "detail": reply.text[:DETAIL_CHARACTERS]}
-        if reply.prompt_tokens + reply.new_tokens > f.short_seq_length:
+        if reply.prompt_tokens + reply.new_tokens > filters.short_seq_length:
             return {**line, "reason": "short_row_too_long", "detail": str(reply.prompt_tokens + reply.new_tokens)}
     return line
 
@@ -452,14 +463,14 @@ def stage_identities(
     """
     c = config.as_dict()
     own = {k: v for k, v in c["documents"].items() if k not in ("documents", "workers")}
-    e = config.engine
+    engine = config.engine
     cut = {
         **own,
         "files": files,
         "seed": config.run.seed,
         "answer_tokens": c["answers"]["answer_tokens"],
         "document_tokens": list(config.document_tokens),
-        "tokenizer": e.tokenizer or e.model,
+        "tokenizer": engine.tokenizer or engine.model,
     }
     asked = {**cut, **c["questions"], **engine_identity}
     asked |= {k: c["filters"][k] for k in ("max_quoted_words", "min_question_words", "max_question_words")}

@@ -82,19 +82,22 @@ def layer_spec(use_transformer_engine: bool, qk_layernorm: bool = False) -> Modu
 
 def transformer_config(shape: ModelShape, config: Config, *, use_transformer_engine: bool) -> TransformerConfig:
     """Make megatron-core's configuration of a model in a run."""
-    p, t = config.parallel, config.training
-    virtual = virtual_pipeline_size(p, shape.num_layers)
+    parallel, training = config.parallel, config.training
+    virtual = virtual_pipeline_size(parallel, shape.num_layers)
     batch_p2p = platform.use_batched_p2p(virtual is not None)
     platform.check_p2p(batch_p2p, virtual)
-    dtype = torch.bfloat16 if t.bf16 else torch.float32
+    dtype = torch.bfloat16 if training.bf16 else torch.float32
     recompute: dict[str, Any] = {}
-    if t.recompute_granularity in ("full", "selective"):
-        recompute = {"recompute_granularity": t.recompute_granularity}
-    if t.recompute_granularity == "full":
-        recompute |= {"recompute_method": t.recompute_method, "recompute_num_layers": t.recompute_num_layers}
-    elif t.recompute_granularity == "selective":
+    if training.recompute_granularity in ("full", "selective"):
+        recompute = {"recompute_granularity": training.recompute_granularity}
+    if training.recompute_granularity == "full":
+        recompute |= {
+            "recompute_method": training.recompute_method,
+            "recompute_num_layers": training.recompute_num_layers,
+        }
+    elif training.recompute_granularity == "selective":
         # The up-projection is recomputed by our own layers (layers.py), the other modules by megatron-core.
-        modules = [m for m in t.recompute_modules if m != "mlp_up"]
+        modules = [m for m in training.recompute_modules if m != "mlp_up"]
         recompute = {**recompute, "recompute_modules": modules} if modules else {}
     return TransformerConfig(
         num_layers=shape.num_layers,
@@ -113,18 +116,18 @@ def transformer_config(shape: ModelShape, config: Config, *, use_transformer_eng
         hidden_dropout=0.0,
         attention_dropout=0.0,
         init_method_std=shape.init_method_std,
-        tensor_model_parallel_size=p.tensor_model_parallel_size,
-        pipeline_model_parallel_size=p.pipeline_model_parallel_size,
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=virtual,
-        context_parallel_size=p.context_parallel_size,
-        sequence_parallel=p.sequence_parallel,
+        context_parallel_size=parallel.context_parallel_size,
+        sequence_parallel=parallel.sequence_parallel,
         # Every micro batch has its own length, which pipeline stages communicate.
         variable_seq_lengths=True,
         moe_token_dispatcher_type="alltoall",  # required by variable_seq_lengths, even for dense models
         batch_p2p_comm=batch_p2p,
         pipeline_dtype=dtype,
         params_dtype=dtype,
-        bf16=t.bf16,
+        bf16=training.bf16,
         gradient_accumulation_fusion=False,
         # Weights come from a checkpoint, so random initialisation would be wasted.
         use_cpu_initialization=not use_transformer_engine,
@@ -262,12 +265,12 @@ def build_model(
             vp_stage=vp_stage,
         )
         _mark_tensor_parallel(model)
-        t = config.training
-        whole = {"full": layers if t.recompute_method == "uniform" else t.recompute_num_layers}
+        training = config.training
+        whole = {"full": layers if training.recompute_method == "uniform" else training.recompute_num_layers}
         set_recompute_up(
             model.decoder.layers,
-            whole.get(t.recompute_granularity, 0),
-            t.recompute_granularity in ("selective", "full") and "mlp_up" in t.recompute_modules,
+            whole.get(training.recompute_granularity, 0),
+            training.recompute_granularity in ("selective", "full") and "mlp_up" in training.recompute_modules,
         )
         is_meta = any(p.is_meta for p in model.parameters())
         chunks.append(model if is_meta else model.to(platform.CURRENT.device))

@@ -174,8 +174,8 @@ def choices(
         num_microbatches: micro batches per step.
         stage: pipeline rank.
     """
-    p = config.parallel
-    virtual = virtual_pipeline_size(p, shape.num_layers) or 1
+    parallel_config = config.parallel
+    virtual = virtual_pipeline_size(parallel_config, shape.num_layers) or 1
     chunk_layers = shape.num_layers // (parallel.pipeline_size * virtual)
     local = math.ceil(tokens / parallel.context_size)
     in_flight = min(_chunks_in_flight(parallel.pipeline_size, virtual, stage), num_microbatches * virtual)

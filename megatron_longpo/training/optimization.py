@@ -22,11 +22,11 @@ from megatron_longpo.runtime import platform
 
 def wrap_for_training(chunks: list[PolicyModel], config: Config) -> list[DistributedDataParallel]:
     """Megatron's DDP over the data- and context-parallel ranks: gradients in fp32 buffers, summed there."""
-    p = config.parallel
+    parallel = config.parallel
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
-        overlap_grad_reduce=p.overlap_grad_reduce,
-        use_distributed_optimizer=p.use_distributed_optimizer,
+        overlap_grad_reduce=parallel.overlap_grad_reduce,
+        use_distributed_optimizer=parallel.use_distributed_optimizer,
         # The trainer looks at loss and norm itself, and says what to do.
         check_for_nan_in_grad=False,
     )
@@ -36,7 +36,7 @@ def wrap_for_training(chunks: list[PolicyModel], config: Config) -> list[Distrib
             ddp_config=ddp_config,
             module=chunk,
             # Interleaved chunks are reduced chunk by chunk; the first one only may be cut into buckets.
-            disable_bucketing=index > 0 or not p.overlap_grad_reduce,
+            disable_bucketing=index > 0 or not parallel.overlap_grad_reduce,
         )
         for index, chunk in enumerate(chunks)
     ]
@@ -44,28 +44,30 @@ def wrap_for_training(chunks: list[PolicyModel], config: Config) -> list[Distrib
 
 def build_optimizer(config: Config, model: list[DistributedDataParallel]) -> MegatronOptimizer:
     """megatron-core's optimizer over the model chunks."""
-    o = config.optimizer
+    optimizer_config = config.optimizer
     optimizer = get_megatron_optimizer(
         MegatronOptimizerConfig(
             optimizer="adam",
-            lr=o.lr,
-            min_lr=o.min_lr,
-            weight_decay=o.weight_decay,
-            adam_beta1=o.adam_beta1,
-            adam_beta2=o.adam_beta2,
-            adam_eps=o.rmsprop_eps if o.optimizer == "rmsprop" else o.adam_eps,
+            lr=optimizer_config.lr,
+            min_lr=optimizer_config.min_lr,
+            weight_decay=optimizer_config.weight_decay,
+            adam_beta1=optimizer_config.adam_beta1,
+            adam_beta2=optimizer_config.adam_beta2,
+            adam_eps=optimizer_config.rmsprop_eps
+            if optimizer_config.optimizer == "rmsprop"
+            else optimizer_config.adam_eps,
             bf16=config.training.bf16,
             params_dtype=torch.bfloat16 if config.training.bf16 else torch.float32,
             use_distributed_optimizer=config.parallel.use_distributed_optimizer,
-            clip_grad=o.clip_grad,
+            clip_grad=optimizer_config.clip_grad,
         ),
         model,
         # On CUDA checkpoints gather the optimizer's states through host memory (training/checkpointer.py).
         use_gloo_process_groups=platform.CURRENT.is_cuda,
     )
-    if o.optimizer == "rmsprop":
+    if optimizer_config.optimizer == "rmsprop":
         for inner in inner_optimizers(optimizer):
-            _become_rmsprop(inner, o.rmsprop_alpha)
+            _become_rmsprop(inner, optimizer_config.rmsprop_alpha)
     return optimizer
 
 
@@ -134,20 +136,22 @@ def counts_in_state(optimizer: torch.optim.Optimizer) -> bool:
 
 def warmup_iters(config: Config, train_iters: int) -> int:
     """Steps of warm-up."""
-    o = config.optimizer
-    if o.lr_warmup_fraction is not None:
-        return math.ceil(o.lr_warmup_fraction * (o.lr_decay_iters or train_iters))
-    return o.lr_warmup_iters
+    optimizer = config.optimizer
+    if optimizer.lr_warmup_fraction is not None:
+        return math.ceil(optimizer.lr_warmup_fraction * (optimizer.lr_decay_iters or train_iters))
+    return optimizer.lr_warmup_iters
 
 
 def follow_config(optimizer: MegatronOptimizer, config: Config) -> None:
     """Give loaded parameter groups the rates of this run's configuration: a checkpoint brings its own along."""
-    o = config.optimizer
+    optimizer_config = config.optimizer
     for inner in inner_optimizers(optimizer):
         for group in inner.param_groups:
-            group["max_lr"], group["min_lr"] = o.lr, o.min_lr
-            group["betas"] = (o.adam_beta1, o.adam_beta2)
-            group["eps"] = o.rmsprop_eps if o.optimizer == "rmsprop" else o.adam_eps
+            group["max_lr"], group["min_lr"] = optimizer_config.lr, optimizer_config.min_lr
+            group["betas"] = (optimizer_config.adam_beta1, optimizer_config.adam_beta2)
+            group["eps"] = (
+                optimizer_config.rmsprop_eps if optimizer_config.optimizer == "rmsprop" else optimizer_config.adam_eps
+            )
 
 
 def check_schedule(config: Config, train_iters: int) -> None:
@@ -156,16 +160,16 @@ def check_schedule(config: Config, train_iters: int) -> None:
     Raises:
         ConfigError: the warm-up is not shorter than the decay, or a WSD decay longer than the schedule.
     """
-    o = config.optimizer
-    decay = o.lr_decay_iters or train_iters
+    optimizer = config.optimizer
+    decay = optimizer.lr_decay_iters or train_iters
     warmup = warmup_iters(config, train_iters)
     if warmup and warmup >= decay:
         raise ConfigError(
             f"a warm-up of {warmup} steps leaves nothing of lr_decay_iters={decay}; shorten it or train longer"
         )
-    if o.lr_wsd_decay_iters is not None and o.lr_wsd_decay_iters > decay:
+    if optimizer.lr_wsd_decay_iters is not None and optimizer.lr_wsd_decay_iters > decay:
         raise ConfigError(
-            f"lr_wsd_decay_iters={o.lr_wsd_decay_iters} is longer than lr_decay_iters={decay}; shorten it"
+            f"lr_wsd_decay_iters={optimizer.lr_wsd_decay_iters} is longer than lr_decay_iters={decay}; shorten it"
         )
 
 
@@ -176,23 +180,23 @@ def build_scheduler(config: Config, optimizer: MegatronOptimizer, train_iters: i
         ConfigError: the warm-up is not shorter than the decay, or a WSD decay longer than the schedule.
     """
     check_schedule(config, train_iters)
-    o = config.optimizer
-    decay = o.lr_decay_iters or train_iters
+    optimizer_config = config.optimizer
+    decay = optimizer_config.lr_decay_iters or train_iters
     warmup = warmup_iters(config, train_iters)
     return OptimizerParamScheduler(
         optimizer,
-        init_lr=o.lr_warmup_init,
-        max_lr=o.lr,
-        min_lr=o.min_lr,
+        init_lr=optimizer_config.lr_warmup_init,
+        max_lr=optimizer_config.lr,
+        min_lr=optimizer_config.min_lr,
         lr_warmup_steps=warmup,
         lr_decay_steps=decay,
-        lr_decay_style=o.lr_decay_style,
-        start_wd=o.weight_decay,
-        end_wd=o.weight_decay,
+        lr_decay_style=optimizer_config.lr_decay_style,
+        start_wd=optimizer_config.weight_decay,
+        end_wd=optimizer_config.weight_decay,
         wd_incr_steps=train_iters,
         wd_incr_style="constant",
         use_checkpoint_opt_param_scheduler=False,
         override_opt_param_scheduler=True,
-        wsd_decay_steps=o.lr_wsd_decay_iters,
-        lr_wsd_decay_style=o.lr_wsd_decay_style,
+        wsd_decay_steps=optimizer_config.lr_wsd_decay_iters,
+        lr_wsd_decay_style=optimizer_config.lr_wsd_decay_style,
     )

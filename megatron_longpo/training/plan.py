@@ -64,12 +64,12 @@ class RunPlan:
     @property
     def policy_shape(self) -> ModelShape:
         """Shape of the trained model, with the policy's RoPE and the context length that it is trained on."""
-        m, d = self.config.model, self.config.data
-        trained = d.seq_length or self.manifest.longest
+        model, data = self.config.model, self.config.data
+        trained = data.seq_length or self.manifest.longest
         return self.shape.replace(
-            rotary_base=m.rotary_base or self.shape.rotary_base,
-            rope_scaling=changed_scaling(self.shape, m.rope_type, scaling_numbers(m), "model"),
-            max_position_embeddings=m.max_position_embeddings or max(self.shape.max_position_embeddings, trained),
+            rotary_base=model.rotary_base or self.shape.rotary_base,
+            rope_scaling=changed_scaling(self.shape, model.rope_type, scaling_numbers(model), "model"),
+            max_position_embeddings=model.max_position_embeddings or max(self.shape.max_position_embeddings, trained),
             weights_hash=None,
         )
 
@@ -112,13 +112,13 @@ def make_plan(config: Config, world_size: int) -> RunPlan:
         attention_heads=shape.num_attention_heads,
         key_value_heads=shape.num_query_groups,
     )
-    p = config.parallel
+    parallel = config.parallel
     comm_type, comm_reason = resolve_comm_type(
-        p.cp_comm_type,
+        parallel.cp_comm_type,
         shape.num_attention_heads,
         shape.num_query_groups,
-        p.context_parallel_size,
-        p.tensor_model_parallel_size,
+        parallel.context_parallel_size,
+        parallel.tensor_model_parallel_size,
     )
     # Raises where the platform cannot run this layout (runtime/platform.py).
     transformer_config(shape, config, use_transformer_engine=False)
@@ -129,8 +129,10 @@ def make_plan(config: Config, world_size: int) -> RunPlan:
     if config.data.valid_data_path is not None:
         valid_manifest = read_manifest(config.data.valid_data_path)
         _check_data(config, config.data.valid_data_path, valid_manifest, shape)
-    t = config.training
-    train_iters = t.train_iters or max(1, math.floor(t.train_epochs * manifest.samples / t.global_batch_size))
+    training = config.training
+    train_iters = training.train_iters or max(
+        1, math.floor(training.train_epochs * manifest.samples / training.global_batch_size)
+    )
     check_schedule(config, train_iters)
     return RunPlan(
         config=config,
@@ -189,14 +191,14 @@ def _check_data(config: Config, prefix: str, manifest: Manifest, shape: ModelSha
 
 def groups_of(plan: RunPlan) -> Parallel:
     """Create the process groups of a plan; collective."""
-    p = plan.config.parallel
+    parallel = plan.config.parallel
     return process_groups.set_up(
-        tensor=p.tensor_model_parallel_size,
-        pipeline=p.pipeline_model_parallel_size,
-        virtual=virtual_pipeline_size(p, plan.shape.num_layers),
-        context=p.context_parallel_size,
-        sequence_parallel=p.sequence_parallel,
+        tensor=parallel.tensor_model_parallel_size,
+        pipeline=parallel.pipeline_model_parallel_size,
+        virtual=virtual_pipeline_size(parallel, plan.shape.num_layers),
+        context=parallel.context_parallel_size,
+        sequence_parallel=parallel.sequence_parallel,
         comm_type=plan.comm_type,
         seed=plan.config.training.seed,
-        timeout_minutes=p.distributed_timeout_minutes,
+        timeout_minutes=parallel.distributed_timeout_minutes,
     )

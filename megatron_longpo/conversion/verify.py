@@ -13,7 +13,7 @@ from rich.table import Table
 
 from megatron_longpo.checkpoint.folders import ASSETS, resolve
 from megatron_longpo.conversion.convert import Changes, Comparison, compare
-from megatron_longpo.conversion.verification import Agreement, compare_logits
+from megatron_longpo.conversion.logits import Agreement, compare_logits
 from megatron_longpo.errors import CheckpointError
 from megatron_longpo.model.shape import ModelShape
 from megatron_longpo.runtime.collectives import rank

@@ -20,7 +20,7 @@ from megatron_longpo.checkpoint.stream import HuggingFaceWeights, LazyTensor, pl
 from megatron_longpo.config import Config
 from megatron_longpo.conversion import convert
 from megatron_longpo.conversion.convert import Changes, compare, export_hf, import_hf
-from megatron_longpo.conversion.verification import compare_logits
+from megatron_longpo.conversion.logits import compare_logits
 from megatron_longpo.data.sequence import KeyBlock, QuerySpan
 from megatron_longpo.errors import CheckpointError
 from megatron_longpo.model import gpt

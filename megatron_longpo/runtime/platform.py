@@ -1,10 +1,11 @@
-"""CPU + gloo or CUDA + NCCL, resolved once. The only file that touches ``torch.cuda`` or patches megatron-core.
+"""The platform, CPU with gloo or CUDA with NCCL, resolved once. Only this file touches ``torch.cuda`` or patches megatron-core.
 
 The choice is made when this module is first imported, because the patches below must precede every import of
 megatron-core: the ``__init__`` of each subpackage that imports megatron-core imports this module.
 ``MEGATRON_LONGPO_PLATFORM`` (``auto``, ``cpu`` or ``cuda``) overrides it.
 
-Each patch says why it is needed and with which versions the need was seen. All but one are for the CPU alone.
+Each patch explains why it is needed and with which versions. Those of ``_patch_megatron_everywhere`` apply to both platforms,
+all others only to the CPU.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ _VARIABLE = "MEGATRON_LONGPO_PLATFORM"
 
 @dataclass(frozen=True)
 class Platform:
-    """What the process runs on.
+    """The device and back end that this process runs on.
 
     Attributes:
         name: ``cpu`` or ``cuda``.
@@ -53,11 +54,11 @@ class Platform:
 
     @property
     def device(self) -> torch.device:
-        """The device of this process; on CUDA the current one, so ``use_local_rank`` must come first."""
+        """Device of this process. On CUDA it is the current device, so ``use_local_rank`` must be called first."""
         return torch.device("cuda", torch.cuda.current_device()) if self.is_cuda else torch.device("cpu")
 
     def free_memory(self) -> None:
-        """Give back what objects held that nobody refers to any more."""
+        """Collect garbage and return cached memory to the device."""
         gc.collect()
         if self.is_cuda:
             torch.cuda.empty_cache()
@@ -83,19 +84,19 @@ class Platform:
         return torch.cuda.get_device_capability() if self.is_cuda else None
 
     def synchronize(self) -> None:
-        """Wait until the device has done what was queued, so that a clock read after it is true."""
+        """Wait for all queued work, so that a clock read afterwards measures it."""
         if self.is_cuda:
             torch.cuda.synchronize()
 
     def peak_memory_bytes(self) -> int:
-        """Allocator's peak on CUDA, the process's peak resident set on the CPU."""
+        """Peak memory: the allocator's on CUDA, the peak resident set of the process on the CPU."""
         if self.is_cuda:
             return int(torch.cuda.max_memory_allocated())
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return int(peak) if sys.platform == "darwin" else int(peak) * 1024
 
     def available_memory_bytes(self) -> int:
-        """Memory that a new allocation of this process could still take."""
+        """Memory that this process can still allocate."""
         if self.is_cuda:
             return int(torch.cuda.mem_get_info()[0])
         import psutil
@@ -114,49 +115,50 @@ class Platform:
             torch.cuda.memory._record_memory_history(enabled=None)
 
     def rng_state(self) -> dict[str, torch.Tensor]:
-        """State of the generators that model code draws from."""
+        """Return the state of the random number generators that model code uses."""
         state = {"cpu": torch.get_rng_state()}
         if self.is_cuda:
             state["cuda"] = torch.cuda.get_rng_state()
         return state
 
     def set_rng_state(self, state: dict[str, torch.Tensor]) -> None:
-        """Restore what ``rng_state`` gave. A state saved on the other platform restores the CPU generator alone."""
+        """Restore a state from ``rng_state``. A state saved on the other platform restores only the CPU generator."""
         torch.set_rng_state(state["cpu"])
         if self.is_cuda and "cuda" in state:
             torch.cuda.set_rng_state(state["cuda"])
 
 
 def _left_in_control_group(root: Path = Path("/sys/fs/cgroup"), process: Path = Path("/proc/self/cgroup")) -> int:
-    """Memory left under the limit of a container or a Slurm job; a huge number where there is none."""
+    """Memory left under the limit of a container or a Slurm job; ``sys.maxsize`` if there is no limit."""
     folders = [root]
     with contextlib.suppress(OSError):
         for line in process.read_text().splitlines():
             folders.append(root / line.split(":", 2)[2].lstrip("/"))
     left = sys.maxsize
     for folder in folders:
-        # Version 2, then version 1.
+        # Control groups version 2, then version 1.
         for limit, used in (
             ("memory.max", "memory.current"),
             ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
         ):
-            # A file that is missing, or says "max", sets no limit.
+            # A missing file, or one that contains "max", means no limit.
             with contextlib.suppress(OSError, ValueError):
                 most = int((folder / limit).read_text())
                 cached = re.search(r"^inactive_file (\d+)", (folder / limit).with_name("memory.stat").read_text(), re.M)
-                # Cached files are given up before anything fails.
+                # The kernel drops cached files before an allocation fails.
                 now = int((folder / used).read_text()) - int(cached[1] if cached else 0)
                 left = min(left, most - now)
     return max(0, left)
 
 
 def _tune_allocator() -> None:
-    """Large tensors of the CPU in huge pages, and given back when they are freed.
+    """Put large CPU tensors into huge pages, and return them to the system when they are freed.
 
-    Seen with SmolLM2-135M at 4096 tokens in fp32. Huge pages: 3% less time, and 1.3 GB less at the peak. Tensors from 4 MB
-    on mapped by themselves: 0.6 GB less in each of two context-parallel processes; by default glibc raises that limit to 32 MB,
-    and tensors that are kept sit between holes that those which are not have left. torch reads its variable once, at its
-    first tensor. Where the system has no huge pages, or another libc, nothing happens; who sets the variables decides.
+    Measured with SmolLM2-135M at 4096 tokens in fp32. Huge pages take 3% less time and 1.3 GB less at the peak. Mapping
+    tensors of 4 MB and more individually saves 0.6 GB in each of two context-parallel processes: by default glibc raises that
+    threshold to 32 MB, and long-lived tensors end up between the holes that freed ones leave. torch reads its variable once,
+    at its first tensor. Without huge pages, or with another libc, nothing changes. If the user sets the variables, they are
+    left alone.
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     if "MALLOC_MMAP_THRESHOLD_" not in os.environ and os_platform.libc_ver()[0] == "glibc":
@@ -165,9 +167,9 @@ def _tune_allocator() -> None:
 
 
 def _tune_cuda_allocator() -> None:
-    """Segments that grow: every micro batch has another length, and fixed segments would fragment.
+    """Let allocator segments grow: micro batches have different lengths, and segments of fixed size would fragment.
 
-    torch reads the variable when it first allocates on the GPU. Whoever sets either variable decides.
+    torch reads the variable at its first allocation on the GPU. If the user sets either variable, it is left alone.
     """
     if "PYTORCH_ALLOC_CONF" not in os.environ:
         os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
@@ -195,7 +197,7 @@ def _resolve() -> Platform:
 
 
 class _NoStream:
-    """Stands for a CUDA stream or event: on the CPU everything is done in program order."""
+    """Stand-in for a CUDA stream or event; on the CPU everything runs in program order."""
 
     def __init__(self, *_: Any, **__: Any) -> None:
         pass
@@ -213,7 +215,7 @@ class _NoStream:
 
 
 def _answering(value: Any) -> Callable[..., Any]:
-    """A new function each time: torch's compiler keeps one rule a function object."""
+    """Return a new function each time, because torch's compiler keeps one rule per function object."""
     return lambda *_, **__: value
 
 
@@ -260,8 +262,8 @@ def _with_cuda_type_names(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _patch_torch_for_cpu() -> None:
-    """Let code that says ``cuda`` run on the CPU. Needed by megatron-core 0.16.1 and 0.19.2 throughout."""
-    # Device of p2p shape buffers, DDP buffers and masters of the optimizer.
+    """Let code that asks for ``cuda`` run on the CPU. megatron-core 0.16.1 and 0.19.2 need this throughout."""
+    # The device of P2P shape buffers, DDP buffers and the optimizer's master weights.
     torch.cuda.current_device = _answering(torch.device("cpu"))
     for name in ("synchronize", "empty_cache", "set_device", "reset_peak_memory_stats", "ipc_collect"):
         setattr(torch.cuda, name, _answering(None))
@@ -269,7 +271,7 @@ def _patch_torch_for_cpu() -> None:
         setattr(torch.cuda, name, _answering(0))
     # The asynchronous checkpoint writer takes a rank's device modulo the count.
     torch.cuda.device_count = _answering(1)
-    # DDP's overlapped reductions and the async checkpoint open streams and wait on events.
+    # DDP's overlapped reductions and asynchronous checkpoints open streams and wait on events.
     for name in ("Stream", "Event"):
         setattr(torch.cuda, name, _NoStream)
     for name in ("current_stream", "default_stream"):
@@ -277,7 +279,7 @@ def _patch_torch_for_cpu() -> None:
     torch.cuda.stream = _answering(contextlib.nullcontext())
     torch.cuda.get_rng_state = lambda *_, **__: torch.get_rng_state()
     torch.cuda.set_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
-    # torch.manual_seed itself seeds CUDA by manual_seed_all, so that one must do nothing.
+    # torch.manual_seed itself calls manual_seed_all for CUDA, so that one must do nothing.
     torch.cuda.manual_seed = lambda seed: torch.default_generator.manual_seed(int(seed))  # type: ignore[assignment]
     torch.cuda.manual_seed_all = _answering(None)
     torch.Tensor.cuda = lambda self, *_, **__: self  # type: ignore[method-assign]
@@ -285,7 +287,7 @@ def _patch_torch_for_cpu() -> None:
 
 
 class _TorchOnCpu(types.ModuleType):
-    """``torch`` as megatron-core's modules see it: factories given ``device="cuda"`` allocate on the CPU.
+    """``torch`` as megatron-core's modules see it: factories called with ``device="cuda"`` allocate on the CPU.
 
     torch's own functions stay as they are: a wrapped factory is not recognised by ``with torch.device(...)``, and
     transformers would load models with uninitialised buffers.
@@ -310,9 +312,9 @@ class _TorchOnCpu(types.ModuleType):
 
 
 def _patch_megatron_for_cpu() -> None:
-    """Patches of megatron-core itself, for the CPU. Each seen needed with 0.16.1 and 0.19.2."""
-    # Fused functions are torch.compile'd as their modules are imported, and compiling them needs a C++ compiler and
-    # minutes. The fuser's switch sits in the very package whose import decorates them, hence the detour.
+    """Patch megatron-core for the CPU. 0.16.1 and 0.19.2 need every one of these patches."""
+    # Fused functions are decorated with torch.compile when their modules are imported, and compiling them needs a C++ compiler
+    # and takes minutes. The switch that turns the fuser off is in the package whose import decorates them, hence the detour.
     compile_, torch.compile = torch.compile, lambda function=None, **_: function  # type: ignore[assignment]
     try:
         importlib.import_module("megatron.core.jit").disable_jit_fuser()
@@ -321,7 +323,7 @@ def _patch_megatron_for_cpu() -> None:
     finally:
         torch.compile = compile_  # type: ignore[assignment]
 
-    # Modules that are imported lazily otherwise, and would miss the replacement.
+    # These modules would otherwise be imported later and miss the replacement below.
     for name in ("pipeline_parallel", "distributed", "dist_checkpointing.strategies.torch", "datasets.indexed_dataset"):
         importlib.import_module(f"megatron.core.{name}")
     for name in ("async_utils", "filesystem_async", "fully_parallel", "state_dict_saver"):
@@ -332,7 +334,7 @@ def _patch_megatron_for_cpu() -> None:
             module.torch = seen  # type: ignore[attr-defined]
 
     random: Any = importlib.import_module("megatron.core.tensor_parallel.random")
-    # Both go to torch's CUDA generators by index; model-parallel seeds live in the CPU generator here.
+    # Both index torch's CUDA generators; here model-parallel seeds live in the CPU generator.
     random._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
     random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
 
@@ -346,9 +348,9 @@ def _patch_megatron_for_cpu() -> None:
     clip.clip_grad_by_total_norm_fp32 = _with_cuda_type_names(clip.clip_grad_by_total_norm_fp32)
     optimizer.clip_grad_by_total_norm_fp32 = clip.clip_grad_by_total_norm_fp32
 
-    # In an interleaved pipeline of two ranks both neighbours are one rank, and gloo pairs untagged messages by order
-    # alone: with as many micro batches as stages the two ranks then wait for each other for ever. A gloo send also
-    # completes only when it is received, where NCCL's wait holds up a stream and not the program.
+    # In an interleaved pipeline of two ranks both neighbours are the same rank, and gloo matches untagged messages only by
+    # their order: with as many micro batches as stages the two ranks deadlock. Besides, a gloo send completes only when it
+    # is received, whereas NCCL's wait blocks a stream and not the program.
     p2p: Any = importlib.import_module("megatron.core.pipeline_parallel.p2p_communication")
     p2p._p2p_ops = _tagged_p2p_ops
 
@@ -360,7 +362,7 @@ def _communicate_shapes(
     recv_prev: bool,
     recv_next: bool,
 ) -> tuple[list[int], list[int]]:
-    """Stages tell one another the shapes of what they send, in the order in which the tensors themselves go."""
+    """Exchange the shapes of tensors between neighbouring stages, in the order in which the tensors themselves are sent."""
     p2p: Any = importlib.import_module("megatron.core.pipeline_parallel.p2p_communication")
 
     def shape_of(tensor: torch.Tensor | None) -> torch.Tensor | None:
@@ -389,7 +391,7 @@ def _communicate_shapes(
 
 
 class _Background:
-    """A send that nobody waits for; its tensor lives until the peer has taken it."""
+    """Sends that nobody waits for. Each tensor is kept alive until the peer has received it."""
 
     pending: list[tuple[Any, torch.Tensor]] = []  # noqa: RUF012
 
@@ -409,7 +411,7 @@ def _tagged_p2p_ops(
     prev_pipeline_rank: int,
     next_pipeline_rank: int,
 ) -> dict[str, Any]:
-    """megatron-core's ``_p2p_ops`` for gloo: a tag a direction, receives waited for, sends not."""
+    """megatron-core's ``_p2p_ops`` for gloo, with one tag per direction; only receives are waited for."""
     forward, backward = 1, 2
     received = {}
     for name, tensor, peer, tag in (
@@ -423,14 +425,15 @@ def _tagged_p2p_ops(
         (tensor_send_prev, prev_pipeline_rank, backward),
     ):
         if tensor is not None:
-            # A tensor object of its own: the schedule empties the other one after sending (deallocate_pipeline_outputs).
+            # A separate tensor object, because the schedule empties the other one after sending it
+            # (deallocate_pipeline_outputs).
             kept = tensor.detach().contiguous()
             _Background.add(torch.distributed.isend(kept, dst=peer, group=group, tag=tag), kept)
     return received
 
 
 def _without_step(setter: Callable[..., None]) -> Callable[..., None]:
-    """The distributed optimizer's setter of loaded states, blind to torch AdamW's ``step``."""
+    """Wrap the distributed optimizer's setter of loaded states so that it ignores torch AdamW's ``step``."""
 
     @functools.wraps(setter)
     def wrapped(self: Any, model_param: torch.Tensor, tensors: dict[str, torch.Tensor]) -> None:
@@ -445,15 +448,15 @@ def _without_step(setter: Callable[..., None]) -> Callable[..., None]:
 
 
 def _patch_megatron_everywhere() -> None:
-    """On every platform, 0.16.1 and 0.19.2.
+    """Patch megatron-core on every platform; seen to be needed with 0.16.1 and 0.19.2.
 
-    The exchange of shapes under ``variable_seq_lengths``: megatron-core batches (send previous, receive previous, send
-    next, receive next). In an interleaved pipeline of two ranks previous and next are the same rank, and what one sends
-    to its previous the other receives as from its previous: with micro batches of unequal length the shapes are swapped,
-    and the tensors come with the wrong size.
+    Exchange of shapes with ``variable_seq_lengths``: megatron-core batches (send previous, receive previous, send next,
+    receive next). In an interleaved pipeline of two ranks, previous and next are the same rank, and what one rank sends to
+    its previous the other receives as coming from its previous. With micro batches of unequal length the shapes are swapped,
+    and tensors arrive with the wrong size.
 
-    The distributed optimizer with torch's AdamW: a fully reshardable checkpoint holds no ``step`` a parameter, and
-    loading looks for one (KeyError).
+    Distributed optimizer with torch's AdamW: a fully reshardable checkpoint contains no ``step`` per parameter, but loading
+    looks for one (KeyError).
     """
     p2p: Any = importlib.import_module("megatron.core.pipeline_parallel.p2p_communication")
     p2p.P2PCommunicator._communicate_shapes = _communicate_shapes
@@ -477,22 +480,22 @@ CURRENT: Platform = _install(_resolve())
 
 
 # --------------------------------------------------------------------------------------------------
-# What a platform cannot do
+# Limits of a platform
 # --------------------------------------------------------------------------------------------------
 
 
 def use_batched_p2p(virtual_pipeline: bool) -> bool:
     """Whether pipeline stages exchange tensors by batched isend/irecv.
 
-    On gloo, interleaved stages with batched sends and receives give silently wrong losses (megatron-core 0.16.1 and
-    0.19.2): two messages between the same pair of ranks have no tag to tell them apart. Plain sends and receives in
-    program order are right, so they are what gloo always gets.
+    On gloo, interleaved stages with batched sends and receives silently give wrong losses (megatron-core 0.16.1 and 0.19.2),
+    because two messages between the same pair of ranks have no tag that tells them apart. Plain sends and receives in program
+    order are correct, so gloo always uses those.
     """
     return CURRENT.is_cuda and not virtual_pipeline
 
 
 def check_p2p(batch_p2p_comm: bool, virtual_pipeline_size: int | None) -> None:
-    """Refuse what would go wrong without an error.
+    """Refuse a combination that would give wrong results without an error.
 
     Raises:
         PlatformError: interleaved pipeline with batched P2P on gloo.
@@ -505,7 +508,7 @@ def check_p2p(batch_p2p_comm: bool, virtual_pipeline_size: int | None) -> None:
 
 
 def have_transformer_engine() -> bool:
-    """Whether Transformer Engine can be imported (it supplies the CUDA layer spec)."""
+    """Whether Transformer Engine, which provides the CUDA layer spec, can be imported."""
     if not CURRENT.is_cuda:
         return False
     try:

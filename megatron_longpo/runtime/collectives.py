@@ -1,4 +1,4 @@
-"""Several processes of one tool: who does what, and one error for all. Without a process group, one process."""
+"""Work of several processes together: who does what, and one error for all. Without a process group there is one process."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def rank() -> int:
 
 
 def all_gather_objects(value: Item) -> list[Item]:
-    """The values of all processes, on all of them."""
+    """Give every process the values of all of them, by rank; collective."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return [value]
     found: list[Any] = [None] * dist.get_world_size()
@@ -32,14 +32,23 @@ def all_gather_objects(value: Item) -> list[Item]:
 
 
 def my_share(items: Sequence[Item], costs: Sequence[int]) -> list[Item]:
-    """This process's items, in order: each goes to the process with the least so far."""
+    """Items that this process works on. In order, each item goes to the least loaded process.
+
+    Args:
+        items: all items, the same on every process.
+        costs: cost of each item.
+    """
     world = dist.get_world_size() if dist.is_initialized() else 1
     return [items[i] for i in assign(costs, world, keep_order=True)[rank()]]
 
 
 @contextmanager
 def raise_on_all_ranks(output: Path) -> Iterator[None]:
-    """Wait for the body on all processes; if it fails on one, all raise its error."""
+    """Run the body on all processes, and wait for all of them; if it fails on one, all raise its error.
+
+    Args:
+        output: path that the message names if the disk is full.
+    """
     failure: BaseException | None = None
     try:
         yield
@@ -49,7 +58,7 @@ def raise_on_all_ranks(output: Path) -> Iterator[None]:
 
 
 def _raise_first(failure: BaseException | None, output: Path) -> None:
-    """Raise on every process what the first failing one has, as an error that names its fix where there is one."""
+    """Raise the first failure of any process on all of them, as an error that names its fix if there is one."""
     message: tuple[bool, str] | None = None
     if failure is not None:
         known = next((c for c in _causes(failure) if isinstance(c, CheckpointError)), None)
@@ -65,12 +74,12 @@ def _raise_first(failure: BaseException | None, output: Path) -> None:
         return
     if failure is not None and not any(is_known for is_known, _ in found):
         raise failure
-    # A full disk or a damaged file comes before what its consequences were elsewhere.
+    # A full disk or a damaged file goes before the errors that it caused on other processes.
     raise CheckpointError(next((text for is_known, text in found if is_known), found[0][1])) from failure
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
-    """An error and what it came of; torch.distributed.checkpoint keeps what its ranks raised in ``failures``."""
+    """An error and its causes. torch.distributed.checkpoint keeps what its ranks raised in ``failures``."""
     current: BaseException | None = error
     while current is not None:
         yield current
@@ -83,7 +92,7 @@ def on_rank0(action: Callable[[], Item]) -> Item:
     """Run an action on rank 0 and give every rank what it returned; collective.
 
     Raises:
-        LongPOError: what the action raised, on every rank.
+        LongPOError: what the action raised; raised on every rank.
     """
     outcome: list[Any] = [None, None]
     if dist.get_rank() == 0:

@@ -1,4 +1,4 @@
-"""How a run ends when something fails: the cause named once, every process gone soon."""
+"""How a run ends when something fails: the cause is printed once, and every process ends soon."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _LINGER_SECONDS = 3.0
 
 
 def _first_to_fail() -> bool:
-    """Whether this rank is to name the cause: the first to get here, or rank 0 where ranks cannot ask one another."""
+    """Whether this rank prints the cause: the first one to get here, or rank 0 if the ranks share no store."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return True
     # Not at the top: a command line that only prints its help should not wait for torch.
@@ -26,7 +26,7 @@ def _first_to_fail() -> bool:
         if dist.is_initialized():
             store = dist.distributed_c10d._get_default_store()
         elif _has_store():
-            # torchrun's own, there before any group is: ranks that do different work may fail alone.
+            # torchrun's own store, which exists before any process group: ranks that work separately may fail separately.
             address, port = environment["MASTER_ADDR"], int(environment["MASTER_PORT"])
             store = dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=10), wait_for_workers=False)
         else:
@@ -38,17 +38,17 @@ def _first_to_fail() -> bool:
 
 
 def _has_store() -> bool:
-    """Whether ranks can ask one another who failed first: by their group's store, or by torchrun's."""
+    """Whether the ranks share a store, their process group's or torchrun's, by which they know who failed first."""
     import torch.distributed as dist
 
     return dist.is_initialized() or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 def run_or_fail(action: Callable[[], None]) -> None:
-    """Run a program's main function; exit 0, 2 on an error the user can mend, 1 on any other.
+    """Run the main function of a program. The exit status is 2 for an error that the user can fix, and 1 for any other.
 
-    One rank's message is printed. The process ends without waiting for peers that wait for it; one that has nothing to
-    say lingers a moment, since its end makes the launcher stop the one that is still printing.
+    Only one rank prints its error. The process exits without waiting for peers that are blocked on it. A rank that prints
+    nothing lingers a moment, since its exit makes the launcher stop the rank that is still printing.
     """
     code, named = 0, True
     try:
@@ -58,7 +58,7 @@ def run_or_fail(action: Callable[[], None]) -> None:
         if named:
             print(f"error: {error}", file=sys.stderr)
         elif not _has_store() and os.environ.get("LOCAL_RANK") == "0":
-            # Another node, whose disk may lack what the first one's has.
+            # On another node the cause may be another: its disk may lack a file that the first one has.
             print(f"rank {os.environ.get('RANK')}: {error}", file=sys.stderr)
     except KeyboardInterrupt:
         code = 130

@@ -1,4 +1,4 @@
-"""Process groups and degrees: megatron-core's parallel state, set up once and handed on explicitly."""
+"""Degrees of parallelism and process groups: megatron-core's parallel state, set up once and passed on explicitly."""
 
 from __future__ import annotations
 
@@ -19,10 +19,16 @@ from megatron.core import parallel_state, tensor_parallel
 
 @dataclass(frozen=True)
 class Parallel:
-    """Degrees, ranks and groups of this process.
+    """Degrees of parallelism, and the ranks and groups of this process.
 
-    ``virtual_stages`` is None without interleaving. ``dp_cp`` numbers the data x context ranks: the
-    ranks among which whole short rows are shared.
+    The ``dp_cp`` ranks are the data- and context-parallel ranks together. The optimizer is sharded over them, and whole short
+    rows are assigned to them.
+
+    Attributes:
+        virtual_stages: virtual pipeline stages per rank; None without interleaving.
+        comm_type: how context parallelism exchanges, ``a2a`` or ``allgather``.
+        rank: global rank of this process.
+        world_size: number of processes.
     """
 
     tensor_size: int
@@ -89,7 +95,11 @@ class Parallel:
 
 
 def start_processes(timeout_minutes: int) -> None:
-    """Join the process group that torchrun describes in the environment, or a group of one without torchrun."""
+    """Join the process group that torchrun describes in the environment; without torchrun, a group of one process.
+
+    Args:
+        timeout_minutes: minutes after which a collective fails.
+    """
     if dist.is_initialized():
         return
     for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}.items():
@@ -97,7 +107,7 @@ def start_processes(timeout_minutes: int) -> None:
     platform.CURRENT.use_local_rank(int(os.environ["LOCAL_RANK"]))
     timeout = datetime.timedelta(minutes=timeout_minutes)
     if int(os.environ["WORLD_SIZE"]) == 1 and "MASTER_PORT" not in os.environ:
-        # Alone, a store in memory needs no free port.
+        # A single process can use a store in memory, which needs no free port.
         dist.init_process_group(platform.CURRENT.backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     else:
         dist.init_process_group(platform.CURRENT.backend, timeout=timeout)
@@ -114,7 +124,7 @@ def set_up(
     seed: int = 1234,
     timeout_minutes: int = 10,
 ) -> Parallel:
-    """Make all groups; safe to call again with other degrees (the tests do)."""
+    """Create all process groups; may be called again with other degrees, as the tests do."""
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(
@@ -155,8 +165,8 @@ class _SumOverGroup(torch.autograd.Function):
 def sum_over_group(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     """Sum in the forward, identity in the backward.
 
-    Every rank goes on to compute the same loss from the sum, and its backward is to give each rank the gradient of its
-    own summand once; ``torch.distributed.nn.all_reduce`` would give it once for each rank.
+    Every rank computes the same loss from the sum, and the backward has to give each rank the gradient of its own summand
+    once. ``torch.distributed.nn.all_reduce`` would give it once per rank.
     """
     if dist.get_world_size(group) == 1:
         return x
@@ -164,7 +174,7 @@ def sum_over_group(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
 
 
 def stop_processes() -> None:
-    """Leave all groups in good order."""
+    """Destroy all process groups."""
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
     if dist.is_initialized():

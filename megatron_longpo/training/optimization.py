@@ -1,4 +1,4 @@
-"""Optimizer and learning-rate schedule: megatron-core's, with RMSProp added (the released LongPO script's optimizer)."""
+"""Optimizer and learning-rate schedule: those of megatron-core, and RMSProp, which the released LongPO script uses."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from megatron_longpo.runtime import platform
 
 
 def wrap_for_training(chunks: list[PolicyModel], config: Config) -> list[DistributedDataParallel]:
-    """Megatron's DDP over the data- and context-parallel ranks: gradients in fp32 buffers, summed there."""
+    """Wrap model chunks in Megatron's DDP, which sums gradients in fp32 buffers over the data- and context-parallel ranks."""
     parallel = config.parallel
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         overlap_grad_reduce=parallel.overlap_grad_reduce,
         use_distributed_optimizer=parallel.use_distributed_optimizer,
-        # The trainer looks at loss and norm itself, and says what to do.
+        # The trainer checks loss and gradient norm itself, and its error names a fix.
         check_for_nan_in_grad=False,
     )
     return [
@@ -35,7 +35,7 @@ def wrap_for_training(chunks: list[PolicyModel], config: Config) -> list[Distrib
             config=chunk.config,
             ddp_config=ddp_config,
             module=chunk,
-            # Interleaved chunks are reduced chunk by chunk; the first one only may be cut into buckets.
+            # Interleaved chunks are reduced one by one; only the first may be cut into buckets.
             disable_bucketing=index > 0 or not parallel.overlap_grad_reduce,
         )
         for index, chunk in enumerate(chunks)
@@ -43,7 +43,7 @@ def wrap_for_training(chunks: list[PolicyModel], config: Config) -> list[Distrib
 
 
 def build_optimizer(config: Config, model: list[DistributedDataParallel]) -> MegatronOptimizer:
-    """megatron-core's optimizer over the model chunks."""
+    """Build megatron-core's optimizer over the model chunks."""
     optimizer_config = config.optimizer
     optimizer = get_megatron_optimizer(
         MegatronOptimizerConfig(
@@ -62,7 +62,7 @@ def build_optimizer(config: Config, model: list[DistributedDataParallel]) -> Meg
             clip_grad=optimizer_config.clip_grad,
         ),
         model,
-        # On CUDA checkpoints gather the optimizer's states through host memory (training/checkpointer.py).
+        # On CUDA, checkpoints gather the optimizer states through host memory (training/checkpointer.py).
         use_gloo_process_groups=platform.CURRENT.is_cuda,
     )
     if optimizer_config.optimizer == "rmsprop":
@@ -78,22 +78,22 @@ def inner_optimizers(optimizer: MegatronOptimizer) -> list[torch.optim.Optimizer
 
 
 def _untouched_zeros(like: torch.Tensor) -> torch.Tensor:
-    """Zeros in host memory that take none until they are written: a mapping of their own, since torch writes its zeros."""
+    """Zeros in host memory that take no memory until they are written. torch.zeros would write them, so they are mapped."""
     if like.dtype != torch.float32 or like.numel() * 4 < mmap.PAGESIZE:
         return torch.zeros_like(like, device="cpu")
     return torch.frombuffer(mmap.mmap(-1, like.numel() * 4), dtype=torch.float32).view(like.shape)
 
 
 class _RMSPropStep:
-    """RMSProp's update in Adam's clothes.
+    """RMSProp's update with Adam's states.
 
-    megatron-core's distributed optimizer builds Adam alone and knows Adam's state names, so RMSProp keeps both:
-    ``exp_avg_sq`` is its running mean of squares, ``exp_avg`` stays zero. The update is torch.optim.RMSprop's, without
-    momentum and not centred.
+    megatron-core's distributed optimizer builds only Adam and expects its state names, so RMSProp keeps both states:
+    ``exp_avg_sq`` is its running mean of squares, and ``exp_avg`` stays zero. The update is that of torch.optim.RMSprop,
+    without momentum and not centred.
     """
 
     rmsprop_alpha: float
-    # torch's Adam counts steps a parameter, Transformer Engine's and Apex's a group.
+    # torch's Adam counts steps per parameter, those of Transformer Engine and Apex per group.
     counts_in_state: bool
     param_groups: list[dict[str, Any]]
     state: Any
@@ -109,7 +109,7 @@ class _RMSPropStep:
                 state = self.state[p]
                 if "exp_avg_sq" not in state:
                     state["exp_avg_sq"] = torch.zeros_like(p)
-                # Never read, but part of Adam's states in checkpoints. Loading a state puts it beside its parameter.
+                # Never read, but one of Adam's states in checkpoints. Loading puts it on the device of its parameter.
                 if "exp_avg" not in state or state["exp_avg"].device.type != "cpu":
                     state["exp_avg"] = _untouched_zeros(p)
                 if self.counts_in_state:
@@ -130,12 +130,12 @@ def _become_rmsprop(optimizer: torch.optim.Optimizer, alpha: float) -> None:
 
 
 def counts_in_state(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether an Adam keeps its step count with each parameter (torch) or with each group (Transformer Engine, Apex)."""
+    """Whether this Adam counts steps per parameter (torch) or per group (Transformer Engine, Apex)."""
     return isinstance(optimizer, torch.optim.Adam)
 
 
 def warmup_iters(config: Config, train_iters: int) -> int:
-    """Steps of warm-up."""
+    """Number of warm-up steps."""
     optimizer = config.optimizer
     if optimizer.lr_warmup_fraction is not None:
         return math.ceil(optimizer.lr_warmup_fraction * (optimizer.lr_decay_iters or train_iters))
@@ -143,7 +143,7 @@ def warmup_iters(config: Config, train_iters: int) -> int:
 
 
 def follow_config(optimizer: MegatronOptimizer, config: Config) -> None:
-    """Give loaded parameter groups the rates of this run's configuration: a checkpoint brings its own along."""
+    """Set the hyperparameters of this run in loaded parameter groups, which have those that the checkpoint was saved with."""
     optimizer_config = config.optimizer
     for inner in inner_optimizers(optimizer):
         for group in inner.param_groups:
@@ -155,29 +155,34 @@ def follow_config(optimizer: MegatronOptimizer, config: Config) -> None:
 
 
 def check_schedule(config: Config, train_iters: int) -> None:
-    """Whether warm-up and decay fit the run.
+    """Check that warm-up and decay fit the run.
+
+    Args:
+        config: configuration of the run.
+        train_iters: steps of the whole run.
 
     Raises:
-        ConfigError: the warm-up is not shorter than the decay, or a WSD decay longer than the schedule.
+        ConfigError: the warm-up is not shorter than the decay, or a WSD decay is longer than the schedule.
     """
     optimizer = config.optimizer
     decay = optimizer.lr_decay_iters or train_iters
     warmup = warmup_iters(config, train_iters)
     if warmup and warmup >= decay:
         raise ConfigError(
-            f"a warm-up of {warmup} steps leaves nothing of lr_decay_iters={decay}; shorten it or train longer"
+            f"a warm-up of {warmup} steps must be shorter than the schedule of lr_decay_iters={decay} steps; shorten it, or "
+            "train longer"
         )
     if optimizer.lr_wsd_decay_iters is not None and optimizer.lr_wsd_decay_iters > decay:
         raise ConfigError(
-            f"lr_wsd_decay_iters={optimizer.lr_wsd_decay_iters} is longer than lr_decay_iters={decay}; shorten it"
+            f"lr_wsd_decay_iters={optimizer.lr_wsd_decay_iters} must be at most lr_decay_iters={decay}; lower it"
         )
 
 
 def build_scheduler(config: Config, optimizer: MegatronOptimizer, train_iters: int) -> OptimizerParamScheduler:
-    """Learning-rate schedule, counted in steps.
+    """Build the learning-rate schedule, which counts in steps.
 
     Raises:
-        ConfigError: the warm-up is not shorter than the decay, or a WSD decay longer than the schedule.
+        ConfigError: the warm-up is not shorter than the decay, or a WSD decay is longer than the schedule.
     """
     check_schedule(config, train_iters)
     optimizer_config = config.optimizer

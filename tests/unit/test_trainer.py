@@ -1,0 +1,231 @@
+"""The trainer's parts decide for themselves: when to evaluate, save, stop and profile, and what is recomputed."""
+
+from __future__ import annotations
+
+import dataclasses
+import gzip
+import json
+import types
+import typing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.profiler import record_function
+
+from megatron_longpo.config import CheckpointConfig, LoggingConfig, ObjectiveConfig, check, from_dict
+from megatron_longpo.data.indexed import Manifest
+from megatron_longpo.data.preference import Sample
+from megatron_longpo.errors import CheckpointError, ConfigError
+from megatron_longpo.model.shape import ModelShape
+from megatron_longpo.training import checkpointer as checkpointer_module
+from megatron_longpo.training import memory, trainer
+from megatron_longpo.training.checkpointer import Checkpointer
+from megatron_longpo.training.held_out import HeldOut
+from megatron_longpo.training.objective import LOSS_TYPES, OBJECTIVES
+from megatron_longpo.training.plan import RunPlan
+from megatron_longpo.training.profiler import Profiler
+from megatron_longpo.training.reference import NoReference
+from megatron_longpo.training.trainer import StopCondition
+from tests.support.data import random_sample
+
+_SHAPE = ModelShape(
+    family="llama",
+    num_layers=4,
+    hidden_size=48,
+    ffn_hidden_size=96,
+    num_attention_heads=4,
+    num_query_groups=2,
+    kv_channels=12,
+    vocab_size=101,
+    layernorm_epsilon=1e-5,
+    add_qkv_bias=False,
+    untie_embeddings_and_output_weights=True,
+    rotary_base=1e4,
+    max_position_embeddings=512,
+)
+
+
+_MANIFEST = Manifest(
+    vocab_size=101,
+    dtype="uint16",
+    tokenizer=None,
+    tokenizer_hash=None,
+    template_hash=None,
+    longest=200,
+    bin_sha256="sha",
+)
+
+
+def _plan(output: Path | None = None, **sections: dict[str, Any]) -> RunPlan:
+    """A plan of ten steps."""
+    if output is not None:
+        sections["checkpoint"] = {**sections.get("checkpoint", {}), "save": str(output)}
+    return RunPlan(
+        config=from_dict(sections, "test"),
+        load=Path("ckpt"),
+        reference_load=Path("ckpt"),
+        shape=_SHAPE,
+        reference_shape=_SHAPE,
+        manifest=_MANIFEST,
+        valid_manifest=None,
+        train_iters=10,
+        comm_type="a2a",
+        comm_reason="test",
+    )
+
+
+_ONE: Any = types.SimpleNamespace(
+    rank=0,
+    tensor_size=1,
+    pipeline_size=1,
+    context_size=1,
+    data_size=1,
+    dp_cp_size=1,
+    pipeline_rank=0,
+    virtual_stages=None,
+    sequence_parallel=False,
+    comm_type="a2a",
+)
+
+
+def test_objectives_and_loss_types_are_those_of_the_configuration() -> None:
+    hints = typing.get_type_hints(ObjectiveConfig)
+    assert set(OBJECTIVES) == set(typing.get_args(hints["objective"]))
+    assert set(LOSS_TYPES) == set(typing.get_args(hints["loss_type"]))
+
+
+def _held_out(plan: RunPlan, data: Any) -> HeldOut:
+    return HeldOut(plan, _ONE, data=data, chunks=[], runner=None, reference=NoReference())  # type: ignore[arg-type]
+
+
+def test_held_out_data_are_evaluated_first_last_and_every_interval() -> None:
+    plan = _plan(training={"eval_interval": 4})
+    assert [s for s in range(11) if _held_out(plan, [1]).should_evaluate(s)] == [0, 4, 8, 10]
+    assert [s for s in range(11) if _held_out(_plan(), [1]).should_evaluate(s)] == [0, 10]
+    assert not any(_held_out(plan, None).should_evaluate(s) for s in range(11))
+
+
+def test_a_checkpointer_saves_every_interval_and_at_the_end(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(checkpointer_module, "on_rank0", lambda action: action())
+    saved: list[int] = []
+    monkeypatch.setattr(Checkpointer, "_save", lambda _self, _output, step, *_: saved.append(step))
+    state: Any = None
+    keeper = Checkpointer(_plan(tmp_path, checkpoint={"save_interval": 4}), _ONE, reference_weights="")
+    for step in range(1, 11):
+        keeper.save(step, state, records=[], last=step == 10)
+    assert saved == [4, 8, 10]
+    saved.clear()
+    for output, interval in ((tmp_path, None), (None, 1)):
+        keeper = Checkpointer(_plan(output, checkpoint={"save_interval": interval}), _ONE, reference_weights="")
+        for step in range(1, 11):
+            keeper.save(step, state, records=[], last=step == 10)
+    # Without an interval the last step only; without an output folder nothing.
+    assert saved == [10]
+
+
+def test_another_run_is_refused_before_anything_long(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(checkpointer_module, "on_rank0", lambda action: action())
+    monkeypatch.setattr(checkpointer_module, "latest_step", lambda _: 3)
+    before = checkpointer_module.run_identity(_plan(tmp_path), "weights")
+    progress = checkpointer_module.Progress(step=3, layout="", train_iters=10, identity=before)
+    monkeypatch.setattr(checkpointer_module, "read_progress", lambda _: progress)
+    assert Checkpointer(_plan(tmp_path), _ONE, reference_weights="weights").resume_step == 3
+    with pytest.raises(CheckpointError, match=r"has beta=0\.1, but now it is 0\.2; use the same value"):
+        Checkpointer(_plan(tmp_path, objective={"beta": 0.2}), _ONE, reference_weights="weights")
+    # A setting that did not exist when the run was saved.
+    del before["rope_scaling"]
+    Checkpointer(_plan(tmp_path), _ONE, reference_weights="weights")
+
+
+def test_a_run_stops_after_its_interval_or_its_minutes(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 1000.0
+    monkeypatch.setattr(trainer.time, "monotonic", lambda: now)
+    monkeypatch.setattr(trainer.dist, "broadcast", lambda *_, **__: None)
+    interval = StopCondition(CheckpointConfig(exit_interval=3), began=0.0)
+    assert [s for s in range(1, 8) if interval.is_met(s)] == [3, 6]
+    assert StopCondition(CheckpointConfig(exit_duration_in_mins=16), began=0.0).is_met(1)
+    assert not StopCondition(CheckpointConfig(exit_duration_in_mins=17), began=0.0).is_met(1)
+    assert not StopCondition(CheckpointConfig(), began=0.0).is_met(1)
+
+
+class _Data:
+    """Samples and their costs, as a data set has them."""
+
+    def __init__(self, samples: list[Sample]) -> None:
+        self._samples = samples
+        self.costs = [_SHAPE.row_cost(s.long_length) for s in samples]
+
+    def samples(self, numbers: Any) -> list[Sample]:
+        return [self._samples[int(n)] for n in numbers]
+
+
+def test_the_plan_holds_what_is_recomputed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    rng = np.random.default_rng(0)
+    data: Any = _Data([random_sample(rng, 2, context=c) for c in (40, 150, 90)])
+    monkeypatch.setattr(memory.dist, "all_reduce", lambda *_, **__: None)
+    chosen = _plan(training={"recompute_granularity": "full"})
+    assert memory.decide_recompute(chosen, data, _ONE) is chosen
+    evaluated = memory.decide_recompute(_plan(training={"skip_train": True}), data, _ONE)
+    assert evaluated.config.training.recompute_granularity == "none"
+    plan = _plan(training={"global_batch_size": 2})
+    resolved = memory.decide_recompute(plan, data, _ONE)
+    training = resolved.config.training
+    assert (
+        training.recompute_granularity in ("none", "selective") and plan.config.training.recompute_granularity == "auto"
+    )
+    assert dataclasses.replace(plan.config, training=training) == resolved.config
+    assert "recompute: " in capsys.readouterr().out
+
+
+def test_a_layer_costs_what_its_matrices_and_pairs_cost() -> None:
+    # Heads of 12: queries 48 wide, keys and values 24; 7 tokens, 7 * 7 / 2 causal pairs in two products.
+    weights = 48 * (48 + 24 + 24) + 48 * 48 + 3 * 48 * 96
+    assert _SHAPE.query_width == 48 and _SHAPE.kv_width == 24 and _SHAPE.layer_weights == weights
+    assert _SHAPE.row_cost(7) == 7 * weights + 2 * 24.5 * 48
+
+
+@pytest.mark.parametrize(
+    ("rank", "steps", "expected"),
+    [
+        (0, range(10), ["steps_3-5_rank_0"]),
+        # Resumed within the profiled steps, and stopped within them.
+        (0, range(3, 4), ["steps_4-4_rank_0"]),
+        (0, range(5, 9), []),
+        (1, range(10), []),
+    ],
+)
+def test_chosen_steps_are_profiled_on_chosen_ranks(
+    tmp_path: Path, rank: int, steps: range, expected: list[str]
+) -> None:
+    config = LoggingConfig(profile=True, profile_step_start=2, profile_step_end=5)
+    profiler = Profiler(config, tmp_path, rank)
+    for step in steps:
+        profiler.update(step)
+        with record_function(f"longpo/step {step + 1}"):
+            torch.zeros(3).sum()
+    profiler.close(steps[-1] + 1)
+    traces = sorted(tmp_path.glob("profile/*"))
+    assert [t.name for t in traces] == [f"{name}.json.gz" for name in expected]
+    for trace in traces:
+        events = json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
+        names = {e["name"] for e in events if e.get("name", "").startswith("longpo/")}
+        first, last = map(int, trace.name.split("_")[1].split("-"))
+        assert names == {f"longpo/step {n}" for n in range(first, last + 1)}
+
+
+def test_a_profile_that_is_off_or_has_no_folder_writes_nothing(tmp_path: Path) -> None:
+    for config, output in ((LoggingConfig(profile_step_start=0), tmp_path), (LoggingConfig(profile=True), None)):
+        profiler = Profiler(config, output, 0)
+        profiler.update(10)
+        profiler.close(11)
+    assert not list(tmp_path.iterdir())
+
+
+def test_profile_settings_that_cannot_work_are_refused() -> None:
+    with pytest.raises(ConfigError, match="profile is on but save is not given; name the output folder with --save"):
+        check(from_dict({"logging": {"profile": True}}, "test"))
+    with pytest.raises(ConfigError, match="profile_step_start=12 must be at least 0 and less than profile_step_end=12"):
+        check(from_dict({"logging": {"profile_step_start": 12}}, "test"))

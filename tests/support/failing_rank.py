@@ -5,8 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from megatron_longpo import train
-from megatron_longpo.runtime.failure import run_or_fail
+from megatron_longpo.cli import run
 from megatron_longpo.training.trainer import Trainer
 
 _original = Trainer.train_step
@@ -20,4 +19,4 @@ def _step(self: Trainer) -> dict[str, Any]:
 
 if __name__ == "__main__":
     Trainer.train_step = _step  # type: ignore[method-assign]
-    run_or_fail(train.main)
+    run("train", prog="megatron_longpo.train")

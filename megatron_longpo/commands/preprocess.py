@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +11,7 @@ from rich.table import Table
 
 from megatron_longpo.command_line import Switch, parse
 from megatron_longpo.errors import ConfigError
-
-_SECONDS_PER_LINE = 5.0
+from megatron_longpo.runtime.log import log
 
 
 @dataclass(frozen=True)
@@ -49,39 +47,37 @@ def preprocess(arguments: Sequence[str], *, prog: str) -> None:
         raise ConfigError("input is empty; name at least one file or folder with --input")
     # Not before the flags are read: it imports torch and megatron-core.
     from megatron_longpo.data.indexed import Manifest, path_of
+    from megatron_longpo.runtime.progress import Progress
     from megatron_longpo.text import preprocess as text
 
-    began = reported = time.monotonic()
+    with Progress("preprocess", unit="rows", last_line=False) as bar:
+        tokens = 0
 
-    def progress(rows: int, manifest: Manifest) -> None:
-        nonlocal reported
-        if time.monotonic() - reported > _SECONDS_PER_LINE:
-            reported = time.monotonic()
-            rate = manifest.tokens / (reported - began)
-            print(
-                f"{rows} rows, {manifest.samples} samples, {manifest.tokens:,} tokens, {rate:,.0f} tokens/s", flush=True
-            )
+        def progress(rows: int, manifest: Manifest) -> None:
+            nonlocal tokens
+            bar.add(rows - bar.done, tokens=manifest.tokens - tokens)
+            tokens = manifest.tokens
 
-    manifest = text.preprocess(
-        list(options.input),
-        options.output_prefix,
-        text.Settings(
-            tokenizer=options.tokenizer,
-            chat_template=options.chat_template,
-            vocab_size=options.vocab_size,
-            seq_length=options.seq_length,
-            short_seq_length=options.short_seq_length,
-            trust_remote_code=options.trust_remote_code,
-        ),
-        workers=options.workers,
-        restart=options.restart,
-        progress=progress,
-        log=print,
-    )
+        manifest = text.preprocess(
+            list(options.input),
+            options.output_prefix,
+            text.Settings(
+                tokenizer=options.tokenizer,
+                chat_template=options.chat_template,
+                vocab_size=options.vocab_size,
+                seq_length=options.seq_length,
+                short_seq_length=options.short_seq_length,
+                trust_remote_code=options.trust_remote_code,
+            ),
+            workers=options.workers,
+            restart=options.restart,
+            progress=progress,
+            log=log,
+        )
     text.draw_histogram(manifest, Path(f"{options.output_prefix}.lengths.png"))
     table = Table("samples", "turns", "tokens", "longest row", "skipped", title=options.output_prefix)
     skipped = ", ".join(f"{reason} {count}" for reason, count in sorted(manifest.skip_reasons.items())) or "nothing"
     table.add_row(str(manifest.samples), str(manifest.turns), f"{manifest.tokens:,}", f"{manifest.longest:,}", skipped)
     Console().print(table)
     if manifest.skip_reasons:
-        print(f"skipped rows, with line numbers: {path_of(options.output_prefix, 'rejects.jsonl')}")
+        log(f"skipped rows, with line numbers: {path_of(options.output_prefix, 'rejects.jsonl')}")

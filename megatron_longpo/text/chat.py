@@ -1,8 +1,8 @@
-"""Chat text as token pieces: fast tokenizers, SentencePiece models and chat templates behind one small class.
+"""Conversations as pieces of tokens: fast tokenizers, SentencePiece models and chat templates behind one small class.
 
-A conversation is rendered by its template as text and tokenised in pieces (document, question, answer), so that a
-document is tokenised once and each answer's tokens are known. A piece that continues a text is tokenised as such: a
-SentencePiece tokenizer puts a space before the first word of a text, and must not in the middle of one.
+A conversation is rendered as text by its template and tokenised in pieces (document, question, answer), so that a document is
+tokenised once and the tokens of each answer are known. A piece that continues a text is tokenised as a continuation: a
+SentencePiece tokenizer puts a space before the first word of a text, and must not do so in the middle of one.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from megatron_longpo.data.preference import (
     Piece,
     Sample,
 )
+from megatron_longpo.data.sequence import IntArray
 from megatron_longpo.data.vocabulary import folder_vocabulary_hash, sentencepiece_vocabulary, vocabulary_hash
 from megatron_longpo.errors import DataError
 
@@ -54,9 +55,9 @@ BUILT_IN_TEMPLATES = {
         "{{ bos_token + '[INST] ' + message['content'] | trim + ' [/INST]' }}{% else %}"
         "{{ ' ' + message['content'] | trim + ' ' + eos_token }}{% endif %}{% endfor %}"
     ),
-    # None: the bare text, for base models.
+    # No template: the bare text, for base models.
     "plain": "{{ bos_token }}{% for message in messages %}{{ message['content'] }}{% endfor %}",
-    # ChatML, for tokenizers that have its two tokens.
+    # ChatML, for tokenizers that have its two special tokens.
     "chatml": (
         "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + "
         "'<|im_end|>' + '\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
@@ -65,14 +66,14 @@ BUILT_IN_TEMPLATES = {
 
 
 class ChatTokenizer(ABC):
-    """Tokenizer and chat template.
+    """A tokenizer with a chat template.
 
     Attributes:
-        name: where it came from.
-        vocab_size: ids are below it.
-        vocabulary_hash, template_hash: for the manifest.
+        name: name of its folder or file.
+        vocab_size: upper bound of the ids, exclusive.
+        vocabulary_hash, template_hash: what manifests and stages identify it by.
         special_ids: ids of special tokens; one of them ends every answer.
-        special_texts: the same as text.
+        special_texts: texts of the special tokens.
     """
 
     name: str
@@ -83,19 +84,24 @@ class ChatTokenizer(ABC):
     special_texts: tuple[str, ...]
 
     def encode_after(self, before: str, text: str) -> list[int]:
-        """Ids of ``text`` as they are where ``before`` stands in front of it."""
+        """Token ids of ``text`` where it follows ``before``."""
         special = max((t for t in self.special_texts if before.endswith(t)), key=len, default=None)
         if special is None:
             return self.encode(text, continues=bool(before))
-        # What a tokenizer does with the first word after a special token is its own affair; let it.
+        # Tokenizers differ in what they do with the first word after a special token, so the token comes along.
         return self.encode(special + text, continues=False)[1:]
 
     @abstractmethod
     def encode(self, text: str, *, continues: bool) -> list[int]:
-        """Token ids; special tokens written in the text become their ids, none is added."""
+        """Token ids of a text. Special tokens spelled in the text become their ids; none is added.
+
+        Args:
+            text: text to tokenise.
+            continues: whether other text stands in front of it.
+        """
 
     def answer_ends(self) -> frozenset[int]:
-        """Special tokens that the template puts right after an answer."""
+        """Ids of the special tokens that the template puts directly after an answer."""
         answer = "ANSWER"
         messages: list[Message] = [{"role": "user", "content": "QUESTION"}, {"role": "assistant", "content": answer}]
         after = self.render(messages, add_generation_prompt=False).rpartition(answer)[2].lstrip()
@@ -103,24 +109,38 @@ class ChatTokenizer(ABC):
         return frozenset(self.encode(max(ends, key=len), continues=False)) & self.special_ids if ends else frozenset()
 
     def count(self, texts: Sequence[str]) -> list[int]:
-        """Tokens of each text by itself."""
+        """Number of tokens of each text by itself."""
         return [len(self.encode(text, continues=False)) for text in texts]
 
     @abstractmethod
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
-        """The conversation as text."""
+        """Render a conversation as text."""
 
     @abstractmethod
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of ids, without special tokens."""
+        """Text of token ids, without special tokens."""
 
     def prompt(self, messages: Sequence[Message], prefix: str = "") -> list[int]:
-        """Ids that the model is given to answer the conversation, the answer beginning with ``prefix``."""
+        """Token ids that a model answers.
+
+        Args:
+            messages: the conversation.
+            prefix: beginning of the answer, which the model continues.
+        """
         return self.encode(self.render(messages, add_generation_prompt=True) + prefix, continues=False)
 
 
 class FastChatTokenizer(ChatTokenizer):
-    """A tokenizer that transformers loads."""
+    """A tokenizer that transformers loads.
+
+    Args:
+        path: tokenizer folder.
+        template: Jinja template; None keeps the tokenizer's own.
+        trust_remote_code: run code from the folder.
+
+    Raises:
+        DataError: transformers cannot load it, or there is no template.
+    """
 
     def __init__(self, path: Path, template: str | None, trust_remote_code: bool = False) -> None:
         from transformers import AutoTokenizer
@@ -144,13 +164,13 @@ class FastChatTokenizer(ChatTokenizer):
         self.name = path.name
         vocabulary = self._tokenizer.get_vocab()
         self.vocab_size = max(vocabulary.values()) + 1
-        # Of the file, as at import: a tokenizer class may add tokens of its own when it loads one.
+        # Hash of the file, as conversion takes it: a tokenizer class may add tokens of its own while loading.
         self.vocabulary_hash = folder_vocabulary_hash(path) or vocabulary_hash(vocabulary)
         self.template_hash = hashlib.sha256(str(self._tokenizer.chat_template).encode()).hexdigest()
         added = self._tokenizer.added_tokens_decoder
         self.special_ids = frozenset(self._tokenizer.all_special_ids) | {i for i, t in added.items() if t.special}
         self.special_texts = tuple(self._tokenizer.convert_ids_to_tokens(sorted(self.special_ids)))
-        # Whether the first word of a text gets a space that it must not get in the middle of one.
+        # Set if the first word of a text gets a space, which it must not get in the middle of a text.
         self._anchor = "\n" if self._ids("\nx") != self._ids("\n") + self._ids("x") else None
 
     def _ids(self, text: str) -> list[int]:
@@ -163,7 +183,7 @@ class FastChatTokenizer(ChatTokenizer):
             return self._ids(text)
         for anchor in (self._anchor, ":", "a\n"):
             head, whole = self._ids(anchor), self._ids(anchor + text)
-            # The anchor must not have melted into the text.
+            # The anchor must not have merged with the text.
             if whole[: len(head)] == head:
                 return whole[len(head) :]
         return self._ids(text)
@@ -185,7 +205,15 @@ class FastChatTokenizer(ChatTokenizer):
 
 
 class SentencePieceChatTokenizer(ChatTokenizer):
-    """A bare SentencePiece .model with a named template."""
+    """A bare SentencePiece .model file with a template.
+
+    Args:
+        path: the .model file.
+        template: Jinja template.
+
+    Raises:
+        DataError: the file is not a SentencePiece model.
+    """
 
     def __init__(self, path: Path, template: str) -> None:
         import jinja2.sandbox
@@ -194,7 +222,9 @@ class SentencePieceChatTokenizer(ChatTokenizer):
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
         except (OSError, RuntimeError) as error:
-            raise DataError(f"--tokenizer {path}: is not a SentencePiece model ({error})") from None
+            raise DataError(
+                f"--tokenizer {path}: is not a SentencePiece model ({error}); give a tokenizer folder or a .model file"
+            ) from None
         self._template = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True).from_string(
             template
         )
@@ -204,7 +234,7 @@ class SentencePieceChatTokenizer(ChatTokenizer):
         self.vocabulary_hash = vocabulary_hash(sentencepiece_vocabulary(path))
         self.template_hash = hashlib.sha256(template.encode()).hexdigest()
         control = {sp.id_to_piece(i): i for i in range(self.vocab_size) if sp.is_control(i)}
-        # Newer models have control tokens beyond the three of SentencePiece as user-defined or control pieces.
+        # Newer models have control tokens beyond the three of SentencePiece.
         self._special = control
         self.special_ids = frozenset(control.values())
         self.special_texts = tuple(control)
@@ -247,15 +277,15 @@ class SentencePieceChatTokenizer(ChatTokenizer):
 def load_tokenizer(
     path: str | Path, chat_template: str | None = None, *, trust_remote_code: bool = False
 ) -> ChatTokenizer:
-    """A tokenizer folder, or a SentencePiece .model file.
+    """Load a tokenizer with its chat template.
 
     Args:
-        path: folder that transformers loads, or a ``.model`` file.
-        chat_template: a built-in name or a file with a Jinja template; default: the tokenizer's own.
+        path: folder that transformers loads, or a SentencePiece ``.model`` file.
+        chat_template: name of a built-in template, or a file with a Jinja template; None keeps the tokenizer's own.
         trust_remote_code: run code from the tokenizer's folder.
 
     Raises:
-        DataError: nothing there, not a tokenizer, or no template.
+        DataError: there is no tokenizer, or no template.
     """
     path = Path(path)
     template = None
@@ -266,12 +296,10 @@ def load_tokenizer(
             template = Path(chat_template).read_text(encoding="utf-8")
         else:
             raise DataError(
-                f"--chat-template {chat_template}: is neither a file nor one of {', '.join(BUILT_IN_TEMPLATES)}"
+                f"--chat-template {chat_template}: no such file; name a file, or one of {', '.join(BUILT_IN_TEMPLATES)}"
             )
     if not path.exists():
-        raise DataError(
-            f"--tokenizer {path}: there is no such file or folder; give a tokenizer folder or a .model file"
-        )
+        raise DataError(f"--tokenizer {path}: no such file or folder; give a tokenizer folder or a .model file")
     if path.is_file():
         if template is None:
             raise DataError(
@@ -287,6 +315,7 @@ def load_tokenizer(
 # --------------------------------------------------------------------------------------------------
 
 QUESTION_SEPARATOR = "\n\n"
+_TURN_KEYS = ("instruction", "short_context", "chosen", "rejected")
 
 
 @dataclass(frozen=True)
@@ -300,26 +329,34 @@ class Turn:
 
 
 def user_message(context: str, instruction: str) -> Message:
-    """First user turn: the context, a blank line, the instruction (the released code's form)."""
+    """First user message: the context, a blank line, the instruction (as in the authors' released code)."""
     return {"role": "user", "content": context + QUESTION_SEPARATOR + instruction}
 
 
 def encode_sample(tokenizer: ChatTokenizer, context: str, turns: Sequence[Turn]) -> Sample:
-    """Pieces of one document with its turns.
+    """Tokenise a document with its turns.
+
+    Args:
+        tokenizer: tokenizer with its chat template.
+        context: the document.
+        turns: its turns, at least one.
+
+    Returns:
+        The sample's pieces.
 
     Raises:
-        BadRow: the template does not render as prompts followed by answers, or an answer has no end-of-turn token.
+        BadRow: the template does not render prompts followed by answers, or puts no special token after an answer.
     """
     encoder = _Encoder(tokenizer)
     head, tail = encoder.first_prompt(context, turns[0].instruction)
     pieces = [encoder.piece("", head, CONTEXT)]
-    # Text in front of the next prompt, and the prompt.
-    prompt = (head, tail)
+    # Text before the next prompt, and the prompt.
+    before, prompt = head, tail
     history: dict[Mode, list[Message]] = {
         side: [user_message(context, turns[0].instruction)] for side in (Mode.CHOSEN, Mode.REJECTED)
     }
     for number, turn in enumerate(turns):
-        pieces.append(encoder.piece(*prompt, PROMPT))
+        pieces.append(encoder.piece(before, prompt, PROMPT))
         if number:
             own_head, own = encoder.first_prompt(context, turn.instruction)
             pieces.append(encoder.piece(own_head, own, Mode.OWN_PROMPT))
@@ -328,44 +365,62 @@ def encode_sample(tokenizer: ChatTokenizer, context: str, turns: Sequence[Turn])
             (Mode.CHOSEN, turn.chosen, CHOSEN_RESPONSE),
             (Mode.REJECTED, turn.rejected, REJECTED_RESPONSE),
         ):
-            ids, end, rest = encoder.answer(history[side], answer)
-            pieces.append(Piece(ids, mode))
+            encoded = encoder.answer(history[side], answer)
+            pieces.append(Piece(encoded.tokens, mode))
             history[side].append({"role": "assistant", "content": answer})
             if number + 1 < len(turns):
                 history[side].append({"role": "user", "content": turns[number + 1].instruction})
-                following.append((end, rest + encoder.next_prompt(history[side])))
+                following.append((encoded.end, encoded.rest + encoder.next_prompt(history[side])))
         if following:
             if following[0] != following[1]:
-                # Only a template that writes answers into later prompts gets here.
+                # Only with a template that writes answers into later prompts.
                 raise BadRow("template", "the template renders a turn's prompt differently after another answer")
-            prompt = following[0]
+            before, prompt = following[0]
         short = [user_message(turn.short_context, turn.instruction)]
         pieces.append(encoder.piece("", tokenizer.render(short, add_generation_prompt=True), SHORT_PROMPT))
         for answer, mode in ((turn.chosen, SHORT_CHOSEN_RESPONSE), (turn.rejected, SHORT_REJECTED_RESPONSE)):
-            pieces.append(Piece(encoder.answer(short, answer)[0], mode))
+            pieces.append(Piece(encoder.answer(short, answer).tokens, mode))
     return Sample(tuple(pieces))
 
 
+@dataclass(frozen=True)
+class _EncodedAnswer:
+    """An answer in tokens.
+
+    Attributes:
+        tokens: token ids, the end-of-turn token included.
+        end: text of the end-of-turn token.
+        rest: text that the template puts after it.
+    """
+
+    tokens: IntArray
+    end: str
+    rest: str
+
+
 class _Encoder:
+    """Renders and tokenises the parts of a conversation."""
+
     def __init__(self, tokenizer: ChatTokenizer) -> None:
         self._tokenizer = tokenizer
 
     def piece(self, before: str, text: str, mode: Mode) -> Piece:
+        """Piece of a text that follows ``before``."""
         return Piece(np.array(self._tokenizer.encode_after(before, text), np.int64), mode)
 
     def first_prompt(self, context: str, instruction: str) -> tuple[str, str]:
-        """Rendered first prompt, cut where the document ends."""
+        """The first prompt as text, cut in two where the document ends."""
         text = self._tokenizer.render([user_message(context, instruction)], add_generation_prompt=True)
         end = text.rfind(QUESTION_SEPARATOR + instruction)
         if end < 0:
-            # A template may trim the message; the cut then falls before the bare instruction.
+            # The template may have trimmed the message; the cut is then before the bare instruction.
             end = text.rfind(instruction.strip())
         if end < 0:
             raise BadRow("template", "the chat template does not render the instruction")
         return text[:end], text[end:]
 
-    def answer(self, history: Sequence[Message], answer: str) -> tuple[np.ndarray, str, str]:
-        """Ids of an answer with its end-of-turn token; that token as text; what the template puts after it."""
+    def answer(self, history: Sequence[Message], answer: str) -> _EncodedAnswer:
+        """Tokenise an answer that follows ``history``."""
         tokenizer = self._tokenizer
         prompt = tokenizer.render(history, add_generation_prompt=True)
         whole = tokenizer.render([*history, {"role": "assistant", "content": answer}], add_generation_prompt=False)
@@ -374,29 +429,34 @@ class _Encoder:
         text = whole[len(prompt) :]
         ends = [(text.rfind(t) + len(t), t) for t in tokenizer.special_texts if t in text]
         if not ends:
-            raise BadRow("no_end_of_turn", "the chat template ends an answer with no special token")
-        # What follows the end of the turn (a line feed in ChatML) is not the model's to say.
+            raise BadRow("no_end_of_turn", "the chat template puts no special token after an answer")
+        # The model does not write what follows the end-of-turn token (in ChatML, a line feed).
         cut, end = max(ends)
-        return np.array(tokenizer.encode_after(prompt, text[:cut]), np.int64), end, text[cut:]
+        tokens = np.array(tokenizer.encode_after(prompt, text[:cut]), np.int64)
+        return _EncodedAnswer(tokens=tokens, end=end, rest=text[cut:])
 
     def next_prompt(self, history: Sequence[Message]) -> str:
-        """Text between an answer and the next one."""
+        """Text between an answer and the next one: the user's message and what surrounds it."""
         before = self._tokenizer.render(history[:-1], add_generation_prompt=False)
         whole = self._tokenizer.render(history, add_generation_prompt=True)
         if not whole.startswith(before):
-            raise BadRow("template", "the chat template does not render a turn after the one before")
+            raise BadRow("template", "the chat template does not render a turn after the previous one")
         return whole[len(before) :]
 
 
 def turn_of(value: Any, context: str) -> Turn:
-    """A turn of the text schema.
+    """Parse a turn of the text schema.
+
+    Args:
+        value: parsed JSON.
+        context: the document that the turn belongs to.
 
     Raises:
         BadRow: a key is missing, not text or empty, or the chunk is not part of the context.
     """
     if not isinstance(value, dict):
         raise BadRow("wrong_type", "a turn is not an object")
-    for key in ("instruction", "short_context", "chosen", "rejected"):
+    for key in _TURN_KEYS:
         if key not in value:
             raise BadRow("missing_key", f"the turn has no {key}")
         if not isinstance(value[key], str):
@@ -405,4 +465,4 @@ def turn_of(value: Any, context: str) -> Turn:
             raise BadRow("empty_turn", f"{key} is empty")
     if value["short_context"] not in context:
         raise BadRow("chunk_not_in_context", "short_context is not part of context")
-    return Turn(*(value[k] for k in ("instruction", "short_context", "chosen", "rejected")))
+    return Turn(**{key: value[key] for key in _TURN_KEYS})

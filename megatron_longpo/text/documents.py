@@ -1,4 +1,4 @@
-"""Documents in: found, read as a stream, decoded, told apart."""
+"""Finds documents and reads them as a stream: files, tables, encodings, domains."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import BinaryIO, Literal, cast, get_args
 
 import pyarrow
 import pyarrow.parquet
@@ -18,16 +18,20 @@ import pyarrow.parquet
 from megatron_longpo.errors import DataError
 
 Domain = Literal["book", "arxiv", "code", "other"]
-DOMAINS: tuple[Domain, ...] = ("book", "arxiv", "code", "other")
+DOMAINS: tuple[Domain, ...] = get_args(Domain)
 
 _TEXT = (".txt", ".md", ".tex")
 _TABLES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
+# fmt: off
 _CODE = (
-    *(".py", ".c", ".h", ".cc", ".cpp", ".hpp", ".cu", ".java", ".js", ".jsx", ".ts", ".tsx", ".go", ".rs", ".rb"),
-    *(".php", ".cs", ".scala", ".kt", ".swift", ".jl", ".lua", ".pl", ".r", ".sh", ".sql", ".hs", ".ml"),
+    ".py", ".c", ".h", ".cc", ".cpp", ".hpp", ".cu", ".java", ".js", ".jsx", ".ts", ".tsx", ".go", ".rs", ".rb", ".php",
+    ".cs", ".scala", ".kt", ".swift", ".jl", ".lua", ".pl", ".r", ".sh", ".sql", ".hs", ".ml",
 )
-# More of a document than this that is not text in UTF-8 makes it no text.
+# fmt: on
+# A document with a larger share of bytes that are not UTF-8 is not text.
 MOST_BROKEN = 0.01
+_PARQUET_ROWS = 64
+_STREAM_BUFFER_BYTES = 2**20
 
 
 @dataclass(frozen=True)
@@ -35,12 +39,12 @@ class RawDocument:
     """A document as found.
 
     Attributes:
-        number: from 0 over all input.
-        name: file, with the row in a table.
-        domain: what its units are.
-        text: decoded, without NUL; bytes that are not UTF-8 stand as U+FFFD.
-        broken: such bytes.
-        error: why there is no text.
+        number: number over all input, from 0.
+        name: file name, followed by the row in a table.
+        domain: decides how the document is cut.
+        text: decoded text without NUL; U+FFFD stands for bytes that are not UTF-8.
+        broken: number of such bytes.
+        error: why there is no text, or None.
     """
 
     number: int
@@ -57,19 +61,19 @@ class RawDocument:
 
 
 def find_files(documents: Sequence[str], domain: str) -> list[tuple[Path, Domain]]:
-    """Files of folders, globs and names, in order, each once, with the domain of its documents.
+    """Find files in order, each once, with the domain of its documents.
 
     Args:
         documents: files, folders or globs.
-        domain: ``auto``: by a folder named like a domain, else by the file's kind; or a domain for all.
+        domain: a domain for all files, or ``auto``: by a folder named like a domain, else by the file name's ending.
 
     Raises:
-        DataError: nothing there, or a file of a kind that is not read.
+        DataError: there is no such file, or one of an unknown kind.
     """
     found: dict[Path, Domain] = {}
     for name in documents:
         if not name.strip():
-            raise DataError("--documents '': is empty (a variable that is not set?); name files, folders or globs")
+            raise DataError("--documents '': is empty (an unset variable?); name files, folders or globs")
         path = Path(name)
         if path.is_dir():
             files = sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith("."))
@@ -77,20 +81,20 @@ def find_files(documents: Sequence[str], domain: str) -> list[tuple[Path, Domain
         elif path.is_file():
             if not _is_read(path, "code"):
                 raise DataError(
-                    f"--documents {path}: is of no kind that is read; give {', '.join((*_TEXT, *_TABLES))} or source code"
+                    f"--documents {path}: is of an unknown kind; use {', '.join((*_TEXT, *_TABLES))} or source code"
                 )
             files = [path]
         else:
             files = sorted(Path(p) for p in glob.glob(name, recursive=True))
             files = [p for p in files if p.is_file() and _is_read(p, "code")]
             if not files:
-                raise DataError(f"--documents {name}: there is no such file or folder, and no file that it matches")
+                raise DataError(f"--documents {name}: no such file or folder, and no file matches it; check the path")
         for file in files:
             found.setdefault(file, _domain_of(file, domain))
     if not found:
         raise DataError(
-            f"--documents {' '.join(documents)}: no file there that is read ({', '.join((*_TEXT, *_TABLES))}; source code "
-            "with --domain code, or in a folder named code)"
+            f"--documents {' '.join(documents)}: no file of a known kind; use {', '.join((*_TEXT, *_TABLES))}, or source code "
+            "with --domain code or in a folder named code"
         )
     return list(found.items())
 
@@ -103,7 +107,7 @@ def _is_read(path: Path, domain: str) -> bool:
 
 def _domain_of(path: Path, domain: str) -> Domain:
     if domain in DOMAINS:
-        return domain  # type: ignore[return-value]
+        return domain
     for folder in reversed(path.parts[:-1]):
         for known in DOMAINS:
             if folder.lower() in (known, known + "s"):
@@ -113,20 +117,25 @@ def _domain_of(path: Path, domain: str) -> Domain:
 
 
 def read_documents(files: Sequence[tuple[Path, Domain]], text_column: str) -> Iterator[RawDocument]:
-    """Documents of all files in order; of tables row by row.
+    """Read the documents of all files, in order; each row of a table is a document.
+
+    Args:
+        files: files with their domains (``find_files``).
+        text_column: column of the text in tables.
 
     Raises:
-        DataError: a file that cannot be read, or a table without the column.
+        DataError: a file cannot be read, or a table lacks the column.
     """
     number = 0
     for path, domain in files:
         for name, value, error in _values_of(path, text_column):
             text, broken = _decoded(value)
-            yield RawDocument(number, name, domain, text, broken, error)
+            yield RawDocument(number=number, name=name, domain=domain, text=text, broken=broken, error=error)
             number += 1
 
 
-def _values_of(path: Path, column: str) -> Iterator[tuple[str, str | bytes, str | None]]:
+def _values_of(path: Path, column: str) -> Iterator[tuple[str, bytes, str | None]]:
+    """Name, raw text and error of each document of a file."""
     name = path.name.lower()
     try:
         if name.endswith(".parquet"):
@@ -139,7 +148,7 @@ def _values_of(path: Path, column: str) -> Iterator[tuple[str, str | bytes, str 
         raise DataError(f"--documents {path}: cannot be read ({error}); give a whole file") from None
 
 
-def _rows_of_jsonl(path: Path, column: str) -> Iterator[tuple[str, str | bytes, str | None]]:
+def _rows_of_jsonl(path: Path, column: str) -> Iterator[tuple[str, bytes, str | None]]:
     with _opened(path) as stream:
         for line, raw in enumerate(stream, 1):
             name = f"{path.name}:{line}"
@@ -154,38 +163,38 @@ def _rows_of_jsonl(path: Path, column: str) -> Iterator[tuple[str, str | bytes, 
             if not isinstance(value, str):
                 yield name, b"", "no_text_column"
                 continue
-            yield name, value.encode("utf-8", errors="surrogateescape" if _escapes(value) else "replace"), None
+            yield name, _raw(value), None
 
 
-def _escapes(text: str) -> bool:
+def _raw(text: str) -> bytes:
+    """A text of a JSON line as bytes: those that were not UTF-8 as they were, surrogates written as escapes replaced."""
     try:
-        text.encode("utf-8", errors="surrogateescape")
+        return text.encode("utf-8", errors="surrogateescape")
     except UnicodeEncodeError:
-        return False
-    return True
+        return text.encode("utf-8", errors="replace")
 
 
-def _opened(path: Path) -> Any:
+def _opened(path: Path) -> BinaryIO:
     if path.name.lower().endswith(".gz"):
-        return gzip.open(path, "rb")
+        return cast(BinaryIO, gzip.open(path, "rb"))
     if path.name.lower().endswith(".zst"):
-        return io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd"), 2**20)
+        return io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd"), _STREAM_BUFFER_BYTES)
     return open(path, "rb")
 
 
-def _rows_of_parquet(path: Path, column: str) -> Iterator[tuple[str, str | bytes, str | None]]:
+def _rows_of_parquet(path: Path, column: str) -> Iterator[tuple[str, bytes, str | None]]:
     try:
         file = pyarrow.parquet.ParquetFile(path)
     except pyarrow.ArrowException as error:
-        raise DataError(f"--documents {path}: is no parquet file ({error})") from None
+        raise DataError(f"--documents {path}: is not a parquet file ({error}); give a whole one") from None
     if column not in file.schema_arrow.names:
         raise DataError(
-            f"--documents {path}: has no column {column!r}; name the text's with --text-column, one of "
+            f"--documents {path}: has no column {column!r}; name the text's column with --text-column, one of "
             f"{', '.join(file.schema_arrow.names)}"
         )
     row = 0
-    for batch in file.iter_batches(batch_size=64, columns=[column]):
-        # As bytes: a text column may hold what is not UTF-8.
+    for batch in file.iter_batches(batch_size=_PARQUET_ROWS, columns=[column]):
+        # As bytes, since a text column may hold bytes that are not UTF-8.
         values = batch.column(0)
         if pyarrow.types.is_dictionary(values.type):
             values = values.dictionary_decode()
@@ -194,19 +203,16 @@ def _rows_of_parquet(path: Path, column: str) -> Iterator[tuple[str, str | bytes
             values = values.cast(pyarrow.large_binary())
         for value in values.to_pylist():
             row += 1
-            good = isinstance(value, bytes)
-            yield f"{path.name}:{row}", value if good else b"", None if good else "no_text_column"
+            name = f"{path.name}:{row}"
+            yield (name, value, None) if isinstance(value, bytes) else (name, b"", "no_text_column")
 
 
-def _decoded(value: str | bytes) -> tuple[str, int]:
-    """Text without NUL, and how many bytes of it were not UTF-8."""
-    if isinstance(value, str):
-        value = value.encode("utf-8", errors="replace")
+def _decoded(value: bytes) -> tuple[str, int]:
+    """Text without NUL and byte-order mark, and how many of its bytes were not UTF-8."""
     broken = 0
     try:
         text = value.decode("utf-8")
     except UnicodeDecodeError:
         text = value.decode("utf-8", errors="replace")
         broken = text.count("\ufffd")
-    # A byte-order mark is no text either.
     return text.replace("\x00", "").removeprefix("\ufeff").replace("\r\n", "\n"), broken

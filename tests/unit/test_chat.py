@@ -111,7 +111,7 @@ def test_wrong_tokenizers_are_refused(tmp_path: Path) -> None:
     (tmp_path / "x.model").write_bytes(b"not a model")
     with pytest.raises(DataError, match="not a SentencePiece model"):
         load_tokenizer(tmp_path / "x.model", "mistral")
-    with pytest.raises(DataError, match="neither a file nor one of"):
+    with pytest.raises(DataError, match="no such file; name a file, or one of"):
         load_tokenizer(tmp_path / "bare", "alpaca")
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "NoSuch"}))

@@ -180,8 +180,8 @@ def test_files_and_domains(tmp_path: Path) -> None:
     assert [p.name for p, _ in find_files([str(tmp_path / "**" / "*.txt")], "auto")] == ["a.txt"]
     for wrong, message in (
         ("none", "no such file"),
-        ("f.bin", "of no kind that is read"),
-        ("*.zip", "no file that it matches"),
+        ("f.bin", "is of an unknown kind"),
+        ("*.zip", "no file matches it"),
     ):
         with pytest.raises(DataError, match=message):
             find_files([str(tmp_path / wrong)], "auto")

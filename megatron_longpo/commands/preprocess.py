@@ -46,34 +46,23 @@ def preprocess(arguments: Sequence[str], *, prog: str) -> None:
     if not options.input:
         raise ConfigError("input is empty; name at least one file or folder with --input")
     # Not before the flags are read: it imports torch and megatron-core.
-    from megatron_longpo.data.indexed import Manifest, path_of
-    from megatron_longpo.runtime.progress import Progress
+    from megatron_longpo.data.indexed import path_of
     from megatron_longpo.text import preprocess as text
 
-    with Progress("preprocess", unit="rows", last_line=False) as bar:
-        tokens = 0
-
-        def progress(rows: int, manifest: Manifest) -> None:
-            nonlocal tokens
-            bar.add(rows - bar.done, tokens=manifest.tokens - tokens)
-            tokens = manifest.tokens
-
-        manifest = text.preprocess(
-            list(options.input),
-            options.output_prefix,
-            text.Settings(
-                tokenizer=options.tokenizer,
-                chat_template=options.chat_template,
-                vocab_size=options.vocab_size,
-                seq_length=options.seq_length,
-                short_seq_length=options.short_seq_length,
-                trust_remote_code=options.trust_remote_code,
-            ),
-            workers=options.workers,
-            restart=options.restart,
-            progress=progress,
-            log=log,
-        )
+    manifest = text.preprocess(
+        list(options.input),
+        options.output_prefix,
+        text.Settings(
+            tokenizer=options.tokenizer,
+            chat_template=options.chat_template,
+            vocab_size=options.vocab_size,
+            seq_length=options.seq_length,
+            short_seq_length=options.short_seq_length,
+            trust_remote_code=options.trust_remote_code,
+        ),
+        workers=options.workers,
+        restart=options.restart,
+    )
     text.draw_histogram(manifest, Path(f"{options.output_prefix}.lengths.png"))
     table = Table("samples", "turns", "tokens", "longest row", "skipped", title=options.output_prefix)
     skipped = ", ".join(f"{reason} {count}" for reason, count in sorted(manifest.skip_reasons.items())) or "nothing"

@@ -1,7 +1,7 @@
 """Indexed binaries: PREFIX.bin and PREFIX.idx as megatron-core's IndexedDataset reads them, and the manifest PREFIX.json.
 
-One document of the index is one sample, one sequence of it a piece, the sequence's mode the piece's role. The writer can
-be broken off at any moment and goes on where it was; the reader refuses, by name, whatever does not fit the manifest.
+A document of the index is a sample, a sequence of it a piece, and the sequence's mode the role of the piece. The writer can be
+killed at any moment and resumes after its last commit. The reader refuses files that do not fit their manifest, and names them.
 """
 
 from __future__ import annotations
@@ -25,11 +25,15 @@ from megatron_longpo.runtime.files import link_atomically, sha256_of, write_atom
 from megatron_longpo.schema import convert_fields
 
 SCHEMA_VERSION = 1
-_HEADER = b"MMIDIDX\x00\x00"
-_HEADER_BYTES = 9 + 8 + 1 + 8 + 8
-_HISTOGRAM_FIRST = 9  # lengths below 2**9 share the first bin
-
-
+# Header of an index: magic number, version, dtype code, number of sequences, number of documents plus one.
+_HEADER = struct.Struct("<9sQBQQ")
+_MAGIC = b"MMIDIDX\x00\x00"
+_INDEX_VERSION = 1
+# After the header: length (int32), offset (int64) and mode (int8) of each sequence, end (int64) of each document.
+_BYTES_PER_SEQUENCE = 4 + 8 + 1
+_BYTES_PER_DOCUMENT = 8
+# Lengths up to 2**9 share the first bin of the histogram.
+_HISTOGRAM_FIRST = 9
 # Names of fields in files, where they differ: in code "rejected" is the dispreferred answer only.
 _IN_FILES = {"skip_reasons": "rejected"}
 _IN_PYTHON = {in_file: name for name, in_file in _IN_FILES.items()}
@@ -37,18 +41,21 @@ _IN_PYTHON = {in_file: name for name, in_file in _IN_FILES.items()}
 
 @dataclass
 class Manifest:
-    """What PREFIX.json says of the binaries.
+    """Content of PREFIX.json.
 
     Attributes:
-        vocab_size: ids are below it.
-        tokenizer, tokenizer_hash, template_hash: None where the data came tokenised.
-        samples, turns, tokens: counts; tokens as stored.
+        vocab_size: upper bound of the ids, exclusive.
+        dtype: dtype of the stored ids.
+        tokenizer, tokenizer_hash, template_hash: None if the input was already tokenised.
+        samples, turns, tokens: counts; tokens as stored, shared ones once.
         longest, longest_short: longest long row and longest short row in tokens.
-        length_histogram: long rows by length: upper bound of a power-of-two bin -> count.
+        length_histogram: upper bound of a power-of-two bin -> number of samples whose long row is in it.
         independent_turns: whether rows of independent turns can be made.
         skip_reasons: reason -> number of input lines or turns that were skipped; ``rejected`` in the file.
-        source: input files with their hashes; settings: how they were processed.
-        bin_bytes, bin_sha256, idx_sha256: checksums.
+        source: input files with their sizes and hashes.
+        settings: settings that the input was processed with.
+        bin_bytes, bin_sha256, idx_sha256: size and checksums of the binaries.
+        schema_version: version of this format.
     """
 
     vocab_size: int
@@ -91,7 +98,7 @@ class Manifest:
         return cls(**convert_fields(cls, values, where, DataError, fix))
 
     def as_json(self) -> bytes:
-        """The file's content: all fields, and a checksum of them."""
+        """Content of the file: all fields and their checksum."""
         content = self.as_dict()
         return json.dumps({**content, "manifest_sha256": _checksum(content)}, indent=2).encode() + b"\n"
 
@@ -119,23 +126,23 @@ def _checksum(content: dict[str, Any]) -> str:
 
 
 def path_of(prefix: str | Path, suffix: str) -> Path:
-    """PREFIX with a suffix appended (``with_suffix`` would cut a dot in the prefix)."""
+    """PREFIX.SUFFIX. ``Path.with_suffix`` would cut a prefix at its last dot."""
     return Path(f"{prefix}.{suffix}")
 
 
 class SampleWriter:
-    """Appends samples; killed at any moment, a new writer with the same fingerprint goes on from the last commit.
+    """Appends samples. After a kill, a new writer with the same fingerprint resumes from the last commit.
 
     Everything is in ``PREFIX.partial/`` until ``finish``.
 
     Args:
-        prefix: of the outputs.
-        manifest: counts are added to it; its settings and source describe the run.
-        fingerprint: of all that determines the output. A partial output of another fingerprint is refused.
-        restart: throw a partial output away instead of going on from it.
+        prefix: path prefix of the outputs.
+        manifest: manifest with source and settings; counts are added to it. When resuming, the partial output's replaces it.
+        fingerprint: hash of everything that determines the output.
+        restart: discard existing output, partial or finished.
 
     Raises:
-        DataError: an output is there already, or a partial one of another fingerprint.
+        DataError: the output exists already, or a partial one has another fingerprint or is damaged.
     """
 
     def __init__(self, prefix: str | Path, manifest: Manifest, fingerprint: str, *, restart: bool = False) -> None:
@@ -150,12 +157,12 @@ class SampleWriter:
             for suffix in ("json", "bin", "idx", "rejects.jsonl"):
                 path_of(prefix, suffix).unlink(missing_ok=True)
         if not (self.folder / "progress.json").exists():
-            # Nothing was committed, or an output was finished and only its remains are here. Removed, not truncated:
-            # a finished output shares its files.
+            # Nothing was committed, or these are the remains of a finished output. They are removed, not truncated: a finished
+            # output shares its files.
             shutil.rmtree(self.folder, ignore_errors=True)
         if path_of(prefix, "json").exists() and not self.folder.exists():
             raise DataError(
-                f"{path_of(prefix, 'json')}: is there already; choose another --output-prefix, or --restart to make it anew"
+                f"{path_of(prefix, 'json')}: exists already; choose another --output-prefix, or --restart to replace it"
             )
         self.folder.mkdir(parents=True, exist_ok=True)
         self._read_progress()
@@ -170,10 +177,10 @@ class SampleWriter:
         size = self._sizes.get(name, 0)
         if path.exists() and path.stat().st_size < size:
             raise DataError(
-                f"{path}: has {path.stat().st_size} bytes and {size} were written; start again with --restart"
+                f"{path}: has {path.stat().st_size} bytes, but {size} were committed; start again with --restart"
             )
         stream = open(path, "r+b" if path.exists() else "w+b")  # noqa: SIM115
-        # What was written after the last commit is written again.
+        # What was written after the last commit will be written again.
         stream.truncate(size)
         stream.seek(size)
         return stream
@@ -193,7 +200,7 @@ class SampleWriter:
             raise DataError(f"{path}: cannot be read ({error}); start again with --restart") from None
         if fingerprint != self.fingerprint:
             raise DataError(
-                f"{self.folder}: was begun with another input or other settings; give those, or start again with --restart"
+                f"{self.folder}: was started with another input or other settings; use those, or start again with --restart"
             )
         self.manifest = manifest
         self.resumed = True
@@ -216,7 +223,11 @@ class SampleWriter:
         self._files["rejects"].write(line.encode("utf-8", errors="backslashreplace") + b"\n")
 
     def commit(self, position: dict[str, int]) -> None:
-        """Everything up to ``position`` of the input is safe from now on."""
+        """Make everything written so far survive a kill.
+
+        Args:
+            position: place in the input from which to resume.
+        """
         self.position = position
         for stream in self._files.values():
             stream.flush()
@@ -230,7 +241,10 @@ class SampleWriter:
         write_atomically(self.folder / "progress.json", json.dumps(progress).encode())
 
     def finish(self) -> Manifest:
-        """Write the index and the manifest; all appear under their final names, the manifest last.
+        """Write the index and the manifest; all files appear under their final names, the manifest last.
+
+        Returns:
+            The manifest, with its checksums.
 
         Raises:
             DataError: there is no sample.
@@ -243,13 +257,13 @@ class SampleWriter:
             shutil.copyfile(self.folder / "rejects", rejects)
             shutil.rmtree(self.folder)
             raise DataError(
-                f"no sample is left of the input (kept aside: {_counts(self.manifest.skip_reasons)}); see {rejects}"
+                f"no sample is left of the input (skipped: {_counts(self.manifest.skip_reasons)}); see {rejects}"
             )
         self._write_index(self.folder / "idx")
         self.manifest.bin_bytes = (self.folder / "bin").stat().st_size
         self.manifest.bin_sha256 = sha256_of(self.folder / "bin")
         self.manifest.idx_sha256 = sha256_of(self.folder / "idx")
-        # Copies by link, so that a finish broken off here can be done again from the partial folder.
+        # Hard links, so that an interrupted finish can start over from the partial folder.
         for name, suffix in (("bin", "bin"), ("idx", "idx"), ("rejects", "rejects.jsonl")):
             link_atomically(self.folder / name, path_of(self.prefix, suffix))
         write_atomically(path_of(self.prefix, "json"), self.manifest.as_json())
@@ -257,7 +271,7 @@ class SampleWriter:
         return self.manifest
 
     def close(self) -> None:
-        """Leave the partial output for another writer."""
+        """Close the files. The partial output stays for another writer."""
         for stream in self._files.values():
             stream.close()
 
@@ -269,9 +283,8 @@ class SampleWriter:
         pointers = np.zeros(len(lengths), np.int64)
         np.cumsum(lengths[:-1].astype(np.int64) * dtype.itemsize, out=pointers[1:])
         with open(path, "wb") as stream:
-            stream.write(_HEADER)
-            stream.write(struct.pack("<QB", 1, DType.code_from_dtype(dtype.type)))
-            stream.write(struct.pack("<QQ", len(lengths), len(ends) + 1))
+            code = DType.code_from_dtype(dtype.type)
+            stream.write(_HEADER.pack(_MAGIC, _INDEX_VERSION, code, len(lengths), len(ends) + 1))
             for array in (lengths, pointers, np.concatenate([[0], ends]).astype(np.int64), modes):
                 stream.write(array.tobytes())
             stream.flush()
@@ -291,14 +304,14 @@ def read_manifest(prefix: str | Path) -> Manifest:
     """Read PREFIX.json.
 
     Raises:
-        DataError: missing, not JSON, of another schema version, a key missing or of the wrong type.
+        DataError: the file is missing, damaged or of another schema version, or a key is missing or of the wrong type.
     """
     path = path_of(prefix, "json")
     try:
         content = json.loads(path.read_bytes().decode("utf-8"))
     except FileNotFoundError:
         raise DataError(
-            f"{path}: there is no such file; --data-path is the prefix that tools/preprocess_preference_data.py wrote"
+            f"{path}: there is no such file; --data-path takes the prefix that tools/preprocess_preference_data.py wrote"
         ) from None
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path}: cannot be read as JSON ({error}); preprocess the data again") from None
@@ -312,23 +325,23 @@ def read_manifest(prefix: str | Path) -> Manifest:
     checksum = content.pop("manifest_sha256", None)
     if checksum != _checksum(content):
         raise DataError(
-            f"{path}: does not have the checksum it names; it was changed or damaged, preprocess the data again"
+            f"{path}: does not have the checksum that it names, so it was changed or damaged; preprocess the data again"
         )
     known = {_IN_FILES.get(f.name, f.name): f for f in dataclasses.fields(Manifest)}
     unknown, missing = sorted(set(content) - set(known)), sorted(set(known) - set(content))
     if unknown or missing:
         raise DataError(
-            f"{path}: unknown keys {unknown}, missing keys {missing}; it was changed by hand, preprocess the data again"
+            f"{path}: unknown keys {unknown}, missing keys {missing}, so it was changed; preprocess the data again"
         )
     return Manifest.from_dict(content, where=f"{path}: ", fix="preprocess the data again")
 
 
 class PreferenceData:
-    """Samples of indexed binaries.
+    """The samples of indexed binaries.
 
     Args:
-        prefix: of the files.
-        verify: check the checksum of PREFIX.bin (reads it whole; that of PREFIX.idx is always checked).
+        prefix: path prefix of the files.
+        verify: check the checksum of PREFIX.bin, which reads the whole file. The checksum of PREFIX.idx is always checked.
 
     Raises:
         DataError: a file is missing, truncated, corrupted, or does not fit the manifest.
@@ -344,7 +357,7 @@ class PreferenceData:
         size = bin_.stat().st_size
         if size != self.manifest.bin_bytes:
             raise DataError(
-                f"{bin_}: has {size} bytes, its manifest says {self.manifest.bin_bytes}; copy it again or preprocess again"
+                f"{bin_}: has {size} bytes, but its manifest says {self.manifest.bin_bytes}; copy it again or preprocess again"
             )
         if sha256_of(idx) != self.manifest.idx_sha256:
             raise DataError(f"{idx}: does not have the checksum of its manifest; copy it again or preprocess again")
@@ -355,24 +368,24 @@ class PreferenceData:
         self._ends = self._dataset.document_indices
 
     def _check_index(self, path: Path, bin_bytes: int) -> None:
-        """The checksum already fits; this catches an index that some other writer made wrong."""
+        """Check the structure of the index. Its checksum fits already; this catches indices that other programs wrote."""
         content = path.read_bytes()
-        if content[:9] != _HEADER or len(content) < _HEADER_BYTES:
+        if len(content) < _HEADER.size or not content.startswith(_MAGIC):
             raise DataError(f"{path}: does not begin like an index; preprocess the data again")
-        version, code = struct.unpack_from("<QB", content, 9)
-        pieces, documents = struct.unpack_from("<QQ", content, 18)
+        _, version, code, pieces, documents = _HEADER.unpack_from(content)
         try:
             itemsize = DType.size(code)
         except (KeyError, ValueError):
             raise DataError(f"{path}: dtype code {code} is unknown; preprocess the data again") from None
-        if version != 1 or len(content) != _HEADER_BYTES + pieces * (4 + 8 + 1) + documents * 8 or documents < 2:
+        size = _HEADER.size + pieces * _BYTES_PER_SEQUENCE + documents * _BYTES_PER_DOCUMENT
+        if version != _INDEX_VERSION or len(content) != size or documents < 2:
             raise DataError(f"{path}: is truncated or has no modes; preprocess the data again")
-        lengths = np.frombuffer(content, np.int32, pieces, _HEADER_BYTES)
+        lengths = np.frombuffer(content, np.int32, pieces, _HEADER.size)
         if int(lengths.astype(np.int64).sum()) * itemsize != bin_bytes or (len(lengths) and lengths.min() < 0):
             raise DataError(f"{path}: its lengths do not add up to the .bin file; preprocess the data again")
         if documents - 1 != self.manifest.samples:
             raise DataError(
-                f"{path}: has {documents - 1} samples, the manifest {self.manifest.samples}; preprocess the data again"
+                f"{path}: has {documents - 1} samples, but its manifest says {self.manifest.samples}; preprocess the data again"
             )
 
     def __len__(self) -> int:
@@ -384,7 +397,7 @@ class PreferenceData:
         return Sample.from_arrays(tokens, modes)
 
     def long_lengths(self) -> np.ndarray:
-        """Tokens of the longer chained row of each sample, from the index alone."""
+        """Number of tokens in the longer chained row of each sample, read from the index only."""
         lengths = self._dataset.sequence_lengths.astype(np.int64)
         modes = self._dataset.index.sequence_modes
         document = np.repeat(np.arange(len(self)), np.diff(self._ends))

@@ -1,12 +1,12 @@
-"""The preference sample: what is stored of it, and the rows that the losses are computed on.
+"""The preference sample: how it is stored, and the rows that the losses are computed on.
 
-A sample is one long document with its turns. It is stored as pieces, token runs with a mode that says which rows the
-run belongs to, so that a document's tokens are stored once however many rows contain them. In storage order::
+A sample is one long document with its turns. It is stored as pieces, runs of tokens with a mode that says which rows the run
+belongs to, so that the tokens of a document are stored once however many rows contain them. In storage order::
 
     context, then for each turn:  prompt, [own prompt], chosen, rejected, short prompt, short chosen, short rejected
 
-``own prompt`` is the turn's question directly after the document, stored from the second turn on, for rows of
-independent turns (paper, Eq. 13). Data that came tokenised has its long rows cut into runs the same way.
+``own prompt`` is the turn's question directly after the document, for rows of independent turns (paper, Eq. 13); it is stored
+from the second turn on. The long rows of data that was already tokenised are cut into runs in the same way.
 
 Shape legend: L = tokens of one row.
 """
@@ -20,13 +20,22 @@ from enum import IntFlag
 from typing import Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from megatron_longpo.data.sequence import NO_RESPONSE, IntArray, Row, common_prefix
 from megatron_longpo.errors import DataError
 
 
 class Mode(IntFlag):
-    """Role of a piece; the number kept in the index. No row bit at all: the own prompt of an independent turn."""
+    """Role of a piece, stored as a number in the index. A piece without any row bit is an own prompt.
+
+    Attributes:
+        CHOSEN, REJECTED: belongs to the long row of that side.
+        SHORT_CHOSEN, SHORT_REJECTED: belongs to the short row of that side.
+        RESPONSE: tokens of an answer.
+        NO_NLL: does not count in the NLL.
+        TURN: begins a turn.
+    """
 
     OWN_PROMPT = 0
     CHOSEN = 1
@@ -39,16 +48,18 @@ class Mode(IntFlag):
 
     @property
     def long(self) -> bool:
+        """Whether the piece belongs to a long row."""
         return bool(self & (Mode.CHOSEN | Mode.REJECTED))
 
     @property
     def short(self) -> bool:
+        """Whether the piece belongs to a short row."""
         return bool(self & (Mode.SHORT_CHOSEN | Mode.SHORT_REJECTED))
 
 
 LONG = Mode.CHOSEN | Mode.REJECTED
 SHORT = Mode.SHORT_CHOSEN | Mode.SHORT_REJECTED
-# The text schema's modes, in storage order within a turn.
+# Modes of the text schema, in storage order within a turn.
 CONTEXT = LONG
 PROMPT = LONG | Mode.TURN
 CHOSEN_RESPONSE = Mode.CHOSEN | Mode.RESPONSE
@@ -57,6 +68,7 @@ SHORT_PROMPT = SHORT
 SHORT_CHOSEN_RESPONSE = Mode.SHORT_CHOSEN | Mode.RESPONSE
 SHORT_REJECTED_RESPONSE = Mode.SHORT_REJECTED | Mode.RESPONSE
 
+# All bits of a mode: the index stores signed bytes.
 _ALL_MODES = 127
 
 
@@ -76,6 +88,7 @@ class Sample:
 
     @classmethod
     def from_arrays(cls, tokens: Sequence[np.ndarray], modes: Sequence[int]) -> Sample:
+        """Sample from the tokens and modes of its pieces, as the index has them."""
         return cls(
             tuple(
                 Piece(np.asarray(t, dtype=np.int64), Mode(int(m) & _ALL_MODES))
@@ -84,10 +97,10 @@ class Sample:
         )
 
     def check(self) -> None:
-        """Whether the pieces make rows.
+        """Check that the pieces make rows.
 
         Raises:
-            DataError: a side without a response, or without a token before it.
+            DataError: a side has no response, or none before which there is a token.
         """
         for side, name in ((Mode.CHOSEN, "chosen"), (Mode.REJECTED, "rejected")):
             pieces = [p for p in self.pieces if p.mode & side]
@@ -98,20 +111,21 @@ class Sample:
                 raise DataError(f"the long {name} row begins with a response; a response needs something before it")
 
     def length(self, side: Mode) -> int:
-        """Tokens of the chained row (or, for a short side, of all its rows) of a side."""
+        """Number of tokens in the chained row of a side, or, for a short side, in all its rows."""
         return sum(len(p.tokens) for p in self.pieces if p.mode & side)
 
     @property
     def long_length(self) -> int:
-        """Tokens of the longer chained row."""
+        """Number of tokens in the longer chained row."""
         return max(self.length(Mode.CHOSEN), self.length(Mode.REJECTED))
 
     @property
     def turns(self) -> int:
+        """Number of turns."""
         return sum(bool(p.mode & Mode.TURN) for p in self.pieces)
 
     def turn_pieces(self) -> list[list[Piece]]:
-        """Pieces of each turn."""
+        """Pieces of each turn; those before the first turn are left out."""
         turns: list[list[Piece]] = []
         for piece in self.pieces:
             if piece.mode & Mode.TURN:
@@ -133,18 +147,18 @@ def long_rows(
 
     Args:
         sample: the sample.
-        slot: its number in the batch; its response slots are 2 * slot (chosen) and 2 * slot + 1 (rejected).
-        turns: chained, one row a side; independent, one row a side and turn.
-        nll_scope: which targets of the chosen rows count in the NLL. A token that several chosen rows have in common
-            counts once.
-        sides: which sides to make.
+        slot: number of the sample in the batch; its response slots are 2 * slot (chosen) and 2 * slot + 1 (rejected).
+        turns: ``chained`` makes one row per side, ``independent`` one per side and turn.
+        nll_scope: which targets of the chosen rows count in the NLL: all, or only responses. A token that several chosen rows
+            share counts once.
+        sides: sides to make rows of.
     """
     rows = []
     counted: list[IntArray] = []
     for side in sides:
         for pieces in _chained(sample, side) if turns == "chained" else _independent(sample, side):
             chosen = side == Mode.CHOSEN
-            row = _row(pieces, slot * 2 + (not chosen), slot, nll_scope if chosen else None)
+            row = _row(pieces, response=slot * 2 + (not chosen), slot=slot, nll_scope=nll_scope if chosen else None)
             if chosen:
                 for earlier in counted:
                     row.nll_L[: common_prefix(earlier, row.tokens_L)] = False
@@ -154,21 +168,23 @@ def long_rows(
 
 
 def short_rows(sample: Sample, *, slot: int) -> list[Row]:
-    """Rows that see a turn's short chunk alone: what the LongPO reference scores. Response slots as in ``long_rows``."""
+    """Rows that see only a turn's chunk: what the LongPO reference scores. Response slots are those of ``long_rows``."""
     rows = []
     for turn in sample.turn_pieces():
         for number, side in enumerate((Mode.SHORT_CHOSEN, Mode.SHORT_REJECTED)):
             pieces = [p for p in turn if p.mode & side]
             if pieces:
-                rows.append(_row(pieces, slot * 2 + number, slot, None))
+                rows.append(_row(pieces, response=slot * 2 + number, slot=slot, nll_scope=None))
     return rows
 
 
 def _chained(sample: Sample, side: Mode) -> list[list[Piece]]:
+    """Pieces of the row in which all turns follow one another."""
     return [[p for p in sample.pieces if p.mode & side]]
 
 
 def _independent(sample: Sample, side: Mode) -> list[list[Piece]]:
+    """Pieces of the rows in which each turn follows the document by itself."""
     turns = sample.turn_pieces()
     context = []
     for piece in sample.pieces:
@@ -183,7 +199,8 @@ def _independent(sample: Sample, side: Mode) -> list[list[Piece]]:
     return rows
 
 
-def _row(pieces: Sequence[Piece], response: int, slot: int, nll_scope: str | None) -> Row:
+def _row(pieces: Sequence[Piece], *, response: int, slot: int, nll_scope: str | None) -> Row:
+    """Concatenate pieces to a row; its responses are added to sum ``response``, its NLL to mean ``slot``."""
     tokens = np.concatenate([p.tokens for p in pieces])
     responses = np.full(len(tokens), NO_RESPONSE, np.int64)
     nll = np.zeros(len(tokens), np.bool_)
@@ -197,7 +214,7 @@ def _row(pieces: Sequence[Piece], response: int, slot: int, nll_scope: str | Non
             nll_scope == "response" and is_response
         )
         start = here.stop
-    return Row(tokens, responses, nll, slot)
+    return Row(tokens_L=tokens, response_L=responses, nll_L=nll, sample=slot)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -218,7 +235,12 @@ _IGNORED = -100
 
 
 class BadRow(ValueError):
-    """A row that cannot become a sample; ``reason`` is what it is counted under."""
+    """A row that cannot become a sample.
+
+    Args:
+        reason: name that it is counted under.
+        detail: what is wrong, for people.
+    """
 
     def __init__(self, reason: str, detail: str) -> None:
         super().__init__(detail)
@@ -226,26 +248,30 @@ class BadRow(ValueError):
 
 
 def from_tokenised(row: dict[str, object], vocab_size: int) -> Sample:
-    """A sample from one row of the published schema (METHOD: lists of ids, labels -100 where there is no loss).
+    """Make a sample of one row of the published schema: lists of ids, and labels that are -100 where there is no loss.
 
-    Padding (attention mask 0) is dropped. What chosen and rejected have in common before their first response is stored
-    once. ``chosen_lm_labels``, where given, says which tokens count in the NLL.
+    Padding (attention mask 0) is dropped. Tokens that chosen and rejected share before their first response are stored once.
+    ``chosen_lm_labels``, if given, says which tokens count in the NLL.
+
+    Args:
+        row: columns of the row.
+        vocab_size: upper bound of the ids, exclusive.
 
     Raises:
-        BadRow: missing column, wrong type, ids outside the vocabulary, labels that differ from the ids, no response.
+        BadRow: a column is missing or of the wrong type, an id is outside the vocabulary, labels differ from the ids, or there
+            is no response.
     """
-    chosen, chosen_loss, chosen_nll = _masked(row, "chosen", vocab_size, nll=True)
-    rejected, rejected_loss, _ = _masked(row, "rejected", vocab_size)
-    for name, loss in (("chosen", chosen_loss), ("rejected", rejected_loss)):
-        if not loss.any():
+    chosen = _masked(row, "chosen", vocab_size, nll=True)
+    rejected = _masked(row, "rejected", vocab_size)
+    for name, tokens in (("chosen", chosen), ("rejected", rejected)):
+        if not tokens.loss.any():
             raise BadRow("no_response", f"{name}_labels has no token with a loss")
-        if loss[0]:
+        if tokens.loss[0]:
             raise BadRow("no_prompt", f"{name}_labels counts the first token, which nothing predicts")
-    first_loss = min(int(np.argmax(chosen_loss)), int(np.argmax(rejected_loss)))
-    shared = min(common_prefix(chosen, rejected), first_loss)
-    pieces = [*_runs(chosen[:shared], chosen_loss[:shared], chosen_nll[:shared], LONG)]
-    pieces += _runs(chosen[shared:], chosen_loss[shared:], chosen_nll[shared:], Mode.CHOSEN)
-    pieces += _runs(rejected[shared:], rejected_loss[shared:], np.ones(len(rejected) - shared, bool), Mode.REJECTED)
+    shared = min(common_prefix(chosen.ids, rejected.ids), chosen.first_loss, rejected.first_loss)
+    pieces = [*_runs(chosen.before(shared), LONG)]
+    pieces += _runs(chosen.after(shared), Mode.CHOSEN)
+    pieces += _runs(rejected.after(shared), Mode.REJECTED)
 
     turns = _nested(row, "ref_chosen_input_ids")
     if len(turns) == 0:
@@ -256,38 +282,62 @@ def from_tokenised(row: dict[str, object], vocab_size: int) -> Sample:
                 "turns_differ", f"{name} has {len(_nested(row, name))} turns, ref_chosen_input_ids {len(turns)}"
             )
     for turn in range(len(turns)):
-        a, a_loss, _ = _masked(row, "ref_chosen", vocab_size, turn)
-        b, b_loss, _ = _masked(row, "ref_rejected", vocab_size, turn)
-        if not a_loss.any() or not b_loss.any():
+        short_chosen = _masked(row, "ref_chosen", vocab_size, turn)
+        short_rejected = _masked(row, "ref_rejected", vocab_size, turn)
+        if not short_chosen.loss.any() or not short_rejected.loss.any():
             raise BadRow("no_response", f"turn {turn} of the reference rows has no token with a loss")
-        if a_loss[0] or b_loss[0]:
+        if short_chosen.loss[0] or short_rejected.loss[0]:
             raise BadRow("no_prompt", f"turn {turn} of the reference rows counts its first token")
-        shared = min(common_prefix(a, b), int(np.argmax(a_loss)), int(np.argmax(b_loss)))
-        pieces.append(Piece(a[:shared], SHORT | Mode.TURN))
-        pieces += _runs(a[shared:], a_loss[shared:], np.ones(len(a) - shared, bool), Mode.SHORT_CHOSEN)
-        pieces += _runs(b[shared:], b_loss[shared:], np.ones(len(b) - shared, bool), Mode.SHORT_REJECTED)
-    long_responses = {s: sum(map(bool, (loss[1:] & ~loss[:-1]))) for s, loss in enumerate((chosen_loss, rejected_loss))}
-    if max(long_responses.values()) < 1:
-        raise BadRow("no_response", "no response in the long rows")
+        shared = common_prefix(short_chosen.ids, short_rejected.ids)
+        shared = min(shared, short_chosen.first_loss, short_rejected.first_loss)
+        pieces.append(Piece(short_chosen.ids[:shared], SHORT | Mode.TURN))
+        pieces += _runs(short_chosen.after(shared), Mode.SHORT_CHOSEN)
+        pieces += _runs(short_rejected.after(shared), Mode.SHORT_REJECTED)
     return Sample(tuple(pieces))
 
 
-def _runs(tokens: IntArray, loss: np.ndarray, nll: np.ndarray, mode: Mode) -> list[Piece]:
-    """Cut where the loss or NLL mask changes."""
-    if not len(tokens):
+@dataclass(frozen=True)
+class _Masked:
+    """Tokens of a row without padding.
+
+    Attributes:
+        ids: token ids.
+        loss: whether a token belongs to a response.
+        nll: whether a token counts in the NLL.
+    """
+
+    ids: IntArray
+    loss: NDArray[np.bool_]
+    nll: NDArray[np.bool_]
+
+    @property
+    def first_loss(self) -> int:
+        """Place of the first response token."""
+        return int(np.argmax(self.loss))
+
+    def before(self, place: int) -> _Masked:
+        return _Masked(ids=self.ids[:place], loss=self.loss[:place], nll=self.nll[:place])
+
+    def after(self, place: int) -> _Masked:
+        return _Masked(ids=self.ids[place:], loss=self.loss[place:], nll=self.nll[place:])
+
+
+def _runs(tokens: _Masked, mode: Mode) -> list[Piece]:
+    """Cut tokens into pieces where a mask changes."""
+    if not len(tokens.ids):
         return []
-    kind = loss.astype(np.int8) * 2 + nll.astype(np.int8)
-    cuts = [0, *(np.flatnonzero(np.diff(kind)) + 1).tolist(), len(tokens)]
-    return [
-        Piece(
-            tokens[a:b],
-            mode | (Mode.RESPONSE if loss[a] else Mode(0)) | (Mode(0) if nll[a] else Mode.NO_NLL),
-        )
-        for a, b in itertools.pairwise(cuts)
-    ]
+    kind = tokens.loss.astype(np.int8) * 2 + tokens.nll.astype(np.int8)
+    cuts = [0, *(np.flatnonzero(np.diff(kind)) + 1).tolist(), len(kind)]
+    pieces = []
+    for start, end in itertools.pairwise(cuts):
+        response = Mode.RESPONSE if tokens.loss[start] else Mode(0)
+        no_nll = Mode(0) if tokens.nll[start] else Mode.NO_NLL
+        pieces.append(Piece(tokens.ids[start:end], mode | response | no_nll))
+    return pieces
 
 
 def _nested(row: dict[str, object], name: str) -> list[object]:
+    """A column with one list per turn."""
     value = row.get(name)
     if value is None:
         raise BadRow("missing_column", f"{name} is missing")
@@ -299,6 +349,7 @@ def _nested(row: dict[str, object], name: str) -> list[object]:
 
 
 def _ids(value: object, name: str) -> IntArray:
+    """A list of whole numbers as an array."""
     if isinstance(value, list) and any(type(v) is not int for v in value):
         raise BadRow("wrong_type", f"{name} holds something that is not a whole number")
     try:
@@ -310,10 +361,16 @@ def _ids(value: object, name: str) -> IntArray:
     return array.astype(np.int64)
 
 
-def _masked(
-    row: dict[str, object], side: str, vocab_size: int, turn: int | None = None, nll: bool = False
-) -> tuple[IntArray, np.ndarray, np.ndarray]:
-    """Ids without padding, their loss mask and their NLL mask."""
+def _masked(row: dict[str, object], side: str, vocab_size: int, turn: int | None = None, nll: bool = False) -> _Masked:
+    """Tokens of one side of a row.
+
+    Args:
+        row: columns of the row.
+        side: beginning of the columns' names.
+        vocab_size: upper bound of the ids, exclusive.
+        turn: number of the turn, for columns with one list per turn.
+        nll: read the NLL mask from ``lm_labels``, if there is such a column.
+    """
 
     def column(name: str, required: bool = True) -> IntArray | None:
         full = f"{side}_{name}"
@@ -349,4 +406,4 @@ def _masked(
     if not np.array_equal(labels[loss], ids[loss]):
         raise BadRow("labels_differ", f"{side}_labels differs from {side}_input_ids where it has a loss")
     nll_mask = np.ones(len(ids), bool) if lm_labels is None else lm_labels[keep] != _IGNORED
-    return ids, loss, nll_mask
+    return _Masked(ids=ids, loss=loss, nll=nll_mask)

@@ -1,4 +1,4 @@
-"""In what order samples are used: a function of seed, epoch and step alone, so that resuming is exact."""
+"""The order in which samples are used: a function of seed, epoch and step only, so that resuming is exact."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from megatron_longpo.runtime.balance import assign
 class BatchSampler:
     """Global batches over epochs; every sample once per epoch, whatever the parallel layout.
 
-    Batches run on across epoch ends: with n samples, use number ``i`` is place ``i % n`` of epoch ``i // n``.
+    Batches cross the ends of epochs: with n samples, use number ``i`` is place ``i % n`` of epoch ``i // n``.
 
     Args:
         num_samples: size of the data set, at least 1.
         global_batch_size: samples per step.
-        shuffle: permute each epoch by seed; off: file order.
-        seed: of the permutations.
+        shuffle: permute each epoch; otherwise keep the order of the file.
+        seed: seed of the permutations.
     """
 
     def __init__(self, num_samples: int, global_batch_size: int, *, shuffle: bool, seed: int) -> None:
@@ -28,7 +28,7 @@ class BatchSampler:
         self._order = np.arange(0)
 
     def order(self, epoch: int) -> np.ndarray:
-        """Sample numbers of an epoch, in order of use."""
+        """Numbers of an epoch's samples, in order of use."""
         if not self.shuffle:
             return np.arange(self.num_samples)
         if epoch != self._epoch:
@@ -37,7 +37,7 @@ class BatchSampler:
         return self._order
 
     def batch(self, step: int) -> list[int]:
-        """Sample numbers of step ``step`` (from 0)."""
+        """Numbers of the samples of step ``step``, counted from 0."""
         first = step * self.global_batch_size
         return [
             int(self.order(use // self.num_samples)[use % self.num_samples])
@@ -48,13 +48,13 @@ class BatchSampler:
 def assign_batch(costs: Sequence[float], *, data_size: int, micro_batch_size: int) -> list[list[list[int]]]:
     """Assign the places of a global batch to data-parallel ranks and their micro batches, so that ranks finish together.
 
-    Every rank gets the same number of samples, the most expensive first, each to the least loaded rank that still has room;
-    the samples of a rank are assigned to its micro batches the same way. The loss is a mean over the global batch and metrics
-    are kept by place, so who computes which sample changes no number.
+    Every rank gets the same number of samples: the most expensive first, each to the least loaded rank that still has room.
+    The samples of a rank are assigned to its micro batches in the same way. The loss is a mean over the global batch, and
+    metrics are kept by place, so it does not matter which rank computes which sample.
 
     Args:
-        costs: of each place of the batch; their number is a multiple of ``data_size * micro_batch_size``.
-        data_size: data-parallel ranks.
+        costs: cost of each place of the batch; their number is a multiple of ``data_size * micro_batch_size``.
+        data_size: number of data-parallel ranks.
         micro_batch_size: samples per micro batch.
 
     Returns:

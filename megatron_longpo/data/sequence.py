@@ -1,7 +1,7 @@
-"""From rows of tokens to one flat sequence: shared prefixes, attention blocks, shards.
+"""Lays rows of tokens out as one flat sequence: shared prefixes, attention blocks, shards.
 
-Several rows (for LongPO the chosen and the rejected long row of a sample) become ONE sequence in which what they share
-is stored, and computed, once. The rows form a tree of segments::
+Several rows (for LongPO the chosen and the rejected long row of a sample) become ONE sequence in which the tokens that they
+share are stored, and computed, once. The rows form a tree of segments::
 
     rows        t0 t1 t2 t3 | a b c          chosen
                 t0 t1 t2 t3 | x y            rejected
@@ -9,13 +9,13 @@ is stored, and computed, once. The rows form a tree of segments::
     sequence    [t0 t1 t2] [t3 a b] [t3 x]
                   trunk     branch   branch
 
-The trunk is the common prefix less its last token; each branch starts with that last common token again, because its
-next token, and with it the loss at its position, differs between the branches. So every position of the sequence
-predicts exactly one next token. A branch attends to its ancestors in full and to itself causally, and its position
-numbers continue its parent's. Trees may be deeper than two levels: turns that share a document share the trunk, and the
-two answers of one turn share its question. Rows with nothing in common are separate roots.
+The trunk is the common prefix without its last token. Each branch begins with that last common token, because the token that
+follows it, and with it the loss at its position, differs between the branches. So every place of the sequence predicts exactly
+one next token. A branch attends to its ancestors in full and to itself causally, and its position numbers continue those of
+its parent. Trees may be deeper than two levels: turns on the same document share the trunk, and the two answers of a turn
+share its question. Rows with nothing in common are separate roots.
 
-Everything here is numpy on the host; nothing knows a rank but ``shard``.
+Everything here is numpy on the host, and only ``shard`` knows about ranks.
 
 Shape legend: L = tokens of one row, S = tokens of the flat sequence, N = positions with a loss, E = entries (a position
 of one response; a shared position has one entry for each row that it belongs to).
@@ -34,7 +34,7 @@ from megatron_longpo.runtime.balance import assign, round_up
 IntArray = NDArray[np.int64]
 
 NO_RESPONSE = -1
-# A branch point costs a merge of two attention blocks; below this many tokens, sharing costs more than it saves.
+# A branch point costs a merge of two attention blocks: sharing fewer tokens costs more than it saves.
 MINIMUM_SHARED_TOKENS = 16
 # A tile much smaller than this costs more in calls than it gives in balance.
 _SMALLEST_TILE = 16
@@ -46,9 +46,12 @@ class Row:
 
     Attributes:
         tokens_L: token ids.
-        response_L: for each token, as a target, the slot of the response sum it belongs to, or ``NO_RESPONSE``.
-        nll_L: for each token, as a target, whether it counts in the NLL mean of ``sample``.
+        response_L: slot of the response sum that each token, as a target, is added to, or ``NO_RESPONSE``.
+        nll_L: whether each token, as a target, counts in the NLL mean of ``sample``.
         sample: slot of the NLL mean.
+
+    Raises:
+        ValueError: fewer than two tokens, or arrays of different lengths.
     """
 
     tokens_L: IntArray
@@ -60,14 +63,20 @@ class Row:
         if len(self.tokens_L) < 2:
             raise ValueError(f"a row of {len(self.tokens_L)} tokens predicts nothing; rows need at least 2 tokens")
         if not len(self.tokens_L) == len(self.response_L) == len(self.nll_L):
-            raise ValueError("tokens, responses and NLL mask of a row must have one length")
+            raise ValueError(
+                f"a row has {len(self.tokens_L)} tokens, {len(self.response_L)} response slots and {len(self.nll_L)} entries "
+                "in its NLL mask; they must be as many"
+            )
 
 
 @dataclass(frozen=True)
 class Segment:
-    """A run of the flat sequence: ``[start, start + length)``; ``parent`` is -1 for a root.
+    """Places ``[start, start + length)`` of the flat sequence.
 
-    ``position`` is the position number of its first token within the rows it belongs to.
+    Attributes:
+        start, length: the places.
+        parent: number of the parent segment, or -1 for a root.
+        position: position number of the first token within the rows that the segment belongs to.
     """
 
     start: int
@@ -82,7 +91,7 @@ class Segment:
 
 @dataclass(frozen=True)
 class KeyBlock:
-    """Keys ``[start, end)`` for the queries of a ``QuerySpan``; causal blocks have as many keys as queries."""
+    """Keys ``[start, end)`` of a ``QuerySpan``. A causal block has as many keys as there are queries."""
 
     start: int
     end: int
@@ -91,7 +100,7 @@ class KeyBlock:
 
 @dataclass(frozen=True)
 class QuerySpan:
-    """Queries ``[start, end)`` and all the keys they see; several key blocks are merged by log-sum-exp."""
+    """Queries ``[start, end)`` and all keys that they see. Several key blocks are merged by their log-sum-exps."""
 
     start: int
     end: int
@@ -99,23 +108,25 @@ class QuerySpan:
 
     @property
     def pairs(self) -> int:
-        """Query-key pairs that are computed on: the cost of attention is proportional to it."""
+        """Number of query-key pairs, to which the cost of attention is proportional."""
         n = self.end - self.start
         return sum(n * (n + 1) // 2 if k.causal else n * (k.end - k.start) for k in self.keys)
 
 
 @dataclass(frozen=True)
 class SequenceLayout:
-    """The flat sequence of a set of rows, before sharding. Labels are shifted here, once.
+    """The flat sequence of a set of rows, before sharding. Labels are shifted here, and only here.
 
     Attributes:
         tokens_S, targets_S, positions_S: input token, next token and position number of each place.
         segments: the tree.
-        response_places_E, response_slots_E: places whose target log-prob is added to a response sum.
-        nll_places, nll_slots: places whose target log-prob counts in an NLL mean; a shared place counts once.
+        response_places_E, response_slots_E: places whose target log-prob is added to a response sum, and the slot of that sum.
+        nll_places, nll_slots: places whose target log-prob counts in an NLL mean, and the slot of that mean; a shared place
+            counts once.
         nll_tokens: number of NLL places of each sample slot.
         response_tokens: number of tokens of each response slot.
-        rows: how many rows were laid out.
+        rows: number of rows laid out.
+        query_spans: attention as blocks.
     """
 
     tokens_S: IntArray
@@ -133,10 +144,12 @@ class SequenceLayout:
 
     @property
     def length(self) -> int:
+        """Number of places."""
         return len(self.tokens_S)
 
     @property
     def attention_pairs(self) -> int:
+        """Number of query-key pairs."""
         return sum(span.pairs for span in self.query_spans)
 
 
@@ -152,10 +165,10 @@ def lay_out(
 
     Args:
         rows: the rows; those that share a prefix of at least ``minimum_shared`` tokens share segments.
-        prefix_sharing: off, every row is a root of its own (the oracle of the shared layout).
+        prefix_sharing: if off, every row is a root of its own, which is the oracle of the shared layout.
         num_samples: number of NLL slots.
         num_responses: number of response slots.
-        minimum_shared: shortest prefix that is worth a branch point; any value gives the same numbers.
+        minimum_shared: shortest prefix that is worth a branch point; any value gives the same losses.
     """
     builder = _Builder(minimum_shared)
     if prefix_sharing:
@@ -167,6 +180,8 @@ def lay_out(
 
 
 class _Builder:
+    """Grows the tree of segments; rows are known by their numbers."""
+
     def __init__(self, minimum_shared: int) -> None:
         self.minimum_shared = max(1, minimum_shared)
         self.segments: list[Segment] = []
@@ -174,13 +189,14 @@ class _Builder:
         self.length = 0
 
     def add_segment(self, members: list[int], begin: int, end: int, parent: int) -> int:
+        """Append tokens ``[begin, end)`` of the rows ``members`` as a segment, and return its number."""
         self.segments.append(Segment(self.length, end - begin, parent, begin))
         self.rows_of_segment.append(members)
         self.length += end - begin
         return len(self.segments) - 1
 
     def grow(self, rows: list[Row], members: list[int], begin: int, parent: int) -> None:
-        """Lay out ``rows[m]`` for m in members, all equal before ``begin``, below segment ``parent``."""
+        """Lay out the rows ``members``, which are equal before ``begin``, below segment ``parent``."""
         if len(members) == 1:
             row = rows[members[0]]
             if len(row.tokens_L) - 1 > begin:
@@ -190,8 +206,8 @@ class _Builder:
         if shared >= self.minimum_shared:
             parent = self.add_segment(members, begin, begin + shared, parent)
             begin += shared
-        # Rows that end here have nothing left; the others are put together by what comes next. A group may still be
-        # one of many rows (a question shared by two answers below a document shared by all).
+        # Rows that end here have nothing left; the others are grouped by what comes next. A group may hold several rows: two
+        # answers share a question below the document that all rows share.
         left = [m for m in members if len(rows[m].tokens_L) - 1 > begin]
         while left:
             head, rest = left[0], left[1:]
@@ -203,6 +219,7 @@ class _Builder:
             left = [m for m in rest if m not in sharing]
 
     def finish(self, rows: Sequence[Row], num_samples: int, num_responses: int) -> SequenceLayout:
+        """Fill in tokens, targets and losses of all segments."""
         tokens = np.zeros(self.length, np.int64)
         targets = np.zeros(self.length, np.int64)
         positions = np.zeros(self.length, np.int64)
@@ -225,7 +242,7 @@ class _Builder:
                 counted = np.flatnonzero(rows[member].nll_L[as_target]) + segment.start
                 taken = nll_mask[counted]
                 if np.any((taken != -1) & (taken != rows[member].sample)):
-                    # Two samples that share a segment: rare (the same document twice), so kept out of the fast path.
+                    # Two samples share this segment (the same document twice): rare, so kept out of the fast path.
                     nll = nll or set()
                     nll.update((int(p), rows[member].sample) for p in counted)
                 else:
@@ -261,20 +278,22 @@ def common_prefix(a: Sequence[int] | IntArray, b: Sequence[int] | IntArray) -> i
 
 
 def _shared_pairs(a: Row, b: Row, begin: int) -> int:
-    """How many places from ``begin`` on have the same token and the same next token in both rows."""
+    """Number of places from ``begin`` on that have the same token and the same next token in both rows."""
     return max(0, common_prefix(a.tokens_L[begin:], b.tokens_L[begin:]) - 1)
 
 
 def query_spans(segments: Sequence[Segment]) -> tuple[QuerySpan, ...]:
     """Attention of a tree of segments as blocks.
 
-    A segment that directly follows its parent in memory continues the parent's causal block: trunk and first branch are
-    one causal block, so two rows cost one merge, not two.
+    A segment that directly follows its parent in memory continues the parent's causal block. Trunk and first branch are
+    therefore one causal block, and two rows cost one merge instead of two.
     """
-    starts: list[int] = []  # first place of the causal chain that each segment is in
-    ends: dict[int, int] = {}  # chain start -> end
-    prefix: dict[int, tuple[tuple[int, int], ...]] = {}  # chain start -> ranges of its ancestors
-    for index, segment in enumerate(segments):
+    # First place of the causal chain that each segment belongs to.
+    starts: list[int] = []
+    # By first place of a chain: its end, and the ranges of its ancestors.
+    ends: dict[int, int] = {}
+    prefix: dict[int, tuple[tuple[int, int], ...]] = {}
+    for segment in segments:
         parent = segment.parent
         if parent >= 0 and segments[parent].end == segment.start:
             start = starts[parent]
@@ -283,7 +302,6 @@ def query_spans(segments: Sequence[Segment]) -> tuple[QuerySpan, ...]:
             prefix[start] = () if parent < 0 else _ancestor_ranges(segments, starts, prefix, parent)
         starts.append(start)
         ends[start] = segment.end
-        assert index == len(starts) - 1
     spans = []
     for start, end in ends.items():
         if end == start:
@@ -307,7 +325,7 @@ def _ancestor_ranges(
 
 @dataclass(frozen=True)
 class Range:
-    """Places ``[start, start + length)`` of the sequence, held from ``local`` on."""
+    """Places ``[start, start + length)`` of the sequence, stored from local place ``local`` on."""
 
     start: int
     length: int
@@ -320,12 +338,12 @@ class Shard:
 
     Attributes:
         padded_length: length of the whole sequence with its padding.
-        ranges: what is held, in local order; padding is at places >= ``layout.length``.
-        tokens, positions: [S/cp].
-        loss_places_N: local places that have any loss.
-        targets_N: their target tokens.
-        response_index_E, response_slots_E: into N, and the response sums they are added to.
-        nll_index, nll_slots: into N, and the NLL sums they are added to.
+        ranges: places that the rank holds, in local order; padding is at places >= ``layout.length``.
+        tokens, positions: [S/cp] input tokens and position numbers.
+        loss_places_N: local places that have a loss.
+        targets_N: target tokens of these places.
+        response_index_E, response_slots_E: indices into N, and the response sums that they are added to.
+        nll_index, nll_slots: indices into N, and the NLL sums that they are added to.
     """
 
     padded_length: int
@@ -341,7 +359,7 @@ class Shard:
 
 
 def keys_per_place(query_spans: Sequence[QuerySpan], length: int) -> IntArray:
-    """How many keys the query at each place sees; padding sees none."""
+    """Number of keys that the query at each place sees; padding sees none."""
     seen = np.zeros(length, np.int64)
     for span in query_spans:
         for block in span.keys:
@@ -351,18 +369,20 @@ def keys_per_place(query_spans: Sequence[QuerySpan], length: int) -> IntArray:
 
 
 def assign_places(layout: SequenceLayout, *, multiple: int, parts: int, tiles: int) -> list[tuple[Range, ...]]:
-    """Which places each context-parallel rank holds: as many for all, so that linear layers are balanced.
+    """Assign places to context-parallel ranks, the same number to each, so that linear layers are balanced.
 
-    With one tile per rank the sequence is cut in order. With several, attention is balanced as well: tiles are assigned
-    by the query-key pairs in them, the most expensive first, each to the least loaded rank that still has room. In a
-    causal sequence two tiles per rank come out as the usual zigzag; branches, whose queries all see the whole trunk, need
-    the counting.
+    With one tile per rank the sequence is cut in order. With several, attention is balanced too: tiles are assigned by the
+    number of their query-key pairs, the most expensive first, each to the least loaded rank that still has room. In a causal
+    sequence two tiles per rank give the usual zigzag. Branches, whose queries all see the whole trunk, are why pairs are counted.
 
     Args:
         layout: the whole sequence.
-        multiple: a rank's tile has a multiple of ``multiple / parts`` places.
-        parts: ranks.
+        multiple: the tiles of all ranks together have a multiple of this many places.
+        parts: number of ranks.
         tiles: tiles per rank; short sequences get fewer.
+
+    Returns:
+        The ranges of each rank.
     """
     while tiles > 1 and layout.length < parts * tiles * _SMALLEST_TILE:
         tiles //= 2
@@ -376,11 +396,17 @@ def assign_places(layout: SequenceLayout, *, multiple: int, parts: int, tiles: i
 
 
 def shard(layout: SequenceLayout, ranges: Sequence[Range], padded: int) -> Shard:
-    """The part of the sequence at ``ranges`` (one rank's of ``assign_places``)."""
+    """Cut out the part of a sequence that one rank holds.
+
+    Args:
+        layout: the whole sequence.
+        ranges: the rank's places (``assign_places``).
+        padded: length of the whole sequence with its padding.
+    """
     size = sum(r.length for r in ranges)
     tokens = np.zeros(size, np.int64)
     positions = np.zeros(size, np.int64)
-    # Global place -> local place, -1 elsewhere.
+    # Local place of each place of the sequence, -1 where another rank holds it.
     local_of = np.full(padded, -1, np.int64)
     for r in ranges:
         real = min(max(layout.length - r.start, 0), r.length)
@@ -410,9 +436,9 @@ def shard(layout: SequenceLayout, ranges: Sequence[Range], padded: int) -> Shard
 
 
 def local_spans(query_spans: Sequence[QuerySpan], ranges: Sequence[Range]) -> tuple[QuerySpan, ...]:
-    """Query spans of the places a rank holds: queries in local places, keys in places of the whole sequence.
+    """Query spans of the places that a rank holds: queries in local places, keys in places of the whole sequence.
 
-    A piece of a causal block sees what comes before the piece in full, and itself causally.
+    Part of a causal block sees the places before that part in full, and itself causally.
     """
     result = []
     for r in ranges:
@@ -425,7 +451,7 @@ def local_spans(query_spans: Sequence[QuerySpan], ranges: Sequence[Range]) -> tu
                 if not block.causal:
                     keys.append(block)
                     continue
-                # A causal block's keys are the span's own places.
+                # The keys of a causal block are the span's own places.
                 if start > block.start:
                     keys.append(KeyBlock(block.start, start, causal=False))
                 keys.append(KeyBlock(start, end, causal=True))

@@ -1,4 +1,4 @@
-"""Which vocabulary a tokenizer has: one hash, whatever file format it comes in."""
+"""Identifies the vocabulary of a tokenizer by one hash, whatever its file format."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from pathlib import Path
 
 
 def vocabulary_hash(vocabulary: dict[str, int]) -> str:
-    """Hash of the pieces and their ids."""
+    """Hash of a vocabulary: pieces and their ids."""
     return hashlib.sha256(json.dumps(sorted(vocabulary.items()), ensure_ascii=True).encode()).hexdigest()
 
 
 def sentencepiece_vocabulary(path: Path) -> dict[str, int]:
-    """Pieces of a SentencePiece model."""
+    """Pieces of a SentencePiece model and their ids."""
     import sentencepiece
 
     processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
@@ -21,7 +21,7 @@ def sentencepiece_vocabulary(path: Path) -> dict[str, int]:
 
 
 def folder_vocabulary_hash(folder: Path) -> str | None:
-    """Hash of the tokenizer in a folder (tokenizer.json, else tokenizer.model), or None where there is none."""
+    """Hash of the tokenizer in a folder (tokenizer.json, else tokenizer.model), or None if it has neither."""
     fast = folder / "tokenizer.json"
     if fast.is_file():
         from tokenizers import Tokenizer

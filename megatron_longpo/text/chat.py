@@ -429,7 +429,7 @@ class _Encoder:
         text = whole[len(prompt) :]
         ends = [(text.rfind(t) + len(t), t) for t in tokenizer.special_texts if t in text]
         if not ends:
-            raise BadRow("no_end_of_turn", "the chat template puts no special token after an answer")
+            raise BadRow("no_end_of_turn", "the chat template ends an answer with no special token")
         # The model does not write what follows the end-of-turn token (in ChatML, a line feed).
         cut, end = max(ends)
         tokens = np.array(tokenizer.encode_after(prompt, text[:cut]), np.int64)
@@ -440,7 +440,7 @@ class _Encoder:
         before = self._tokenizer.render(history[:-1], add_generation_prompt=False)
         whole = self._tokenizer.render(history, add_generation_prompt=True)
         if not whole.startswith(before):
-            raise BadRow("template", "the chat template does not render a turn after the previous one")
+            raise BadRow("template", "the chat template does not render a turn after the one before")
         return whole[len(before) :]
 
 

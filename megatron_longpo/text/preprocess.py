@@ -1,32 +1,47 @@
-"""Preference JSONL, or the published tokenised rows, into indexed binaries: streaming, parallel, resumable.
+"""Preference JSONL, or rows of the published tokenised schema, to indexed binaries: streaming, parallel, resumable.
 
-Input lines are numbered from 1 over all input files. Workers tokenise, one process writes, in input order, so that the
-output does not depend on the number of workers; every so many rows all files are made safe together.
+Input lines are numbered from 1 over all input files. Workers tokenise and one process writes, in input order, so the output
+does not depend on the number of workers. All output files are committed together every ``COMMIT_EVERY`` rows.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import hashlib
 import json
 import multiprocessing
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow
+import pyarrow.ipc
+import pyarrow.parquet
+
 from megatron_longpo.data.indexed import Manifest, SampleWriter, path_of, read_manifest, token_dtype
 from megatron_longpo.data.preference import TOKENISED_COLUMNS, BadRow, Mode, Sample, from_tokenised
 from megatron_longpo.errors import DataError
 from megatron_longpo.runtime.files import sha256_of
+from megatron_longpo.runtime.log import log
+from megatron_longpo.runtime.progress import Progress
 from megatron_longpo.text.chat import ChatTokenizer, Turn, encode_sample, load_tokenizer, turn_of
 
 COMMIT_EVERY = 64
-_READ_ROWS = 256
-_RAW_LIMIT = 100_000
+# Rows read ahead of the workers: ``map`` by itself would read the whole input.
+_CHUNK_ROWS = 256
+# Rows sent to a worker at once.
+_ROWS_PER_TASK = 4
+# Rows of a table converted to Python objects at once; long contexts make them large.
+_TABLE_ROWS = 16
+# Rows in which the first readable one must lie for the schema to be checked.
+_SCHEMA_ROWS = 100
+# Characters of a skipped row that are kept.
+_RAW_CHARACTERS = 100_000
 
 
 @dataclass(frozen=True)
@@ -34,12 +49,12 @@ class Settings:
     """What determines the output, besides the input.
 
     Attributes:
-        tokenizer: folder or .model file; None for tokenised input.
-        chat_template: built-in name or file.
-        vocab_size: for tokenised input.
-        seq_length: longest long row; longer samples are kept aside.
-        short_seq_length: longest short row (paper: 32768); turns with a longer one are kept aside.
-        trust_remote_code: of the tokenizer's folder.
+        tokenizer: tokenizer folder or .model file; None for tokenised input.
+        chat_template: name of a built-in template, or a template file.
+        vocab_size: vocabulary size of tokenised input.
+        seq_length: longest long row in tokens; longer samples are skipped. None sets no limit.
+        short_seq_length: longest short row in tokens (paper: 32768); turns with a longer one are skipped.
+        trust_remote_code: run code from the tokenizer's folder.
     """
 
     tokenizer: str | None = None
@@ -52,7 +67,13 @@ class Settings:
 
 @dataclass(frozen=True)
 class SkippedRow:
-    """A line, or a turn of it, kept aside."""
+    """A skipped row, or a skipped turn of it.
+
+    Attributes:
+        reason: name that it is counted under.
+        detail: what is wrong, for people.
+        turn: number of the turn, or None for the whole row.
+    """
 
     reason: str
     detail: str
@@ -61,7 +82,14 @@ class SkippedRow:
 
 @dataclass(frozen=True)
 class Result:
-    """What became of one input row."""
+    """What became of one input row.
+
+    Attributes:
+        line: number of the row.
+        sample: its sample, or None.
+        skipped: what was skipped of it.
+        raw: the row's text, shortened.
+    """
 
     line: int
     sample: Sample | None
@@ -76,7 +104,14 @@ class Result:
 
 @dataclass(frozen=True)
 class RawRow:
-    """An input row: text of a JSON line, or columns already parsed, or why it could not be read."""
+    """An input row: the text of a JSON line, or the columns of a table's row.
+
+    Attributes:
+        line: number of the row over all input, from 1.
+        text: JSON; None for a table.
+        columns: the row of a table.
+        error: why the row could not be decoded, or None.
+    """
 
     line: int
     text: str | None
@@ -85,10 +120,10 @@ class RawRow:
 
 
 def input_files(inputs: list[str]) -> list[Path]:
-    """Input files in order; a datasets folder stands for its arrow or parquet files.
+    """Find the input files, in order; a folder stands for its arrow, parquet or JSONL files.
 
     Raises:
-        DataError: nothing there, or a kind of file that is not read.
+        DataError: there is no such file, or one of an unknown kind.
     """
     files: list[Path] = []
     for name in inputs:
@@ -103,44 +138,44 @@ def input_files(inputs: list[str]) -> list[Path]:
         elif path.is_file():
             files.append(path)
         else:
-            raise DataError(f"--input {path}: there is no such file or folder")
+            raise DataError(f"--input {path}: no such file or folder; check the path")
     for path in files:
         if not path.name.endswith((".jsonl", ".json", ".jsonl.gz", ".parquet", ".arrow")):
-            raise DataError(f"--input {path}: unknown kind of file; .jsonl, .jsonl.gz, .parquet and .arrow are read")
+            raise DataError(f"--input {path}: is of an unknown kind; use .jsonl, .jsonl.gz, .parquet or .arrow")
     return files
 
 
 def read_rows(files: list[Path], skip: int) -> Iterator[RawRow]:
-    """Rows of all files from row ``skip`` on; memory does not grow with the files."""
+    """Rows of all files after the first ``skip``; memory does not grow with the files."""
     line = 0
     for path in files:
         for row in _read_columns(path) if path.suffix in (".parquet", ".arrow") else _read_lines(path):
             line += 1
             if line > skip:
-                yield RawRow(line, row.text, row.columns, row.error)
+                yield dataclasses.replace(row, line=line)
 
 
 def _read_lines(path: Path) -> Iterator[RawRow]:
+    """Rows of a JSONL file, not numbered yet."""
     opener = gzip.open if path.name.endswith(".gz") else open
     try:
         with opener(path, "rb") as stream:  # type: ignore[operator]
             for raw in stream:
                 try:
-                    yield RawRow(0, raw.decode("utf-8").rstrip("\r\n"))
+                    yield RawRow(line=0, text=raw.decode("utf-8").rstrip("\r\n"))
                 except UnicodeDecodeError as error:
-                    yield RawRow(0, raw.decode("utf-8", errors="backslashreplace").rstrip("\r\n"), error=str(error))
+                    yield RawRow(
+                        line=0, text=raw.decode("utf-8", errors="backslashreplace").rstrip("\r\n"), error=str(error)
+                    )
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"--input {path}: cannot be read ({error}); give a whole file") from None
 
 
 def _read_columns(path: Path) -> Iterator[RawRow]:
-    import pyarrow
-    import pyarrow.ipc
-    import pyarrow.parquet
-
+    """Rows of a parquet or arrow file, not numbered yet."""
     try:
         if path.suffix == ".parquet":
-            batches = pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=16)
+            batches = pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=_TABLE_ROWS)
         else:
             source = pyarrow.memory_map(str(path))
             try:
@@ -149,9 +184,9 @@ def _read_columns(path: Path) -> Iterator[RawRow]:
                 reader = pyarrow.ipc.open_file(source)
                 batches = (reader.get_batch(i) for i in range(reader.num_record_batches))
         for batch in batches:
-            for start in range(0, batch.num_rows, 16):
-                for columns in batch.slice(start, 16).to_pylist():
-                    yield RawRow(0, None, columns)
+            for start in range(0, batch.num_rows, _TABLE_ROWS):
+                for columns in batch.slice(start, _TABLE_ROWS).to_pylist():
+                    yield RawRow(line=0, text=None, columns=columns)
     except (OSError, pyarrow.ArrowException) as error:
         raise DataError(f"--input {path}: cannot be read ({error}); give a whole parquet or arrow file") from None
 
@@ -162,51 +197,53 @@ def _read_columns(path: Path) -> Iterator[RawRow]:
 
 
 def process_row(row: RawRow, settings: Settings, tokenizer: ChatTokenizer | None) -> Result:
-    """A sample of a row, or the reasons why not. Never raises for what the row holds."""
-    raw = row.text if row.text is not None else json.dumps(row.columns, default=str)
+    """Make a sample of a row, or give the reasons why not. Never raises because of what the row contains.
+
+    Args:
+        row: the row.
+        settings: schema and limits.
+        tokenizer: tokenizer of the text schema; None for the tokenised one.
+    """
     skipped: list[SkippedRow] = []
+    sample = None
+    try:
+        sample = _sample_of(row, settings, tokenizer, skipped)
+    except BadRow as error:
+        skipped.append(SkippedRow(error.reason, str(error)))
+    except DataError as error:
+        skipped.append(SkippedRow("no_response", str(error)))
+    except Exception as error:
+        # For example a lone surrogate that the tokenizer refuses, or a template that refuses the dialogue.
+        skipped.append(SkippedRow("not_encodable", f"{type(error).__name__}: {error}"))
+    raw = row.text if row.text is not None else json.dumps(row.columns, default=str)
+    return Result(line=row.line, sample=sample, skipped=tuple(skipped), raw=raw[:_RAW_CHARACTERS])
 
-    def result(sample: Sample | None) -> Result:
-        return Result(row.line, sample, tuple(skipped), raw[:_RAW_LIMIT])
 
+def _sample_of(
+    row: RawRow, settings: Settings, tokenizer: ChatTokenizer | None, skipped: list[SkippedRow]
+) -> Sample | None:
+    """The sample of a row; None if none of its turns is good. Skipped turns are added to ``skipped``."""
     if row.error is not None:
-        skipped.append(SkippedRow("not_utf8", row.error))
-        return result(None)
+        raise BadRow("not_utf8", row.error)
     value: Any = row.columns
     if row.text is not None:
         if not row.text.strip():
-            skipped.append(SkippedRow("blank_line", "the line is empty"))
-            return result(None)
+            raise BadRow("blank_line", "the line is empty")
         try:
             value = json.loads(row.text)
         except (ValueError, RecursionError) as error:
-            skipped.append(SkippedRow("not_json", str(error)))
-            return result(None)
+            raise BadRow("not_json", str(error)) from None
     if not isinstance(value, dict):
-        skipped.append(SkippedRow("not_an_object", "the line is not a JSON object"))
-        return result(None)
-    try:
-        if tokenizer is None:
-            assert settings.vocab_size is not None
-            sample = from_tokenised(value, settings.vocab_size)
-        else:
-            found = _text_sample(value, settings, tokenizer, skipped)
-            if found is None:
-                return result(None)
-            sample = found
+        raise BadRow("not_an_object", "the line is not a JSON object")
+    if tokenizer is None:
+        assert settings.vocab_size is not None
+        sample: Sample | None = from_tokenised(value, settings.vocab_size)
+    else:
+        sample = _text_sample(value, settings, tokenizer, skipped)
+    if sample is not None:
         sample.check()
         _check_lengths(sample, settings)
-    except BadRow as error:
-        skipped.append(SkippedRow(error.reason, str(error)))
-        return result(None)
-    except DataError as error:
-        skipped.append(SkippedRow("no_response", str(error)))
-        return result(None)
-    except Exception as error:
-        # A lone surrogate that the tokenizer does not take, a template that refuses the dialogue.
-        skipped.append(SkippedRow("not_encodable", f"{type(error).__name__}: {error}"))
-        return result(None)
-    return result(sample)
+    return sample
 
 
 def _text_sample(
@@ -238,13 +275,14 @@ def _text_sample(
 
 
 def _check_special(tokenizer: ChatTokenizer, text: str) -> None:
-    """A text that spells a special token would end the dialogue in its middle."""
+    """Raise BadRow for a text that spells a special token: it would end the dialogue in its middle."""
     for special in tokenizer.special_texts:
         if special in text:
             raise BadRow("special_token_in_text", f"the text spells the special token {special}")
 
 
 def _check_lengths(sample: Sample, settings: Settings) -> None:
+    """Raise BadRow for a sample with a row beyond the limits."""
     if settings.seq_length is not None and sample.long_length > settings.seq_length:
         raise BadRow(
             "long_row_too_long", f"the long row has {sample.long_length} tokens, --seq-length is {settings.seq_length}"
@@ -263,6 +301,7 @@ def _check_lengths(sample: Sample, settings: Settings) -> None:
 # The whole input
 # --------------------------------------------------------------------------------------------------
 
+# Set once in each worker process.
 _worker: tuple[Settings, ChatTokenizer | None] | None = None
 
 
@@ -289,29 +328,26 @@ def preprocess(
     *,
     workers: int = 1,
     restart: bool = False,
-    progress: Callable[[int, Manifest], None] = lambda *_: None,
-    log: Callable[[str], None] = lambda _: None,
 ) -> Manifest:
-    """Make PREFIX.bin, .idx, .json and .rejects.jsonl.
+    """Make PREFIX.bin, PREFIX.idx, PREFIX.json and PREFIX.rejects.jsonl, or resume an interrupted run.
 
     Args:
         inputs: files or folders.
-        prefix: of the outputs.
+        prefix: path prefix of the outputs.
         settings: tokenizer and limits.
         workers: processes that tokenise.
-        restart: throw away what an interrupted run has done.
-        progress: called with rows read so far and the counts.
-        log: for lines of text.
+        restart: discard existing output.
+
+    Returns:
+        The manifest, as in PREFIX.json.
 
     Raises:
-        DataError: input, tokenizer or output that cannot be used, or no sample left.
+        DataError: the input, the tokenizer or the output cannot be used, or no sample is left.
     """
     if (settings.tokenizer is None) == (settings.vocab_size is None):
-        raise DataError(
-            "give either --tokenizer (text with a chat template) or --vocab-size (rows that are tokenised already)"
-        )
+        raise DataError("give either --tokenizer (for text) or --vocab-size (for rows that are already tokenised)")
     if settings.vocab_size is not None and settings.vocab_size < 1:
-        raise DataError(f"--vocab-size {settings.vocab_size} must be positive")
+        raise DataError(f"--vocab-size {settings.vocab_size} must be positive; give the model's vocabulary size")
     files = input_files(inputs)
     tokenizer = _tokenizer_of(settings)
     vocab_size = tokenizer.vocab_size if tokenizer else int(settings.vocab_size or 0)
@@ -337,68 +373,74 @@ def preprocess(
     if not restart and path_of(prefix, "json").exists() and not path_of(prefix, "partial").exists():
         old = read_manifest(prefix)
         if [old.source, old.settings, old.tokenizer_hash, old.template_hash, old.dtype] == identity:
-            log(f"{path_of(prefix, 'json')}: is there already, made from this input with these settings")
+            log(f"{path_of(prefix, 'json')}: already made from this input with these settings")
             return old
     Path(prefix).parent.mkdir(parents=True, exist_ok=True)
     writer = SampleWriter(prefix, manifest, fingerprint, restart=restart)
     rows_done = writer.position.get("rows", 0)
     if writer.resumed:
-        log(f"going on after row {rows_done}")
+        log(f"resuming after row {rows_done}")
+    tokens_done = writer.manifest.tokens
     try:
-        for result in _results(files, rows_done, settings, tokenizer, workers):
-            for bad in result.skipped:
-                record: dict[str, Any] = {"line": result.line, "detail": bad.detail}
-                if bad.turn is not None:
-                    record["turn"] = bad.turn
-                writer.skip(bad.reason, {**record, "row": result.raw})
-            if result.sample is not None:
-                writer.add(result.sample)
-            elif not result.skipped or all(r.turn is not None for r in result.skipped):
-                writer.skip(
-                    "no_turn_left", {"line": result.line, "detail": "none of its turns is good", "row": result.raw}
-                )
-            rows_done = result.line
-            if rows_done % COMMIT_EVERY == 0:
-                writer.commit({"rows": rows_done})
-                progress(rows_done, writer.manifest)
-        writer.commit({"rows": rows_done})
+        with Progress("preprocess", done=rows_done, unit="rows") as progress:
+            for result in _results(files, rows_done, settings, tokenizer, workers):
+                _add(writer, result)
+                rows_done = result.line
+                if rows_done % COMMIT_EVERY == 0:
+                    writer.commit({"rows": rows_done})
+                    progress.add(rows_done - progress.done, tokens=writer.manifest.tokens - tokens_done)
+                    tokens_done = writer.manifest.tokens
+            writer.commit({"rows": rows_done})
+            progress.add(rows_done - progress.done, tokens=writer.manifest.tokens - tokens_done)
     except BaseException:
         writer.close()
         raise
-    progress(rows_done, writer.manifest)
     return writer.finish()
+
+
+def _add(writer: SampleWriter, result: Result) -> None:
+    """Write what became of a row."""
+    for skipped in result.skipped:
+        record: dict[str, Any] = {"line": result.line, "detail": skipped.detail}
+        if skipped.turn is not None:
+            record["turn"] = skipped.turn
+        writer.skip(skipped.reason, {**record, "row": result.raw})
+    if result.sample is not None:
+        writer.add(result.sample)
+    elif all(skipped.turn is not None for skipped in result.skipped):
+        writer.skip("no_turn_left", {"line": result.line, "detail": "none of its turns is good", "row": result.raw})
 
 
 def _results(
     files: list[Path], skip: int, settings: Settings, tokenizer: ChatTokenizer | None, workers: int
 ) -> Iterator[Result]:
+    """Results of all rows after the first ``skip``, in order."""
     rows = read_rows(files, skip)
     if workers <= 1:
         for row in rows:
             yield process_row(row, settings, tokenizer)
         return
-    # Not forked: a tokenizer's own threads do not survive a fork.
+    # Spawned, not forked: a tokenizer's own threads do not survive a fork.
     context = multiprocessing.get_context("spawn")
     try:
         with ProcessPoolExecutor(workers, context, _start_worker, (settings,)) as pool:
-            # Chunks bound the memory: map alone would read the whole input ahead of its workers.
             chunk: list[RawRow] = []
             for row in rows:
                 chunk.append(row)
-                if len(chunk) == _READ_ROWS:
-                    yield from pool.map(_work, chunk, chunksize=4)
+                if len(chunk) == _CHUNK_ROWS:
+                    yield from pool.map(_work, chunk, chunksize=_ROWS_PER_TASK)
                     chunk = []
-            yield from pool.map(_work, chunk, chunksize=4)
+            yield from pool.map(_work, chunk, chunksize=_ROWS_PER_TASK)
     except BrokenProcessPool:
         raise DataError(
-            f"one of {workers} workers died, most likely for want of memory; run again with fewer --workers: it goes on"
+            f"one of {workers} workers died, probably out of memory; rerun with fewer --workers to resume"
         ) from None
 
 
 def _check_schema(files: list[Path], text: bool) -> None:
-    """Whether the first readable row is of the schema that the flags say; a whole file of skipped rows helps nobody."""
+    """Raise DataError if the first readable row is not of the schema that the flags say: every row would be skipped."""
     for row in read_rows(files, 0):
-        if row.line > 100:
+        if row.line > _SCHEMA_ROWS:
             return
         value: Any = row.columns
         if row.text is not None:
@@ -411,14 +453,20 @@ def _check_schema(files: list[Path], text: bool) -> None:
         tokenised = any(name in value for name in TOKENISED_COLUMNS)
         is_text = "turns" in value or "context" in value
         if text and tokenised and not is_text:
-            raise DataError(f"--input {files[0]}: is tokenised already; give --vocab-size instead of --tokenizer")
+            raise DataError(f"--input {files[0]}: is already tokenised; give --vocab-size instead of --tokenizer")
         if not text and is_text and not tokenised:
             raise DataError(f"--input {files[0]}: is text; give --tokenizer instead of --vocab-size")
         return
 
 
 def draw_histogram(manifest: Manifest, path: Path) -> None:
-    """Lengths of the long rows as a PNG."""
+    """Draw the lengths of the long rows as a PNG.
+
+    Args:
+        manifest: counts.
+        path: path of the picture.
+    """
+    # Slow to import, and only needed at the end.
     import matplotlib
 
     matplotlib.use("Agg")

@@ -182,7 +182,7 @@ def test_wrong_inputs_are_refused(tmp_path: Path, tokenizer_folder: Path) -> Non
         ([str(tmp_path / "none")], with_tokenizer, "no such file"),
         ([str(text)], Settings(), "either --tokenizer"),
         ([str(text)], Settings(vocab_size=64), "is text"),
-        ([str(tokenised)], with_tokenizer, "tokenised already"),
+        ([str(tokenised)], with_tokenizer, "already tokenised"),
         ([str(junk)], with_tokenizer, "no sample is left"),
         ([str(tmp_path / "p.parquet")], Settings(vocab_size=64), "cannot be read"),
         ([str(tmp_path)], Settings(vocab_size=64), "cannot be read"),
@@ -193,5 +193,5 @@ def test_wrong_inputs_are_refused(tmp_path: Path, tokenizer_folder: Path) -> Non
             preprocess(inputs, tmp_path / f"out{number}", chosen)
     preprocess([str(text)], tmp_path / "twice", with_tokenizer)
     preprocess([str(text)], tmp_path / "twice", with_tokenizer)  # the same again is no error
-    with pytest.raises(DataError, match="is there already"):
+    with pytest.raises(DataError, match="exists already"):
         preprocess([str(text)], tmp_path / "twice", Settings(tokenizer=str(tokenizer_folder), seq_length=5000))

@@ -49,7 +49,7 @@ def main() -> None:
         "--answer", type=int, default=128, help="tokens of a chosen answer; a rejected one has three quarters"
     )
     parser.add_argument("--short", type=int, default=512, help="tokens of the short prompt")
-    parser.add_argument("--samples", type=int, default=1, help="samples of a step (ours)")
+    parser.add_argument("--samples", type=int, default=1, help="samples per step (ours)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of all processes together")
     parser.add_argument(
@@ -283,7 +283,7 @@ def _operations(session: Any) -> dict[str, float]:
 
 def _ceilings(length: int, shape: Any, dtype_name: str) -> dict[str, float]:
     """GFLOP/s of this machine, with these threads, in what the step is made of: a large matrix product, a layer's own
-    products (narrower, forward and backward, nothing made again), and torch's own causal attention (one row, the model's
+    products (narrower, forward and backward, nothing recomputed), and torch's own causal attention (one row, the model's
     heads) forward and backward."""
     import torch
 
@@ -417,7 +417,7 @@ def authors(a: argparse.Namespace, length: int, branches: int) -> dict[str, Any]
 
     As there, float logits of both rows are made, log-probs are minus the cross entropy of a shifted copy of them, and the
     NLL is a second cross entropy over a shifted copy of the chosen row's. (Theirs is flash-attn's fused cross entropy, which
-    runs on CUDA alone; this is torch's.)
+    runs on CUDA only; this is torch's.)
     """
     import torch
     import torch.nn.functional as F
@@ -574,7 +574,7 @@ def _plot(a: argparse.Namespace, results: list[dict[str, Any]]) -> None:
     figure, axes = pyplot.subplots(1, 2, figsize=(10, 4), constrained_layout=True)
     labels = [_name(r) for r in results]
     for axis, key, title in zip(
-        axes, ("seconds", "peak_gb"), ("seconds a step", "peak memory a process, GB"), strict=True
+        axes, ("seconds", "peak_gb"), ("seconds per step", "peak memory per process, GB"), strict=True
     ):
         for offset, side in ((-0.2, "ours"), (0.2, "authors")):
             heights = [r[side][key] if side in r else 0.0 for r in results]

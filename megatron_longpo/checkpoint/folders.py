@@ -1,4 +1,4 @@
-"""Where a run's checkpoints lie, and where the run was: megatron-core's torch_dist format, one folder an iteration.
+"""Where the checkpoints of a run are, and how far it was: megatron-core's torch_dist format, one folder per iteration.
 
     OUTPUT/iter_0000010/                     weights, optimizer, schedule, data position, RNG
         .metadata, *.distcp, common.pt       megatron-core's files
@@ -6,8 +6,8 @@
         training.json                        steps, data and metrics, for the exported model's card
     OUTPUT/latest_checkpointed_iteration.txt
 
-A checkpoint is written to a folder of another name and renamed when every rank is done; a run killed at any moment
-finds the last whole one.
+A checkpoint is written to a folder with another name, which is renamed when every rank is done, so a run that is killed at any
+moment finds the last complete one.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ ASSETS = "hf"
 
 
 @dataclass(frozen=True)
-class Progress:
-    """Where a run is.
+class RunProgress:
+    """How far a run was when it saved a checkpoint.
 
     Attributes:
         step: optimizer steps done.
-        layout: parallel layout that saved it.
-        train_iters: steps of the whole run.
-        identity: settings that must not change within a run, by name.
+        layout: parallel layout that it was saved with.
+        train_iters: optimizer steps of the whole run.
+        identity: settings that must not change within the run, by name.
     """
 
     step: int
@@ -48,9 +48,9 @@ def folder_of(output: Path, step: int) -> Path:
 
 
 def latest_step(output: Path) -> int | None:
-    """Step of the newest whole checkpoint of a run, or None.
+    """Step of the newest complete checkpoint of a run, or None.
 
-    The tracker file is written after the folder appears, so where a kill came between them the folder counts.
+    The tracker file is written after the folder has its final name. If a kill came in between, the folder counts.
     """
     steps = whole_steps(output)
     return steps[-1] if steps else None
@@ -66,10 +66,10 @@ def whole_steps(output: Path) -> list[int]:
 
 
 def resolve(path: str | Path) -> Path:
-    """The checkpoint folder that ``--load`` means: a converted checkpoint, one iteration, or a run's newest.
+    """The checkpoint folder that ``--load`` refers to: a converted checkpoint, one iteration, or the newest of a run.
 
     Raises:
-        CheckpointError: none is there.
+        CheckpointError: there is none.
     """
     path = Path(path)
     if (path / FILE_NAME).is_file() and (path / ".metadata").is_file():
@@ -82,24 +82,25 @@ def resolve(path: str | Path) -> Path:
             f"{path}: holds neither a converted checkpoint ({FILE_NAME}) nor a run's iter_* folders; convert a Hugging "
             "Face model with tools/convert_checkpoint.py import --hf DIR --output CKPT"
         )
-    raise CheckpointError(f"{path}: there is no such folder; give a converted checkpoint or a run's output folder")
+    raise CheckpointError(f"{path}: there is no such folder; name a converted checkpoint or the output folder of a run")
 
 
-def read_progress(folder: Path) -> Progress:
-    """Where the run was that saved a checkpoint.
+def read_progress(folder: Path) -> RunProgress:
+    """How far the run was that saved a checkpoint.
 
     Raises:
-        CheckpointError: it cannot be read, or holds weights alone.
+        CheckpointError: it cannot be read, or holds only weights.
     """
     try:
         common = dist_checkpointing.load_common_state_dict(str(folder))
     except (Exception, CheckpointException) as error:
         detail = " ".join(str(error).split())[:300]
         raise CheckpointError(
-            f"{folder}: cannot be read ({type(error).__name__}: {detail}); remove the folder to go on from the one before"
+            f"{folder}: cannot be read ({type(error).__name__}: {detail}); remove the folder to resume from "
+            "the previous one"
         ) from None
     if "scheduler" not in common:
         raise CheckpointError(
-            f"{folder}: was saved with no_save_optim and cannot be resumed; start a new run with --load {folder}"
+            f"{folder}: was saved with no_save_optim and cannot be resumed; use --load {folder} to start a new run from it"
         )
-    return Progress(**common["progress"])
+    return RunProgress(**common["progress"])

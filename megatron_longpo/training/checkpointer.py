@@ -25,7 +25,7 @@ from megatron_longpo.checkpoint.card import RECORD, RUN_CONFIG, training_record
 from megatron_longpo.checkpoint.folders import (
     ASSETS,
     LATEST,
-    Progress,
+    RunProgress,
     folder_of,
     latest_step,
     read_progress,
@@ -77,7 +77,7 @@ def run_identity(plan: RunPlan, reference_weights: str) -> dict[str, Any]:
     }
 
 
-def check_same_run(progress: Progress, identity: dict[str, Any], folder: Path) -> None:
+def check_same_run(progress: RunProgress, identity: dict[str, Any], folder: Path) -> None:
     """Check that a run may resume from a checkpoint: what determines its samples, loss and states has not changed.
 
     Raises:
@@ -276,7 +276,7 @@ class Checkpointer:
         """State dictionary of a checkpoint, sharded."""
         weights = weights_state(state.chunks, self.parallel)
         content: dict[str, Any] = dict(weights)
-        progress = Progress(
+        progress = RunProgress(
             step=step,
             layout=self.parallel.describe(),
             train_iters=self.plan.train_iters,

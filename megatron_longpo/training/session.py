@@ -30,6 +30,8 @@ class Session:
     def __init__(self, plan: RunPlan, parallel: Parallel, data: RunData) -> None:
         self.plan, self.parallel, self.data = plan, parallel, data
         self.chunks = build_model(plan.shape, plan.config, parallel)
+        attention = self.chunks[0].attention
+        log(f"attention: {attention.kernels.name} ({attention.reason})", active=parallel.rank == 0)
         self.runner = BatchRunner(plan, parallel)
         self.reference = make_reference(plan, self.chunks, parallel)
         self.held_out = HeldOut(

@@ -1,4 +1,4 @@
-"""Layouts by mine and by property: every row is found again, every loss counted once a row."""
+"""Layouts by hand and by property: every row is found again, and every loss is counted once per row."""
 
 from __future__ import annotations
 

@@ -130,7 +130,7 @@ def test_another_run_is_refused_before_anything_long(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(checkpointer_module, "on_rank0", lambda action: action())
     monkeypatch.setattr(checkpointer_module, "latest_step", lambda _: 3)
     before = checkpointer_module.run_identity(_plan(tmp_path), "weights")
-    progress = checkpointer_module.Progress(step=3, layout="", train_iters=10, identity=before)
+    progress = checkpointer_module.RunProgress(step=3, layout="", train_iters=10, identity=before)
     monkeypatch.setattr(checkpointer_module, "read_progress", lambda _: progress)
     assert Checkpointer(_plan(tmp_path), _ONE, reference_weights="weights").resume_step == 3
     with pytest.raises(CheckpointError, match=r"has beta=0\.1, but now it is 0\.2; use the same value"):

@@ -1,4 +1,4 @@
-"""Schedules, RMSProp, dealing of short rows, reporting and the platform's refusals, by mine."""
+"""Schedules, RMSProp, assignment of short rows, reporting and the platform's refusals, by hand."""
 
 from __future__ import annotations
 

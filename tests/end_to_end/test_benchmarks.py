@@ -22,6 +22,7 @@ def test_our_step_and_the_authors_have_the_same_loss(tmp_path: Path) -> None:
     (row,) = json.loads((tmp_path / "bench.json").read_text())["results"]
     assert row["ours"]["loss"] == pytest.approx(row["authors"]["loss"], rel=1e-5)
     assert row["ours"]["peak_gb"] > 0 and row["authors"]["seconds"] > 0
+    assert all(row["ours"]["parts"][part] > 0 for part in ("attention", "log-probs", "linear layers", "optimizer"))
     # Counted by hand: 95 places of the chosen row and 12 of the rejected answer; 4 layers of 48 x (2 x 48 + 2 x 24 + 3 x 96)
     # weights.
     weights = 48 * (2 * 48 + 2 * 24 + 3 * 96)

@@ -20,9 +20,11 @@ from megatron_longpo.command_line import ConfigOptions, parse_with_config
 from megatron_longpo.config import Config, check, from_dict, from_yaml
 from megatron_longpo.data.indexed import Manifest, path_of, read_manifest
 from megatron_longpo.errors import CheckpointError, ConfigError, DataError
+from megatron_longpo.evaluation.settings import EvaluationConfig
 from megatron_longpo.generation.settings import GenerationConfig
 from megatron_longpo.model.shape import ModelShape
 from megatron_longpo.schema import Count, Range, check_ranges, convert_fields
+from tests.support.launch import ROOT
 
 
 @pytest.mark.parametrize(
@@ -255,3 +257,33 @@ def test_a_damaged_shape_is_refused(tmp_path: Path, change: dict[str, Any], mess
     with pytest.raises(CheckpointError) as refused:
         ModelShape.read(tmp_path)
     assert message in str(refused.value) and str(refused.value).endswith("convert the model again")
+
+
+# --------------------------------------------------------------------------------------------------
+# Release 0.1
+# --------------------------------------------------------------------------------------------------
+
+# Printed by release 0.1.0 with --print-config: every option at its default, and every option at another value.
+OLD_FILES = ROOT / "tests" / "support" / "configurations_0_1"
+ROOTS = {"train": Config, "generate": GenerationConfig, "evaluate": EvaluationConfig}
+
+
+@pytest.mark.parametrize("name", ROOTS)
+def test_files_and_flags_of_release_0_1_mean_the_same(name: str) -> None:
+    root = ROOTS[name]
+    path = OLD_FILES / f"{name}.yaml"
+    old = yaml.safe_load(path.read_text(encoding="utf-8"))
+    config = from_yaml(path, root)
+    new = config.as_dict()
+    assert {section: {key: new[section][key] for key in keys} for section, keys in old.items()} == old
+    arguments = []
+    for keys in old.values():
+        for key, value in keys.items():
+            arguments += flags_of(key, tuple(value) if isinstance(value, list) else value)
+    _, of_flags = parse_with_config(root, arguments, prog="p", description="", options=ConfigOptions, quiet=True)
+    assert of_flags == config
+
+
+@pytest.mark.parametrize("name", ROOTS)
+def test_defaults_are_those_of_release_0_1(name: str) -> None:
+    assert from_yaml(OLD_FILES / f"{name}_defaults.yaml", ROOTS[name]) == ROOTS[name]()

@@ -547,7 +547,7 @@ def _run(stages: dict[str, Stage], name: str, engine: Engine, work: Callable[[li
         batches = _batched(rows, engine.groups_at_once, skip=stage.records)
     else:
         batches = _undone(_document_batches(rows, engine.document_batch), stage)
-    # Before the stage is opened and counted: lines of an incomplete batch are dropped on the way to the first one.
+    # Taken before the stage is opened and counted, because it drops the lines of an incomplete batch.
     first = list(itertools.islice(batches, 1))
     with stage, Progress(name, total, done=stage.records) as progress:
         for batch in itertools.chain(first, batches):
@@ -572,7 +572,7 @@ def _document_batches(rows: Iterable[tuple[Line, ...]], size: int) -> Iterator[l
 
 
 def _undone(batches: Iterator[list[Any]], stage: Stage) -> Iterator[list[Any]]:
-    """Batches whose lines are not all in the stage; lines of an incomplete batch are dropped, and made again."""
+    """Batches whose lines are not all in the stage; the lines of an incomplete batch are dropped first."""
     done = 0
     for batch in batches:
         if done + len(batch) <= stage.records:

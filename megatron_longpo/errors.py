@@ -21,3 +21,8 @@ class CheckpointError(LongPOError):
 
 class PlatformError(LongPOError):
     """The machine, or a library on it, cannot do what is asked of it."""
+
+
+def one_line(message: object, characters: int = 300) -> str:
+    """A library's message on one line, shortened, to stand within ours."""
+    return " ".join(str(message).split())[:characters]

@@ -43,7 +43,7 @@ from torch.distributed.checkpoint.planner import (
     WriteItemType,
 )
 
-from megatron_longpo.errors import CheckpointError
+from megatron_longpo.errors import CheckpointError, one_line
 
 
 def _bytes(shape: Sequence[int], dtype: torch.dtype) -> int:
@@ -359,9 +359,8 @@ class DistributedReader:
                 raise ValueError(f"{list(tensor.shape)} instead of {list(chunk.sizes)}")
             return tensor
         except Exception as error:
-            detail = " ".join(str(error).split())[:300]
             raise CheckpointError(
-                f"{self.folder}: {key} cannot be read ({detail}); the checkpoint is damaged"
+                f"{self.folder}: {key} cannot be read ({one_line(error)}); the checkpoint is damaged"
             ) from None
 
 
@@ -472,13 +471,12 @@ class HuggingFaceWeights:
                 ) from None
             except pickle.UnpicklingError as error:
                 raise CheckpointError(
-                    f"{path}: holds more than weights, and is not opened ({' '.join(str(error).split())[:200]}); save the model "
+                    f"{path}: holds more than weights, and is not opened ({one_line(error)}); save the model "
                     "with safe_serialization"
                 ) from None
             except (RuntimeError, OSError, ValueError, EOFError) as error:
-                detail = " ".join(str(error).split())[:200]
                 raise CheckpointError(
-                    f"{path}: cannot be read ({detail}); it is truncated or damaged, or of a torch before 1.6: download it "
+                    f"{path}: cannot be read ({one_line(error)}); it is truncated or damaged, or of a torch before 1.6: download it "
                     "again, or save it again with safe_serialization"
                 ) from None
             if not isinstance(content, dict) or not all(isinstance(v, Tensor) for v in content.values()):

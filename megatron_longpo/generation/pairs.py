@@ -43,6 +43,8 @@ from megatron_longpo.text.documents import MOST_BROKEN, RawDocument, find_files,
 
 # Characters of a text that are kept to show why something was skipped.
 DETAIL_CHARACTERS = 300
+# Half a hash keeps the set of documents seen small.
+_DUPLICATE_KEY_BYTES = 16
 # Documents queued per worker: enough to keep it busy, few enough to keep memory flat.
 _DOCUMENTS_PER_WORKER = 4
 
@@ -160,8 +162,7 @@ def _own_documents(
     ):
         error = raw.error
         if error is None:
-            # Half a hash keeps the set small.
-            key = hashlib.sha256(raw.text.encode("utf-8", errors="surrogatepass")).digest()[:16]
+            key = hashlib.sha256(raw.text.encode("utf-8", errors="surrogatepass")).digest()[:_DUPLICATE_KEY_BYTES]
             if key in seen and raw.text.strip():
                 error = "duplicate"
             seen.add(key)

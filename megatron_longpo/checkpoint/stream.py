@@ -476,8 +476,8 @@ class HuggingFaceWeights:
                 ) from None
             except (RuntimeError, OSError, ValueError, EOFError) as error:
                 raise CheckpointError(
-                    f"{path}: cannot be read ({one_line(error)}); it is truncated or damaged, or of a torch before 1.6: download it "
-                    "again, or save it again with safe_serialization"
+                    f"{path}: cannot be read ({one_line(error)}); it is truncated or damaged, or of a torch before 1.6: "
+                    "download it again, or save it again with safe_serialization"
                 ) from None
             if not isinstance(content, dict) or not all(isinstance(v, Tensor) for v in content.values()):
                 raise CheckpointError(f"{path}: is not a state dict of tensors; save the model with save_pretrained")

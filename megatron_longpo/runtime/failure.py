@@ -71,7 +71,8 @@ def run_or_fail(action: Callable[[], None]) -> None:
             text = str(error)
             if _is_lost_peer(text):
                 print(
-                    f"error: rank {rank} lost a peer process ({one_line(text)}); the launcher's report names the process that died",
+                    f"error: rank {rank} lost a peer process ({one_line(text)}); the launcher's report names the process "
+                    "that died",
                     file=sys.stderr,
                 )
             else:

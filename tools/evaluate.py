@@ -113,7 +113,7 @@ def check_preferences(config: EvaluationConfig, share: Share) -> None:
     Raises:
         ConfigError, DataError, CheckpointError: the first thing that does not fit.
     """
-    from megatron_longpo.conversion.convert import read_hf_config
+    from megatron_longpo.checkpoint.huggingface import read_hf_config
 
     p = config.preference
     assert config.engine.model is not None and p.pairs is not None
@@ -158,7 +158,7 @@ def evaluate_preferences(config: EvaluationConfig, share: Share, results: Result
     import torch.distributed as dist
 
     from megatron_longpo.config import from_dict
-    from megatron_longpo.conversion.convert import import_hf
+    from megatron_longpo.conversion.import_hf import import_hf
     from megatron_longpo.runtime.collectives import on_rank0
     from megatron_longpo.runtime.process_groups import start_processes, stop_processes
     from megatron_longpo.training import held_out
@@ -234,7 +234,7 @@ def computes_in_bf16(model: Path, dtype: str) -> bool:
     """What the trainer computes in: fp32 where that is asked for or stored, else bf16."""
     if dtype != "auto":
         return dtype != "float32"
-    from megatron_longpo.conversion.convert import read_hf_config
+    from megatron_longpo.checkpoint.huggingface import read_hf_config
 
     config = read_hf_config(model)
     return str(config.get("dtype", config.get("torch_dtype"))) != "float32"

@@ -18,8 +18,7 @@ from megatron_longpo.errors import CheckpointError
 from megatron_longpo.schema import Count, check_ranges
 
 if TYPE_CHECKING:
-    from megatron_longpo.conversion.convert import Changes, Conversion
-    from megatron_longpo.model.shape import ModelShape
+    from megatron_longpo.conversion.changes import Changes, Conversion
     from megatron_longpo.runtime.progress import Progress
 
 Folder = Annotated[str, tyro.conf.arg(metavar="DIR")]
@@ -152,7 +151,7 @@ def import_(arguments: Sequence[str], *, prog: str) -> None:
     processes share the work."""
     options = _parse(ImportOptions, arguments, prog, import_)
     # Not before the flags are read: it imports torch and megatron-core.
-    from megatron_longpo.conversion.convert import import_hf
+    from megatron_longpo.conversion.import_hf import import_hf
 
     with _processes() as first:
         with _progress("import", first) as progress:
@@ -162,7 +161,7 @@ def import_(arguments: Sequence[str], *, prog: str) -> None:
                 changes=_changes(options.changes),
                 dtype=options.dtype,
                 name=options.name,
-                progress=lambda more, total: progress.add(more, total=total),
+                progress=progress.add,
             )
         _report(progress, result, options.output)
 
@@ -172,11 +171,11 @@ def export(arguments: Sequence[str], *, prog: str) -> None:
     torchrun, the processes share the work."""
     options = _parse(ExportOptions, arguments, prog, export)
     options.comparison.check()
-    from megatron_longpo.conversion.convert import export_hf
+    from megatron_longpo.conversion.export_hf import export_hf
 
     with _processes() as first:
 
-        def check(checkpoint: Path, written: Path, _shape: ModelShape) -> None:
+        def check(checkpoint: Path, written: Path) -> None:
             progress.stop()
             if options.verify:
                 _verify(checkpoint, written, options.changes, options.comparison)
@@ -189,7 +188,7 @@ def export(arguments: Sequence[str], *, prog: str) -> None:
                 dtype=options.dtype,
                 max_shard_bytes=options.max_shard_size,
                 check=check,
-                progress=lambda more, total: progress.add(more, total=total),
+                progress=progress.add,
             )
         _report(progress, result, options.output)
 
@@ -237,7 +236,7 @@ def _report(progress: Progress, result: Conversion, output: str) -> None:
 
 
 def _changes(options: RopeChanges) -> Changes:
-    from megatron_longpo.conversion.convert import Changes
+    from megatron_longpo.conversion.changes import Changes
 
     return Changes(
         rotary_base=options.rotary_base,

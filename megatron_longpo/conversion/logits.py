@@ -1,13 +1,15 @@
-"""Whether a checkpoint and a Hugging Face folder compute the same: both models run side by side, layer by layer.
+"""Comparison of logits: a checkpoint and a Hugging Face folder are run side by side, layer by layer.
 
-Weights are loaded when their layer's turn comes and dropped after it, so that neither model is ever held whole.
+Weights are loaded before their layer runs and dropped after it, so that neither model is ever held as a whole.
 """
 
 from __future__ import annotations
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,20 +17,27 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_longpo.checkpoint.distributed import DistributedReader
 from megatron_longpo.checkpoint.folders import resolve
-from megatron_longpo.checkpoint.stream import DistributedReader, HuggingFaceWeights
+from megatron_longpo.checkpoint.huggingface import HuggingFaceWeights
 from megatron_longpo.config import Config
-from megatron_longpo.conversion.convert import Changes, layer_weights, read_hf_config, sides
+from megatron_longpo.conversion.changes import Changes
+from megatron_longpo.conversion.comparison import Sides
+from megatron_longpo.conversion.fused import layer_weights
 from megatron_longpo.data.sequence import KeyBlock, QuerySpan
 from megatron_longpo.errors import CheckpointError
 from megatron_longpo.model import gpt
 from megatron_longpo.model.attention import AttentionPlan
 from megatron_longpo.model.families import FAMILIES, config_for_export, shape_from_hf
 from megatron_longpo.model.rotary import rotary_of
-from megatron_longpo.model.shape import ModelShape
 from megatron_longpo.runtime import platform, process_groups
 from megatron_longpo.runtime.collectives import all_gather_objects, raise_on_all_ranks, rank
 from megatron_longpo.runtime.process_groups import Parallel
+from megatron_longpo.runtime.progress import OnProgress, ignore_progress
+
+_TIMEOUT_MINUTES = 60
+# Only rounding differs between the two models in fp32.
+BOUND = 1e-4
 
 
 @dataclass(frozen=True)
@@ -36,11 +45,11 @@ class Agreement:
     """How far two models are apart.
 
     Attributes:
-        places: what was compared in turn: ``layer 0`` ... and ``logits``.
-        distances: largest difference at each, as a part of the largest value there.
-        bound: what the distance of logits may be.
-        tokens: of the rows that were run.
-        same_choice: share of places whose most likely next token is the same.
+        places: names of what was compared, in order: ``layer 0`` ... and ``logits``.
+        distances: largest difference at each, relative to the largest value there.
+        bound: largest distance allowed for the logits.
+        tokens: number of tokens in the rows that were run.
+        same_choice: fraction of the positions where both models have the same most likely next token.
     """
 
     places: list[str]
@@ -55,7 +64,8 @@ class Agreement:
 
     @property
     def first_beyond(self) -> str | None:
-        """First place whose distance is beyond the bound."""
+        """First place whose distance exceeds the bound."""
+        # A NaN distance exceeds it too.
         return next((p for p, d in zip(self.places, self.distances, strict=True) if not d <= self.bound), None)
 
 
@@ -66,222 +76,242 @@ def compare_logits(
     *,
     changes: Changes = Changes(),  # noqa: B008 - frozen
     first_position: int = 0,
-    bound: float = 1e-4,
+    bound: float = BOUND,
     whole: bool = False,
-    progress: Callable[[int, int], None] = lambda *_: None,
+    progress: OnProgress = ignore_progress,
 ) -> Agreement:
-    """Run both models in fp32 on rows of tokens and compare what comes out of every layer, and the logits.
+    """Run both models in fp32 on rows of tokens; compare the output of every layer, and the logits.
 
-    Collective: the first process computes, all get the result.
+    Collective: the first process computes, and all get the result.
 
     Args:
-        checkpoint, hf: as for ``convert.compare``.
+        checkpoint, hf: as for ``comparison.compare``.
         rows: token ids.
-        changes: as for ``convert.compare``.
-        first_position: of each row's first token; beyond the model's context, to try its RoPE there.
-        bound: of the logits' largest difference, as a part of the largest logit.
-        whole: keep weights that were loaded, and so both models, in memory.
-        progress: called with layers done and in all.
+        changes: as for ``comparison.compare``.
+        first_position: position of each row's first token; beyond the model's context it tests its RoPE there.
+        bound: largest difference allowed between the logits, relative to the largest logit.
+        whole: keep loaded weights, and so both models, in memory.
+        progress: called with the layers run since the last call, and the total.
 
     Raises:
         CheckpointError: a side lacks a tensor, or a token is not in the vocabulary.
     """
-    process_groups.start_processes(60)
+    process_groups.start_processes(_TIMEOUT_MINUTES)
     parallel = process_groups.set_up()
-    found: Agreement | None = None
+    agreement: Agreement | None = None
     with raise_on_all_ranks(Path(hf)):
         if rank() == 0:
-            found = _compare(
-                Path(hf), resolve(checkpoint), rows, changes, first_position, bound, whole, parallel, progress
+            folder = resolve(checkpoint)
+            sides = Sides.read(folder, Path(hf), changes)
+            _check_rows(rows, sides.ours.vocab_size)
+            reader, source = DistributedReader(folder), HuggingFaceWeights(Path(hf))
+            # Weights that conversion cast are compared as the narrower side has them.
+            narrow = min(
+                (reader.dtype("embedding.word_embeddings.weight"), source.dtype("model.embed_tokens.weight")),
+                key=lambda dtype: dtype.itemsize,
             )
-    (result, *_) = all_gather_objects(found)
+            total = (sides.ours.num_layers + sides.theirs.num_layers) * len(rows)
+            loading = _Loading(dtype=narrow, keep=whole, on_layer=partial(progress, 1, total=total))
+            ours = _OurModel(reader, sides, parallel, loading)
+            theirs = _TheirModel(source, sides, loading)
+            agreement = _run_both(ours, theirs, rows, first_position=first_position, bound=bound)
+    (result, *_) = all_gather_objects(agreement)
     assert result is not None
     return result
 
 
-def _compare(
-    hf: Path,
-    folder: Path,
-    rows: Sequence[Sequence[int]],
-    changes: Changes,
-    first_position: int,
-    bound: float,
-    whole: bool,
-    parallel: Parallel,
-    progress: Callable[[int, int], None],
-) -> Agreement:
-    config = read_hf_config(hf)
-    shape, theirs = sides(ModelShape.read(folder), shape_from_hf(config, str(hf / "config.json")), changes)
+def _check_rows(rows: Sequence[Sequence[int]], vocab_size: int) -> None:
     for row in rows:
-        if not row or min(row) < 0 or max(row) >= shape.vocab_size:
+        if not row or min(row) < 0 or max(row) >= vocab_size:
             raise CheckpointError(
-                f"a row of {len(row)} tokens to verify with is empty or goes beyond the vocabulary of {shape.vocab_size}; "
+                f"a row of {len(row)} tokens to compare logits on is empty or has an id beyond the vocabulary of {vocab_size}; "
                 "give ids of the model's tokenizer"
             )
-    # Weights that were cast on the way are compared as the narrower side has them.
-    reader, source = DistributedReader(folder), HuggingFaceWeights(hf)
-    narrow = min(
-        (reader.dtype("embedding.word_embeddings.weight"), source.dtype("model.embed_tokens.weight")),
-        key=lambda d: d.itemsize,
-    )
-    steps = (shape.num_layers + theirs.num_layers) * len(rows)
-    done = 0
 
-    def one_more() -> None:
-        nonlocal done
-        done += 1
-        progress(done, steps)
 
-    ours_out, theirs_out = _Layers(one_more), _Layers(one_more)
-    ours = _ours(reader, shape, narrow, whole, ours_out, parallel)
-    other = _theirs(hf, source, config, theirs, narrow, whole, theirs_out)
+def _run_both(
+    ours: _OurModel, theirs: _TheirModel, rows: Sequence[Sequence[int]], *, first_position: int, bound: float
+) -> Agreement:
     distances: dict[str, float] = {}
-    same, places = 0, 0
+    same = tokens = 0
     for row in rows:
         with torch.no_grad():
-            a, b = ours(row, first_position), other(row, first_position)
+            a, b = ours.logits(row, first_position), theirs.logits(row, first_position)
         same += int((a.argmax(-1) == b.argmax(-1)).sum())
-        places += len(row)
-        pairs = [
-            (f"layer {i}", x, y) for i, (x, y) in enumerate(zip(ours_out.taken(), theirs_out.taken(), strict=True))
-        ]
-        for name, x, y in [*pairs, ("logits", a, b)]:
-            distance = float((x - y).abs().max() / y.abs().max().clamp_min(1e-30))
-            distances[name] = max(distances.get(name, 0.0), float("inf") if distance != distance else distance)
-    return Agreement(list(distances), list(distances.values()), bound, places, same / places)
+        tokens += len(row)
+        layers = zip(ours.take_outputs(), theirs.take_outputs(), strict=True)
+        for name, x, y in [*((f"layer {i}", x, y) for i, (x, y) in enumerate(layers)), ("logits", a, b)]:
+            distance = float((x - y).abs().max() / y.abs().max().clamp_min(torch.finfo(y.dtype).tiny))
+            distances[name] = max(distances.get(name, 0.0), float("inf") if np.isnan(distance) else distance)
+    return Agreement(
+        places=list(distances),
+        distances=list(distances.values()),
+        bound=bound,
+        tokens=tokens,
+        same_choice=same / tokens,
+    )
 
 
-class _Layers:
-    """Outputs of the layers, in order."""
+@dataclass(frozen=True)
+class _Loading:
+    """How the weights of both models are loaded.
 
-    def __init__(self, one_more: Callable[[], None]) -> None:
+    Attributes:
+        dtype: dtype that weights are rounded to before they are used in fp32.
+        keep: keep weights after their module has run.
+        on_layer: called after each layer.
+    """
+
+    dtype: torch.dtype
+    keep: bool
+    on_layer: Callable[[], object]
+
+
+class _LazyModel(ABC):
+    """A model in fp32 that is built without weights; they are loaded when they are needed."""
+
+    def __init__(self, loading: _Loading) -> None:
+        self._loading = loading
         self._outputs: list[Tensor] = []
-        self._one_more = one_more
 
-    def hook(self, _module: torch.nn.Module, _inputs: Any, output: Any) -> None:
-        hidden = output[0] if isinstance(output, tuple) else output
-        self._outputs.append(hidden.detach().reshape(-1, hidden.shape[-1]).float())
-        self._one_more()
+    @abstractmethod
+    def logits(self, row: Sequence[int], first_position: int) -> Tensor:
+        """Logits [tokens, vocabulary] of a row of tokens, on the CPU."""
 
-    def taken(self) -> list[Tensor]:
+    def take_outputs(self) -> list[Tensor]:
+        """Outputs [tokens, hidden size] of the layers since the last call, in order."""
         outputs, self._outputs = self._outputs, []
         return outputs
 
+    def _watch(self, layer: torch.nn.Module) -> None:
+        """Record the outputs of a layer."""
 
-def _load_lazily(module: torch.nn.Module, load: Callable[[], Iterator[tuple[str, Tensor]]], whole: bool) -> None:
-    """A module's weights, loaded before it runs and dropped after it. ``load`` gives names within the module."""
-    empty = dict(module.named_parameters())
-    present = [False]
+        def hook(_module: torch.nn.Module, _inputs: Any, output: Any) -> None:
+            hidden = output[0] if isinstance(output, tuple) else output
+            self._outputs.append(hidden.detach().reshape(-1, hidden.shape[-1]).float())
+            self._loading.on_layer()
 
-    def before(*_: Any) -> None:
-        if not present[0]:
+        layer.register_forward_hook(hook)
+
+    def _load_lazily(self, module: torch.nn.Module, load: Callable[[], Iterator[tuple[str, Tensor]]]) -> None:
+        """Load a module's weights before it runs, and drop them after it.
+
+        Args:
+            module: a module with empty weights (on the meta device).
+            load: function that yields its weights, by their names within the module.
+        """
+        empty = dict(module.named_parameters())
+        is_loaded = False
+
+        def before(*_: Any) -> None:
+            nonlocal is_loaded
+            if is_loaded:
+                return
             for name, value in load():
-                _set_param(module, name, value.to(platform.CURRENT.device))
-            left = [n for n, p in module.named_parameters() if p.is_meta]
-            assert not left, f"weights that no table names: {left}"
-            present[0] = True
+                value = value.to(self._loading.dtype).float().to(platform.CURRENT.device)
+                _set_param(module, name, torch.nn.Parameter(value, requires_grad=False))
+            left = [name for name, parameter in module.named_parameters() if parameter.is_meta]
+            assert not left, f"weights that are in no table: {left}"
+            is_loaded = True
 
-    def after(*_: Any) -> None:
-        if not whole:
-            for name, parameter in empty.items():
-                _set_param(module, name, parameter)
-            present[0] = False
+        def after(*_: Any) -> None:
+            nonlocal is_loaded
+            if not self._loading.keep:
+                for name, parameter in empty.items():
+                    _set_param(module, name, parameter)
+                is_loaded = False
 
-    module.register_forward_pre_hook(before)
-    module.register_forward_hook(after)
+        module.register_forward_pre_hook(before)
+        module.register_forward_hook(after)
 
 
-def _set_param(module: torch.nn.Module, name: str, value: Tensor) -> None:
+def _set_param(module: torch.nn.Module, name: str, parameter: torch.nn.Parameter) -> None:
     *path, last = name.split(".")
     for part in path:
         module = getattr(module, part)
-    parameter = value if isinstance(value, torch.nn.Parameter) else torch.nn.Parameter(value, requires_grad=False)
     module._parameters[last] = parameter
 
 
-def _ours(
-    reader: DistributedReader, shape: ModelShape, narrow: torch.dtype, whole: bool, layers: _Layers, parallel: Parallel
-) -> Callable[[Sequence[int], int], Tensor]:
-    """The model of training, without any model parallelism, from tokens to logits."""
-    with torch.device("meta"):
-        (model,) = gpt.build_model(shape, Config(), parallel, reference_layers=True)
-    model.eval()
+class _OurModel(_LazyModel):
+    """The model of training, without any model parallelism."""
 
-    def values(layer: int | None, prefix: str) -> Iterator[tuple[str, Tensor]]:
-        for name, value in layer_weights(reader, shape, layer, prefix):
-            yield name.removeprefix(prefix), value.to(narrow).float()
+    def __init__(self, reader: DistributedReader, sides: Sides, parallel: Parallel, loading: _Loading) -> None:
+        super().__init__(loading)
+        self._reader, self._shape = reader, sides.ours
+        with torch.device("meta"):
+            (self._model,) = gpt.build_model(self._shape, Config(), parallel, reference_layers=True)
+        self._model.eval()
+        self._rotary = rotary_of(self._shape, self._shape.rotary_base)
+        decoder = self._model.decoder
+        self._load_lazily(self._model.embedding, partial(self._weights, None, "embedding."))
+        for number, layer in enumerate(decoder.layers):
+            self._load_lazily(layer, partial(self._weights, number, f"decoder.layers.{number}."))
+            self._watch(layer)
+        self._load_lazily(decoder.final_layernorm, partial(self._weights, None, "decoder.final_layernorm."))
 
-    _load_lazily(model.embedding, lambda: values(None, "embedding."), whole)
-    for number, layer in enumerate(model.decoder.layers):
-        _load_lazily(layer, lambda n=number: values(n, f"decoder.layers.{n}."), whole)  # type: ignore[misc]
-        layer.register_forward_hook(layers.hook)
-    _load_lazily(model.decoder.final_layernorm, lambda: values(None, "decoder.final_layernorm."), whole)
-    rotary = rotary_of(shape, shape.rotary_base)
-    output = "output_layer." if shape.untie_embeddings_and_output_weights else "embedding.word_embeddings."
+    def _weights(self, layer: int | None, prefix: str) -> Iterator[tuple[str, Tensor]]:
+        for name, value in layer_weights(self._reader, self._shape, layer, prefix):
+            yield name.removeprefix(prefix), value
 
-    def run(row: Sequence[int], first: int) -> Tensor:
-        n = len(row)
+    def logits(self, row: Sequence[int], first_position: int) -> Tensor:
+        n, device = len(row), platform.CURRENT.device
+        positions = torch.arange(first_position, first_position + n, device=device)
+        spans = (QuerySpan(0, n, (KeyBlock(0, n, True),)),)
+        plan = AttentionPlan.make(spans, None, window=self._shape.window_size, positions_S=np.arange(n))
+        hidden = self._model.hidden_states(torch.tensor([row], device=device), positions[None], plan, self._rotary)
+        is_untied = self._shape.untie_embeddings_and_output_weights
+        prefix = "output_layer." if is_untied else "embedding.word_embeddings."
+        ((_, weight),) = self._weights(None, prefix)
+        return hidden[:, 0].cpu() @ weight.to(self._loading.dtype).float().t()
+
+
+class _TheirModel(_LazyModel):
+    """transformers' model."""
+
+    def __init__(self, source: HuggingFaceWeights, sides: Sides, loading: _Loading) -> None:
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        super().__init__(loading)
+        self._source = source
+        path = str(source.folder / "config.json")
+        content, shape = sides.config, sides.theirs
+        if shape_from_hf(content, path) != shape:
+            content = config_for_export(content, shape, "float32", path)
+        kind = content.get("model_type") or FAMILIES[shape.family].model_type
+        # A deep copy, because transformers changes nested values.
+        config = AutoConfig.for_model(**{**json.loads(json.dumps(content)), "model_type": kind})
+        with torch.device("meta"):
+            self._model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32)
+        self._model.eval()
+        base = self._model.model
+        # Its buffers are computed from the configuration, so they must not stay on the meta device.
+        base.rotary_emb = type(base.rotary_emb)(config=self._model.config).to(platform.CURRENT.device)
+        self._load_from_source(base.embed_tokens, "model.embed_tokens.")
+        for number, layer in enumerate(base.layers):
+            self._load_from_source(layer, f"model.layers.{number}.")
+            self._watch(layer)
+        self._load_from_source(base.norm, "model.norm.")
+        self._load_from_source(self._model.lm_head, "lm_head.")
+
+    def _load_from_source(self, module: torch.nn.Module, prefix: str) -> None:
+        names = [name for name, _ in module.named_parameters()]
+        self._load_lazily(module, partial(self._weights, names, prefix))
+
+    def _weights(self, names: Sequence[str], prefix: str) -> Iterator[tuple[str, Tensor]]:
+        for name in names:
+            stored = prefix + name
+            if stored == "lm_head.weight" and stored not in self._source.names():
+                # Tied.
+                stored = "model.embed_tokens.weight"
+            if stored not in self._source.names():
+                raise CheckpointError(
+                    f"{self._source.folder}: lacks {stored}, which transformers' model has; download the model again"
+                )
+            yield name, self._source.read(stored)
+
+    def logits(self, row: Sequence[int], first_position: int) -> Tensor:
         device = platform.CURRENT.device
-        positions = torch.arange(first, first + n, device=device)
-        groups = (QuerySpan(0, n, (KeyBlock(0, n, True),)),)
-        plan = AttentionPlan.make(groups, None, window=shape.window_size, positions_S=np.arange(n))
-        hidden = model.hidden_states(torch.tensor([row], device=device), positions[None], plan, rotary)
-        (weight,) = [value for _, value in values(None, output)]
-        return hidden[:, 0].cpu() @ weight.t()
-
-    return run
-
-
-def _theirs(
-    hf: Path,
-    source: HuggingFaceWeights,
-    content: dict[str, Any],
-    shape: ModelShape,
-    narrow: torch.dtype,
-    whole: bool,
-    layers: _Layers,
-) -> Callable[[Sequence[int], int], Tensor]:
-    """transformers' model, from tokens to logits."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    path = str(hf / "config.json")
-    if shape_from_hf(content, path) != shape:
-        content = config_for_export(content, shape, "float32", path)
-    kind = content.get("model_type") or FAMILIES[shape.family].model_type
-    config = AutoConfig.for_model(**{**json.loads(json.dumps(content)), "model_type": kind})
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32)
-    model.eval()
-    # Its buffers come from the configuration.
-    model.model.rotary_emb = type(model.model.rotary_emb)(config=model.config).to(platform.CURRENT.device)
-
-    def load_from_source(module: torch.nn.Module, prefix: str) -> None:
-        def load() -> Iterator[tuple[str, Tensor]]:
-            for name, _ in list(module.named_parameters()):
-                stored = prefix + name
-                if stored not in source.names():
-                    stored = {"lm_head.weight": "model.embed_tokens.weight"}.get(stored, stored)
-                if stored not in source.names():
-                    raise CheckpointError(
-                        f"{hf}: lacks {stored}, which transformers' model has; download the model again"
-                    )
-                yield name, source.read(stored).to(narrow).float()
-
-        _load_lazily(module, load, whole)
-
-    load_from_source(model.model.embed_tokens, "model.embed_tokens.")
-    for number, layer in enumerate(model.model.layers):
-        load_from_source(layer, f"model.layers.{number}.")
-        layer.register_forward_hook(layers.hook)
-    load_from_source(model.model.norm, "model.norm.")
-    load_from_source(model.lm_head, "lm_head.")
-
-    def run(row: Sequence[int], first: int) -> Tensor:
-        device = platform.CURRENT.device
-        positions = torch.arange(first, first + len(row), device=device)[None]
-        logits: Tensor = model(
-            input_ids=torch.tensor([row], device=device), position_ids=positions, use_cache=False
-        ).logits
-        return logits[0].cpu()
-
-    return run
+        positions = torch.arange(first_position, first_position + len(row), device=device)[None]
+        output = self._model(input_ids=torch.tensor([row], device=device), position_ids=positions, use_cache=False)
+        logits: Tensor = output.logits[0].cpu()
+        return logits

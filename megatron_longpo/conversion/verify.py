@@ -12,8 +12,9 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_longpo.checkpoint.folders import ASSETS, resolve
-from megatron_longpo.conversion.convert import Changes, Comparison, compare
-from megatron_longpo.conversion.logits import Agreement, compare_logits
+from megatron_longpo.conversion.changes import Changes
+from megatron_longpo.conversion.comparison import Comparison, compare
+from megatron_longpo.conversion.logits import BOUND, Agreement, compare_logits
 from megatron_longpo.errors import CheckpointError
 from megatron_longpo.model.shape import ModelShape
 from megatron_longpo.runtime.collectives import rank
@@ -41,7 +42,7 @@ class LogitsCheck:
     rows: int = 1
     seed: int = 0
     first_position: int = 0
-    bound: float = 1e-4
+    bound: float = BOUND
     whole: bool = False
 
     def token_rows(self, checkpoint: Path) -> list[list[int]]:
@@ -86,7 +87,7 @@ def verify(
     """
     first = rank() == 0
     with Progress("verify", unit="bytes", active=first, shared=True, last_line=False) as progress:
-        found = compare(checkpoint, hf, changes=changes, progress=lambda more, total: progress.add(more, total=total))
+        found = compare(checkpoint, hf, changes=changes, progress=progress.add)
     log(
         f"verify: {found.tensors} tensors, {found.bytes / 1e9:.2f} GB compared bit by bit in {progress.seconds:.2f} s: "
         + ("equal" if found.is_equal else f"{len(found.differences)} differ"),
@@ -119,7 +120,7 @@ def _compare_logits(checkpoint: Path, hf: Path, changes: Changes, logits: Logits
             first_position=logits.first_position,
             bound=logits.bound,
             whole=logits.whole,
-            progress=lambda done, total: progress.add(done - progress.done, total=total),
+            progress=progress.add,
         )
     log(
         f"verify: logits of {agreement.tokens} tokens differ by at most {agreement.distances[-1]:.1e} of the largest one "

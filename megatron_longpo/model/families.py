@@ -1,45 +1,14 @@
-"""Model families: declarative tables from Hugging Face names to Megatron's. One table serves both directions.
-
-Megatron stacks the layers of a model under one key (``decoder.layers.mlp.linear_fc2.weight`` is [layers, ...]), fuses query,
-key and value per key-value group, and concatenates the gate and up projections.
-
-Shape legend: H = hidden size, D = head size, Q/K = query/key-value heads, F = MLP width.
-"""
+"""Model families: tables from Hugging Face names to Megatron's, and what config.json means and must say."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
-
-import torch
-from torch import Tensor
+from typing import Any
 
 from megatron_longpo.errors import CheckpointError
+from megatron_longpo.model.entries import QKV, Entry, GateUp, Plain
 from megatron_longpo.model.rotary import SCALING_KEYS, check_scaling
 from megatron_longpo.model.shape import ModelShape
-
-Kind = Literal["plain", "qkv", "gate_up"]
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One Megatron tensor and the Hugging Face tensors that it is made of.
-
-    Attributes:
-        ours: key in the distributed checkpoint.
-        theirs: Hugging Face names; ``{layer}`` stands for the layer number.
-        kind: how the Hugging Face tensors are combined.
-        stacked: whether ``ours`` has a leading layer dimension.
-    """
-
-    ours: str
-    theirs: tuple[str, ...]
-    kind: Kind = "plain"
-
-    @property
-    def stacked(self) -> bool:
-        return "{layer}" in self.theirs[0]
 
 
 @dataclass(frozen=True)
@@ -70,40 +39,50 @@ class Family:
     understood: tuple[tuple[str, tuple[Any, ...]], ...] = ()
 
 
-_L = "model.layers.{layer}."
 _ATTENTION = (
-    Entry("embedding.word_embeddings.weight", ("model.embed_tokens.weight",)),
-    Entry("decoder.layers.self_attention.linear_qkv.layer_norm_weight", (_L + "input_layernorm.weight",)),
-    Entry(
-        "decoder.layers.self_attention.linear_qkv.weight",
-        (_L + "self_attn.q_proj.weight", _L + "self_attn.k_proj.weight", _L + "self_attn.v_proj.weight"),
-        "qkv",
+    Plain("embedding.word_embeddings.weight", "model.embed_tokens.weight", dims="VH"),
+    Plain(
+        "decoder.layers.self_attention.linear_qkv.layer_norm_weight", "model.layers.*.input_layernorm.weight", dims="H"
     ),
-    Entry("decoder.layers.self_attention.linear_proj.weight", (_L + "self_attn.o_proj.weight",)),
-    Entry("decoder.layers.mlp.linear_fc1.layer_norm_weight", (_L + "post_attention_layernorm.weight",)),
+    QKV(
+        "decoder.layers.self_attention.linear_qkv.weight",
+        q="model.layers.*.self_attn.q_proj.weight",
+        k="model.layers.*.self_attn.k_proj.weight",
+        v="model.layers.*.self_attn.v_proj.weight",
+    ),
+    Plain("decoder.layers.self_attention.linear_proj.weight", "model.layers.*.self_attn.o_proj.weight", dims="HQ"),
+    Plain(
+        "decoder.layers.mlp.linear_fc1.layer_norm_weight", "model.layers.*.post_attention_layernorm.weight", dims="H"
+    ),
 )
 _GATE_AND_UP = (
-    Entry("decoder.layers.mlp.linear_fc1.weight", (_L + "mlp.gate_proj.weight", _L + "mlp.up_proj.weight"), "gate_up"),
+    GateUp(
+        "decoder.layers.mlp.linear_fc1.weight",
+        gate="model.layers.*.mlp.gate_proj.weight",
+        up="model.layers.*.mlp.up_proj.weight",
+    ),
 )
 # Already concatenated, like ours.
-_GATE_UP = (Entry("decoder.layers.mlp.linear_fc1.weight", (_L + "mlp.gate_up_proj.weight",)),)
+_GATE_UP = (Plain("decoder.layers.mlp.linear_fc1.weight", "model.layers.*.mlp.gate_up_proj.weight", dims="GH"),)
 _LAST = (
-    Entry("decoder.layers.mlp.linear_fc2.weight", (_L + "mlp.down_proj.weight",)),
-    Entry("decoder.final_layernorm.weight", ("model.norm.weight",)),
+    Plain("decoder.layers.mlp.linear_fc2.weight", "model.layers.*.mlp.down_proj.weight", dims="HF"),
+    Plain("decoder.final_layernorm.weight", "model.norm.weight", dims="H"),
 )
 _COMMON = _ATTENTION + _GATE_AND_UP + _LAST
 _QKV_BIAS = (
-    Entry(
+    QKV(
         "decoder.layers.self_attention.linear_qkv.bias",
-        (_L + "self_attn.q_proj.bias", _L + "self_attn.k_proj.bias", _L + "self_attn.v_proj.bias"),
-        "qkv",
+        q="model.layers.*.self_attn.q_proj.bias",
+        k="model.layers.*.self_attn.k_proj.bias",
+        v="model.layers.*.self_attn.v_proj.bias",
+        columns="",
     ),
 )
 _HEAD_NORMS = (
-    Entry("decoder.layers.self_attention.q_layernorm.weight", (_L + "self_attn.q_norm.weight",)),
-    Entry("decoder.layers.self_attention.k_layernorm.weight", (_L + "self_attn.k_norm.weight",)),
+    Plain("decoder.layers.self_attention.q_layernorm.weight", "model.layers.*.self_attn.q_norm.weight", dims="D"),
+    Plain("decoder.layers.self_attention.k_layernorm.weight", "model.layers.*.self_attn.k_norm.weight", dims="D"),
 )
-_OUTPUT = Entry("output_layer.weight", ("lm_head.weight",))
+_OUTPUT = Plain("output_layer.weight", "lm_head.weight", dims="VH")
 
 FAMILIES: dict[str, Family] = {
     # Llama 2, 3, 3.1 and 3.2, SmolLM2, LWM.
@@ -270,100 +249,3 @@ def _with_rope(config: dict[str, Any], shape: ModelShape, *, with_scaling: bool)
         config["rope_theta"] = shape.rotary_base
     config["max_position_embeddings"] = shape.max_position_embeddings
     return config
-
-
-# --------------------------------------------------------------------------------------------------
-# Tensors
-# --------------------------------------------------------------------------------------------------
-
-
-def their_shapes(entry: Entry, shape: ModelShape) -> list[tuple[int, ...]]:
-    """Shapes of the Hugging Face tensors of an entry, in order."""
-    h, f, d = shape.hidden_size, shape.ffn_hidden_size, shape.kv_channels
-    q, k = shape.num_attention_heads * d, shape.num_query_groups * d
-    if entry.kind == "qkv":
-        rows = (q, k, k)
-        return [(n,) for n in rows] if entry.ours.endswith("bias") else [(n, h) for n in rows]
-    if entry.kind == "gate_up":
-        return [(f, h), (f, h)]
-    name = entry.ours
-    if name.endswith("linear_proj.weight"):
-        return [(h, q)]
-    if name.endswith("linear_fc2.weight"):
-        return [(h, f)]
-    if name.endswith("linear_fc1.weight"):
-        return [(2 * f, h)]
-    if name.endswith(("q_layernorm.weight", "k_layernorm.weight")):
-        return [(d,)]
-    if name.endswith(("word_embeddings.weight", "output_layer.weight")):
-        return [(shape.vocab_size, h)]
-    return [(h,)]
-
-
-def our_shape(entry: Entry, shape: ModelShape) -> tuple[int, ...]:
-    """Shape of the Megatron tensor of an entry; that of one layer if layers are stacked."""
-    shapes = their_shapes(entry, shape)
-    return (sum(s[0] for s in shapes), *shapes[0][1:])
-
-
-def fuse(entry: Entry, tensors: Iterable[Tensor], shape: ModelShape) -> Tensor:
-    """Combine Hugging Face's tensors, taken one at a time, into ours."""
-    source = iter(tensors)
-    if entry.kind == "plain":
-        return next(source)
-    fused: Tensor | None = None
-    for number in range(len(entry.theirs)):
-        tensor = next(source)
-        if fused is None:
-            fused = torch.empty(our_shape(entry, shape), dtype=tensor.dtype)
-        part = parts_of(entry, fused, shape)[number]
-        part.copy_((tensor if number == 2 or entry.kind != "qkv" else _halves(tensor, shape)).reshape(part.shape))
-        del tensor
-    assert fused is not None
-    return fused
-
-
-def split(entry: Entry, tensor: Tensor, shape: ModelShape) -> Iterator[Tensor]:
-    """Split our tensor into Hugging Face's, made one at a time."""
-    if entry.kind == "plain":
-        yield tensor
-        return
-    sizes = their_shapes(entry, shape)
-    for number, part in enumerate(parts_of(entry, tensor, shape)):
-        theirs = part.reshape(sizes[number])
-        yield theirs if number == 2 or entry.kind != "qkv" else _neighbours(theirs, shape)
-
-
-def parts_of(entry: Entry, fused: Tensor, shape: ModelShape) -> list[Tensor]:
-    """Views of our tensor, one for each of Hugging Face's.
-
-    Values are in the order of the Hugging Face tensor, except that interleaved rotary channels are in halves.
-    """
-    if entry.kind == "plain":
-        return [fused]
-    if entry.kind == "gate_up":
-        return list(fused.chunk(2))
-    # [key-value groups, query heads of a group + key + value, head size, ...]
-    groups = shape.num_query_groups
-    per_group = shape.num_attention_heads // groups
-    mixed = fused.view(groups, per_group + 2, shape.kv_channels, *fused.shape[1:])
-    return list(mixed.split([per_group, 1, 1], dim=1))
-
-
-def _halves(x: Tensor, shape: ModelShape) -> Tensor:
-    """Reorder rows of query or key so that old channels 2i and 2i + 1, which RoPE pairs, become i and i + R."""
-    if not shape.rotary_interleaved:
-        return x
-    heads = x.unflatten(0, (-1, shape.kv_channels))
-    rotated = int(shape.kv_channels * shape.rotary_percent)
-    return torch.cat([heads[:, 0:rotated:2], heads[:, 1:rotated:2], heads[:, rotated:]], dim=1).flatten(0, 1)
-
-
-def _neighbours(x: Tensor, shape: ModelShape) -> Tensor:
-    """The inverse of ``_halves``."""
-    if not shape.rotary_interleaved:
-        return x
-    heads = x.unflatten(0, (-1, shape.kv_channels))
-    rotated = int(shape.kv_channels * shape.rotary_percent)
-    pairs = torch.stack([heads[:, : rotated // 2], heads[:, rotated // 2 : rotated]], dim=2).flatten(1, 2)
-    return torch.cat([pairs, heads[:, rotated:]], dim=1).flatten(0, 1)

@@ -6,6 +6,7 @@ import itertools
 import sys
 import time
 from types import TracebackType
+from typing import Protocol
 
 import torch.distributed as dist
 from rich.console import Console
@@ -20,6 +21,16 @@ _EXCHANGE_SECONDS = 0.5
 _UNITS_OF_BYTES = "GB"
 
 _shared_counts = itertools.count()
+
+
+class OnProgress(Protocol):
+    """A function that long work calls with the amount done since the last call, and the amount in all: ``Progress.add``."""
+
+    def __call__(self, amount: int, /, *, total: int) -> object: ...
+
+
+def ignore_progress(_amount: int, /, *, total: int) -> None:
+    """An ``OnProgress`` that shows nothing."""
 
 
 def duration(seconds: float) -> str:

@@ -16,10 +16,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from examples.demo import package_folder, unpack_model
-from megatron_longpo.checkpoint.stream import HuggingFaceWeights, LazyTensor, plan_shards
+from megatron_longpo.checkpoint.huggingface import HuggingFaceWeights, LazyTensor, plan_shards
 from megatron_longpo.config import Config
-from megatron_longpo.conversion import convert
-from megatron_longpo.conversion.convert import Changes, compare, export_hf, import_hf
+from megatron_longpo.conversion import output
+from megatron_longpo.conversion.changes import Changes
+from megatron_longpo.conversion.comparison import compare
+from megatron_longpo.conversion.export_hf import export_hf
+from megatron_longpo.conversion.import_hf import import_hf
 from megatron_longpo.conversion.logits import compare_logits
 from megatron_longpo.data.sequence import KeyBlock, QuerySpan
 from megatron_longpo.errors import CheckpointError
@@ -221,7 +224,7 @@ def test_several_processes_share_a_conversion(converted: Path, tmp_path: Path) -
     _set(tmp_path / "hf", "model.layers.3.mlp.down_proj.weight", torch.full((48, 96), torch.inf))
     bad = ["import", "--hf", str(tmp_path / "hf"), "--output", str(tmp_path / "bad")]
     done = run(torchrun(2, TOOL[1], *bad), expect=None)
-    assert done.returncode and "model.layers.3.mlp.down_proj.weight holds NaN or Inf" in done.stderr
+    assert done.returncode and "model.layers.3.mlp.down_proj.weight contains NaN or Inf" in done.stderr
     assert not [p for p in tmp_path.iterdir() if "bad" in p.name]
 
 
@@ -248,7 +251,7 @@ def test_pickles_are_read_as_weights_alone(converted: Path, tmp_path: Path, shar
             return Path.touch, (tmp_path / "was here",)
 
     torch.save({**{n: state[n] for n in halves[-1]}, "evil": Evil()}, tmp_path / "hf" / files[-1])
-    with pytest.raises(CheckpointError, match="holds more than weights"):
+    with pytest.raises(CheckpointError, match="contains more than weights"):
         import_hf(tmp_path / "hf", tmp_path / "again")
     assert not (tmp_path / "was here").exists()
     (tmp_path / "hf" / files[-1]).write_bytes((tmp_path / "hf" / files[-1]).read_bytes()[:-200])
@@ -260,13 +263,13 @@ def test_a_killed_import_is_started_again(converted: Path, tmp_path: Path) -> No
     """SIGKILL while it writes: nothing under the final name; the next one succeeds and clears what was left."""
     script = (
         "import os, signal, sys\n"
-        "from megatron_longpo.conversion import convert\n"
+        "from megatron_longpo.conversion.import_hf import import_hf\n"
         "calls = []\n"
         "def kill(done, total):\n"
         "    calls.append(1)\n"
         "    if len(calls) == 9:\n"
         "        os.kill(os.getpid(), signal.SIGKILL)\n"
-        "convert.import_hf(sys.argv[1], sys.argv[2], progress=kill)\n"
+        "import_hf(sys.argv[1], sys.argv[2], progress=kill)\n"
     )
     arguments = [str(converted / "llama"), str(tmp_path / "ckpt")]
     run([PYTHON, "-c", script, *arguments], expect=-9, fresh=True)
@@ -281,7 +284,8 @@ def test_disks_that_are_too_small(converted: Path, tmp_path: Path, monkeypatch: 
     limited = (
         "import resource, sys\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
-        "from megatron_longpo.conversion.convert import export_hf, import_hf\n"
+        "from megatron_longpo.conversion.export_hf import export_hf\n"
+        "from megatron_longpo.conversion.import_hf import import_hf\n"
         "from megatron_longpo.runtime.failure import run_or_fail\n"
         "work = export_hf if sys.argv[1] == 'export' else import_hf\n"
         "run_or_fail(lambda: work(sys.argv[2], sys.argv[3]) and None)\n"
@@ -290,7 +294,7 @@ def test_disks_that_are_too_small(converted: Path, tmp_path: Path, monkeypatch: 
         done = run([PYTHON, "-c", limited, direction, str(source), str(tmp_path / "out")], expect=2)
         assert "the disk is full" in done.stderr and "Traceback" not in done.stderr
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(convert.shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    monkeypatch.setattr(output.shutil, "disk_usage", lambda _: usage._replace(free=1000))
     with pytest.raises(CheckpointError, match=r"has 0.00 GB free"):
         import_hf(converted / "llama", tmp_path / "out")
     assert not list(tmp_path.iterdir())
@@ -298,7 +302,7 @@ def test_disks_that_are_too_small(converted: Path, tmp_path: Path, monkeypatch: 
 
 def test_two_conversions_do_not_write_one_output(converted: Path, tmp_path: Path) -> None:
     def another(done: int, total: int) -> None:
-        with pytest.raises(CheckpointError, match="another conversion is writing it"):
+        with pytest.raises(CheckpointError, match="works on it; wait for it"):
             import_hf(converted / "qwen2", tmp_path / "ckpt")
 
     import_hf(converted / "llama", tmp_path / "ckpt", progress=another)
@@ -377,7 +381,7 @@ def test_values_that_do_not_fit_a_dtype_are_refused(broken: Path, tmp_path: Path
     weight = load_file(broken / "model.safetensors")["model.norm.weight"]
     weight[3] = 70000.0
     _set(broken, "model.norm.weight", weight)
-    with pytest.raises(CheckpointError, match=r"model.norm.weight, cast to float16, holds NaN or Inf"):
+    with pytest.raises(CheckpointError, match=r"model.norm.weight, cast to float16, contains NaN or Inf"):
         import_hf(broken, tmp_path / "ckpt", dtype="float16")
     import_hf(broken, tmp_path / "ckpt")
     with pytest.raises(CheckpointError, match=r"model.norm.weight: values do not fit float16"):
@@ -485,14 +489,14 @@ def _set(folder: Path, name: str, value: Tensor) -> None:
         (lambda f: _change(f, rope_parameters={"rope_type": "dynamic", "factor": 2.0}), "rope_type='dynamic'"),
         (lambda f: _change(f, hidden_size="big"), "hidden_size='big'"),
         (lambda f: _change(f, hidden_act="gelu"), "hidden_act='gelu'"),
-        (lambda f: (f / "config.json").unlink(), "there is no such file"),
+        (lambda f: (f / "config.json").unlink(), "no such file"),
         (lambda f: (f / "config.json").write_text("{"), "cannot be read as JSON"),
         (lambda f: _drop(f, "model.layers.2.mlp.up_proj.weight"), "model.layers.2.mlp.up_proj.weight"),
         (lambda f: _set(f, "model.extra", torch.zeros(2)), "model.extra"),
         (lambda f: _set(f, "model.norm.weight", torch.zeros(7)), "model.norm.weight has shape"),
-        (lambda f: _set(f, "model.norm.weight", torch.full((48,), torch.nan)), "model.norm.weight holds NaN"),
+        (lambda f: _set(f, "model.norm.weight", torch.full((48,), torch.nan)), "model.norm.weight contains NaN"),
         (lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:-100]), "truncated"),
-        (lambda f: (f / "model.safetensors").unlink(), "holds no model.safetensors"),
+        (lambda f: (f / "model.safetensors").unlink(), "contains none of model.safetensors"),
         (lambda f: _set(f, "model.norm.weight", torch.zeros(48, dtype=torch.int8)), "before quantisation"),
         (lambda f: _set(f, "model.layers.1.mlp.up_proj.weight", torch.zeros(96, 48).half()), "give --dtype"),
     ],
@@ -507,7 +511,7 @@ def test_models_that_do_not_fit_are_refused(broken: Path, tmp_path: Path, damage
 def test_an_output_that_is_there_is_left_alone(converted: Path, tmp_path: Path) -> None:
     (tmp_path / "ckpt").mkdir()
     (tmp_path / "ckpt" / "precious").write_text("x")
-    with pytest.raises(CheckpointError, match="is there already"):
+    with pytest.raises(CheckpointError, match="already exists"):
         import_hf(converted / "llama", tmp_path / "ckpt")
     done = run(
         [

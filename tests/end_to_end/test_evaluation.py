@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from megatron_longpo.conversion.convert import import_hf
+from megatron_longpo.conversion.import_hf import import_hf
 from megatron_longpo.errors import ConfigError, DataError
 from megatron_longpo.evaluation.compare import write_comparison
 from megatron_longpo.evaluation.short_context import load_tasks

@@ -16,8 +16,9 @@ import psutil
 import pytest
 import torch
 
+from megatron_longpo.checkpoint.distributed import DistributedReader
 from megatron_longpo.checkpoint.folders import folder_of, latest_step
-from megatron_longpo.checkpoint.stream import DistributedReader, HuggingFaceWeights
+from megatron_longpo.checkpoint.huggingface import HuggingFaceWeights
 from megatron_longpo.text.chat import BUILT_IN_TEMPLATES
 from megatron_longpo.training.metrics import SAMPLE_METRICS, read_metrics
 from tests.support.data import make_data, text_row, tokenised_row, write_lines

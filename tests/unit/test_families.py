@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from megatron_longpo.errors import CheckpointError
-from megatron_longpo.model.families import config_for_export, entries_of, shape_from_hf, their_shapes
+from megatron_longpo.model.families import config_for_export, entries_of, shape_from_hf
 from megatron_longpo.model.rotary import changed_scaling
 
 _LLAMA = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "rms_norm_eps": 1e-5}
@@ -157,7 +157,7 @@ def test_published_models_have_their_parameters(name: str) -> None:
     shape = shape_from_hf(config, name)
     total = 0
     for entry in entries_of(shape):
-        once = sum(math.prod(sizes) for sizes in their_shapes(entry, shape))
+        once = sum(math.prod(sizes) for sizes in entry.their_shapes(shape))
         total += once * (shape.num_layers if entry.stacked else 1)
     assert total == parameters
 

@@ -16,7 +16,8 @@ from megatron_longpo.config import from_dict
 from megatron_longpo.data.sequence import KeyBlock, QuerySpan
 from megatron_longpo.model.attention import rotate
 from megatron_longpo.model.blocks import Blocks, CausalBlock, FullBlock, block_attention, blocks_of
-from megatron_longpo.model.families import _halves, _neighbours, shape_from_hf
+from megatron_longpo.model.entries import _halves, _neighbours
+from megatron_longpo.model.families import shape_from_hf
 from megatron_longpo.model.layers import _SwiGLU, recompute_in_backward
 from megatron_longpo.model.rotary import Rotary, rotary_of
 from megatron_longpo.model.shape import ModelShape

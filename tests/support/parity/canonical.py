@@ -11,7 +11,7 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 from torch import Tensor
 
-from megatron_longpo.model.families import entries_of, split
+from megatron_longpo.model.families import entries_of
 from megatron_longpo.model.gpt import PolicyModel
 from megatron_longpo.model.shape import ModelShape
 from megatron_longpo.runtime.process_groups import Parallel
@@ -75,10 +75,10 @@ def canonical(
     for entry in entries_of(shape):
         assert seen[entry.ours].all(), f"{entry.ours} is not whole"
         tensor = whole[entry.ours]
-        if entry.ours.endswith(("word_embeddings.weight", "output_layer.weight")):
+        if entry.is_vocabulary:
             tensor = tensor[: shape.vocab_size]
         for layer in range(shape.num_layers) if entry.stacked else (None,):
             ours = tensor if layer is None else tensor[layer]
-            for name, value in zip(entry.theirs, split(entry, ours, shape), strict=True):
-                result[name.format(layer=layer)] = value.clone()
+            for name, value in zip(entry.names(layer), entry.split(ours, shape), strict=True):
+                result[name] = value.clone()
     return result

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from megatron_longpo.conversion.convert import import_hf
+from megatron_longpo.conversion.import_hf import import_hf
 from tests.support.data import make_data
 from tests.support.launch import Running, torchrun
 from tests.support.models import FAMILIES, VARIANTS, make_model

@@ -1,0 +1,94 @@
+"""The output folder of a conversion: it appears complete or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from megatron_longpo.errors import CheckpointError
+from megatron_longpo.runtime.collectives import raise_on_all_ranks, rank
+from megatron_longpo.runtime.files import FolderLock
+
+# Free space needed per byte of weights: headers, indices and the tokenizer come on top.
+_SPACE_PER_BYTE = 1.01
+_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
+_INDEX_SUFFIXES = (".safetensors.index.json", ".bin.index.json")
+
+
+def check_new(output: Path) -> None:
+    """Check that an output folder is new, or empty.
+
+    Raises:
+        CheckpointError: it is neither.
+    """
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise CheckpointError(f"{output}: already exists; choose another folder, or remove it")
+
+
+@contextmanager
+def staging_folder(output: Path, size: int) -> Iterator[Path]:
+    """Yield a folder to write to, which is renamed to ``output`` when all processes are done; on failure it is removed.
+
+    What a killed conversion left there is removed first. The folder is locked, so that two conversions cannot write the same
+    output. Collective.
+
+    Args:
+        output: output folder.
+        size: bytes that will be written.
+
+    Raises:
+        CheckpointError: another conversion writes to ``output``, the disk is too small, some process does not see the folder,
+            or any process raised this in the body.
+    """
+    staging = output.with_name(f".{output.name}.writing")
+    with contextlib.ExitStack() as lock:
+        with raise_on_all_ranks(output):
+            if rank() == 0:
+                staging.mkdir(parents=True, exist_ok=True)
+                lock.enter_context(FolderLock(staging, name=output, error=CheckpointError))
+                _clear(staging)
+                _check_space(staging, output, size)
+        try:
+            with raise_on_all_ranks(output):
+                if not staging.is_dir():
+                    raise CheckpointError(
+                        f"{output}: rank {rank()} does not see what rank 0 writes there; use a folder that all nodes share"
+                    )
+            with raise_on_all_ranks(output):
+                yield staging
+            with raise_on_all_ranks(output):
+                if rank() == 0:
+                    if output.is_dir():
+                        output.rmdir()
+                    os.replace(staging, output)
+        except BaseException:
+            if rank() == 0:
+                shutil.rmtree(staging, ignore_errors=True)
+            raise
+
+
+def _clear(folder: Path) -> None:
+    for path in folder.iterdir():
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _check_space(staging: Path, output: Path, size: int) -> None:
+    free = shutil.disk_usage(staging).free
+    if free < size * _SPACE_PER_BYTE:
+        staging.rmdir()
+        raise CheckpointError(
+            f"{output}: needs {size / 1e9:.2f} GB, but its disk has {free / 1e9:.2f} GB free; free space, or choose another disk"
+        )
+
+
+def copy_assets(source: Path, target: Path) -> None:
+    """Copy the files of a model folder except weights and hidden files: tokenizer, configuration, texts."""
+    target.mkdir(exist_ok=True)
+    for path in sorted(source.iterdir()):
+        is_asset = not path.name.startswith(".") and not path.name.endswith((*_WEIGHT_SUFFIXES, *_INDEX_SUFFIXES))
+        if path.is_file() and is_asset:
+            shutil.copyfile(path, target / path.name)

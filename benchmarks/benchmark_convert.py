@@ -1,8 +1,8 @@
-"""Conversion against a plain copy, on one disk in one run: seconds, GB/s and peak memory of import, verify and export.
+"""Measure conversion against a plain copy on the same disk: seconds, GB/s and peak memory of import, verify and export.
 
-A random model of real shapes (by default those of a 1.5B: about 3 GB) is written; it is imported, compared bit by bit and
-exported, each right after its safetensors were copied tensor by tensor (the ceiling), since disks have moods; all in processes of
-their own, as often as asked.
+A random model of real shapes is written (by default those of a 1.5B model, about 3 GB). It is imported, compared bit by bit and
+exported. Because the speed of a disk varies, its safetensors are copied tensor by tensor right before each of these steps,
+which gives the ceiling. Everything runs in processes of its own.
 
     python benchmarks/benchmark_convert.py --folder /path/on/the/disk --output convert
     python benchmarks/benchmark_convert.py --folder DIR --processes 2        (import and export by torchrun)
@@ -35,16 +35,16 @@ SIZES = {
 
 
 def main() -> None:
-    """Measure, then a table."""
+    """Measure everything and print the table."""
     parser = argparse.ArgumentParser(
         prog="benchmark_convert.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--folder", required=True, help="new folder on the disk to measure; needs four times the model")
     parser.add_argument("--size", choices=("1.5b",), default="1.5b")
-    parser.add_argument("--layers", type=int, help="other than the size's (for a quick try)")
-    parser.add_argument("--repeats", type=int, default=3, help="of everything; the medians count")
-    parser.add_argument("--processes", type=int, default=1, help="of import and export")
-    parser.add_argument("--output", help="OUTPUT.json and OUTPUT.md")
+    parser.add_argument("--layers", type=int, help="number of layers, if not the model size's (for a quick try)")
+    parser.add_argument("--repeats", type=int, default=3, help="repetitions of everything; medians are reported")
+    parser.add_argument("--processes", type=int, default=1, help="processes of import and export")
+    parser.add_argument("--output", help="prefix of the result files OUTPUT.json and OUTPUT.md")
     parser.add_argument("--copy", nargs=2, help=argparse.SUPPRESS)
     a = parser.parse_args()
     if a.copy:
@@ -55,10 +55,10 @@ def main() -> None:
         sys.exit(f"error: {folder} is not empty; name a new folder")
     folder.mkdir(parents=True, exist_ok=True)
     config = config_of(a.size, a.layers)
-    # In a process of its own: a child's peak is never below what its parent once had.
+    # In a separate process, because the peak of a child is never below what its parent once had.
     with ProcessPoolExecutor(1) as pool:
         size, largest = pool.submit(make, folder / "hf", config).result()
-    print(f"model: {size / 1e9:.2f} GB, largest tensor of ours {largest / 1e9:.2f} GB", flush=True)
+    print(f"model: {size / 1e9:.2f} GB, our largest tensor {largest / 1e9:.2f} GB", flush=True)
     names = ("import", "verify", "export")
     seconds: dict[str, list[float]] = {n: [] for n in names}
     memory: dict[str, list[float]] = {n: [] for n in names}
@@ -94,8 +94,11 @@ def main() -> None:
 
 
 def touch_disk(folder: Path, size: int) -> None:
-    """Write and remove more than will be written next: a virtual disk's first write to a block can be five times slower than
-    the next one, and who gets the new blocks would decide."""
+    """Write and remove more than will be written next.
+
+    The first write to a block of a virtual disk can be five times slower than later ones, which would favour whichever side
+    gets used blocks.
+    """
     block = os.urandom(2**24)
     with open(folder / "filler", "wb", buffering=0) as stream:
         for _ in range(size // len(block) + 1):
@@ -134,7 +137,7 @@ def config_of(size: str, layers: int | None) -> dict[str, Any]:
 
 
 def make(folder: Path, config: dict[str, Any]) -> tuple[int, int]:
-    """A random model in bf16; gives its bytes and those of our largest tensor."""
+    """Write a random model in bf16; return its size and that of our largest tensor, in bytes."""
     import torch
 
     from megatron_longpo.checkpoint.huggingface import LazyTensor, plan_shards, shard_name, write_index, write_shard
@@ -159,7 +162,7 @@ def make(folder: Path, config: dict[str, Any]) -> tuple[int, int]:
 
 
 def copy(source: Path, target: Path) -> float:
-    """Copy safetensors files tensor by tensor, as plainly as can be; gives the seconds."""
+    """Copy safetensors files tensor by tensor, as simply as possible; return the seconds."""
     import torch
     from safetensors import safe_open
 
@@ -175,9 +178,13 @@ def copy(source: Path, target: Path) -> float:
 
 
 def watched(name: str, command: list[str]) -> tuple[float, float]:
-    """Run a command: the seconds that it says its work took (programs' start is not counted), and the largest resident
-    set among its processes in GB, as the system kept it."""
-    # What was written before is not to be waited for now.
+    """Run a command.
+
+    Returns:
+        The seconds that the command reports for its work, which exclude the start of programs, and the largest resident set
+        among its processes in GB, as the system recorded it.
+    """
+    # Earlier writes must not slow down this command.
     os.sync()
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as error:
         process = subprocess.Popen(command, stdout=out, stderr=error)
@@ -185,7 +192,7 @@ def watched(name: str, command: list[str]) -> tuple[float, float]:
         process.returncode = os.waitstatus_to_exitcode(status)
         out.seek(0)
         error.seek(0)
-        # The last such line: lines of progress come before it.
+        # The last matching line; progress lines come before it.
         found = re.findall(rf"^{name}: .*? in ([\d.]+) s", out.read(), re.MULTILINE)
         if process.returncode or not found:
             sys.exit(f"error: {name} failed: {error.read()[-3000:]}")
@@ -200,11 +207,11 @@ def report(
     memory: dict[str, list[float]],
     copies: dict[str, list[float]],
 ) -> None:
-    """The table: medians, the rate against that of the copy made just before, memory against the largest tensor and 1 GB."""
+    """Print the table: medians, the rate relative to the copy made just before, and memory beyond the largest tensor."""
     lines = [
         f"{size / 1e9:.2f} GB, {a.processes} process(es), {a.repeats} run(s); largest tensor {largest / 1e9:.2f} GB.",
         "",
-        "| | s | GB/s | copy s | rate against the copy's | peak memory of a process, GB | beyond the largest tensor, GB |",
+        "| | s | GB/s | copy s | rate relative to the copy | peak memory per process, GB | beyond the largest tensor, GB |",
         "|---|---|---|---|---|---|---|",
     ]
     for name, times in seconds.items():

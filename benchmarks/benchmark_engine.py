@@ -1,9 +1,9 @@
-"""The transformers engine against plain transformers: reading one prompt, and writing tokens after it.
+"""Measure the transformers engine against plain transformers: reading a prompt, and writing tokens after it.
 
     python benchmarks/benchmark_engine.py --model ./model --text ./essays --lengths 1024,4096,8192 --new-tokens 64
 
-Both sides in one run, taking turns, on the same tokens, greedily. Plain is ``generate`` on the model as transformers loads it.
-On a CPU they differ by attention and cache (``megatron_longpo/engines/cached_attention.py``).
+Both sides alternate in one run, on the same tokens, with greedy decoding. The plain side is ``generate`` on the model as
+transformers loads it. On a CPU the two differ in attention and cache (``megatron_longpo/engines/cached_attention.py``).
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from megatron_longpo.text.documents import find_files, read_documents
 
 
 def main() -> None:
-    """Measure, print, and write JSON where asked."""
+    """Measure, print, and write JSON if requested."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", required=True, help="Hugging Face folder")
-    parser.add_argument("--text", nargs="+", required=True, help="texts")
-    parser.add_argument("--lengths", default="1024,4096", help="tokens of the prompt, by commas")
+    parser.add_argument("--text", nargs="+", required=True, help="text files or folders")
+    parser.add_argument("--lengths", default="1024,4096", help="prompt lengths in tokens, separated by commas")
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--repeats", type=int, default=3, help="the median counts")
-    parser.add_argument("--threads", type=int, help="of torch; default: its own choice")
+    parser.add_argument("--repeats", type=int, default=3, help="repetitions; the median is reported")
+    parser.add_argument("--threads", type=int, help="threads of torch; default: its own choice")
     parser.add_argument("--output", help="JSON file")
     a = parser.parse_args()
     if a.threads:
@@ -61,7 +61,7 @@ def main() -> None:
 
         def ours(new: int, prompt: Prompt = prompt) -> tuple[int, str]:
             ((reply,),) = engine.answer([[prompt]], Sampling(new))
-            # The token that ends an answer was computed too.
+            # The token that ends an answer is computed as well.
             return reply.new_tokens + reply.finished, reply.text
 
         def theirs(new: int, ids: torch.Tensor = ids) -> tuple[int, str]:
@@ -77,9 +77,9 @@ def main() -> None:
         results.append({"length": len(row), **result})
         print(
             f"{len(row)} tokens: read in {result['read']['ours']:.2f} s against {result['read']['plain']:.2f}, ratio "
-            f"{result['read']['ratio']:.2f}; then {1000 * result['token']['ours']:.0f} ms a token against "
+            f"{result['read']['ratio']:.2f}; then {1000 * result['token']['ours']:.0f} ms per token against "
             f"{1000 * result['token']['plain']:.0f}, ratio {result['token']['ratio']:.2f}; "
-            + ("the same answer" if result["same"] else "other answers, which bf16 may bring"),
+            + ("the same answer" if result["same"] else "different answers, as can happen in bf16"),
             flush=True,
         )
     if a.output:
@@ -87,13 +87,15 @@ def main() -> None:
 
 
 def measure(sides: dict[str, Callable[[int], tuple[int, str]]], new_tokens: int, repeats: int) -> dict[str, Any]:
-    """Seconds to read a prompt and write its first token, and seconds of each token after it; ratios of ours to plain.
+    """Measure the seconds to read a prompt and write its first token, the seconds per later token, and the ratios ours to plain.
 
     Args:
-        sides: write at most so many tokens; say how many there were, and the text.
+        sides: by name, a function that writes at most a given number of tokens and returns their number and the text.
+        new_tokens: tokens to write after the first one.
+        repeats: repetitions; medians are taken.
 
     Raises:
-        DataError: a side ends its answer with its first token.
+        DataError: the answer of a side ends with its first token.
     """
     seconds: dict[tuple[str, int], list[float]] = {(name, n): [] for name in sides for n in (1, 1 + new_tokens)}
     written: dict[str, tuple[int, str]] = {}

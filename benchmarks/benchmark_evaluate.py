@@ -1,10 +1,10 @@
-"""What sharing a haystack saves: the questions of a needle map, its texts read once against question by question.
+"""Measure what sharing a haystack saves: the questions of a needle map, with texts read once or for every question.
 
     python benchmarks/benchmark_evaluate.py --model ./model --haystack ./essays --length 4096 --depths 11 --trials 2
 
-Both sides in one run, taking turns; the same prompts, decoded greedily, and their answers compared. The other side reads every
-prompt whole and alone. ``--haystack-kind single`` measures the classic map, in which each question has its own text and only what
-stands before the needle is alike.
+Both sides alternate in one run, with the same prompts and greedy decoding, and their answers are compared. The other side reads
+each prompt from its beginning, one at a time. ``--haystack-kind single`` measures the classic map, in which each question has
+its own text and prompts share only what precedes the needle.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from megatron_longpo.runtime.failure import run_or_fail
 
 
 def main() -> None:
-    """Measure, print, and write JSON where asked."""
+    """Measure, print, and write JSON if requested."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", required=True, help="Hugging Face folder")
-    parser.add_argument("--haystack", nargs="+", required=True, help="texts")
-    parser.add_argument("--length", type=int, default=4096, help="tokens")
+    parser.add_argument("--haystack", nargs="+", required=True, help="text files or folders")
+    parser.add_argument("--length", type=int, default=4096, help="tokens per prompt")
     parser.add_argument("--depths", type=int, default=11)
-    parser.add_argument("--trials", type=int, default=2, help="haystacks")
+    parser.add_argument("--trials", type=int, default=2, help="number of haystacks")
     parser.add_argument("--haystack-kind", choices=KINDS, default="shared")
     parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--batch-size", type=int, default=11, help="questions decoded together where they share a text")
+    parser.add_argument("--batch-size", type=int, default=11, help="questions on one text that are decoded together")
     parser.add_argument("--output", help="JSON file")
     a = parser.parse_args()
 
@@ -91,7 +91,7 @@ def main() -> None:
     }
     print(
         f"{len(samples)} questions at {a.length} tokens: {seconds['shared']:.1f} s shared, {seconds['one by one']:.1f} s one by "
-        f"one: {result['ratio']:.2f} times as fast; {same} answers the same; found {scores['shared']:.2f} and "
+        f"one: {result['ratio']:.2f} times as fast; {same} identical answers; found {scores['shared']:.2f} and "
         f"{scores['one by one']:.2f}"
     )
     if a.output:

@@ -1,7 +1,7 @@
-"""What reading a document once saves: the answers of several turns on it, shared and each from scratch, in one run.
+"""Measure what reading a document once saves: answers of several turns, with the document shared or read for each of them.
 
-Both sides are the transformers engine with the same model, prompts and greedy decoding; shared, a document's keys and values
-are computed once and its turns are answered together. Also: documents a second through chunking and bookkeeping.
+Both sides are the transformers engine with the same model, prompts and greedy decoding. On the shared side a document's keys and
+values are computed once, and its turns are answered together. Can also measure documents per second of chunking and bookkeeping.
 
     python benchmarks/benchmark_generate.py --model MODEL --document-tokens 4096 --turns 4 --output generate
     python benchmarks/benchmark_generate.py --model MODEL --bookkeeping 100000 --workers 2 --output bookkeeping
@@ -37,21 +37,23 @@ QUESTIONS = (
 
 
 def main() -> None:
-    """Measure one or the other."""
+    """Measure either the answers or the bookkeeping."""
     parser = argparse.ArgumentParser(
         prog="benchmark_generate.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", required=True, help="chat model folder")
     parser.add_argument("--text", nargs="*", help="text files for the document (default: numbered sentences)")
     parser.add_argument("--document-tokens", type=int, default=4096)
-    parser.add_argument("--turns", type=int, default=4, help=f"questions, at most {len(QUESTIONS)}")
+    parser.add_argument("--turns", type=int, default=4, help=f"number of questions, at most {len(QUESTIONS)}")
     parser.add_argument("--answer-tokens", type=int, default=64)
     parser.add_argument("--dtype", default="float32", choices=("auto", "float32", "bfloat16", "float16"))
     parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--repeats", type=int, default=3, help="of both sides, in turn; the medians count")
-    parser.add_argument("--bookkeeping", type=int, metavar="N", help="instead: cut N synthetic documents")
+    parser.add_argument(
+        "--repeats", type=int, default=3, help="repetitions of both sides, alternating; medians are reported"
+    )
+    parser.add_argument("--bookkeeping", type=int, metavar="N", help="measure cutting N synthetic documents instead")
     parser.add_argument("--workers", type=int, default=1)
-    parser.add_argument("--output", help="OUTPUT.json")
+    parser.add_argument("--output", help="prefix of the result file OUTPUT.json")
     a = parser.parse_args()
     content = bookkeeping(a) if a.bookkeeping else reuse(a)
     if a.output:
@@ -59,7 +61,7 @@ def main() -> None:
 
 
 def reuse(a: argparse.Namespace) -> dict[str, object]:
-    """Shared against from scratch."""
+    """Measure shared documents against documents that are read from scratch."""
     import torch
 
     from megatron_longpo.engines.base import Prompt, Sampling
@@ -79,7 +81,7 @@ def reuse(a: argparse.Namespace) -> dict[str, object]:
     sampling = Sampling(a.answer_tokens)
     seconds: dict[str, list[float]] = {"shared": [], "from scratch": []}
     same = True
-    # The first pass over so much memory is slower than the next, and either side might have it.
+    # The first pass over that much memory is slower than later ones, and must not count for either side.
     engine.answer([prompts[:1]], Sampling(1))
     for _ in range(a.repeats):
         began = time.monotonic()
@@ -92,8 +94,8 @@ def reuse(a: argparse.Namespace) -> dict[str, object]:
     medians = {k: float(np.median(v)) for k, v in seconds.items()}
     ratio = medians["from scratch"] / medians["shared"]
     print(
-        f"{len(ids)} tokens, {a.turns} turns, answers to {a.answer_tokens}, {a.dtype}: shared {medians['shared']:.1f} s, from "
-        f"scratch {medians['from scratch']:.1f} s, {ratio:.2f} times as fast; same greedy answers: {'yes' if same else 'NO'}"
+        f"{len(ids)} tokens, {a.turns} turns, answers of up to {a.answer_tokens}, {a.dtype}: shared {medians['shared']:.1f} s, "
+        f"from scratch {medians['from scratch']:.1f} s, {ratio:.2f} times as fast; same greedy answers: {'yes' if same else 'NO'}"
     )
     return {
         "seconds": seconds,
@@ -105,7 +107,7 @@ def reuse(a: argparse.Namespace) -> dict[str, object]:
 
 
 def bookkeeping(a: argparse.Namespace) -> dict[str, object]:
-    """Documents a second through the documents stage, and how memory grows between its first tenth and its end."""
+    """Measure documents per second of the documents stage, and memory growth from its first tenth to its end."""
     from megatron_longpo.engines.settings import EngineConfig
     from megatron_longpo.generation import pairs, stages
     from megatron_longpo.generation.settings import DocumentsConfig, GenerationConfig, RunConfig
@@ -162,7 +164,7 @@ def bookkeeping(a: argparse.Namespace) -> dict[str, object]:
 
 
 def resident_gb() -> float:
-    """Resident set of this process (Linux)."""
+    """Resident set of this process in GB (Linux)."""
     found = re.search(r"VmRSS:\s+(\d+)", Path("/proc/self/status").read_text())
     return int(found[1]) * 1024 / 1e9 if found else float("nan")
 

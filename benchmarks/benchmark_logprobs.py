@@ -1,10 +1,10 @@
-"""Token log-probs without logits against a plain product and cross entropy: time, and memory beyond inputs and results.
+"""Measure token log-probs without logits against a plain matmul and cross entropy: time, and memory beyond inputs and results.
 
     python benchmarks/benchmark_logprobs.py --tokens 1024 --vocab-size 152064 --hidden-size 1536      # both sides, ratio
     python benchmarks/benchmark_logprobs.py --tokens 16384 --vocab-size 152064 --hidden-size 1536 --sides ours
 
-``ours`` is told the gradient of all tokens but the last 128, as in a LongPO row with its NLL over the sequence;
-``ours-untold`` of none, as in DPO. ``plain`` keeps all logits.
+``ours`` knows the gradient of all tokens but the last 128 in advance, as in a LongPO row with the NLL over the sequence;
+``ours-untold`` knows none, as in DPO. ``plain`` keeps all logits.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from common import describe_machine, peak_gb, reset_peak
 
 
 def main() -> None:
-    """Each side in a process of its own; then the table."""
+    """Run each side in a process of its own and print the table."""
     parser = argparse.ArgumentParser(
         prog="benchmark_logprobs.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -32,7 +32,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--sides", default="ours,ours-untold,plain")
-    parser.add_argument("--output", help="write the table to this file too")
+    parser.add_argument("--output", help="file that the table is also written to")
     parser.add_argument("--side", help=argparse.SUPPRESS)
     a = parser.parse_args()
     if a.side:
@@ -65,7 +65,7 @@ def main() -> None:
 
 
 def measure(a: argparse.Namespace) -> dict[str, float]:
-    """Seconds and extra memory of one side."""
+    """Measure seconds and extra memory of one side."""
     import torch
     import torch.nn.functional as F
 
@@ -80,7 +80,7 @@ def measure(a: argparse.Namespace) -> dict[str, float]:
     upstream = torch.full((a.tokens,), -1.0 / a.tokens)
     known_grad = upstream.clone()
     known_grad[-128:] = torch.nan
-    # As in training: ours adds to an fp32 buffer that is there already.
+    # As in training, ours accumulates into an fp32 buffer that already exists.
     main_grad = torch.zeros(weight.shape if a.side != "plain" else 0)
     result = torch.zeros_like(hidden)
 

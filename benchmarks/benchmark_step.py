@@ -1,9 +1,9 @@
-"""One training step, ours and the authors', on one machine in one run: time, peak memory, loss; and where our time goes.
+"""Measure one training step, ours and the authors', in one run: time, peak memory and loss; and where our time goes.
 
-The authors' step is written from the description of the released code, on plain Hugging Face: chosen and rejected long rows as
+The authors' step is written on plain Hugging Face from the description of the released code: chosen and rejected long rows as
 one padded batch of two, gradient checkpointing, full float logits, a resident reference on the short rows, RMSProp. Both sides
-get the same weights, rows, threads and precision; each runs in processes of its own, so that peaks of memory are its own.
-Our side can also run in other layouts and with more branches, each process with its share of the threads.
+get the same weights, rows, threads and precision, and run in processes of their own, so that their memory peaks are separate.
+Our side can also run in other layouts, where each process has its share of the threads, and with more branches.
 
     python benchmarks/benchmark_step.py --hf MODEL --lengths 2048,4096 --dtype float32 --output bench
     python benchmarks/benchmark_step.py --hf MODEL --lengths 4096 --layouts 1,cp2,tp2,pp2 --sides ours --output layouts
@@ -35,7 +35,7 @@ _LAYOUT = re.compile(r"(tp|pp|cp|dp)(\d+)")
 
 
 def main() -> None:
-    """Run every combination, then the tables and the plot."""
+    """Run every combination, then write the tables and the plot."""
     parser = argparse.ArgumentParser(
         prog="benchmark_step.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -44,25 +44,31 @@ def main() -> None:
     parser.add_argument(
         "--branches", default="2", help="answers to one document: 2, or more by independent turns (ours)"
     )
-    parser.add_argument("--layouts", default="1", help="1, or degrees of ours: cp2, tp2, pp2, tp2-cp2, ...")
+    parser.add_argument(
+        "--layouts", default="1", help="layouts of our side: 1, or degrees such as cp2, tp2, pp2, tp2-cp2"
+    )
     parser.add_argument(
         "--answer", type=int, default=128, help="tokens of a chosen answer; a rejected one has three quarters"
     )
     parser.add_argument("--short", type=int, default=512, help="tokens of the short prompt")
     parser.add_argument("--samples", type=int, default=1, help="samples per step (ours)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of all processes together")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="threads of all processes together")
     parser.add_argument(
         "--steps",
         type=int,
         default=1,
-        help="timed steps after one that is not, their median counts; 0: it",
+        help="timed steps after a warm-up step, whose median is reported; 0: time the first step",
     )
     parser.add_argument("--sides", default="ours,authors")
     parser.add_argument("--cp-comm-type", default="auto")
     parser.add_argument("--recompute-granularity", default="auto")
-    parser.add_argument("--huge-pages", action="store_true", help="for the authors' side too (THP_MEM_ALLOC_ENABLE=1)")
-    parser.add_argument("--output", default="benchmark", help="OUTPUT.json, OUTPUT.md and OUTPUT.png")
+    parser.add_argument(
+        "--huge-pages", action="store_true", help="use huge pages on the authors' side too (THP_MEM_ALLOC_ENABLE=1)"
+    )
+    parser.add_argument(
+        "--output", default="benchmark", help="prefix of the result files OUTPUT.json, OUTPUT.md and OUTPUT.png"
+    )
     parser.add_argument("--side", help=argparse.SUPPRESS)
     parser.add_argument("--checkpoint", help=argparse.SUPPRESS)
     a = parser.parse_args()
@@ -76,14 +82,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         a.checkpoint = folder + "/ckpt"
         if "ours" in a.sides:
-            # In a process of its own, so that its memory is not counted.
+            # In a separate process, so that its memory does not count.
             subprocess.run([sys.executable, str(CONVERT), "import", "--hf", a.hf, "--output", a.checkpoint], check=True)
         for length in map(int, a.lengths.split(",")):
             for branches in map(int, a.branches.split(",")):
                 for number, layout in enumerate(a.layouts.split(",")):
                     row: dict[str, Any] = {"length": length, "branches": branches, "layout": layout}
                     for side in a.sides.split(","):
-                        # The authors' step has one layout, and two answers.
+                        # The authors' step has only one layout and two answers.
                         if side == "ours" or (number == 0 and branches == 2):
                             row[side] = _in_processes(a, side, length, branches, layout)
                             print(f"{length} tokens, {branches} branches, {layout}, {side}: {row[side]}", flush=True)
@@ -110,7 +116,7 @@ def _in_processes(a: argparse.Namespace, side: str, length: int, branches: int, 
     flags += [f"--lengths={length}", f"--branches={branches}", f"--side={side}"]
     environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, a.threads // processes))}
     if a.huge_pages:
-        # Ours asks torch for them by itself.
+        # Our side always asks torch for them.
         environment["THP_MEM_ALLOC_ENABLE"] = "1"
     command = [sys.executable]
     if processes > 1:
@@ -131,7 +137,7 @@ def _in_processes(a: argparse.Namespace, side: str, length: int, branches: int, 
 
 
 def make_sample(a: argparse.Namespace, length: int, vocab_size: int, branches: int, seed: int = 0) -> Any:
-    """One sample of random tokens whose long rows have ``length`` tokens."""
+    """Make a sample of random tokens whose long rows have ``length`` tokens."""
     from megatron_longpo.data import preference as p
 
     rng = np.random.default_rng([length, seed])
@@ -162,7 +168,7 @@ def make_sample(a: argparse.Namespace, length: int, vocab_size: int, branches: i
 
 
 def ours(a: argparse.Namespace, length: int, branches: int) -> dict[str, Any]:
-    """Our trainer's own step; the reference's cost is that of scoring the samples once."""
+    """Measure our trainer's own step. The cost of the reference is that of scoring the samples once."""
     import torch
     import torch.distributed as dist
 
@@ -213,7 +219,7 @@ def ours(a: argparse.Namespace, length: int, branches: int) -> dict[str, Any]:
     session = open_session(make_plan(config, dist.get_world_size()))
     trainer = start_training(session, began=time.monotonic())
     set_up = peak_gb()
-    # The first step touches all memory for the first time: it is profiled, the next ones are timed. The profiler's own
+    # The first step touches all memory for the first time, so it is profiled and later ones are timed. The profiler's own
     # memory does not count.
     first, parts = _profiled_step(trainer)
     if a.steps:
@@ -223,7 +229,7 @@ def ours(a: argparse.Namespace, length: int, branches: int) -> dict[str, Any]:
     else:
         seconds, activations = first["step_seconds"], math.nan
     scoring = _median([_score_again(session) for _ in range(max(1, a.steps))])
-    # Of the ranks the slowest step and the largest memory count; the step's parts are the first one's.
+    # The slowest rank's step and the largest rank's memory count; the parts of the step are those of rank 0.
     most = torch.tensor([seconds, scoring, max(set_up, peak_gb()), activations], dtype=torch.float64)
     dist.all_reduce(most, op=dist.ReduceOp.MAX)
     seconds, scoring, peak, activations = most.tolist()
@@ -246,7 +252,7 @@ def _median(values: list[float]) -> float:
 
 
 def _score_again(session: Any) -> float:
-    """Seconds of scoring all samples with the reference."""
+    """Measure the seconds of scoring all samples with the reference."""
     from megatron_longpo.model.rotary import rotary_of
     from megatron_longpo.training.reference_scoring import Scorer
 
@@ -266,7 +272,7 @@ def _score_again(session: Any) -> float:
 
 
 def _operations(session: Any) -> dict[str, float]:
-    """Floating-point operations that a step must do, by part, over all ranks; recomputation is not counted."""
+    """Count the floating-point operations of a step by part, over all ranks and without recomputation."""
     from megatron_longpo.training.batch import policy_layout
 
     shape, config, data = session.plan.shape, session.config, session.data.train
@@ -282,9 +288,11 @@ def _operations(session: Any) -> dict[str, float]:
 
 
 def _ceilings(length: int, shape: Any, dtype_name: str) -> dict[str, float]:
-    """GFLOP/s of this machine, with these threads, in what the step is made of: a large matrix product, a layer's own
-    products (narrower, forward and backward, nothing recomputed), and torch's own causal attention (one row, the model's
-    heads) forward and backward."""
+    """Measure what this machine reaches, in GFLOP/s and with these threads, in the operations that a step consists of.
+
+    These are a large matmul, a layer's own matmuls (narrower, forward and backward, nothing recomputed), and torch's own causal
+    attention (one row, the model's heads), forward and backward.
+    """
     import torch
 
     dtype = getattr(torch, dtype_name)
@@ -329,7 +337,7 @@ def _ceilings(length: int, shape: Any, dtype_name: str) -> dict[str, float]:
     }
 
 
-# Which profiler events make a part; each moment counts for the outermost of them that it is in.
+# Profiler events that make up each part. Time counts for the outermost event that it falls into.
 _PARTS = {
     "attention": ("_BlockAttention", "_GatheredAttention", "_UlyssesAttention"),
     "log-probs": ("_TokenLogprobs",),
@@ -339,7 +347,7 @@ _PARTS = {
 
 
 def _profiled_step(trainer: Any) -> tuple[dict[str, Any], dict[str, float]]:
-    """One step under the profiler: its record, and the seconds of its parts."""
+    """Run one step under the profiler; return its record and the seconds of its parts."""
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CPU]) as prof, _watched_communication() as waited:
@@ -357,7 +365,7 @@ def _profiled_step(trainer: Any) -> tuple[dict[str, Any], dict[str, float]]:
     for event in prof.events():
         if event.cpu_parent is None:
             walk(event)
-    # Context parallelism waits inside the attention.
+    # Waiting for context-parallel exchanges happens inside the attention.
     parts["attention"] -= waited.get("all_gather_into_tensor", 0.0) + waited.get("all_to_all_single", 0.0)
     parts["attention"] -= waited.get("reduce_scatter_tensor", 0.0) if trainer.parallel.context_size > 1 else 0.0
     parts["communication and idle"] = sum(waited.values())
@@ -367,7 +375,7 @@ def _profiled_step(trainer: Any) -> tuple[dict[str, Any], dict[str, float]]:
 
 @contextlib.contextmanager
 def _watched_communication() -> Iterator[dict[str, float]]:
-    """Seconds that the program waits in each collective, and for its neighbours in a pipeline."""
+    """Seconds spent waiting in each collective, and for pipeline neighbours."""
     import torch.distributed as dist
 
     waited: dict[str, float] = {}
@@ -413,7 +421,7 @@ def _watched_communication() -> Iterator[dict[str, float]]:
 
 
 def authors(a: argparse.Namespace, length: int, branches: int) -> dict[str, Any]:
-    """The released code's step, from its description, on plain Hugging Face.
+    """Measure the released code's step, written from its description on plain Hugging Face.
 
     As there, float logits of both rows are made, log-probs are minus the cross entropy of a shifted copy of them, and the
     NLL is a second cross entropy over a shifted copy of the chosen row's. (Theirs is flash-attn's fused cross entropy, which
@@ -439,7 +447,7 @@ def authors(a: argparse.Namespace, length: int, branches: int) -> dict[str, Any]
     optimizer = torch.optim.RMSprop(policy.parameters(), lr=1e-9)
 
     def batch(rows: list[Any]) -> tuple[Any, Any, Any]:
-        """Padded ids, attention mask and answer mask."""
+        """Pad rows; return ids, attention mask and answer mask."""
         width = max(len(r.tokens_L) for r in rows)
         ids = torch.zeros(len(rows), width, dtype=torch.long)
         mask = torch.zeros(len(rows), width, dtype=torch.long)
@@ -491,7 +499,7 @@ def authors(a: argparse.Namespace, length: int, branches: int) -> dict[str, Any]
 
 
 def report(a: argparse.Namespace, results: list[dict[str, Any]]) -> None:
-    """OUTPUT.json, tables in OUTPUT.md and a plot in OUTPUT.png."""
+    """Write OUTPUT.json, the tables in OUTPUT.md and the plot in OUTPUT.png."""
     lines = [f"{describe_machine()}; {a.threads} threads in all, {a.dtype}, answers of {a.answer} tokens.", ""]
     head = "tokens branches layout | ours s | of it reference | authors s | ratio | ours GB | authors GB | ratio"
     head += " | activations GB | recompute | loss ours | loss authors"
@@ -547,7 +555,7 @@ def _rates(row: dict[str, Any], first: dict[str, Any]) -> list[str]:
     processes = int(np.prod(list(degrees(row["layout"]).values())))
 
     def rate(part: str) -> str:
-        # The parts are one rank's, and so is its share of the work.
+        # The parts are those of one rank, and so is its share of the work.
         return f"{o['operations'][part] / processes / o['parts'][part] / 1e9:.0f}" if o["parts"][part] else ""
 
     return [

@@ -1,4 +1,4 @@
-"""What the benchmarks share: memory of a process (Linux), the machine in words, where the tools are."""
+"""Helpers of the benchmarks: memory of a process (Linux) and a description of the machine."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ def _status(key: str) -> float:
 
 
 def peak_gb() -> float:
-    """Largest resident set of this process, since its start or the last reset."""
+    """Largest resident set of this process in GB since its start or the last reset."""
     return _status("VmHWM")
 
 
 def reset_peak() -> float:
-    """Count peaks anew from here; gives the resident set now, less what the allocator holds without need."""
+    """Reset the peak; return the present resident set in GB after trimming the allocator."""
     with contextlib.suppress(AttributeError, OSError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
@@ -30,7 +30,7 @@ def reset_peak() -> float:
 
 
 def describe_machine() -> str:
-    """Processor, system and torch."""
+    """Describe processor, system and version of torch."""
     import torch
 
     info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""

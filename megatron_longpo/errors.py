@@ -23,6 +23,6 @@ class PlatformError(LongPOError):
     """The machine, or a library on it, cannot do what is asked of it."""
 
 
-def one_line(error: object, limit: int = 300) -> str:
-    """A library's error as a part of our message: one line of at most ``limit`` characters."""
-    return " ".join(str(error).split())[:limit]
+def one_line(message: object, characters: int = 300) -> str:
+    """A library's message on one line, shortened, to stand within ours."""
+    return " ".join(str(message).split())[:characters]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,11 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
     """Fill in the option tables."""
 
     def tables(match: re.Match[str]) -> str:
-        return option_tables(getattr(importlib.import_module(match["module"]), match["name"]))
+        with warnings.catch_warnings():
+            # Of megatron-core, about its own modules.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            module = importlib.import_module(match["module"])
+        return option_tables(getattr(module, match["name"]))
 
     return MARKER.sub(tables, markdown)
 

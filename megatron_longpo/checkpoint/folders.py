@@ -19,7 +19,7 @@ from typing import Any
 from megatron.core import dist_checkpointing
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_longpo.errors import CheckpointError
+from megatron_longpo.errors import CheckpointError, one_line
 from megatron_longpo.model.shape import FILE_NAME
 
 LATEST = "latest_checkpointed_iteration.txt"
@@ -94,9 +94,8 @@ def read_progress(folder: Path) -> RunProgress:
     try:
         common = dist_checkpointing.load_common_state_dict(str(folder))
     except (Exception, CheckpointException) as error:
-        detail = " ".join(str(error).split())[:300]
         raise CheckpointError(
-            f"{folder}: cannot be read ({type(error).__name__}: {detail}); remove the folder to resume from "
+            f"{folder}: cannot be read ({type(error).__name__}: {one_line(error)}); remove the folder to resume from "
             "the previous one"
         ) from None
     if "scheduler" not in common:

@@ -156,12 +156,12 @@ class HuggingFaceWeights:
                 raise _missing_shard(path) from None
             except pickle.UnpicklingError as error:
                 raise CheckpointError(
-                    f"{path}: contains more than weights, so it is not loaded ({one_line(error, 200)}); save the model with "
+                    f"{path}: contains more than weights, so it is not loaded ({one_line(error)}); save the model with "
                     "safe_serialization"
                 ) from None
             except (RuntimeError, OSError, ValueError, EOFError) as error:
                 raise CheckpointError(
-                    f"{path}: cannot be read ({one_line(error, 200)}), so it is truncated or damaged, or was saved by torch "
+                    f"{path}: cannot be read ({one_line(error)}), so it is truncated or damaged, or was saved by torch "
                     "before 1.6; download it again, or save it again with safe_serialization"
                 ) from None
             if not isinstance(content, dict) or not all(isinstance(v, Tensor) for v in content.values()):

@@ -25,7 +25,7 @@ class PreprocessOptions:
     tokenizer: str | None = None
     """Tokenizer folder or SentencePiece .model file. Text input needs it."""
     chat_template: str | None = None
-    """Template file, or one of mistral, mistral-v3, llama-2, chatml. Default: the tokenizer's own."""
+    """Template file, or one of mistral, mistral-v3, llama-2, chatml, plain. Default: the tokenizer's own."""
     vocab_size: int | None = None
     """Vocabulary size of rows that are already tokenised."""
     seq_length: int | None = None

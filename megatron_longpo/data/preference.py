@@ -100,7 +100,7 @@ class Sample:
         """Check that the pieces make rows.
 
         Raises:
-            DataError: a side has no response, or none before which there is a token.
+            DataError: a side has no response, or begins with one.
         """
         for side, name in ((Mode.CHOSEN, "chosen"), (Mode.REJECTED, "rejected")):
             pieces = [p for p in self.pieces if p.mode & side]

@@ -15,13 +15,13 @@ from torch import Tensor
 
 from megatron_longpo.model.blocks import Blocks, CausalBlock, FullBlock, block_attention
 
-# Up to so many queries, plain matrix products are faster on a CPU than its attention kernel.
+# For at most this many queries, plain matrix products are faster on a CPU than its attention kernel.
 _FEW_QUERIES = 64
 
 # Queries per tile: a tile's scores should fit in the cache of a core.
 _TILE = 128
 
-# Spare tokens of a cache: at least so many, and in a long cache a fraction of what it holds.
+# Spare room of a cache in tokens: at least the first number, and in a long cache 1 / the second of what it holds.
 _MINIMUM_SPARE_TOKENS = 256
 _SPARE_FRACTION = 16
 
@@ -70,7 +70,7 @@ def attention_by_tiles(query: Tensor, key: Tensor, value: Tensor, scaling: float
     share, past = heads // groups, length - queries
     query = query.reshape(batch, groups, share, queries, width)
     result = query.new_empty(batch, queries, groups, share, width)
-    # One buffer for all tiles: the system would map so large a tensor, and fill it with zeros, anew for each tile.
+    # One buffer for all tiles: allocating one per tile would make the system map and zero a large tensor each time.
     room = query.new_empty(share * min(_TILE, queries) * length)
     later = torch.ones(_TILE, _TILE, dtype=torch.bool, device=query.device).triu(1)
     for row, group in itertools.product(range(batch), range(groups)):

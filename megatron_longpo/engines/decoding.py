@@ -160,7 +160,7 @@ class Padded(Strategy):
 
 
 class Stacked(Padded):
-    """Rows as a batch on a cache of each row but for its last token, padded in front (``PromptReader.read_stacked``)."""
+    """Rows as a batch on a cache that holds all but the last token of each, padded in front (``PromptReader.read_stacked``)."""
 
     def __init__(self, decoder: Decoder, cache: KeyValueCache) -> None:
         super().__init__(decoder, cache, shared=0)

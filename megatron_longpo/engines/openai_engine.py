@@ -18,13 +18,15 @@ import requests
 
 from megatron_longpo.engines.base import MODEL_ROPE, Engine, EngineError, Prompt, Reply, Rope, Sampling
 from megatron_longpo.engines.settings import EngineConfig
-from megatron_longpo.errors import ConfigError
+from megatron_longpo.errors import ConfigError, one_line
 from megatron_longpo.text.chat import load_tokenizer
 
 # Temporary failures: too many requests, or a server that is starting, overloaded or briefly gone.
 _TEMPORARY = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
+_OK = 200
 _WRONG_KEY = (401, 403)
-# A prompt that is too long: 413, or one of these with a body that says so.
+# A prompt that is too long: the first status, or one of the others with a body that says so.
+_TOO_LARGE = 413
 _BAD_REQUEST = (400, 422)
 _TOO_LONG = re.compile(
     r"context|too long|too large|maximum.{0,40}(?:length|tokens)|length.{0,40}exceed|exceed.{0,40}(?:length|tokens)",
@@ -152,7 +154,7 @@ class OpenAIEngine(Engine):
         if status in _TEMPORARY:
             self._heed(answer.headers.get("Retry-After"))
             return None, f"status {status}"
-        if status != 200:
+        if status != _OK:
             return self._refusal(status, text), ""
         try:
             return self._parse(json.loads(text), body), ""
@@ -166,8 +168,8 @@ class OpenAIEngine(Engine):
         Raises:
             EngineError: the server refuses every prompt.
         """
-        detail = " ".join(text.split())[:300]
-        if status == 413 or (status in _BAD_REQUEST and _TOO_LONG.search(text)):
+        detail = one_line(text)
+        if status == _TOO_LARGE or (status in _BAD_REQUEST and _TOO_LONG.search(text)):
             return Reply(text="", finished=False, prompt_tokens=0, new_tokens=0, refused=f"status {status}: {detail}")
         if status in _WRONG_KEY:
             fix = f"set {self._config.api_key_variable}"

@@ -20,7 +20,7 @@ def crop(cache: KeyValueCache, length: int) -> None:
     """Keep only the first ``length`` tokens of a cache."""
     surplus = cache.get_seq_length() - length
     if surplus > 0:
-        # A negative number means "so many from the end" in every version of transformers.
+        # A negative number removes tokens from the end in every version of transformers.
         cache.crop(-surplus)
 
 

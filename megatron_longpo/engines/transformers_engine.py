@@ -15,7 +15,7 @@ from megatron_longpo.engines.base import MODEL_ROPE, Engine, Prompt, Reply, Rope
 from megatron_longpo.engines.cached_attention import roomy_cache, use_cached_attention
 from megatron_longpo.engines.decoding import Answer, Decoder, Packed, Padded, Row, Stacked
 from megatron_longpo.engines.reading import PromptReader, crop
-from megatron_longpo.errors import DataError
+from megatron_longpo.errors import DataError, one_line
 from megatron_longpo.model.families import config_for_export, shape_from_hf
 from megatron_longpo.model.rotary import changed_scaling
 from megatron_longpo.runtime import platform
@@ -222,8 +222,9 @@ def _load_model(path: Path, dtype: str) -> Any:
         kind: Any = "auto" if dtype == "auto" else getattr(torch, dtype)
         model = AutoModelForCausalLM.from_pretrained(str(path), dtype=kind, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
-        detail = " ".join(str(error).split())[:300]
-        raise DataError(f"--model {path}: transformers cannot load it ({detail}); give a model folder") from None
+        raise DataError(
+            f"--model {path}: transformers cannot load it ({one_line(error)}); give a model folder"
+        ) from None
     model.eval()
     model.to(platform.CURRENT.device)
     if not platform.CURRENT.is_cuda:

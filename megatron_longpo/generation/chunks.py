@@ -26,13 +26,14 @@ _LINE = re.compile(r"\n+")
 # Also "sentence.Next sentence": texts scraped from the web often lack the space.
 _SENTENCE = re.compile(r"(?<=[.!?。！？])[\"'”’)]*(?:\s+|(?=[A-Z]))|(?<=[。！？])")
 _WORD = re.compile(r"\s+")
-_UNITS: dict[str, tuple[re.Pattern[str], ...]] = {
-    "book": (_BLANK_LINE, _LINE, _SENTENCE, _WORD),
-    "other": (_BLANK_LINE, _LINE, _SENTENCE, _WORD),
+_PROSE = (_BLANK_LINE, _LINE, _SENTENCE, _WORD)
+_UNITS: dict[Domain, tuple[re.Pattern[str], ...]] = {
+    "book": _PROSE,
+    "other": _PROSE,
     "arxiv": (
         re.compile(r"(?=\\(?:part|chapter|section|appendix|begin\{(?:abstract|thebibliography)\})\b)"),
         re.compile(r"(?=\\(?:subsection|subsubsection|paragraph)\b)"),
-        *(_BLANK_LINE, _LINE, _SENTENCE, _WORD),
+        *_PROSE,
     ),
     "code": (
         # Concatenated files, then definitions at the left margin.
@@ -42,7 +43,9 @@ _UNITS: dict[str, tuple[re.Pattern[str], ...]] = {
             r"public |private |protected |static |template ?<|namespace |module |type |typedef |"
             r"(?:[\w:<>*&]+ )+[\w:~]+\([^;\n]*$))"
         ),
-        *(_BLANK_LINE, _LINE, _WORD),
+        _BLANK_LINE,
+        _LINE,
+        _WORD,
     ),
 }
 

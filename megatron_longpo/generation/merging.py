@@ -168,7 +168,7 @@ def _merge(output: Path) -> dict[str, Any]:
             stream.flush()
             os.fsync(stream.fileno())
     report.write(output.with_name(output.name + ".report"), config.as_yaml())
-    # The pairs come last: where they are, everything is.
+    # The pairs come last: once they exist, everything else does.
     os.replace(writing_skipped, skipped_path)
     os.replace(writing, output)
     return report.as_dict()

@@ -43,6 +43,8 @@ from megatron_longpo.text.documents import MOST_BROKEN, RawDocument, find_files,
 
 # Characters of a text that are kept to show why something was skipped.
 DETAIL_CHARACTERS = 300
+# Half a hash keeps the set of documents seen small.
+_DUPLICATE_KEY_BYTES = 16
 # Documents queued per worker: enough to keep it busy, few enough to keep memory flat.
 _DOCUMENTS_PER_WORKER = 4
 
@@ -160,8 +162,7 @@ def _own_documents(
     ):
         error = raw.error
         if error is None:
-            # Half a hash keeps the set small.
-            key = hashlib.sha256(raw.text.encode("utf-8", errors="surrogatepass")).digest()[:16]
+            key = hashlib.sha256(raw.text.encode("utf-8", errors="surrogatepass")).digest()[:_DUPLICATE_KEY_BYTES]
             if key in seen and raw.text.strip():
                 error = "duplicate"
             seen.add(key)
@@ -547,7 +548,7 @@ def _run(stages: dict[str, Stage], name: str, engine: Engine, work: Callable[[li
         batches = _batched(rows, engine.groups_at_once, skip=stage.records)
     else:
         batches = _undone(_document_batches(rows, engine.document_batch), stage)
-    # Before the stage is opened and counted: lines of an incomplete batch are dropped on the way to the first one.
+    # Taken before the stage is opened and counted, because it drops the lines of an incomplete batch.
     first = list(itertools.islice(batches, 1))
     with stage, Progress(name, total, done=stage.records) as progress:
         for batch in itertools.chain(first, batches):
@@ -572,7 +573,7 @@ def _document_batches(rows: Iterable[tuple[Line, ...]], size: int) -> Iterator[l
 
 
 def _undone(batches: Iterator[list[Any]], stage: Stage) -> Iterator[list[Any]]:
-    """Batches whose lines are not all in the stage; lines of an incomplete batch are dropped, and made again."""
+    """Batches whose lines are not all in the stage; the lines of an incomplete batch are dropped first."""
     done = 0
     for batch in batches:
         if done + len(batch) <= stage.records:

@@ -19,7 +19,7 @@ from megatron_longpo.runtime.files import write_atomically
 from megatron_longpo.text.documents import DOMAINS
 
 _TEMPLATE = Path(__file__).with_name("report.html.j2")
-# An outline shows so many paragraphs of a document, and so many characters of each.
+# Paragraphs of a document in its outline, and characters of each.
 _OUTLINE_PARAGRAPHS = 40
 _OUTLINE_CHARACTERS = 90
 

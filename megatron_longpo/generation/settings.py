@@ -111,20 +111,13 @@ class AnswersConfig:
 class FiltersConfig:
     """What is skipped, and why."""
 
+    # fmt: off
     refusals: tuple[str, ...] = (
-        *(
-            "i'm sorry",
-            "i am sorry",
-            "i cannot",
-            "i can't",
-            "i'm unable",
-            "i am unable",
-            "as an ai",
-            "as a language model",
-        ),
-        *("i don't have access", "i do not have access", "cannot be answered", "not mentioned in the text"),
-        *("does not provide", "doesn't provide", "no information"),
+        "i'm sorry", "i am sorry", "i cannot", "i can't", "i'm unable", "i am unable", "as an ai", "as a language model",
+        "i don't have access", "i do not have access", "cannot be answered", "not mentioned in the text",
+        "does not provide", "doesn't provide", "no information",
     )
+    # fmt: on
     """Phrases, in upper or lower case, that make an answer a refusal if they occur in its first refusal_characters."""
     refusal_characters: int = 200
     """Characters at the beginning of an answer that are searched for a refusal."""

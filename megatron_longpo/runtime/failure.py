@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Callable
 from datetime import timedelta
 
-from megatron_longpo.errors import LongPOError
+from megatron_longpo.errors import LongPOError, one_line
 
 _LINGER_SECONDS = 3.0
 
@@ -70,9 +70,9 @@ def run_or_fail(action: Callable[[], None]) -> None:
             rank = os.environ.get("RANK", "0")
             text = str(error)
             if _is_lost_peer(text):
-                reason = " ".join(text.split())[:300]
                 print(
-                    f"error: rank {rank} lost a peer process ({reason}); the launcher's report names the process that died",
+                    f"error: rank {rank} lost a peer process ({one_line(text)}); the launcher's report names the process "
+                    "that died",
                     file=sys.stderr,
                 )
             else:

@@ -32,7 +32,7 @@ from megatron_longpo.data.preference import (
 )
 from megatron_longpo.data.sequence import IntArray
 from megatron_longpo.data.vocabulary import folder_vocabulary_hash, sentencepiece_vocabulary, vocabulary_hash
-from megatron_longpo.errors import DataError
+from megatron_longpo.errors import DataError, one_line
 
 Message = dict[str, str]
 
@@ -150,9 +150,8 @@ class FastChatTokenizer(ChatTokenizer):
                 str(path), local_files_only=True, trust_remote_code=trust_remote_code
             )
         except Exception as error:
-            detail = " ".join(str(error).split())[:300]
             raise DataError(
-                f"--tokenizer {path}: transformers cannot load it ({detail}); give a tokenizer folder"
+                f"--tokenizer {path}: transformers cannot load it ({one_line(error)}); give a tokenizer folder"
             ) from None
         if template is not None:
             self._tokenizer.chat_template = template

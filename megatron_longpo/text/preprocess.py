@@ -38,7 +38,7 @@ _CHUNK_ROWS = 256
 _ROWS_PER_TASK = 4
 # Rows of a table converted to Python objects at once; long contexts make them large.
 _TABLE_ROWS = 16
-# Rows in which the first readable one must lie for the schema to be checked.
+# First rows, among which a readable one is looked for to check the schema.
 _SCHEMA_ROWS = 100
 # Characters of a skipped row that are kept.
 _RAW_CHARACTERS = 100_000

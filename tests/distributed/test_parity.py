@@ -75,7 +75,7 @@ _HUGGING_FACE = [
     ("one-independent", "longpo", {"turns": "independent"}),
     ("one-dpo", "dpo", {}),
     ("one-sft", "sft", {}),
-    ("one-response-ipo", "longpo", {"response_nll": True, "ipo": True}),
+    ("one-response-ipo", "longpo", {"response_nll": True, "loss_type": "ipo"}),
 ]
 
 

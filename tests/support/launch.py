@@ -93,7 +93,9 @@ class _Process(Protocol):
 class _Forked:
     """A child of the server, with Popen's interface."""
 
-    def __init__(self, command: Sequence[str], env: Mapping[str, str], stdout: Path, stderr: Path) -> None:
+    def __init__(
+        self, command: Sequence[str], env: Mapping[str, str], folder: Path, stdout: Path, stderr: Path
+    ) -> None:
         server = multiprocessing.get_context("forkserver")
         server.set_forkserver_preload(["tests.support.preloaded"])
         before = dict(os.environ)
@@ -102,7 +104,7 @@ class _Forked:
         os.environ.update(OMP_NUM_THREADS="1", JE_ARROW_MALLOC_CONF="background_thread:false")
         try:
             self._process = server.Process(
-                target=forked.run_command, args=(list(command), dict(env), str(ROOT), str(stdout), str(stderr))
+                target=forked.run_command, args=(list(command), dict(env), str(folder), str(stdout), str(stderr))
             )
             self._process.start()
         finally:
@@ -127,10 +129,18 @@ class Running:
     Args:
         command: the command line; its first element is the Python interpreter.
         env: environment (default: ``environment()``).
+        folder: working directory.
         fresh: start a fresh interpreter as a shell does, instead of forking a process that has the imports.
     """
 
-    def __init__(self, command: Sequence[str], *, env: Mapping[str, str] | None = None, fresh: bool = False) -> None:
+    def __init__(
+        self,
+        command: Sequence[str],
+        *,
+        env: Mapping[str, str] | None = None,
+        folder: Path = ROOT,
+        fresh: bool = False,
+    ) -> None:
         self.command = list(command)
         assert self.command[0] == PYTHON, command
         self._folder = tempfile.TemporaryDirectory(prefix="running-")
@@ -140,10 +150,10 @@ class Running:
         if fresh:
             with open(self._streams[0], "wb") as stdout, open(self._streams[1], "wb") as stderr:
                 self._process = subprocess.Popen(
-                    self.command, stdout=stdout, stderr=stderr, env=env, cwd=ROOT, start_new_session=True
+                    self.command, stdout=stdout, stderr=stderr, env=env, cwd=folder, start_new_session=True
                 )
         else:
-            self._process = _Forked(self.command, env, *self._streams)
+            self._process = _Forked(self.command, env, folder, *self._streams)
         self.pid = self._process.pid
 
     def poll(self) -> int | None:
@@ -201,7 +211,8 @@ def run(
     timeout: float = 600,
     expect: int | None = 0,
     env: Mapping[str, str] | None = None,
+    folder: Path = ROOT,
     fresh: bool = False,
 ) -> subprocess.CompletedProcess[str]:
     """Run a command line to its end; see ``Running`` and ``Running.wait`` for the arguments."""
-    return Running(command, env=env, fresh=fresh).wait(timeout, expect)
+    return Running(command, env=env, folder=folder, fresh=fresh).wait(timeout, expect)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 
 import pytest
+import torch.distributed as dist
 
 from megatron_longpo.runtime import progress as module
 from megatron_longpo.runtime.log import LOGGER, log
@@ -59,6 +60,27 @@ def test_bytes_with_a_total_that_is_known_later(clock: list[float], capsys: pyte
         progress.stop()
         clock[0] = 50.0
     assert progress.seconds == 20.0
+
+
+def test_processes_share_a_count(
+    clock: list[float], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two processes of a group, of which one reports: it shows what both have done."""
+    store = dist.HashStore()
+    monkeypatch.setattr(module.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(module.dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(module.dist.distributed_c10d, "_get_default_store", lambda: store)
+    # Each process counts its shared progress objects by itself.
+    monkeypatch.setattr(module, "_shared_counts", iter([0, 0]))
+    with Progress("verify", 8, unit="layers", shared=True) as first:
+        with Progress("verify", 8, unit="layers", shared=True, active=False) as second:
+            clock[0] = 1.0
+            second.add(2)
+            clock[0] = 1.2
+            second.add(1)  # too soon to be exchanged
+        clock[0] = 10.0
+        first.add(1)
+        assert capsys.readouterr().out == "verify: 4 of 8 layers, 0.40 layers/s, 0:10 left\n"
 
 
 @pytest.mark.parametrize("seconds, text", [(0, "0:00"), (123, "2:03"), (3723, "1:02:03"), (-1, "0:00")])

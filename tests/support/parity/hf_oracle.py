@@ -70,7 +70,7 @@ def objective(
     weight: float,
     turns: str = "chained",
     response_nll: bool = False,
-    ipo: bool = False,
+    loss_type: str = "sigmoid",
 ) -> Answer:
     """Mean loss of samples and its gradients."""
     losses, rows = [], []
@@ -119,11 +119,12 @@ def objective(
                         sum(_answer_logp(reference, *_row(_of(sample, s, turn))) for turn in range(count))
                         for s in (Mode.SHORT_CHOSEN, Mode.SHORT_REJECTED)
                     )
-            if ipo:
+            if loss_type == "ipo":
                 lengths = [sum(sum(answer) for _, answer in long[s]) for s in sides]
                 margin = (chosen - ref_chosen) / lengths[0] - (rejected - ref_rejected) / lengths[1]
                 preference = (margin - 1 / (2 * beta)) ** 2
             else:
+                assert loss_type == "sigmoid"
                 preference = -F.logsigmoid(beta * ((chosen - ref_chosen) - (rejected - ref_rejected)))
             loss = preference if kind == "dpo" else weight * preference + nll
         losses.append(loss)

@@ -6,7 +6,7 @@ STAMP = $(VENV)/.installed
 DEMO ?= .demo
 EXTRAS ?= dev,demo,eval
 
-.PHONY: setup demo test test-latest lint docs clean
+.PHONY: setup demo test test-fast test-latest lint docs clean
 
 setup: $(STAMP)
 
@@ -28,8 +28,15 @@ lint: $(STAMP)
 	$(BIN)/lint-imports
 	$(BIN)/mypy
 
+# One worker per core of a small machine, each with one thread; the tests of a file share fixtures, and so a worker.
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+
 test: lint
-	$(BIN)/python -m pytest
+	$(PYTEST)
+
+# For work in between: everything that takes no launches, and one launch of the parity matrix.
+test-fast: lint
+	$(PYTEST) tests/unit tests/distributed/test_latest.py
 
 # The subset that also runs on the newest Python with megatron-core 0.19.
 test-latest:

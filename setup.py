@@ -66,6 +66,7 @@ setup(
         "demo": ["gguf>=0.10", "accelerate>=1.0"],
         "dev": [
             "pytest>=8",
+            "pytest-xdist>=3.6",
             "hypothesis>=6.100",
             "ruff>=0.6",
             "import-linter>=2.0",

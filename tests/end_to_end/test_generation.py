@@ -101,7 +101,7 @@ def test_killed_ten_times_in_three_parts(made: Path, undisturbed: Path) -> None:
 
 def test_torchrun_splits_and_merges(made: Path, undisturbed: Path) -> None:
     output = made / "shared.jsonl"
-    run(torchrun(2, TOOL[1], *arguments(made, output)), fresh=True)
+    run(torchrun(2, TOOL[1], *arguments(made, output)))
     assert output.read_bytes() == undisturbed.read_bytes()
 
 

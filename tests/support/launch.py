@@ -8,6 +8,7 @@ already. The child gets the command line's arguments, environment, streams and w
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import multiprocessing
 import os
@@ -16,6 +17,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -123,6 +125,9 @@ class _Forked:
         return self._process.exitcode
 
 
+_STARTED: weakref.WeakSet[Running] = weakref.WeakSet()
+
+
 class Running:
     """A command line that has been started.
 
@@ -155,6 +160,7 @@ class Running:
         else:
             self._process = _Forked(self.command, env, folder, *self._streams)
         self.pid = self._process.pid
+        _STARTED.add(self)
 
     def poll(self) -> int | None:
         """Exit status (negative: the signal that ended it), or None while it runs."""
@@ -162,8 +168,13 @@ class Running:
 
     def kill(self) -> None:
         """SIGKILL for the process and everything that it started."""
+        # Each is killed with its process group: what it starts in this moment is in none of the lists.
         for victim in [*self.children(), self.pid]:
-            _kill(victim)
+            with contextlib.suppress(ProcessLookupError):
+                group = os.getpgid(victim)
+                if group != os.getpgrp():
+                    os.killpg(group, signal.SIGKILL)
+                os.kill(victim, signal.SIGKILL)
         self._process.wait(60)
 
     def children(self) -> list[int]:
@@ -200,9 +211,12 @@ class Running:
         return stdout, stderr
 
 
-def _kill(pid: int) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(pid, signal.SIGKILL)
+@atexit.register
+def _kill_all() -> None:
+    """A test that failed may have left some; multiprocessing would wait for them."""
+    for running in list(_STARTED):
+        if running.poll() is None:
+            running.kill()
 
 
 def run(

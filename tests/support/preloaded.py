@@ -5,6 +5,7 @@ Only the server imports this module.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import importlib
 import os
@@ -20,11 +21,11 @@ _LATE = (
     *("transformers.generation", "transformers.pipelines", "megatron.core.dist_checkpointing.strategies.async_utils"),
 )
 
-for module in pkgutil.walk_packages(megatron_longpo.__path__, "megatron_longpo."):
-    if module.name not in _NOT_IMPORTED:
-        importlib.import_module(module.name)
-for name in _LATE:
-    importlib.import_module(name)
+for name in [m.name for m in pkgutil.walk_packages(megatron_longpo.__path__, "megatron_longpo.")] + list(_LATE):
+    # What needs an extra that is not installed is not tested either.
+    with contextlib.suppress(ModuleNotFoundError):
+        if name not in _NOT_IMPORTED:
+            importlib.import_module(name)
 # What is never collected is never written to, and so stays shared by the children.
 gc.freeze()
 

@@ -28,6 +28,7 @@ from megatron_longpo.data.sequence import KeyBlock, QuerySpan
 from megatron_longpo.errors import CheckpointError
 from megatron_longpo.model import gpt
 from megatron_longpo.model.attention import AttentionPlan
+from megatron_longpo.model.inputs import ModelInputs
 from megatron_longpo.model.rotary import rotary_of
 from megatron_longpo.model.shape import ModelShape
 from megatron_longpo.training.checkpointer import load_weights
@@ -72,15 +73,15 @@ def our_logits(checkpoint: Path, tokens: list[int], monkeypatch: pytest.MonkeyPa
     n = len(tokens)
     groups = (QuerySpan(0, n, (KeyBlock(0, n, True),)),)
     plan = AttentionPlan.make(groups, None, window=shape.window_size, positions_S=np.arange(n))
+    inputs = ModelInputs(
+        tokens_1s=torch.tensor([tokens]),
+        positions_1s=torch.arange(n)[None],
+        attention=plan,
+        loss_places_N=torch.arange(n),
+        targets_N=torch.zeros(n, dtype=torch.long),
+    )
     with torch.no_grad():
-        chunks[0](
-            torch.tensor([tokens]),
-            torch.arange(n)[None],
-            plan,
-            rotary_of(shape, shape.rotary_base),
-            torch.arange(n),
-            torch.zeros(n, dtype=torch.long),
-        )
+        chunks[0](inputs, rotary_of(shape, shape.rotary_base))
     return caught[0]
 
 

@@ -15,6 +15,7 @@ import tyro
 from megatron_longpo.command_line import parse
 from megatron_longpo.config import RopeChanges, scaling_numbers
 from megatron_longpo.errors import CheckpointError
+from megatron_longpo.runtime.log import log
 from megatron_longpo.schema import Count, check_ranges
 
 if TYPE_CHECKING:
@@ -225,13 +226,11 @@ def _progress(name: str, first: bool) -> Progress:
 
 
 def _report(progress: Progress, result: Conversion, output: str) -> None:
-    if not progress.active:
-        return
     gigabytes = result.bytes / 1e9
-    print(
+    log(
         f"{progress.name}: {result.tensors} tensors, {gigabytes:.2f} GB in {progress.seconds:.2f} s "
         f"({gigabytes / progress.seconds:.2f} GB/s) -> {output}",
-        flush=True,
+        active=progress.active,
     )
 
 

@@ -12,6 +12,7 @@ import tyro
 
 from megatron_longpo.command_line import ConfigOptions, Switch, parse, parse_with_config
 from megatron_longpo.generation.settings import GenerationConfig, check
+from megatron_longpo.runtime.log import log
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ def generate(arguments: Sequence[str], *, prog: str) -> None:
     if report is not None:
         _print_summary(config.run.output, report)
     elif not share.together:
-        print(
+        log(
             f"part {share.rank} of {share.world_size} is done; after the last one: {prog} merge --output {config.run.output}"
         )
 
@@ -71,7 +72,7 @@ def merge(arguments: Sequence[str], *, prog: str) -> None:
 
 def _print_summary(output: str | None, report: dict[str, Any]) -> None:
     counts, reasons = report["counts"], report["reasons"]
-    print(
+    log(
         f"{output}: {counts.get('samples', 0)} samples with {counts.get('turns kept', 0)} turns of "
         f"{counts.get('documents read', 0)} documents; skipped: "
         + (", ".join(f"{n} {reason}" for reason, n in reasons.items()) or "nothing")

@@ -30,6 +30,7 @@ from typing import Any
 import numpy as np
 
 from common import CONVERT, describe_machine, peak_gb, reset_peak
+from megatron_longpo.runtime.tables import markdown_table
 
 _LAYOUT = re.compile(r"(tp|pp|cp|dp)(\d+)")
 
@@ -503,28 +504,23 @@ def report(a: argparse.Namespace, results: list[dict[str, Any]]) -> None:
     lines = [f"{describe_machine()}; {a.threads} threads in all, {a.dtype}, answers of {a.answer} tokens.", ""]
     head = "tokens branches layout | ours s | of it reference | authors s | ratio | ours GB | authors GB | ratio"
     head += " | activations GB | recompute | loss ours | loss authors"
-    lines += _table(head, [_row(r) for r in results])
+    lines += markdown_table(head.split(" | "), [_row(r) for r in results])
     mine = [r for r in results if "ours" in r]
     if mine:
         parts = list(mine[0]["ours"]["parts"])
         lines += ["", "Our step (without the reference) by part, seconds of the first rank:", ""]
-        lines += _table(
-            " | ".join(["tokens branches layout", *parts]),
+        lines += markdown_table(
+            ["tokens branches layout", *parts],
             [[_name(r), *(f"{r['ours']['parts'][p]:.1f}" for p in parts)] for r in mine],
         )
         lines += ["", "Work and rate, over all ranks (nothing that is computed again counts as work):", ""]
         head = "tokens branches layout | TFLOP | growth of TFLOP | growth of seconds | GFLOP/s"
         head += " | linear layers | own products | 4096 product | attention | ceiling | log-probs"
-        lines += _table(head, [_rates(r, mine[0]) for r in mine])
+        lines += markdown_table(head.split(" | "), [_rates(r, mine[0]) for r in mine])
     text = "\n".join(lines) + "\n"
     print(text)
     Path(f"{a.output}.md").write_text(text, encoding="utf-8")
     _plot(a, results)
-
-
-def _table(head: str, rows: list[list[str]]) -> list[str]:
-    lines = [f"| {head} |", "|---" * (head.count("|") + 1) + "|"]
-    return lines + ["| " + " | ".join(row) + " |" for row in rows]
 
 
 def _name(row: dict[str, Any]) -> str:

@@ -1,9 +1,10 @@
-"""The card of an exported model, README.md: what it was made of, how, and what was measured on the way."""
+"""The card of an exported model, README.md: what it was trained on, how, and what was measured during training."""
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,28 +12,55 @@ import yaml
 
 from megatron_longpo.errors import CheckpointError
 from megatron_longpo.model.shape import ModelShape
+from megatron_longpo.runtime.tables import markdown_table
 
-# Beside a training checkpoint's weights: what the card says of the run.
+# Files of a training checkpoint beside its weights.
 RECORD = "training.json"
 RUN_CONFIG = "run.yaml"
-_SHOWN = ("loss", "nll", "preference", "rewards/margins", "rewards/accuracies", "rewards/chosen", "rewards/rejected")
+
+_SHOWN_METRICS = (
+    "loss",
+    "nll",
+    "preference",
+    "rewards/margins",
+    "rewards/accuracies",
+    "rewards/chosen",
+    "rewards/rejected",
+)
+# The metrics of the first and of the last 1/_NUM_PARTS of the steps are averaged.
+_NUM_PARTS = 10
+_SUMMARIES = {
+    "longpo": "Trained with LongPO ([arXiv 2502.13922](https://arxiv.org/abs/2502.13922)) on pairs of answers to instructions "
+    "about long documents. The chosen answer was written from the relevant chunk of the document, the rejected one from the "
+    "whole document.",
+    "dpo": "Trained with DPO ([arXiv 2305.18290](https://arxiv.org/abs/2305.18290)) on pairs of answers to instructions about "
+    "long documents.",
+    "sft": "Fine-tuned on the chosen answers to instructions about long documents.",
+}
 
 
 def training_record(
     *, step: int, train_iters: int, layout: str, manifest: dict[str, Any], records: list[dict[str, Any]]
 ) -> dict[str, Any]:
-    """What a training checkpoint keeps for its card.
+    """What a training checkpoint stores for the model card.
 
     Args:
-        step, train_iters: optimizer steps done and of the whole run.
+        step: optimizer steps done.
+        train_iters: optimizer steps of the whole run.
         layout: parallel layout.
-        manifest: of the data, as plain values.
-        records: of all steps, as in metrics.jsonl; the means of the first and the last tenth are kept.
+        manifest: manifest of the data, as plain values.
+        records: metrics of all steps, as in metrics.jsonl; the means over the first and the last tenth are kept.
     """
-    tenth = max(1, len(records) // 10)
-    ends = {"first": records[:tenth], "last": records[-tenth:]}
-    means = {end: _means(part) for end, part in ends.items() if part}
-    return {"step": step, "train_iters": train_iters, "layout": layout, "data": manifest, "metrics": means, "of": tenth}
+    num_steps = max(1, len(records) // _NUM_PARTS)
+    ends = {"first": records[:num_steps], "last": records[-num_steps:]}
+    return {
+        "step": step,
+        "train_iters": train_iters,
+        "layout": layout,
+        "data": manifest,
+        "metrics": {end: _means(part) for end, part in ends.items() if part},
+        "of": num_steps,
+    }
 
 
 def _means(records: list[dict[str, Any]]) -> dict[str, float]:
@@ -46,12 +74,18 @@ def _means(records: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def write_card(checkpoint: Path, output: Path, shape: ModelShape, dtype: str) -> None:
-    """Write OUTPUT/README.md of a trained checkpoint; a converted one keeps its model's own.
+    """Write OUTPUT/README.md for a trained checkpoint. A checkpoint that was only converted keeps its model's own.
 
-    The base model's own card, where it came along, becomes BASE_MODEL_README.md.
+    The base model's card, if it has one, becomes BASE_MODEL_README.md.
+
+    Args:
+        checkpoint: folder of the checkpoint.
+        output: folder of the exported model.
+        shape: shape of the exported model.
+        dtype: dtype of the exported weights.
 
     Raises:
-        CheckpointError: the training checkpoint's record cannot be read.
+        CheckpointError: the record of the training checkpoint cannot be read.
     """
     path = checkpoint / RECORD
     if not path.is_file():
@@ -61,7 +95,7 @@ def write_card(checkpoint: Path, output: Path, shape: ModelShape, dtype: str) ->
         config = yaml.safe_load((checkpoint / RUN_CONFIG).read_text(encoding="utf-8"))
         text = card(shape, dtype, record, config)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
-        raise CheckpointError(f"{path}: cannot be read ({error}); remove it to export without a card") from None
+        raise CheckpointError(f"{path}: cannot be read ({error}); remove the file to export without a card") from None
     readme = output / "README.md"
     if readme.is_file():
         os.replace(readme, output / "BASE_MODEL_README.md")
@@ -69,75 +103,82 @@ def write_card(checkpoint: Path, output: Path, shape: ModelShape, dtype: str) ->
 
 
 def card(shape: ModelShape, dtype: str, record: dict[str, Any], config: dict[str, Any]) -> str:
-    """Markdown with the front matter that model hubs read."""
-    base = shape.base_model or "unknown"
-    data, objective, training = record["data"], config["objective"], config["training"]
-    front = {
+    """The card in Markdown, with the front matter that model hubs read.
+
+    Args:
+        shape: shape of the exported model.
+        dtype: dtype of the exported weights.
+        record: what ``training_record`` returned.
+        config: resolved configuration of the run, as plain values.
+    """
+    base, objective = shape.base_model or "unknown", config["objective"]["objective"]
+    front_matter = {
         "base_model": base,
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
-        "tags": ["long-context", "preference-optimization", objective["objective"]],
+        "tags": ["long-context", "preference-optimization", objective],
     }
-    scaling = shape.rope_scaling or {"rope_type": "default"}
-    rows = [
-        ("base model", base),
-        ("objective", _objective(objective)),
-        ("steps", f"{record['step']} of {record['train_iters']}, {training['global_batch_size']} samples each"),
-        ("learning rate", f"{config['optimizer']['lr']:g}, {config['optimizer']['lr_decay_style']}"),
-        ("precision in training", "bf16 with fp32 gradients and master weights" if training["bf16"] else "fp32"),
-        ("layout", record["layout"]),
-        ("RoPE", f"theta {shape.rotary_base:g}, " + ", ".join(f"{k} {v}" for k, v in scaling.items())),
-        ("context", f"{shape.max_position_embeddings} tokens claimed; longest row trained on {data['longest']}"),
-        ("weights", dtype),
-    ]
-    counted = [
-        ("samples", data["samples"]),
-        ("pairs (turns)", data["turns"]),
-        ("tokens", data["tokens"]),
-        ("kept aside", ", ".join(f"{n} {reason}" for reason, n in data["rejected"].items()) or "none"),
-        ("turns", config["data"]["turns"]),
-        ("tokenizer", data["tokenizer"] or "came tokenised"),
-        ("sha256 of the binary", f"`{data['bin_sha256']}`"),
-    ]
-    lines = [
-        "---",
-        yaml.safe_dump(front, sort_keys=False).rstrip(),
-        "---",
-        "",
-        f"# {base}, trained on longer context",
-        "",
-    ]
-    lines += [
-        "The model was trained on pairs of its own answers: the better one was given on a part of a document, the other on all "
-        "of it (LongPO, arXiv 2502.13922).",
-        "",
-    ]
-    lines += ["## Training", "", *_table(("", ""), rows), ""]
-    lines += ["## Data", "", *_table(("", ""), counted), ""]
+    lines = ["---", yaml.safe_dump(front_matter, sort_keys=False).rstrip(), "---", ""]
+    lines += [f"# {base}, trained on longer context", "", _SUMMARIES[objective], ""]
+    lines += ["## Training", "", *_settings_table(_training(shape, dtype, record, config)), ""]
+    lines += ["## Data", "", *_settings_table(_data(record["data"], config)), ""]
     if record["metrics"]:
-        first, last = record["metrics"]["first"], record["metrics"]["last"]
-        n = record["of"]
-        shown = [(k, f"{first[k]:.4f}", f"{last[k]:.4f}") for k in _SHOWN if k in first and k in last]
-        lines += [
-            "## Figures of the training",
-            "",
-            *_table(("mean over", f"first {n} steps", f"last {n} steps"), shown),
-            "",
-        ]
-    text = yaml.safe_dump(config, sort_keys=False).rstrip()
-    lines += ["## Configuration", "", "```yaml", text, "```"]
+        lines += ["## Training metrics", "", *_metrics_table(record), ""]
+    lines += ["## Configuration", "", "```yaml", yaml.safe_dump(config, sort_keys=False).rstrip(), "```"]
     return "\n".join(lines) + "\n"
 
 
-def _objective(o: dict[str, Any]) -> str:
-    if o["objective"] == "sft":
-        return f"sft, NLL over the {o['nll_scope']}"
-    text = f"{o['objective']}, beta {o['beta']:g}, {o['loss_type']}"
-    if o["objective"] == "longpo":
-        text += f", preference weight {o['preference_weight']:g}, NLL over the {o['nll_scope']}"
+def _training(
+    shape: ModelShape, dtype: str, record: dict[str, Any], config: dict[str, Any]
+) -> list[tuple[str, object]]:
+    optimizer, training = config["optimizer"], config["training"]
+    scaling = shape.rope_scaling or {"rope_type": "default"}
+    return [
+        ("base model", shape.base_model or "unknown"),
+        ("objective", _objective(config["objective"])),
+        ("optimizer steps", f"{record['step']} of {record['train_iters']}"),
+        ("global batch size", f"{training['global_batch_size']} samples"),
+        ("learning rate", f"{optimizer['lr']:g}, {optimizer['lr_decay_style']}"),
+        ("training precision", "bf16 with fp32 gradients and master weights" if training["bf16"] else "fp32"),
+        ("parallel layout", record["layout"]),
+        ("RoPE", f"theta {shape.rotary_base:g}, " + ", ".join(f"{k} {v}" for k, v in scaling.items())),
+        ("context length", f"{shape.max_position_embeddings} tokens"),
+        ("longest training row", f"{record['data']['longest']} tokens"),
+        ("dtype of the weights", dtype),
+    ]
+
+
+def _objective(objective: dict[str, Any]) -> str:
+    kind = objective["objective"]
+    if kind == "sft":
+        return f"sft, NLL over the {objective['nll_scope']}"
+    text = f"{kind}, beta {objective['beta']:g}, {objective['loss_type']}"
+    if kind == "longpo":
+        text += f", preference weight {objective['preference_weight']:g}, NLL over the {objective['nll_scope']}"
     return text
 
 
-def _table(head: tuple[str, ...], rows: list[tuple[Any, ...]]) -> list[str]:
-    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
-    return lines + ["| " + " | ".join(str(x).replace("|", "\\|") for x in row) + " |" for row in rows]
+def _data(manifest: dict[str, Any], config: dict[str, Any]) -> list[tuple[str, object]]:
+    # "rejected" is the key in files.
+    skipped = ", ".join(f"{count} {reason}" for reason, count in manifest["rejected"].items())
+    return [
+        ("samples", manifest["samples"]),
+        ("answer pairs", manifest["turns"]),
+        ("tokens", manifest["tokens"]),
+        ("skipped input", skipped or "none"),
+        ("turns of a sample", config["data"]["turns"]),
+        ("tokenizer", manifest["tokenizer"] or "none; the data came tokenised"),
+        ("SHA-256 of the data", f"`{manifest['bin_sha256']}`"),
+    ]
+
+
+def _settings_table(rows: Sequence[tuple[str, object]]) -> list[str]:
+    return markdown_table(("", ""), [(name, str(value).replace("|", "\\|")) for name, value in rows])
+
+
+def _metrics_table(record: dict[str, Any]) -> list[str]:
+    first, last, num_steps = record["metrics"]["first"], record["metrics"]["last"], record["of"]
+    shown = [name for name in _SHOWN_METRICS if name in first and name in last]
+    steps = "step" if num_steps == 1 else f"{num_steps} steps"
+    head = ("mean over the", f"first {steps}", f"last {steps}")
+    return markdown_table(head, [(name, f"{first[name]:.4f}", f"{last[name]:.4f}") for name in shown])

@@ -15,6 +15,7 @@ from megatron_longpo.runtime.files import FolderLock
 
 # Free space needed per byte of weights: headers, indices and the tokenizer come on top.
 _SPACE_PER_BYTE = 1.01
+_STAGING_PREFIX, _STAGING_SUFFIX = ".", ".writing"
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
 _INDEX_SUFFIXES = (".safetensors.index.json", ".bin.index.json")
 
@@ -44,7 +45,7 @@ def staging_folder(output: Path, size: int) -> Iterator[Path]:
         CheckpointError: another conversion writes to ``output``, the disk is too small, some process does not see the folder,
             or any process raised this in the body.
     """
-    staging = output.with_name(f".{output.name}.writing")
+    staging = output.with_name(f"{_STAGING_PREFIX}{output.name}{_STAGING_SUFFIX}")
     with contextlib.ExitStack() as lock:
         with raise_on_all_ranks(output):
             if rank() == 0:
@@ -69,6 +70,13 @@ def staging_folder(output: Path, size: int) -> Iterator[Path]:
             if rank() == 0:
                 shutil.rmtree(staging, ignore_errors=True)
             raise
+
+
+def final_name(folder: Path) -> str:
+    """Name of a folder once its conversion is done: that of the output for a staging folder, its own for any other."""
+    if folder.name.startswith(_STAGING_PREFIX) and folder.name.endswith(_STAGING_SUFFIX):
+        return folder.name.removeprefix(_STAGING_PREFIX).removesuffix(_STAGING_SUFFIX)
+    return folder.name
 
 
 def _clear(folder: Path) -> None:

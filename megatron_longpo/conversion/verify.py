@@ -1,8 +1,9 @@
-"""Whether a checkpoint and a Hugging Face folder are the same model: every tensor bit by bit, then logits."""
+"""Verification that a checkpoint and a Hugging Face folder are the same model: every tensor bit by bit, then logits."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,9 @@ from rich.table import Table
 
 from megatron_longpo.checkpoint.folders import ASSETS, resolve
 from megatron_longpo.conversion.changes import Changes
-from megatron_longpo.conversion.comparison import Comparison, compare
+from megatron_longpo.conversion.comparison import Comparison, Difference, compare
 from megatron_longpo.conversion.logits import BOUND, Agreement, compare_logits
+from megatron_longpo.conversion.output import final_name
 from megatron_longpo.errors import CheckpointError
 from megatron_longpo.model.shape import ModelShape
 from megatron_longpo.runtime.collectives import rank
@@ -22,10 +24,12 @@ from megatron_longpo.runtime.log import log
 from megatron_longpo.runtime.progress import Progress
 from megatron_longpo.text.chat import load_tokenizer
 
+_TABLE_WIDTH = 160
+
 
 @dataclass(frozen=True)
 class LogitsCheck:
-    """How the two models are run side by side.
+    """Settings of the comparison of logits.
 
     Attributes:
         text: text file whose tokens are the input; None: random tokens.
@@ -71,7 +75,7 @@ def verify(
     logits: LogitsCheck | None = None,
     report: Path | None = None,
 ) -> None:
-    """Compare all tensors, then logits; log what was found, with a table of the layers where they differ.
+    """Compare all tensors, then logits; log the result, with a table of the layers that differ.
 
     Collective: all processes take part, and all raise.
 
@@ -80,7 +84,7 @@ def verify(
         hf: Hugging Face model folder.
         changes: changes that import or export was given.
         logits: how logits are compared; None: tensors only.
-        report: JSON file that the findings are written to.
+        report: JSON file to write the result to.
 
     Raises:
         CheckpointError: the two are not the same model.
@@ -96,16 +100,15 @@ def verify(
     if first and not found.is_equal:
         print_differences(found)
     agreement = None
-    # Without a tensor in common there is nothing to run side by side.
+    # Models with different tensors are not compared at all, so there is nothing to run side by side.
     if logits is not None and found.tensors:
         agreement = _compare_logits(checkpoint, hf, changes, logits)
     if first and report is not None:
         _write_report(report, found, agreement)
     if not found.is_equal or (agreement is not None and not agreement.is_close):
         raise CheckpointError(
-            f"{resolve(checkpoint)} and {hf.name.removeprefix('.').removesuffix('.writing')} are not the same model: "
-            f"{'; '.join(_reasons(found, agreement))}; convert again (verify needs the same changes, such as --rotary-base, "
-            "that the conversion was given)"
+            f"{resolve(checkpoint)} and {final_name(hf)} are not the same model: {'; '.join(_reasons(found, agreement))}; "
+            "convert again, or give verify the changes that the conversion was given, such as --rotary-base"
         )
 
 
@@ -123,44 +126,45 @@ def _compare_logits(checkpoint: Path, hf: Path, changes: Changes, logits: Logits
             progress=progress.add,
         )
     log(
-        f"verify: logits of {agreement.tokens} tokens differ by at most {agreement.distances[-1]:.1e} of the largest one "
-        f"(bound {agreement.bound:g}); the most likely next token is the same at {agreement.same_choice:.1%} of the "
-        "positions",
+        f"verify: logits of {agreement.tokens} tokens differ by at most {agreement.distances[-1]:.1e} relative to the largest "
+        f"(bound {agreement.bound:g}); the most likely next token is the same at {agreement.same_choice:.1%} of the positions",
         active=first,
     )
     if not agreement.is_close:
-        log(f"verify: the first place beyond the bound is {agreement.first_beyond}", active=first)
+        log(
+            f"verify: the first place where they differ by more than the bound is {agreement.first_beyond}",
+            active=first,
+        )
     return agreement
 
 
 def _reasons(found: Comparison, agreement: Agreement | None) -> list[str]:
-    reasons = found.settings[:1] + [f"{d.name} at {list(d.index)}" for d in found.differences[:1]]
+    reasons = found.settings[:1] + [f"{d.name} differs at {list(d.index)}" for d in found.differences[:1]]
     if agreement is not None and not agreement.is_close:
-        reasons.append(f"logits by {agreement.distances[-1]:.1e}")
+        reasons.append(f"logits differ by {agreement.distances[-1]:.1e}")
     return reasons
 
 
 def print_differences(found: Comparison) -> None:
-    """Print what differs: per layer the number of tensors, and the first element of the first one."""
-    console = Console(width=160)
+    """Print what differs: settings, then per layer the number of tensors, with the first differing element of the first one."""
+    console = Console(width=_TABLE_WIDTH)
     for line in found.settings:
         console.print(f"differs: {line}", soft_wrap=True, highlight=False)
     if not found.differences:
         return
     table = Table("layer", "tensors that differ", "first", "at", "checkpoint", "Hugging Face", "largest difference")
-    layers: list[int | None] = [None, *range(found.layers)]
-    for layer in layers:
-        here = [d for d in found.differences if d.layer == layer]
-        name = "outside" if layer is None else str(layer)
-        if not here:
-            table.add_row(name, "0", "", "", "", "", "")
-            continue
-        d = here[0]
-        largest = max(x.largest for x in here)
-        table.add_row(
-            name, str(len(here)), d.name, str(list(d.index)), f"{d.ours:.6g}", f"{d.theirs:.6g}", f"{largest:.3g}"
-        )
+    for layer in (None, *range(found.layers)):
+        different = [d for d in found.differences if d.layer == layer]
+        table.add_row("outside" if layer is None else str(layer), str(len(different)), *_first_cells(different))
     console.print(table)
+
+
+def _first_cells(different: Sequence[Difference]) -> list[str]:
+    """Cells of the table on the first tensor that differs in a layer, and the largest difference of all."""
+    if not different:
+        return []
+    first, largest = different[0], max(d.largest for d in different)
+    return [first.name, str(list(first.index)), f"{first.ours:.6g}", f"{first.theirs:.6g}", f"{largest:.3g}"]
 
 
 def _write_report(path: Path, found: Comparison, agreement: Agreement | None) -> None:

@@ -192,7 +192,7 @@ def test_verification_finds_one_wrong_bit(converted: Path, tmp_path: Path) -> No
     assert found.name == name and found.layer == 2 and found.index == (5, 7) and 0 < found.largest < 1e-6
     verify = [*TOOL, "verify", "--checkpoint", str(converted / "qwen2.ckpt"), "--hf", str(tmp_path / "hf")]
     done = run([*verify, "--report", str(tmp_path / "report.json")], expect=2)
-    assert f"{name} at [5, 7]" in done.stderr and "outside" in done.stdout and "Traceback" not in done.stderr
+    assert f"{name} differs at [5, 7]" in done.stderr and "outside" in done.stdout and "Traceback" not in done.stderr
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["differences"][0]["name"] == name and report["logits"]["distances"][-1] < 1e-4
 
@@ -416,7 +416,7 @@ def test_a_trained_model_is_exported_with_a_card(trained: Path) -> None:
     front = yaml.safe_load(card.split("---")[1])
     assert front["base_model"] == "llama" and front["library_name"] == "transformers"
     for part in (
-        "2 of 2, 2 samples each",
+        "| optimizer steps | 2 of 2 |",
         "longpo, beta 0.1",
         "theta 500000, rope_type yarn",
         "rewards/margins",

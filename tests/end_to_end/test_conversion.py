@@ -229,35 +229,45 @@ def test_several_processes_share_a_conversion(converted: Path, tmp_path: Path) -
     assert not [p for p in tmp_path.iterdir() if "bad" in p.name]
 
 
-@pytest.mark.parametrize("sharded", [False, True])
-def test_pickles_are_read_as_weights_alone(converted: Path, tmp_path: Path, sharded: bool) -> None:
+@pytest.fixture(params=[False, True], ids=["whole", "sharded"])
+def pickled(request: pytest.FixtureRequest, converted: Path, tmp_path: Path) -> Path:
+    """A model whose weights are pickles, in one file or in two with an index; returns the last file."""
     shutil.copytree(converted / "mistral", tmp_path / "hf", ignore=shutil.ignore_patterns("*.safetensors"))
     state = tensors(converted / "mistral")
     names = sorted(state)
-    halves = [names[: len(names) // 2], names[len(names) // 2 :]] if sharded else [names]
-    files = ["pytorch_model-1.bin", "pytorch_model-2.bin"] if sharded else ["pytorch_model.bin"]
+    halves = [names[: len(names) // 2], names[len(names) // 2 :]] if request.param else [names]
+    files = ["pytorch_model-1.bin", "pytorch_model-2.bin"] if request.param else ["pytorch_model.bin"]
     for file, part in zip(files, halves, strict=True):
         torch.save({n: state[n] for n in part}, tmp_path / "hf" / file)
-    if sharded:
+    if request.param:
         index = {"weight_map": {n: file for file, part in zip(files, halves, strict=True) for n in part}}
         (tmp_path / "hf" / "pytorch_model.bin.index.json").write_text(json.dumps(index))
-    import_hf(tmp_path / "hf", tmp_path / "ckpt")
+    return tmp_path / "hf" / files[-1]
+
+
+def test_pickled_weights_are_imported(converted: Path, tmp_path: Path, pickled: Path) -> None:
+    import_hf(pickled.parent, tmp_path / "ckpt")
     assert ModelShape.read(tmp_path / "ckpt").weights_hash == ModelShape.read(converted / "mistral.ckpt").weights_hash
     export_hf(tmp_path / "ckpt", tmp_path / "back")
     assert_bit_identical(converted / "mistral", tmp_path / "back")
     assert not list((tmp_path / "back").glob("*.bin*"))
 
+
+def test_only_weights_are_unpickled(tmp_path: Path, pickled: Path) -> None:
     class Evil:
         def __reduce__(self) -> Any:
             return Path.touch, (tmp_path / "was here",)
 
-    torch.save({**{n: state[n] for n in halves[-1]}, "evil": Evil()}, tmp_path / "hf" / files[-1])
+    torch.save({**torch.load(pickled), "evil": Evil()}, pickled)
     with pytest.raises(CheckpointError, match="contains more than weights"):
-        import_hf(tmp_path / "hf", tmp_path / "again")
+        import_hf(pickled.parent, tmp_path / "again")
     assert not (tmp_path / "was here").exists()
-    (tmp_path / "hf" / files[-1]).write_bytes((tmp_path / "hf" / files[-1]).read_bytes()[:-200])
+
+
+def test_a_truncated_pickle_is_named(tmp_path: Path, pickled: Path) -> None:
+    pickled.write_bytes(pickled.read_bytes()[:-200])
     with pytest.raises(CheckpointError, match="truncated or damaged"):
-        import_hf(tmp_path / "hf", tmp_path / "again")
+        import_hf(pickled.parent, tmp_path / "again")
 
 
 def test_a_killed_import_is_started_again(converted: Path, tmp_path: Path) -> None:

@@ -119,17 +119,25 @@ def test_everything_is_written(undisturbed: Path) -> None:
     assert set(ruler["metrics"]["groups"]) == {"NIAH", "VT", "QA"}
     for name in ("ruler.png", "needle.png", "report.md"):
         assert (undisturbed / name).stat().st_size > 500, name
+
+
+def test_ruler_fills_its_lengths(undisturbed: Path) -> None:
     samples = rows(undisturbed / "ruler" / "samples.jsonl")
     assert len(samples) == 24
     for row in samples:
         limit = {"vt": 30, "qa_1": 32, "qa_2": 32}.get(row["task"], 128)
         assert 0.95 * row["length"] <= row["prompt_tokens"] + limit <= row["length"]
         assert row["new_tokens"] <= limit
+
+
+def test_needles_are_at_every_depth(undisturbed: Path) -> None:
     needles = rows(undisturbed / "needle" / "samples.jsonl")
     assert len(needles) == 2 * 2 * 4 and {r["depth"] for r in needles} == {0, 33.3, 66.7, 100}
+
+
+def test_books_are_cut_and_bad_lines_reported(undisturbed: Path) -> None:
     books = rows(undisturbed / "infinitebench" / "samples.jsonl")
     assert len(books) == 6 and all(r["cut"] and r["prompt_tokens"] + 40 <= 3072 for r in books)
-    # Bad lines are kept aside with their numbers.
     bad = rows(undisturbed / "infinitebench.rejected.jsonl")
     assert [(b["task"], b["line"]) for b in bad] == [
         (t, 2) for t in ("longbook_sum_eng", "longbook_qa_eng", "longbook_choice_eng")

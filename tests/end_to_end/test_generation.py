@@ -167,10 +167,14 @@ def test_a_server_that_refuses_is_named(made: Path, server: str, tmp_path: Path)
     assert "status 404" in done.stderr and "check base_url" in done.stderr
 
 
-def test_odd_documents_do_no_harm(made: Path, tmp_path: Path) -> None:
-    """Every way in, and every odd thing in it, is a document or a counted reason; the order is that of the files."""
+ODD = ("--overlong", "split", "--question-tokens", "4", "--answer-tokens", "4")
+
+
+@pytest.fixture(scope="module")
+def odd(made: Path) -> Path:
+    """Documents in every format, with every odd thing in them, and their pairs, made with two workers."""
     rng = random.Random(1)
-    folder = tmp_path / "odd"
+    folder = made / "odd"
     folder.mkdir()
     good = [_text(rng, 10) for _ in range(6)]
     (folder / "a.txt").write_text(good[0])
@@ -193,11 +197,18 @@ def test_odd_documents_do_no_harm(made: Path, tmp_path: Path) -> None:
     pyarrow.parquet.write_table(table, folder / "l.parquet")
     with pyarrow.output_stream(str(folder / "m.jsonl.zst"), compression="zstd") as stream:
         stream.write(json.dumps({"text": _text(rng, 8)}).encode() + b"\n")
-    flags = ["--workers", "2", "--overlong", "split", "--question-tokens", "4", "--answer-tokens", "4"]
-    run([*TOOL, *arguments(made, tmp_path / "out.jsonl", folder), *flags])
-    work = tmp_path / "out.jsonl.work" / "part-00-of-01" / "documents.jsonl"
-    cut = lines(work)
-    reasons = {r["name"]: r["reason"] for r in cut if "reason" in r}
+    run([*TOOL, *arguments(made, made / "odd.jsonl", folder), *ODD, "--workers", "2"])
+    return made / "odd.jsonl"
+
+
+@pytest.fixture(scope="module")
+def odd_lines(odd: Path) -> list[dict[str, Any]]:
+    """What became of each document."""
+    return lines(odd.with_name("odd.jsonl.work") / "part-00-of-01" / "documents.jsonl")
+
+
+def test_what_is_no_document_is_a_counted_reason(odd_lines: list[dict[str, Any]]) -> None:
+    reasons = {r["name"]: r["reason"] for r in odd_lines if "reason" in r}
     assert reasons == {
         "d.txt": "not_text",
         "e.txt": "empty",
@@ -211,18 +222,26 @@ def test_odd_documents_do_no_harm(made: Path, tmp_path: Path) -> None:
         "k.jsonl.gz:7": "no_text_column",
         "l.parquet:2": "no_text_column",
     }
-    names = [r["name"] for r in cut if "reason" not in r]
+
+
+def test_odd_documents_are_read_in_the_order_of_the_files(odd_lines: list[dict[str, Any]]) -> None:
+    names = [r["name"] for r in odd_lines if "reason" not in r]
     assert list(dict.fromkeys(names)) == [
         *("a.txt", "b.md", "c.txt", "g.txt", "h.txt", "k.jsonl.gz:1", "k.jsonl.gz:4"),
         *("l.parquet:1", "l.parquet:3", "m.jsonl.zst:1"),
     ]
-    assert "\x00" not in next(r for r in cut if r["name"] == "c.txt")["text"]
-    for line in cut:
+    assert "\x00" not in next(r for r in odd_lines if r["name"] == "c.txt")["text"]
+
+
+def test_chunks_of_odd_documents_are_of_the_asked_size(odd: Path, odd_lines: list[dict[str, Any]]) -> None:
+    for line in odd_lines:
         for start, end, tokens in line.get("chunks", []):
             assert 0 <= start < end <= len(line["text"]) and 100 <= tokens <= 300
-    alone = tmp_path / "alone.jsonl"
-    run([*TOOL, *arguments(made, alone, folder), *flags, "--workers", "1"])
-    assert alone.read_bytes() == (tmp_path / "out.jsonl").read_bytes()
-    assert lines(tmp_path / "out.jsonl") and all(
-        t["short_context"] in s["context"] for s in lines(alone) for t in s["turns"]
-    )
+    pairs = lines(odd)
+    assert pairs and all(t["short_context"] in s["context"] for s in pairs for t in s["turns"])
+
+
+def test_workers_change_no_pair(made: Path, odd: Path) -> None:
+    alone = made / "alone.jsonl"
+    run([*TOOL, *arguments(made, alone, made / "odd"), *ODD, "--workers", "1"])
+    assert alone.read_bytes() == odd.read_bytes()

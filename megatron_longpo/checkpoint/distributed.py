@@ -13,7 +13,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import torch
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
@@ -129,7 +129,7 @@ def write_distributed(folder: Path, chunks: Sequence[LazyChunk]) -> None:
 class _FileSlice(io.RawIOBase):
     """A part of a file, as a file."""
 
-    def __init__(self, stream: BinaryIO, start: int, length: int) -> None:
+    def __init__(self, stream: io.FileIO, start: int, length: int) -> None:
         self._stream, self._start, self._length, self._offset = stream, start, length, 0
 
     def readable(self) -> bool:
@@ -150,9 +150,9 @@ class _FileSlice(io.RawIOBase):
         view = memoryview(buffer).cast("B")
         wanted = min(len(view), max(0, self._length - self._offset))
         self._stream.seek(self._start + self._offset)
-        count = self._stream.readinto(view[:wanted])  # type: ignore[attr-defined]
+        count = self._stream.readinto(view[:wanted])
         self._offset += count
-        return int(count)
+        return count
 
 
 class DistributedReader:
@@ -228,8 +228,8 @@ class DistributedReader:
             stored = self._metadata.storage_data[MetadataIndex(key, chunk.offsets)]
             # Unbuffered, because torch reads whole tensors.
             with open(self.folder / stored.relative_path, "rb", buffering=0) as stream:
-                part = _FileSlice(stream, stored.offset, stored.length)  # type: ignore[arg-type]
-                tensor: Tensor = torch.load(part, map_location="cpu", weights_only=True)  # type: ignore[arg-type]
+                part = cast(BinaryIO, _FileSlice(stream, stored.offset, stored.length))
+                tensor: Tensor = torch.load(part, map_location="cpu", weights_only=True)
             if tensor.shape != chunk.sizes:
                 raise ValueError(f"{list(tensor.shape)} instead of {list(chunk.sizes)}")
             return tensor

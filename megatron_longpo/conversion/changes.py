@@ -48,6 +48,9 @@ class Changes:
         )
 
 
+NO_CHANGES = Changes()
+
+
 @dataclass(frozen=True)
 class Conversion:
     """What a conversion did.

@@ -15,7 +15,7 @@ from megatron_longpo.checkpoint.distributed import DistributedReader
 from megatron_longpo.checkpoint.folders import resolve
 from megatron_longpo.checkpoint.huggingface import BLOCK_ELEMENTS, HuggingFaceWeights, read_hf_config
 from megatron_longpo.checkpoint.prefetch import Prefetcher
-from megatron_longpo.conversion.changes import Changes
+from megatron_longpo.conversion.changes import NO_CHANGES, Changes
 from megatron_longpo.conversion.fused import check_names, check_stored, fused_tensors
 from megatron_longpo.model.families import shape_from_hf
 from megatron_longpo.model.shape import FILE_NAME, ModelShape
@@ -105,7 +105,7 @@ def compare(
     checkpoint: str | Path,
     hf: str | Path,
     *,
-    changes: Changes = Changes(),  # noqa: B008 - frozen
+    changes: Changes = NO_CHANGES,
     progress: OnProgress = ignore_progress,
 ) -> Comparison:
     """Compare a checkpoint with a Hugging Face folder: settings, and every tensor bit by bit after the mapping; collective.

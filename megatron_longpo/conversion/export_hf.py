@@ -28,7 +28,7 @@ from megatron_longpo.checkpoint.huggingface import (
     write_shard,
 )
 from megatron_longpo.checkpoint.prefetch import Prefetcher
-from megatron_longpo.conversion.changes import Changes, Conversion
+from megatron_longpo.conversion.changes import NO_CHANGES, Changes, Conversion
 from megatron_longpo.conversion.fused import FusedTensor, check_finite, check_stored, fused_tensors
 from megatron_longpo.conversion.output import check_new, copy_assets, staging_folder
 from megatron_longpo.model.families import config_for_export
@@ -41,7 +41,7 @@ def export_hf(
     checkpoint: str | Path,
     output: str | Path,
     *,
-    changes: Changes = Changes(),  # noqa: B008 - frozen
+    changes: Changes = NO_CHANGES,
     dtype: str | None = None,
     max_shard_bytes: int = 5 * 10**9,
     check: Callable[[Path, Path], None] | None = None,

@@ -14,7 +14,7 @@ from torch import Tensor
 from megatron_longpo.checkpoint.distributed import LazyChunk, write_distributed
 from megatron_longpo.checkpoint.folders import ASSETS
 from megatron_longpo.checkpoint.huggingface import DTYPES, HuggingFaceWeights, dtype_name, read_hf_config
-from megatron_longpo.conversion.changes import Changes, Conversion
+from megatron_longpo.conversion.changes import NO_CHANGES, Changes, Conversion
 from megatron_longpo.conversion.fused import FusedTensor, check_finite, check_names, fused_tensors
 from megatron_longpo.conversion.output import check_new, copy_assets, staging_folder
 from megatron_longpo.data.vocabulary import folder_vocabulary_hash
@@ -30,7 +30,7 @@ def import_hf(
     hf: str | Path,
     output: str | Path,
     *,
-    changes: Changes = Changes(),  # noqa: B008 - frozen
+    changes: Changes = NO_CHANGES,
     dtype: str | None = None,
     name: str | None = None,
     progress: OnProgress = ignore_progress,

@@ -21,7 +21,7 @@ from megatron_longpo.checkpoint.distributed import DistributedReader
 from megatron_longpo.checkpoint.folders import resolve
 from megatron_longpo.checkpoint.huggingface import HuggingFaceWeights
 from megatron_longpo.config import Config
-from megatron_longpo.conversion.changes import Changes
+from megatron_longpo.conversion.changes import NO_CHANGES, Changes
 from megatron_longpo.conversion.comparison import Sides
 from megatron_longpo.conversion.fused import layer_weights
 from megatron_longpo.data.sequence import KeyBlock, QuerySpan
@@ -74,7 +74,7 @@ def compare_logits(
     hf: str | Path,
     rows: Sequence[Sequence[int]],
     *,
-    changes: Changes = Changes(),  # noqa: B008 - frozen
+    changes: Changes = NO_CHANGES,
     first_position: int = 0,
     bound: float = BOUND,
     whole: bool = False,

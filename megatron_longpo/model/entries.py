@@ -64,9 +64,9 @@ class Entry(ABC):
     def theirs(self) -> tuple[HuggingFaceTensor, ...]:
         """Hugging Face's tensors, in the order in which they are fused."""
 
-    @abstractmethod
     def views(self, fused: Tensor, shape: ModelShape) -> list[Tensor]:
-        """Views of our tensor, one for each of Hugging Face's."""
+        """Views of our tensor, one for each of Hugging Face's: one above the other, unless a class has another order."""
+        return list(fused.split([sizes[0] for sizes in self.their_shapes(shape)]))
 
     @property
     def stacked(self) -> bool:
@@ -109,7 +109,7 @@ class Entry(ABC):
         return fused
 
     def split(self, tensor: Tensor, shape: ModelShape) -> Iterator[Tensor]:
-        """Split our tensor into Hugging Face's, made one at a time."""
+        """Split ours into Hugging Face's tensors, made one at a time."""
         for theirs, view in zip(self.theirs, self.views(tensor, shape), strict=True):
             part = view.reshape(theirs.shape_in(shape))
             yield _neighbours(part, shape) if theirs.is_rotated else part
@@ -130,9 +130,6 @@ class Plain(Entry):
     @property
     def theirs(self) -> tuple[HuggingFaceTensor, ...]:
         return (HuggingFaceTensor(self.name, self.dims),)
-
-    def views(self, fused: Tensor, shape: ModelShape) -> list[Tensor]:  # noqa: ARG002 - the same for any shape
-        return [fused]
 
 
 @dataclass(frozen=True)
@@ -158,7 +155,7 @@ class QKV(Entry):
         )
 
     def views(self, fused: Tensor, shape: ModelShape) -> list[Tensor]:
-        # [key-value groups, query heads of a group + key + value, head size, ...]
+        # [key-value groups, query heads of a group + key + value, head size, columns]
         groups = shape.num_query_groups
         per_group = shape.num_attention_heads // groups
         mixed = fused.view(groups, per_group + 2, shape.kv_channels, *fused.shape[1:])
@@ -179,9 +176,6 @@ class GateUp(Entry):
     @property
     def theirs(self) -> tuple[HuggingFaceTensor, ...]:
         return (HuggingFaceTensor(self.gate, "FH"), HuggingFaceTensor(self.up, "FH"))
-
-    def views(self, fused: Tensor, shape: ModelShape) -> list[Tensor]:  # noqa: ARG002 - the same for any shape
-        return list(fused.chunk(2))
 
 
 def _halves(x: Tensor, shape: ModelShape) -> Tensor:

@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import pytest
+import torch
 
 from megatron_longpo.errors import CheckpointError
 from megatron_longpo.model.families import config_for_export, entries_of, shape_from_hf
@@ -160,6 +161,19 @@ def test_published_models_have_their_parameters(name: str) -> None:
         once = sum(math.prod(sizes) for sizes in entry.their_shapes(shape))
         total += once * (shape.num_layers if entry.stacked else 1)
     assert total == parameters
+
+
+def test_query_key_and_value_are_fused_by_group() -> None:
+    """Two groups of two query heads of one channel: q0 q1 k0 v0, then q2 q3 k1 v1."""
+    sizes = {"num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 4, "head_dim": 1}
+    shape = shape_from_hf({**PUBLISHED["Qwen2.5-7B"][0], **sizes}, "test")
+    (bias,) = (entry for entry in entries_of(shape) if entry.ours.endswith("linear_qkv.bias"))
+    assert bias.names(7)[1] == "model.layers.7.self_attn.k_proj.bias"
+    assert bias.their_shapes(shape) == [(4,), (2,), (2,)] and bias.our_shape(shape) == (8,)
+    theirs = [torch.tensor([0, 1, 2, 3]), torch.tensor([10, 11]), torch.tensor([20, 21])]
+    fused = bias.fuse(theirs, shape)
+    assert fused.tolist() == [0, 1, 10, 20, 2, 3, 11, 21]
+    assert [part.tolist() for part in bias.split(fused, shape)] == [part.tolist() for part in theirs]
 
 
 def test_published_rope() -> None:

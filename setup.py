@@ -44,6 +44,7 @@ setup(
         "pyyaml>=6",
         "tyro>=0.9",
         "rich>=13",
+        "typing-extensions>=4.4",
         "matplotlib>=3.8",
         "tensorboard>=2.15",
         "pyarrow>=15",

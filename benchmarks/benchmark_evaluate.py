@@ -12,16 +12,16 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from megatron_longpo.config import from_dict
-from megatron_longpo.evaluation.needle import KINDS, MAX_TOKENS, NeedleMap
+from megatron_longpo.evaluation.materials import read_materials
 from megatron_longpo.evaluation.runner import prompt_of
 from megatron_longpo.evaluation.samples import EvalSample
 from megatron_longpo.evaluation.scoring import SCORERS
-from megatron_longpo.evaluation.settings import EvaluationConfig
-from megatron_longpo.evaluation.suites import read_materials
+from megatron_longpo.evaluation.suites.base import count_prompt
+from megatron_longpo.evaluation.suites.needle import KINDS, MAX_TOKENS, NeedleMap
 from megatron_longpo.runtime.failure import run_or_fail
 
 
@@ -42,25 +42,18 @@ def main() -> None:
     from megatron_longpo.engines.base import Sampling
     from megatron_longpo.engines.transformers_engine import TransformersEngine
 
-    config = from_dict(
-        {"evaluate": {"tasks": ["needle"]}, "ruler": {"haystack": a.haystack}}, "benchmark", EvaluationConfig
-    )
-    materials = read_materials(config)
+    materials = read_materials(a.haystack, None)
     engines = {
         "shared": TransformersEngine(a.model, dtype=a.dtype, batch_size=a.batch_size, keep_prefix=True),
         "one by one": TransformersEngine(a.model, dtype=a.dtype, batch_size=1),
     }
-    tokenizer = engines["shared"].tokenizer
-
-    def count(message: str, prefix: str) -> int:
-        return len(tokenizer.prompt([{"role": "user", "content": message}], prefix))
-
-    made = NeedleMap(materials, count, 1234, a.depths, a.haystack_kind)
+    count = partial(count_prompt, engines["shared"])
+    needles = NeedleMap(materials, count, seed=1234, depths=a.depths, kind=a.haystack_kind)
     seconds = dict.fromkeys(engines, 0.0)
     texts: dict[str, list[str]] = {name: [] for name in engines}
     samples: list[EvalSample] = []
     for trial in range(a.trials):
-        groups = sorted(made.trial(a.length, trial), key=lambda g: g[0].message)
+        groups = sorted(needles.trial(a.length, trial), key=lambda g: g[0].message)
         samples += [s for group in groups for s in group]
         for name, engine in engines.items():
             alone = [[s] for group in groups for s in group]

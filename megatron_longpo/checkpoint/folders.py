@@ -44,6 +44,7 @@ class RunProgress:
 
 
 def folder_of(output: Path, step: int) -> Path:
+    """Folder of the checkpoint of a step."""
     return output / f"iter_{step:07d}"
 
 
@@ -57,6 +58,7 @@ def latest_step(output: Path) -> int | None:
 
 
 def whole_steps(output: Path) -> list[int]:
+    """Steps of a run's complete checkpoints, ascending."""
     steps = []
     for folder in output.glob("iter_*"):
         number = folder.name.removeprefix("iter_")

@@ -45,7 +45,7 @@ def blocks_of(tensor: Tensor) -> Sequence[Tensor]:
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether a non-empty tensor has neither NaN nor infinities."""
+    """Whether a non-empty tensor contains neither NaN nor infinities."""
     # NaN propagates through the extremes, and an infinity is one.
     return all(bool(torch.isfinite(torch.stack(torch.aminmax(block))).all()) for block in blocks_of(tensor))
 
@@ -60,7 +60,9 @@ def read_hf_config(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such file; --hf must be a Hugging Face model folder") from None
+        raise CheckpointError(
+            f"{path}: no such file; use a complete Hugging Face model folder, as save_pretrained writes it"
+        ) from None
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: cannot be read as JSON ({error}); download it again") from None
     if not isinstance(config, dict):
@@ -93,7 +95,7 @@ class HuggingFaceWeights:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._pickle: tuple[Path, dict[str, Tensor]] | None = None
-        # Two threads may read.
+        # The prefetching thread may read at the same time.
         self._lock = threading.Lock()
         for stem, suffix in (("model", ".safetensors"), ("pytorch_model", ".bin")):
             index, single = folder / f"{stem}{suffix}.index.json", folder / f"{stem}{suffix}"
@@ -147,7 +149,7 @@ class HuggingFaceWeights:
             ) from None
 
     def _unpickle(self, path: Path) -> dict[str, Tensor]:
-        """All tensors of a pickle, memory-mapped and not read; the last file stays open."""
+        """Map all tensors of a pickle into memory without reading them; the last file stays open."""
         if self._pickle is None or self._pickle[0] != path:
             self._pickle = None
             try:
@@ -215,7 +217,7 @@ def _missing_shard(path: Path) -> CheckpointError:
 
 @dataclass(frozen=True)
 class LazyTensor:
-    """A tensor to be written to a safetensors file: described in advance, its values made when they are written."""
+    """A tensor to be written to a safetensors file: described in advance; its values are made when they are written."""
 
     name: str
     shape: tuple[int, ...]
@@ -230,7 +232,7 @@ AnyLazyTensor = TypeVar("AnyLazyTensor", bound=LazyTensor)
 
 
 def plan_shards(tensors: Sequence[AnyLazyTensor], max_shard_bytes: int) -> list[list[AnyLazyTensor]]:
-    """Cut tensors into shards of consecutive ones. A shard exceeds the limit only if its single tensor does."""
+    """Divide tensors into shards, in order. A shard exceeds the limit only if it is a single tensor that does."""
     shards: list[list[AnyLazyTensor]] = [[]]
     size = 0
     for tensor in tensors:
@@ -292,7 +294,7 @@ def write_shard(path: Path, tensors: Sequence[LazyTensor], values: Iterator[Tens
                         f"{tensor.name}: values do not fit {dtype_name(tensor.dtype)}; use --dtype bfloat16 or float32"
                     )
                 _write_all(stream, cast.view(torch.uint8).numpy().data)
-            # No name keeps the value while the next one is made.
+            # Drop the references before the next value is made.
             del value, block, cast
         os.fsync(stream.fileno())
 

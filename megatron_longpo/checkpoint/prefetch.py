@@ -71,7 +71,7 @@ class Prefetcher(Iterator[Tensor]):
                 self._changed.notify_all()
             if isinstance(value, BaseException):
                 return
-            # No name keeps the value while the next one is made.
+            # Drop the reference before the next value is made.
             del value
 
     def __next__(self) -> Tensor:

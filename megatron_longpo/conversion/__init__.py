@@ -1,1 +1,1 @@
-"""Hugging Face folders to checkpoints and back, and the proof that both compute the same. Knows transformers."""
+"""Hugging Face folders to checkpoints and back, and the verification that both compute the same. Imports transformers."""

@@ -146,7 +146,7 @@ def compare(
     items = [(f.numel * reader.dtype(f.entry.ours).itemsize, partial(f.read, reader)) for _, f in mine]
     with raise_on_all_ranks(hf), Prefetcher(items) as prefetched:
         for number, fused in mine:
-            # No name keeps a tensor while the next one is made.
+            # Not kept under a name, so that it is freed before the next one is made.
             parts = fused.split(next(prefetched))
             for name in fused.names:
                 found = _first_difference(next(parts), source, name, fused.layer)

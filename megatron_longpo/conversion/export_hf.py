@@ -142,7 +142,7 @@ class _Exporter:
         with Prefetcher([(self._stored_bytes(fused), partial(self._read, fused)) for fused, _ in runs]) as prefetched:
             for fused, run in runs:
                 wanted = {tensor.number: tensor for tensor in run}
-                # No name keeps a tensor while the next one is made.
+                # Not kept under a name, so that it is freed before the next one is made.
                 parts = fused.split(next(prefetched))
                 for number in range(len(fused.names)):
                     part = next(parts)

@@ -1,4 +1,4 @@
-"""Fused tensors: an entry of the family's table at one layer. They are the unit that conversions read, check and write."""
+"""Fused tensors: an entry of the family's table at one layer, the unit that a conversion reads, checks and writes."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ class FusedTensor:
         return stored if self.layer is None else stored[0]
 
     def split(self, tensor: Tensor) -> Iterator[Tensor]:
-        """Hugging Face's tensors, made of ours one at a time."""
+        """Split our tensor into Hugging Face's, made one at a time."""
         return self.entry.split(tensor, self.model)
 
 
@@ -140,10 +140,15 @@ def check_stored(reader: DistributedReader, fused: FusedTensor) -> None:
 
 
 def check_finite(tensor: Tensor, label: str, fix: str) -> None:
-    """Check that a tensor has neither NaN nor infinities.
+    """Check that a tensor contains neither NaN nor infinities.
+
+    Args:
+        tensor: tensor to check.
+        label: its name for the message.
+        fix: what the user can do.
 
     Raises:
-        CheckpointError: it has.
+        CheckpointError: it does.
     """
     if not is_finite(tensor):
         raise CheckpointError(f"{label} contains NaN or Inf; {fix}")

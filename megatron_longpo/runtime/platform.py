@@ -29,7 +29,6 @@ from typing import Any, Literal
 import torch
 
 from megatron_longpo.errors import PlatformError
-from megatron_longpo.runtime.quiet import quiet_libraries
 
 _VARIABLE = "MEGATRON_LONGPO_PLATFORM"
 
@@ -475,7 +474,6 @@ def _install(platform: Platform) -> Platform:
     return platform
 
 
-quiet_libraries()
 CURRENT: Platform = _install(_resolve())
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 
-from tests.support.launch import environment, run
+from tests.support.launch import environment
 
 PROGRAM = """
 from megatron_longpo.runtime import platform
@@ -20,10 +21,10 @@ logging.getLogger("megatron.core.dist_checkpointing.strategies.torch").warning("
 
 
 def test_only_messages_with_a_reason_are_silenced() -> None:
-    variables = environment(PYTHONWARNINGS="default")
+    variables = environment()
     for name in ("TQDM_DISABLE", "HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS"):
         variables.pop(name, None)
-    done = run([sys.executable, "-c", PROGRAM], env=variables)
+    done = subprocess.run([sys.executable, "-c", PROGRAM], env=variables, capture_output=True, text=True, check=True)
     assert done.stdout == ""
     shown = [line for line in done.stderr.splitlines() if not line.startswith(" ")]
     assert [line.rpartition(": ")[2] for line in shown] == ["something else", "another warning"], done.stderr

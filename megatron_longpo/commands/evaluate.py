@@ -36,7 +36,7 @@ class CompareOptions:
 
 def evaluate(arguments: Sequence[str], *, prog: str) -> None:
     """Evaluate a Hugging Face model, or a server with OpenAI's interface. Launched with torchrun, the processes share the
-    samples. Rerun the same command to resume."""
+    samples. Rerun the same command to resume. `compare` compares finished evaluations."""
     if "--compare" in arguments:
         # The flag of release 0.1.
         compare([argument for argument in arguments if argument != "--compare"], prog=f"{prog} compare")

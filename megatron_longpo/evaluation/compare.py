@@ -33,15 +33,15 @@ _HEAD = ("what", "tokens", "against", "first", "other", "change", "95 % interval
 
 
 @dataclass(frozen=True)
-class Answer:
+class QuestionScore:
     """A question's score, and the digest of the question."""
 
     score: float
     digest: str
 
 
-# Key -> answer.
-Answers = dict[str, Answer]
+# Key -> score.
+Scores = dict[str, QuestionScore]
 
 
 @dataclass(frozen=True)
@@ -50,12 +50,12 @@ class Evaluation:
 
     Attributes:
         name: name of the folder.
-        answers: suite -> cell -> answers.
+        scores: suite -> cell -> scores.
         settings: suite -> what its answers depend on.
     """
 
     name: str
-    answers: dict[str, dict[Cell, Answers]]
+    scores: dict[str, dict[Cell, Scores]]
     settings: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
@@ -101,18 +101,18 @@ def read_evaluation(folder: Path) -> Evaluation:
         ConfigError: the folder reports no suite, or lacks the answers of one.
     """
     content = read_results(folder)
-    answers: dict[str, dict[Cell, Answers]] = {}
+    scores: dict[str, dict[Cell, Scores]] = {}
     for suite in content["suites"]:
         suite_of(suite, f"{folder}/results.json")
         for row in read_rows(folder / suite / "samples.jsonl"):
             cell = Cell(row["task"], str(row["length"]) if row["length"] else "-")
-            of_cell = answers.setdefault(suite, {}).setdefault(cell, {})
-            of_cell[row["key"]] = Answer(float(row["score"]), str(row.get("digest")))
-        if suite not in answers:
+            of_cell = scores.setdefault(suite, {}).setdefault(cell, {})
+            of_cell[row["key"]] = QuestionScore(float(row["score"]), str(row.get("digest")))
+        if suite not in scores:
             raise ConfigError(f"{folder / suite / 'samples.jsonl'}: has no answers; evaluate {suite} again")
-    if not answers:
+    if not scores:
         raise ConfigError(f"{folder}: reports no suite; evaluate again")
-    return Evaluation(folder.name, answers, {name: suite["settings"] for name, suite in content["suites"].items()})
+    return Evaluation(folder.name, scores, {name: suite["settings"] for name, suite in content["suites"].items()})
 
 
 def check_alike(first: Evaluation, other: Evaluation) -> None:
@@ -202,11 +202,11 @@ def compare(evaluations: Sequence[Evaluation], seed: int = 1234) -> list[Differe
     first = evaluations[0]
     differences: list[Difference] = []
     for other in evaluations[1:]:
-        for suite, cells in first.answers.items():
-            common = [cell for cell in cells if cell in other.answers.get(suite, {})]
+        for suite, cells in first.scores.items():
+            common = [cell for cell in cells if cell in other.scores.get(suite, {})]
             if not common:
                 continue
-            strata = {cell: _stratum(cells[cell], other.answers[suite][cell]) for cell in common}
+            strata = {cell: _stratum(cells[cell], other.scores[suite][cell]) for cell in common}
             for line in suite_of(suite, "results.json").comparison_lines(common):
                 parts = [strata[cell] for cell in line.cells]
                 found = bootstrap(parts, np.random.default_rng([seed, len(differences)]))
@@ -227,7 +227,7 @@ def compare(evaluations: Sequence[Evaluation], seed: int = 1234) -> list[Differe
     return differences
 
 
-def _stratum(first: Mapping[str, Answer], other: Mapping[str, Answer]) -> Stratum:
+def _stratum(first: Mapping[str, QuestionScore], other: Mapping[str, QuestionScore]) -> Stratum:
     same = [key for key in first if key in other and first[key].digest == other[key].digest]
     if len(same) == min(len(first), len(other)):
         # One side was asked all of these. Further questions of the other side say nothing about the difference.
@@ -235,8 +235,8 @@ def _stratum(first: Mapping[str, Answer], other: Mapping[str, Answer]) -> Stratu
             np.array([first[key].score for key in same]), np.array([other[key].score for key in same]), paired=True
         )
     return Stratum(
-        np.array([answer.score for answer in first.values()]),
-        np.array([answer.score for answer in other.values()]),
+        np.array([question.score for question in first.values()]),
+        np.array([question.score for question in other.values()]),
         paired=False,
     )
 
@@ -301,7 +301,7 @@ def write_comparison(folders: Sequence[Path], output: Path, seed: int = 1234) ->
 
 def _row(d: Difference) -> list[str]:
     """Line of the table; shares in percent."""
-    scale, digits = (100.0, 1) if _is_share(d) else (1.0, 4)
+    scale, digits = (100.0, 1) if _in_percent(d) else (1.0, 4)
 
     def number(value: float, sign: str = "") -> str:
         return f"{scale * value:{sign}.{digits}f}"
@@ -320,15 +320,15 @@ def _row(d: Difference) -> list[str]:
     ]
 
 
-def _is_share(d: Difference) -> bool:
-    return suite_of(d.suite, "results.json").shares
+def _in_percent(d: Difference) -> bool:
+    return suite_of(d.suite, "results.json").in_percent
 
 
 def _draw(differences: Sequence[Difference], first: str, path: Path) -> None:
     """Draw changes with their intervals, a line each; shares and other metrics in panels of their own."""
     panels = [
-        ("change in points (percent)", 100.0, [d for d in differences if _is_share(d)]),
-        ("change", 1.0, [d for d in differences if not _is_share(d)]),
+        ("change in points (percent)", 100.0, [d for d in differences if _in_percent(d)]),
+        ("change", 1.0, [d for d in differences if not _in_percent(d)]),
     ]
     panels = [panel for panel in panels if panel[2]]
     heights = [len(lines) for _, _, lines in panels]

@@ -66,7 +66,7 @@ class SuiteFolder:
         if restart:
             self._discard()
         self.parts.mkdir(parents=True, exist_ok=True)
-        self.settings = self._merge(settings, by_task)
+        self.settings = self._merge_settings(settings, by_task)
         mine = self.parts / f"{share.rank}-of-{share.world_size}"
         mine.mkdir(exist_ok=True)
         self._lock = FolderLock(mine)
@@ -83,13 +83,13 @@ class SuiteFolder:
             FolderLock(part).release()
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _merge(self, settings: dict[str, Any], by_task: Collection[str]) -> dict[str, Any]:
+    def _merge_settings(self, settings: dict[str, Any], by_task: Collection[str]) -> dict[str, Any]:
         """Compare with the settings on disk, and write what is new."""
         path = self.folder / "settings.json"
         with FolderLock(self.folder, wait=True):
             # The first process writes them; the others are compared with it.
             before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-            merged, changed = _merge_settings(before, json.loads(json.dumps(settings)), by_task)
+            merged, changed = _merged(before, json.loads(json.dumps(settings)), by_task)
             if before and changed:
                 changes = "; ".join(f"{k} was {_brief(x)} and is {_brief(y)}" for k, (x, y) in changed.items())
                 raise ConfigError(
@@ -126,7 +126,7 @@ class SuiteFolder:
             stream.flush()
             os.fsync(stream.fileno())
 
-    def merge(self, keys: Sequence[str]) -> list[AnswerRow]:
+    def write_samples(self, keys: Sequence[str]) -> list[AnswerRow]:
         """Write ``samples.jsonl``: these answers, and those of other cells that earlier runs finished, in order.
 
         A cell is a task and a length. If a cell is asked again with fewer samples, only those count. A cell that was begun and
@@ -228,7 +228,7 @@ def _drop_torn_line(path: Path) -> None:
                 stream.truncate(end)
 
 
-def _merge_settings(
+def _merged(
     before: dict[str, Any], now: dict[str, Any], by_task: Collection[str]
 ) -> tuple[dict[str, Any], dict[str, tuple[Any, Any]]]:
     """Both settings merged, and what differs between them, name -> (before, now).

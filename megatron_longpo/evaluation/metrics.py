@@ -11,7 +11,7 @@ from megatron_longpo.evaluation.samples import AnswerRow, cell_name
 
 Group = TypeVar("Group")
 # Task -> length in tokens, as text -> score.
-Cells = dict[str, dict[str, "CellScore"]]
+ScoresByCell = dict[str, dict[str, "CellScore"]]
 
 
 class _CellScore(TypedDict):
@@ -53,7 +53,7 @@ def count_cells(rows: Sequence[AnswerRow]) -> dict[str, int]:
     return {name: len(group) for name, group in group_by(rows, lambda row: cell_name(row["key"])).items()}
 
 
-def cells_of(rows: Sequence[AnswerRow], tasks: Sequence[str] = ()) -> Cells:
+def scores_by_cell(rows: Sequence[AnswerRow], tasks: Sequence[str] = ()) -> ScoresByCell:
     """Score per task and length.
 
     Args:
@@ -76,7 +76,7 @@ def lengths_of(cells: Mapping[str, Mapping[str, object]]) -> list[str]:
     return sorted({length for by_length in cells.values() for length in by_length}, key=int)
 
 
-def mean_over_tasks(cells: Cells, tasks: Sequence[str], length: str) -> float | None:
+def mean_over_tasks(cells: ScoresByCell, tasks: Sequence[str], length: str) -> float | None:
     """Mean score of tasks at a length; None if a task lacks it, since a mean over other tasks would not be comparable."""
     if not all(length in cells[task] for task in tasks):
         return None

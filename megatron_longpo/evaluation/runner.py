@@ -88,7 +88,7 @@ def run(
                 progress.add(len(answered.rows), answered.tokens)
     complete = folder.wait_for_answers(keys)
     reports = complete and (share.rank == 0 or not share.together)
-    return folder.merge(keys) if reports else None
+    return folder.write_samples(keys) if reports else None
 
 
 def assign_batches(batches: Sequence[SampleBatch[Content]], world_size: int) -> list[list[SampleBatch[Content]]]:

@@ -1,4 +1,4 @@
-"""Scores of answers, as the benchmarks' own code defines them; each in [0, 1].
+"""Scores of answers in [0, 1], as the benchmarks' own code defines them.
 
 RULER: string matches of arXiv 2404.06654. InfiniteBench: arXiv 2402.13718, for its three tasks on English books.
 """
@@ -16,37 +16,37 @@ _CONTROL = re.compile(r"[\x00-\x1f]")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _OPTIONS = "ABCD"
-# A dot does not match a line feed: of each line the last.
+# The last such letter of a line: a dot does not match a line feed.
 _LAST_LETTER = re.compile(r"\b[A-D]\b(?!.*\b[A-D]\b)")
-# What stands in front of an option's letter in an answer that is a sentence; the first of these that occurs counts.
+# What precedes the option's letter in an answer that is a sentence. The first of these that occurs counts.
 _LEADS = ("answer is:", "answer:", "answer is", "option is")
 _MARKS = str.maketrans(dict.fromkeys("\n\"'.,?!{}", " "))
 
 
 def clean(answer: str) -> str:
-    """An answer with line feeds for its control characters, and nothing around it."""
+    """The answer with control characters replaced by line feeds, stripped."""
     return _CONTROL.sub("\n", answer.strip()).strip()
 
 
 def string_match_all(answer: str, references: Sequence[str]) -> float:
-    """Share of the references that occur in the answer, whatever the case of letters (RULER but for QA)."""
+    """Share of the references that occur in the answer, ignoring case (RULER except QA)."""
     text = clean(answer).lower()
     return sum(r.lower() in text for r in references) / len(references)
 
 
 def string_match_part(answer: str, references: Sequence[str]) -> float:
-    """Whether any of the references occurs in the answer, whatever the case of letters (RULER's QA)."""
+    """Whether any reference occurs in the answer, ignoring case (RULER's QA)."""
     text = clean(answer).lower()
     return float(any(r.lower() in text for r in references))
 
 
 def normalized(text: str) -> str:
-    """Lower case, without punctuation, then without English articles, single spaces (SQuAD's normalisation)."""
+    """The text in lower case, without punctuation and English articles, with single spaces (SQuAD's normalisation)."""
     return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
 
 
 def token_f1(answer: str, references: Sequence[str]) -> float:
-    """Largest F1 of the answer's words with a reference's (En.QA)."""
+    """Best F1 between the words of the answer and those of a reference (En.QA)."""
     words = Counter(normalized(answer).split())
     best = 0.0
     for reference in references:
@@ -61,10 +61,15 @@ def token_f1(answer: str, references: Sequence[str]) -> float:
 def option_accuracy(answer: str, references: Sequence[str]) -> float:
     """Whether the answer names the right option (En.MC), in the steps of the benchmark's present code.
 
-    Right is an answer whose last A, B, C or D that stands alone, in the first line that has one, is a reference. Else its
-    first character decides where it is one of A to D; an answer that is a reference is right; what follows the first
-    known lead-in must begin with a reference (its letter, or its text); and last, the first word that is a run of the
-    letters ABCD decides.
+    1. In the first line with an A, B, C or D that stands alone, take the last one: the answer is right if it is a reference.
+    2. Otherwise, if the answer begins with a letter from A to D, that letter decides.
+    3. Otherwise an answer that equals a reference is right.
+    4. Otherwise, if a known lead-in occurs ("answer is"), what follows it must begin with a reference, its letter or its text.
+    5. Otherwise the first word that is a run of the letters ABCD decides.
+
+    Args:
+        answer: the model's answer.
+        references: text and letter of the right option.
     """
     answer = answer.strip()
     alone = _LAST_LETTER.search(answer)
@@ -95,7 +100,7 @@ def _rouge() -> Any:
 
 
 def rouge_lsum(answer: str, references: Sequence[str]) -> float:
-    """F-measure of ROUGE-Lsum, sentences being lines, against the first reference (En.Sum)."""
+    """F-measure of ROUGE-Lsum against the first reference, with lines as sentences (En.Sum)."""
     return float(_rouge().score(references[0], answer)["rougeLsum"].fmeasure)
 
 

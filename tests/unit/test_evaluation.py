@@ -38,7 +38,7 @@ def _rows(batch: SampleBatch, done: set[str]) -> Any:
 def test_results_go_on_after_a_torn_line_whatever_the_split(tmp_path: Path) -> None:
     batches = [SampleBatch((f"s/t/1/{2 * i}", f"s/t/1/{2 * i + 1}"), float(i), list) for i in range(5)]
     first = SuiteFolder(tmp_path / "s", {"seed": 1}, Share(1, 3))
-    # Alone, it does not wait for the others.
+    # A part that was started by itself does not wait for the others.
     assert run("s", batches, _rows, first) is None
     first.close()
     path = tmp_path / "s" / "parts" / "1-of-3" / "answers.jsonl"
@@ -109,7 +109,7 @@ def test_processes_that_do_not_share_a_folder_are_told(tmp_path: Path) -> None:
 
 
 @given(st.lists(st.floats(0.1, 100), min_size=1, max_size=30), st.integers(1, 5))
-def test_windows_are_dealt_once_and_evenly(costs: list[float], ranks: int) -> None:
+def test_batches_are_assigned_once_and_evenly(costs: list[float], ranks: int) -> None:
     batches = [SampleBatch((str(i),), c, list) for i, c in enumerate(costs)]
     assigned = assign_batches(batches, ranks)
     assert sorted(int(w.keys[0]) for mine in assigned for w in mine) == list(range(len(costs)))
@@ -118,7 +118,7 @@ def test_windows_are_dealt_once_and_evenly(costs: list[float], ranks: int) -> No
 
 
 def _evaluation(name: str, scores: dict[int, float], digest: str = "d") -> compare.Evaluation:
-    answers = {f"ruler/vt/1/{i}": compare.Answer(s, f"{digest}{i}") for i, s in scores.items()}
+    answers = {f"ruler/vt/1/{i}": compare.QuestionScore(s, f"{digest}{i}") for i, s in scores.items()}
     return compare.Evaluation(name, {"ruler": {Cell("vt", "1"): answers}})
 
 
@@ -133,7 +133,7 @@ def _evaluation(name: str, scores: dict[int, float], digest: str = "d") -> compa
         (3, 8, 4, 1),
     ],
 )
-def test_size_of_windows_by_hand(samples: int, world_size: int, at_once: int, size: int) -> None:
+def test_size_of_batches_by_hand(samples: int, world_size: int, at_once: int, size: int) -> None:
     assert samples_per_batch(samples, world_size, at_once) == size
 
 
@@ -200,7 +200,7 @@ def test_a_report_that_lost_its_answers_is_not_compared(tmp_path: Path) -> None:
     report.write_report(tmp_path, "needle", SuiteResult(settings={}, asked={}, metrics=metrics))
     with pytest.raises(ConfigError, match=r"needle/samples\.jsonl: has no answers; evaluate needle again"):
         compare.read_evaluation(tmp_path)
-    # ReadySuite again, it is not reported until it is done.
+    # Started over, it is not reported until it is done.
     report.remove_from_report(tmp_path, ["needle"])
     assert read_results(tmp_path)["suites"] == {}
     with pytest.raises(ConfigError, match="reports no suite"):
@@ -221,8 +221,8 @@ def test_comparison_pairs_what_is_the_same() -> None:
     assert paired.other_mean - paired.first_mean == pytest.approx(unpaired.other_mean - unpaired.first_mean)
     # A few questions in common are no ground for leaving out the others.
     mixed = {
-        key: compare.Answer(answer.score, f"d{i}" if i < 3 else f"x{i}")
-        for i, (key, answer) in enumerate(_evaluation("b", better).answers["ruler"][Cell("vt", "1")].items())
+        key: compare.QuestionScore(answer.score, f"d{i}" if i < 3 else f"x{i}")
+        for i, (key, answer) in enumerate(_evaluation("b", better).scores["ruler"][Cell("vt", "1")].items())
     }
     (partly,) = [
         d

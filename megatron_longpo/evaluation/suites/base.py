@@ -26,7 +26,7 @@ from typing_extensions import override
 from megatron_longpo.engines.base import Engine
 from megatron_longpo.errors import ConfigError
 from megatron_longpo.evaluation.folder import SuiteFolder
-from megatron_longpo.evaluation.metrics import cells_of, count_cells, lengths_of, mean_over_tasks
+from megatron_longpo.evaluation.metrics import count_cells, lengths_of, mean_over_tasks, scores_by_cell
 from megatron_longpo.evaluation.runner import (
     Answer,
     SampleBatch,
@@ -139,14 +139,14 @@ class Suite(ABC, Generic[Inputs]):
     Attributes:
         name: name for ``--tasks``, the folder, and the section of the configuration.
         uses_engine: whether an engine answers. Other suites load models themselves, after the engine is gone.
-        shares: whether scores are shares in [0, 1], shown in percent.
+        in_percent: whether scores are fractions in [0, 1], which are shown in percent and may be averaged over tasks.
         settings_alike: settings that must be equal for two evaluations to be comparable.
         settings_by_task: settings that hold a value per task or material, which later runs may add to.
     """
 
     name: ClassVar[str]
     uses_engine: ClassVar[bool] = False
-    shares: ClassVar[bool] = True
+    in_percent: ClassVar[bool] = True
     settings_alike: ClassVar[tuple[str, ...]] = ("version",)
     settings_by_task: ClassVar[tuple[str, ...]] = ()
 
@@ -192,10 +192,6 @@ class Suite(ABC, Generic[Inputs]):
             LongPOError: a sample cannot be made, or the folder belongs to another evaluation.
         """
 
-    def open_folder(self, config: SuiteConfig, settings: dict[str, Any], share: Share, *, restart: bool) -> SuiteFolder:
-        """Open OUTPUT/SUITE. See ``SuiteFolder``."""
-        return SuiteFolder(config.output / self.name, settings, share, by_task=self.settings_by_task, restart=restart)
-
     # ---------------------------------------------------------------------------------- reporting
 
     @abstractmethod
@@ -212,17 +208,17 @@ class Suite(ABC, Generic[Inputs]):
     # ---------------------------------------------------------------------------------- comparing
 
     def comparison_lines(self, cells: Sequence[Cell]) -> list[ComparisonLine]:
-        """Lines of a comparison: by default each cell, and for shares the averages over tasks.
+        """Lines of a comparison: by default each cell, and for fractions the averages over tasks.
 
         Args:
             cells: cells that both evaluations have.
         """
         lines = [ComparisonLine(cell.task, cell.length, [cell]) for cell in by_task_and_length(cells)]
-        return lines + averages(cells) if self.shares and len({cell.task for cell in cells}) > 1 else lines
+        return lines + averages(cells) if self.in_percent and len({cell.task for cell in cells}) > 1 else lines
 
 
 def by_task_and_length(cells: Sequence[Cell]) -> list[Cell]:
-    """Cells ordered by task, then length, each in the order of first appearance."""
+    """ScoresByCell ordered by task, then length, each in the order of first appearance."""
     tasks, lengths = dict.fromkeys(cell.task for cell in cells), dict.fromkeys(cell.length for cell in cells)
     return [Cell(task, length) for task in tasks for length in lengths if Cell(task, length) in cells]
 
@@ -307,7 +303,7 @@ class EngineSuite(BatchSuite[Inputs]):
         count: int,
         make: Callable[[str, int, int], EvalSample],
     ) -> list[SampleBatch[SampleGroups]]:
-        """Batches of a suite whose samples have nothing in common but the beginning.
+        """The same number of samples of each task and length, in batches.
 
         Args:
             launch: configuration and share of this process.
@@ -345,7 +341,7 @@ class EngineSuite(BatchSuite[Inputs]):
     @override
     def metrics(self, rows: Sequence[AnswerRow]) -> Metrics:
         """Score per task and length, and the mean of the tasks at each length."""
-        cells = cells_of(rows)
+        cells = scores_by_cell(rows)
         return {"tasks": cells, "average": {n: mean_over_tasks(cells, list(cells), n) for n in lengths_of(cells)}}
 
     @override
@@ -374,7 +370,7 @@ def count_prompt(engine: Engine, message: str, prefix: str) -> int:
 
 
 def percent(value: float | None) -> str:
-    """A share in percent."""
+    """A fraction in percent."""
     return "-" if value is None else f"{100 * value:.1f}"
 
 

@@ -62,7 +62,7 @@ class PreferenceSuite(Suite[None]):
     """Metrics of held-out preference pairs."""
 
     name = "preference"
-    shares = False
+    in_percent = False
     settings_alike = ("version", "reference", "beta")
 
     @override

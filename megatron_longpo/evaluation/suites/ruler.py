@@ -43,7 +43,7 @@ from megatron_longpo.evaluation.materials import (
     repeated,
     sentences_of,
 )
-from megatron_longpo.evaluation.metrics import cells_of, lengths_of, mean_over_tasks
+from megatron_longpo.evaluation.metrics import lengths_of, mean_over_tasks, scores_by_cell
 from megatron_longpo.evaluation.runner import SampleBatch, SampleGroups
 from megatron_longpo.evaluation.samples import AnswerRow, CountPrompt, EvalSample, Fit, largest_fit
 from megatron_longpo.evaluation.sections import SuiteConfig, check_names, names
@@ -240,7 +240,7 @@ class RulerSuite(EngineSuite[Materials]):
     @override
     def metrics(self, rows: Sequence[AnswerRow]) -> Metrics:
         """Per task and length; per group the mean of its tasks; the average of all tasks, as in the paper's tables."""
-        cells = cells_of(rows, TASKS)
+        cells = scores_by_cell(rows, TASKS)
         lengths = lengths_of(cells)
         members: dict[str, list[str]] = {}
         for task in cells:

@@ -121,8 +121,9 @@ class ModelConfig(RopeChanges):
     make_vocab_size_divisible_by: Count = 128
     """The vocabulary is padded to a multiple of this times the tensor-parallel size. Padding never takes part in a result."""
     attention_backend: Literal["auto", "flash", "fused", "memory_efficient", "unfused"] = "auto"
-    """Attention kernels. auto: flash for bf16, memory_efficient for fp32 on CUDA, and the log says which; flash: torch's own
-    FlashAttention; fused: cuDNN (CUDA); memory_efficient: torch's cutlass kernels (CUDA); unfused: the plain formula, slow."""
+    """Attention kernels. auto: on CUDA flash for bf16, with fused for large blocks where the GPU has it, and memory_efficient for
+    fp32; the log says which; flash: torch's own FlashAttention; fused: cuDNN (CUDA); memory_efficient: torch's cutlass kernels
+    (CUDA); unfused: the plain formula, slow."""
     logprob_chunk_bytes: Count | None = None
     """Memory for the logits of one chunk of tokens, in bytes. Default: 128 MiB on the CPU, 1 GiB on CUDA."""
 

@@ -29,8 +29,9 @@ class EvaluateConfig:
     samples: Count = 100
     """Samples per task and length (ruler)."""
     rank: int | None = None
+    """Number of the part that this process does, from 0. Default: torchrun's RANK, or all parts."""
     world_size: int | None = None
-    """Which part of how many this process does. Default: torchrun's RANK and WORLD_SIZE, or everything."""
+    """Number of parts. Default: torchrun's WORLD_SIZE, or 1."""
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ reader fills in.
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
 import re
 import shlex
@@ -18,7 +17,9 @@ import grimp
 import pytest
 import tyro
 
-from megatron_longpo.config import Config, Sections
+from megatron_longpo.commands.convert import ExportOptions, ImportOptions, VerifyOptions
+from megatron_longpo.commands.preprocess import PreprocessOptions
+from megatron_longpo.config import Config
 from megatron_longpo.evaluation.settings import EvaluationConfig
 from megatron_longpo.generation.settings import GenerationConfig
 from tests.support.commands import parsed
@@ -175,12 +176,16 @@ def test_options_that_are_not_in_sections_are_one_table() -> None:
     assert tables == [*HEAD, "| `path` | text | required | Where. |", *SECTION_ROWS]
 
 
-@pytest.mark.parametrize("root", [Config, GenerationConfig, EvaluationConfig])
-def test_every_option_is_in_the_tables(root: type[Sections]) -> None:
+OPTIONS = [Config, GenerationConfig, EvaluationConfig, PreprocessOptions, ImportOptions, ExportOptions, VerifyOptions]
+
+
+@pytest.mark.parametrize("root", OPTIONS, ids=lambda root: root.__name__)
+def test_every_option_has_a_doc_and_a_place_in_the_tables(root: type) -> None:
+    rows = options_module().option_rows(root)
+    assert [row.name for row in rows if not row.doc] == []
     tables = options_module().option_tables(root)
-    for section in dataclasses.fields(root):  # type: ignore[arg-type]
-        for option in dataclasses.fields(getattr(root(), section.name)):
-            assert f"| `{option.name}` |" in tables
+    assert [row.name for row in rows if f"| `{row.name}` |" not in tables] == []
+    assert f"<!-- options: {root.__module__}.{root.__name__} -->" in (ROOT / "docs" / "options.md").read_text("utf-8")
 
 
 # --------------------------------------------------------------------------------------------------

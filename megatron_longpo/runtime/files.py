@@ -9,7 +9,7 @@ import os
 import shutil
 from pathlib import Path
 
-from megatron_longpo.errors import DataError, LongPOError
+from megatron_longpo.errors import DataError, LongPOError, one_line
 
 _BLOCK_BYTES = 2**22
 # Of the command line of a process that holds a lock.
@@ -52,8 +52,9 @@ def link_atomically(source: Path, target: Path) -> None:
 class FolderLock:
     """An advisory lock on a folder, held until ``release`` or the death of the process.
 
-    The folder itself is locked (flock on its descriptor), so no lock file is left in an output, and whatever the folder holds
-    may be deleted or renamed meanwhile. On a file system without locks nothing is locked.
+    The folder itself is locked (flock on its descriptor), not a file of its own as filelock does: no lock file is left
+    in an output, and everything in the folder may be deleted, or the folder renamed, meanwhile. On a file system without locks
+    nothing is locked.
 
     Args:
         folder: folder to lock; it must exist.
@@ -100,5 +101,5 @@ def _holder_of(descriptor: int) -> str:
             fields = line.split()
             if fields[1] == "FLOCK" and int(fields[5].split(":")[2]) == inode and int(fields[4]) > 0:
                 command = Path(f"/proc/{fields[4]}/cmdline").read_bytes().decode(errors="replace").replace("\0", " ")
-                return f"process {fields[4]} ({' '.join(command.split())[:_COMMAND_CHARACTERS]})"
+                return f"process {fields[4]} ({one_line(command, _COMMAND_CHARACTERS)})"
     return "another process"

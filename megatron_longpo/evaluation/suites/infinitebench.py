@@ -16,7 +16,7 @@ from typing import Any, Literal, cast
 from typing_extensions import override
 
 from megatron_longpo.engines.base import Engine
-from megatron_longpo.errors import ConfigError, DataError
+from megatron_longpo.errors import ConfigError, DataError, one_line
 from megatron_longpo.evaluation.metrics import group_by
 from megatron_longpo.evaluation.runner import SampleBatch, SampleGroups, sample_batches, samples_per_batch
 from megatron_longpo.evaluation.samples import AnswerRow, CountPrompt, EvalSample, json_digest, middle_cut
@@ -253,7 +253,7 @@ def read_task(folder: Path, task: str) -> Books:
                 try:
                     rows.append(_checked(json.loads(line), task))
                 except (ValueError, RecursionError) as error:
-                    reason = " ".join(str(error).split())[:_REASON_CHARACTERS]
+                    reason = one_line(error, _REASON_CHARACTERS)
                     skipped.append(SkippedLine(task, number, reason, line[:_SHOWN_CHARACTERS].rstrip("\n")))
     except OSError as error:
         raise DataError(

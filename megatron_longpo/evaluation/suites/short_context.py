@@ -17,7 +17,7 @@ import yaml
 from typing_extensions import override
 
 from megatron_longpo.engines.base import Engine, model_identity
-from megatron_longpo.errors import ConfigError, DataError
+from megatron_longpo.errors import ConfigError, DataError, one_line
 from megatron_longpo.evaluation.metrics import group_by, score_of
 from megatron_longpo.evaluation.runner import Answered, SampleBatch
 from megatron_longpo.evaluation.samples import AnswerRow, json_digest, sample_key
@@ -107,7 +107,6 @@ _KINDS = {".arrow": "arrow", ".parquet": "parquet", ".jsonl": "json", ".json": "
 _NOT_DATA = ("state.json", "dataset_info.json")
 # Questions of a batch, in batches of the harness.
 _BATCHES_AT_ONCE = 4
-_ERROR_CHARACTERS = 300
 
 
 @dataclass(frozen=True)
@@ -361,10 +360,9 @@ def load_tasks(tasks: list[str], data: Path | None, limit: int | None, seed: int
             try:
                 harness = _load(manager, task_file)
             except Exception as error:  # datasets and the hub raise dozens of types
-                detail = " ".join(str(error).split())[:_ERROR_CHARACTERS]
                 raise DataError(
-                    f"{name}: its data cannot be loaded ({type(error).__name__}: {detail}); without access to the hub name local "
-                    "files with --short-data"
+                    f"{name}: its data cannot be loaded ({type(error).__name__}: {one_line(error)}); without access to the "
+                    "hub name local files with --short-data"
                 ) from None
             harness.set_fewshot_seed(seed=seed)
             harness.build_all_requests(limit=limit, rank=0, world_size=1)

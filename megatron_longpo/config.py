@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-import tyro
 import yaml
 
 from megatron_longpo.errors import ConfigError
@@ -363,54 +361,6 @@ def from_yaml(path: str | Path, root: type[Root] = Config) -> Root:  # type: ign
         detail = " ".join(str(error).split())
         raise ConfigError(f"--config {path}: is not valid YAML ({detail}); fix it there") from None
     return from_dict(values, f"--config {path}", root)
-
-
-def from_command_line(
-    arguments: Sequence[str],
-    *,
-    prog: str,
-    quiet: bool = False,
-    root: type[Root] = Config,  # type: ignore[assignment]
-    description: str = "LongPO training.",
-) -> tuple[Root, bool]:
-    """Configuration of ``--config FILE`` and flags; the second value says whether ``--print-config`` was given.
-
-    Exits with status 2 on flags that cannot be read (the message goes to stderr unless ``quiet``).
-
-    Raises:
-        ConfigError: what ``from_yaml`` refuses.
-    """
-    arguments = list(arguments)
-    path = _take_value(arguments, "--config")
-    print_config = "--print-config" in arguments
-    if print_config:
-        arguments.remove("--print-config")
-    base = from_yaml(path, root) if path is not None else root()
-    config = tyro.cli(
-        Annotated[root, tyro.conf.OmitArgPrefixes],  # type: ignore[arg-type]
-        prog=prog,
-        default=base,
-        args=arguments,
-        description=f"{description} Also: --config FILE.yaml (read first), --print-config (show what results, and stop).",
-        config=(tyro.conf.OmitArgPrefixes,),
-        console_outputs=not quiet,
-    )
-    return config, print_config
-
-
-def _take_value(arguments: list[str], flag: str) -> str | None:
-    for index, argument in enumerate(arguments):
-        if argument == flag:
-            if index + 1 >= len(arguments):
-                raise ConfigError(f"{flag} has no value; write {flag} FILE.yaml")
-            value = arguments[index + 1]
-            del arguments[index : index + 2]
-            return value
-        if argument.startswith(flag + "="):
-            value = argument[len(flag) + 1 :]
-            del arguments[index]
-            return value
-    return None
 
 
 # --------------------------------------------------------------------------------------------------

@@ -12,6 +12,9 @@ import tyro
 
 from megatron_longpo.command_line import ConfigOptions, Switch, parse, parse_with_config
 from megatron_longpo.evaluation.settings import EvaluationConfig, check
+from megatron_longpo.runtime.log import log
+
+_COMPARISON = "comparison"
 
 
 @dataclass(frozen=True)
@@ -20,15 +23,17 @@ class EvaluateOptions(ConfigOptions):
 
     restart: Switch = False
     """Discard the answers of earlier runs, and start over."""
+    compare: Annotated[tuple[str, ...] | None, tyro.conf.arg(metavar="DIR DIR ...")] = None
+    """Compare these evaluations, with --output and --seed, instead of evaluating: the same as `evaluate compare`."""
 
 
 @dataclass(frozen=True)
 class CompareOptions:
     """Flags of compare."""
 
-    folders: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
+    folders: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="DIR DIR ...")]
     """Output folders of evaluations; the others are compared with the first."""
-    output: Annotated[str, tyro.conf.arg(metavar="DIR")] = "comparison"
+    output: Annotated[str, tyro.conf.arg(metavar="DIR")] = _COMPARISON
     """Folder for the table and the picture."""
     seed: int = 1234
     """Seed of the bootstrap."""
@@ -36,11 +41,7 @@ class CompareOptions:
 
 def evaluate(arguments: Sequence[str], *, prog: str) -> None:
     """Evaluate a Hugging Face model, or a server with OpenAI's interface. Launched with torchrun, the processes share the
-    samples. Rerun the same command to resume. `compare` compares finished evaluations."""
-    if "--compare" in arguments:
-        # The flag of release 0.1.
-        compare([argument for argument in arguments if argument != "--compare"], prog=f"{prog} compare")
-        return
+    samples. Rerun the same command to resume. `evaluate compare` compares finished evaluations."""
     first = os.environ.get("RANK", "0") == "0"
     options, config = parse_with_config(
         EvaluationConfig,
@@ -54,6 +55,9 @@ def evaluate(arguments: Sequence[str], *, prog: str) -> None:
         if first:
             print(config.as_yaml(), end="")
         return
+    if options.compare is not None:
+        _compare(options.compare, config.evaluate.output or _COMPARISON, config.evaluate.seed)
+        return
     check(config)
     from megatron_longpo.evaluation.evaluate import evaluate as run
 
@@ -63,7 +67,11 @@ def evaluate(arguments: Sequence[str], *, prog: str) -> None:
 def compare(arguments: Sequence[str], *, prog: str) -> None:
     """Compare evaluations: differences with confidence intervals, as table, JSON and picture."""
     options = parse(CompareOptions, arguments, prog=prog, description=compare.__doc__ or "")
+    _compare(options.folders, options.output, options.seed)
+
+
+def _compare(folders: Sequence[str], output: str, seed: int) -> None:
     from megatron_longpo.evaluation.compare import write_comparison
 
-    write_comparison([Path(folder) for folder in options.folders], Path(options.output), options.seed)
-    print(f"{options.output}: comparison.md, comparison.json, comparison.png", flush=True)
+    write_comparison([Path(folder) for folder in folders], Path(output), seed)
+    log(f"{output}: comparison.md, comparison.json, comparison.png")

@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from megatron_longpo import cli
 from megatron_longpo.errors import ConfigError
+from megatron_longpo.evaluation import compare
 from tests.support.commands import parsed
 from tests.support.launch import ROOT
 
@@ -110,14 +112,7 @@ def expected_of(table: dict[str, tuple[str, Any]]) -> dict[str, Any]:
         ),
         ("preprocess", ["--input", "a", "--output_prefix", "p", "--seq_length", "8"], {"seq_length": 8}),
         ("generate", ["merge", "--output", "o"], {"output": "o"}),
-        ("evaluate", ["--compare", "a", "b"], {"folders": ("a", "b"), "output": "comparison", "seed": 1234}),
-        (
-            "evaluate",
-            ["--compare", "a", "b", "c", "--output", "o", "--seed", "7"],
-            {"folders": ("a", "b", "c"), "output": "o", "seed": 7},
-        ),
-        ("evaluate", ["--output", "o", "--compare", "a", "b"], {"folders": ("a", "b"), "output": "o"}),
-        ("evaluate", ["compare", "a", "b", "--output", "o"], {"folders": ("a", "b"), "output": "o"}),
+        ("evaluate", ["compare", "a", "b", "--seed", "3"], {"folders": ("a", "b"), "output": "comparison", "seed": 3}),
     ],
 )
 def test_old_forms_of_flags_are_taken(command: str, arguments: list[str], expected: dict[str, Any]) -> None:
@@ -158,10 +153,10 @@ def test_every_field_is_a_flag(command: str, arguments: list[str], section: str,
     assert {name: found[name] for name in expected} == expected
 
 
-@pytest.mark.parametrize("command", ["train", "generate"])
+@pytest.mark.parametrize("command", ["train", "generate", "evaluate"])
 @pytest.mark.parametrize("form", [["--config", "{}"], ["--config={}"]])
-def test_a_file_is_below_the_flags_wherever_it_stands(command: str, form: list[str], tmp_path: Any) -> None:
-    section = {"train": "training", "generate": "run"}[command]
+def test_a_file_is_below_the_flags_wherever_it_stands(command: str, form: list[str], tmp_path: Path) -> None:
+    section = {"train": "training", "generate": "run", "evaluate": "evaluate"}[command]
     path = tmp_path / "c.yaml"
     path.write_text(f"{section}: {{seed: 5}}\n")
     file = [part.format(path) for part in form]
@@ -176,10 +171,31 @@ def test_a_file_is_below_the_flags_wherever_it_stands(command: str, form: list[s
         assert options.print_config == ("--print-config" in arguments)
 
 
-def test_restart_is_a_switch_of_generate() -> None:
-    options, _ = parsed("generate", ["--output", "o", "--restart", "--seed", "1"])
-    assert options.restart
-    assert not parsed("generate", [])[0].restart
+@pytest.mark.parametrize("command", ["generate", "evaluate"])
+def test_restart_is_a_switch_that_may_stand_anywhere(command: str) -> None:
+    for arguments in (["--output", "o", "--restart", "--seed", "1"], ["--restart", "--output", "o"]):
+        options, _ = parsed(command, arguments)
+        assert options.restart
+    assert not parsed(command, [])[0].restart
+
+
+def test_compare_is_a_flag_of_evaluate_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    compared: list[tuple[object, ...]] = []
+    monkeypatch.setattr(compare, "write_comparison", lambda *arguments: compared.append(arguments))
+    for arguments in (
+        ["--compare", "a", "b", "--output", "o", "--seed", "5"],
+        ["--output=o", "--seed=5", "--compare", "a", "b"],
+        ["--output", "o", "--compare", "a", "b", "--seed", "5"],
+        ["compare", "a", "b", "--output", "o", "--seed", "5"],
+    ):
+        name, prog, rest = cli.resolve("evaluate", "p", arguments)
+        cli.function_of(name)(rest, prog=prog)
+    assert compared == [([Path("a"), Path("b")], Path("o"), 5)] * 4
+    cli.function_of("evaluate")(["--compare", "a", "b", "c"], prog="p")
+    assert compared[-1] == ([Path("a"), Path("b"), Path("c")], Path("comparison"), 1234)
+    with pytest.raises(ConfigError, match="at least two"):
+        monkeypatch.undo()
+        cli.function_of("evaluate")(["--compare"], prog="p")
 
 
 @pytest.mark.parametrize(

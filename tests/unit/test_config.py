@@ -14,27 +14,26 @@ from megatron_longpo.config import (
     check,
     check_against_model,
     data_parallel_size,
-    from_command_line,
     from_dict,
     from_yaml,
     virtual_pipeline_size,
 )
 from megatron_longpo.errors import ConfigError
+from tests.support.commands import parsed
 
 
 def test_flags_have_no_section_prefix(tmp_path: Path) -> None:
     path = tmp_path / "c.yaml"
     path.write_text("optimizer:\n  lr: 5e-7\n  optimizer: rmsprop\nparallel:\n  sequence_parallel: true\n")
-    config, print_config = from_command_line(
-        ["--config", str(path), "--context-parallel-size", "8", "--no-sequence-parallel", "--print-config"], prog="p"
-    )
-    assert print_config
+    flags = ["--context-parallel-size", "8", "--no-sequence-parallel", "--print-config"]
+    options, config = parsed("train", ["--config", str(path), *flags])
+    assert options.print_config
     assert config.optimizer.lr == 5e-7 and config.optimizer.optimizer == "rmsprop"
     assert config.parallel.context_parallel_size == 8 and not config.parallel.sequence_parallel
 
 
 def test_resolved_configuration_reads_back(tmp_path: Path) -> None:
-    config, _ = from_command_line(["--lr", "3e-6", "--recompute-granularity", "full"], prog="p")
+    _, config = parsed("train", ["--lr", "3e-6", "--recompute-granularity", "full"])
     path = tmp_path / "run.yaml"
     path.write_text(config.as_yaml())
     assert from_yaml(path) == config

@@ -143,7 +143,7 @@ def flags_of(name: str, value: Any) -> list[str]:
     return [f"--{flag}", str(value)]
 
 
-@pytest.mark.parametrize("root", [Config, GenerationConfig])
+@pytest.mark.parametrize("root", [Config, GenerationConfig, EvaluationConfig])
 @settings(max_examples=25, deadline=None)
 @given(data=st.data())
 def test_a_configuration_is_the_same_by_yaml_and_by_flags(root: type[Any], data: st.DataObject) -> None:
@@ -181,7 +181,7 @@ def test_a_value_out_of_range_is_refused_alike_from_yaml_and_from_a_flag() -> No
 
 
 def test_every_error_of_a_range_has_value_rule_and_fix() -> None:
-    for root in (Config(), GenerationConfig()):
+    for root in (Config(), GenerationConfig(), EvaluationConfig()):
         for section in vars(root).values():
             for name, hint in schema._hints(type(section)).items():
                 for bounds in schema._ranges(hint):

@@ -173,7 +173,7 @@ def _data(manifest: dict[str, Any], config: dict[str, Any]) -> list[tuple[str, o
 
 
 def _settings_table(rows: Sequence[tuple[str, object]]) -> list[str]:
-    return markdown_table(("", ""), [(name, str(value).replace("|", "\\|")) for name, value in rows])
+    return markdown_table(("", ""), [(name, str(value)) for name, value in rows])
 
 
 def _metrics_table(record: dict[str, Any]) -> list[str]:

@@ -42,7 +42,7 @@ class Table:
 
 
 def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of a Markdown table.
+    """Lines of a Markdown table. A bar in a text does not end its cell.
 
     Args:
         head: column titles.
@@ -51,5 +51,5 @@ def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[s
     return [
         "| " + " | ".join(head) + " |",
         "|" + "---|" * len(head),
-        *("| " + " | ".join(row) + " |" for row in rows),
+        *("| " + " | ".join(text.replace("|", "\\|") for text in row) + " |" for row in rows),
     ]

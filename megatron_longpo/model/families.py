@@ -1,4 +1,4 @@
-"""Model families: tables from Hugging Face names to Megatron's, and what config.json means and must say."""
+"""Model families: the table of each one's tensors, and how its config.json is read and written."""
 
 from __future__ import annotations
 

@@ -12,10 +12,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron_longpo.errors import LongPOError
-from megatron_longpo.text.chat import ChatTokenizer, Message
+
+if TYPE_CHECKING:
+    # Only for annotations: it imports torch, which --help should not wait for.
+    from megatron_longpo.text.chat import ChatTokenizer, Message
 
 # Bytes at each end of a weight file that go into a model's identity; hashing whole files would take minutes.
 _IDENTITY_BYTES = 2**20

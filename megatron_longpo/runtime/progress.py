@@ -6,9 +6,8 @@ import itertools
 import sys
 import time
 from types import TracebackType
-from typing import Protocol
+from typing import Any, Protocol
 
-import torch.distributed as dist
 from rich.console import Console
 from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Bar
@@ -38,6 +37,16 @@ def duration(seconds: float) -> str:
     hours, rest = divmod(round(max(0.0, seconds)), 3600)
     minutes, left = divmod(rest, 60)
     return f"{hours}:{minutes:02d}:{left:02d}" if hours else f"{minutes}:{left:02d}"
+
+
+def _shared_store() -> Any:
+    """The store of the process group, or None in a single process."""
+    # Counts of one process need no torch, which takes seconds to import.
+    from torch import distributed
+
+    if not distributed.is_initialized() or distributed.get_world_size() == 1:
+        return None
+    return distributed.distributed_c10d._get_default_store()
 
 
 class Progress:
@@ -79,9 +88,8 @@ class Progress:
         self._ended: float | None = None
         self._logged = -1
         self._unsent = 0
-        self._key = ""
-        if shared and dist.is_initialized() and dist.get_world_size() > 1:
-            self._key = f"megatron_longpo/progress/{next(_shared_counts)}"
+        self._store = _shared_store() if shared else None
+        self._key = "" if self._store is None else f"megatron_longpo/progress/{next(_shared_counts)}"
         console = Console(file=sys.stderr)
         self._has_bar = active and console.is_terminal
         # Lines that are logged meanwhile go above the bar, but stay where standard output is redirected to.
@@ -142,8 +150,8 @@ class Progress:
             log(self._line_text())
 
     def _exchange(self) -> None:
-        if self._key:
-            self.done = self._first + dist.distributed_c10d._get_default_store().add(self._key, self._unsent)
+        if self._store is not None:
+            self.done = self._first + self._store.add(self._key, self._unsent)
         else:
             self.done += self._unsent
         self._unsent = 0

@@ -241,7 +241,7 @@ PROGRAMS = {
     "megatron_longpo.train": ["-m", "megatron_longpo.train"],
     **{
         tool: [f"tools/{tool}.py"]
-        for tool in ("convert_checkpoint", "generate_preference_data", "preprocess_preference_data")
+        for tool in ("convert_checkpoint", "evaluate", "generate_preference_data", "preprocess_preference_data")
     },
 }
 

@@ -67,9 +67,9 @@ def test_processes_share_a_count(
 ) -> None:
     """Two processes of a group, of which one reports: it shows what both have done."""
     store = dist.HashStore()
-    monkeypatch.setattr(module.dist, "is_initialized", lambda: True)
-    monkeypatch.setattr(module.dist, "get_world_size", lambda: 2)
-    monkeypatch.setattr(module.dist.distributed_c10d, "_get_default_store", lambda: store)
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(dist.distributed_c10d, "_get_default_store", lambda: store)
     # Each process counts its shared progress objects by itself.
     monkeypatch.setattr(module, "_shared_counts", iter([0, 0]))
     with Progress("verify", 8, unit="layers", shared=True) as first:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from typing_extensions import override
 
@@ -25,7 +25,9 @@ from megatron_longpo.evaluation.suites.base import EngineSuite, Launch, Metrics,
 from megatron_longpo.runtime.files import write_atomically
 from megatron_longpo.runtime.log import log
 from megatron_longpo.schema import Count
-from megatron_longpo.text.chat import ChatTokenizer
+
+if TYPE_CHECKING:
+    from megatron_longpo.text.chat import ChatTokenizer
 
 _OPTIONS = "\nA. {A}\nB. {B}\nC. {C}\nD. {D}"
 PROMPTS = {

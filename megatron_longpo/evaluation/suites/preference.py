@@ -1,40 +1,25 @@
 """Held-out preference pairs, by the trainer's own forward: reward accuracy, margins, NLL, and the KL estimates of
 ``training/held_out.py``.
 
-Unlike the other suites, all processes compute each sample together, under the layout that the options ask for. Its rows are the
-samples' metrics, and its samples.jsonl has one row per sample and metric.
+Unlike the other suites, all processes compute each sample together, under the layout that the options ask for; see
+``evaluation/preferences.py``. samples.jsonl has one row per sample and metric.
 """
 
 from __future__ import annotations
 
-import os
-import shutil
-from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-import numpy as np
-import torch.distributed as dist
 from typing_extensions import override
 
-from megatron_longpo.checkpoint.huggingface import read_hf_config
-from megatron_longpo.config import Config, from_dict
-from megatron_longpo.conversion.import_hf import import_hf
-from megatron_longpo.data.indexed import read_manifest
-from megatron_longpo.engines.base import Engine, model_identity
 from megatron_longpo.errors import ConfigError
-from megatron_longpo.evaluation.folder import SuiteFolder
-from megatron_longpo.evaluation.results import read_results
 from megatron_longpo.evaluation.sections import SuiteConfig
-from megatron_longpo.evaluation.suites.base import Launch, Metrics, ReadySuite, Suite, SuiteResult
-from megatron_longpo.runtime.collectives import on_rank0
-from megatron_longpo.runtime.log import log
-from megatron_longpo.runtime.process_groups import start_processes, stop_processes
+from megatron_longpo.evaluation.suites.base import Launch, Metrics, ReadySuite, Suite
 from megatron_longpo.runtime.tables import Table
 from megatron_longpo.schema import Count, Range
 
-_TIMEOUT_MINUTES = 30
+if TYPE_CHECKING:
+    from megatron_longpo.engines.base import Engine
 
 
 @dataclass(frozen=True)
@@ -74,40 +59,16 @@ class PreferenceSuite(Suite[None]):
     @override
     def prepare(self, launch: Launch) -> None:
         """Check everything that can be known before the process group starts."""
-        config, share = launch.config, launch.share
-        options = config.section(PreferenceConfig)
-        assert options.pairs is not None
-        read_manifest(options.pairs)
-        for folder in (config.model, _reference(config)):
-            read_hf_config(Path(folder))
-        world_size = int(os.environ.get("WORLD_SIZE", "1"))
-        if share.world_size != world_size:
-            raise ConfigError(
-                f"tasks=preference computes with all {world_size} processes of a launch together, not in "
-                f"{share.world_size} parts; launch it with torchrun, without --rank"
-            )
-        if world_size % options.model_parallel_size:
-            raise ConfigError(
-                f"context_parallel_size x tensor_model_parallel_size = {options.model_parallel_size} does not divide the "
-                f"{world_size} processes; launch a multiple of {options.model_parallel_size}"
-            )
+        # Imported where it is needed: it brings torch, megatron-core and the trainer.
+        from megatron_longpo.evaluation.preferences import check_inputs
+
+        check_inputs(launch)
 
     @override
     def begin(self, launch: Launch, inputs: None, engine: Engine | None) -> ReadySuite:
-        # Training is imported where it is needed: it doubles the time to the first line of a command.
-        from megatron_longpo.training import held_out
+        from megatron_longpo.evaluation.preferences import ReadyPreferences, identity
 
-        config = launch.config
-        options, model = config.section(PreferenceConfig), Path(config.model)
-        assert options.pairs is not None
-        settings = {
-            "version": held_out.VERSION,
-            "model": {"model": model_identity(model), "bf16": _computes_in_bf16(model, config.engine.dtype)},
-            "reference": model_identity(Path(_reference(config))),
-            "pairs": read_manifest(options.pairs).bin_sha256,
-            "beta": options.beta,
-        }
-        return ReadyPreferences(config, launch.open_folder(self, settings))
+        return ReadyPreferences(launch.config, launch.open_folder(self, identity(launch.config)))
 
     @override
     def tables(self, metrics: Metrics) -> list[Table]:
@@ -120,118 +81,3 @@ class PreferenceSuite(Suite[None]):
             if name not in ("samples", "by_length")
         ]
         return [Table("Held-out preferences", ["figure", "all", *(f"to {tokens} tokens" for tokens in bins)], rows)]
-
-
-@dataclass
-class ReadyPreferences(ReadySuite):
-    """The suite with its folder open.
-
-    Attributes:
-        config: checked configuration.
-        folder: the open folder; all processes must see it.
-    """
-
-    config: SuiteConfig
-    folder: SuiteFolder
-
-    @override
-    def run(self) -> SuiteResult | None:
-        """Evaluate all pairs with all processes; the result on rank 0, else None."""
-        reports = self.folder.share.rank == 0
-        try:
-            self.folder.wait_for_parts()
-            start_processes(_TIMEOUT_MINUTES)
-            result = _stored_result(self.config.output, self.folder)
-            if result is None:
-                result = self._evaluate()
-            else:
-                log("preference: already evaluated", active=reports)
-            # Rank 0 has written everything before the others leave.
-            dist.barrier()
-        finally:
-            self.folder.close()
-        stop_processes()
-        return result if reports else None
-
-    def _evaluate(self) -> SuiteResult:
-        """Convert the models, run the trainer's held-out evaluation, and write samples.jsonl; collective."""
-        from megatron_longpo.training import held_out
-        from megatron_longpo.training.plan import make_plan
-        from megatron_longpo.training.session import open_session
-
-        folder, share = self.folder, self.folder.share
-        # A killed run may have left its copies.
-        work = folder.folder / "work"
-        if share.rank == 0:
-            shutil.rmtree(work, ignore_errors=True)
-            work.mkdir()
-        dist.barrier()
-        session = open_session(make_plan(self._training_config(work), share.world_size))
-        session.score_reference()
-        session.load_weights()
-        # Read on rank 0, so that all processes skip the same samples.
-        kept = on_rank0(lambda: held_out.kept_metrics(dict(row) for row in folder.rows()))
-        if kept:
-            log(f"preference: {len(kept)} samples of an earlier run are kept", active=share.rank == 0)
-
-        def keep(numbers: Sequence[int], table: dict[str, np.ndarray]) -> None:
-            if share.rank == 0:
-                folder.add(held_out.kept_rows(numbers, table))
-
-        table = session.held_out.evaluate(kept, keep)
-        metrics = held_out.summary(table)
-        if share.rank == 0:
-            shutil.rmtree(work, ignore_errors=True)
-            held_out.write_rows(table, folder.folder / "samples.jsonl", folder.settings["pairs"])
-        return SuiteResult(folder.settings, {"preference": metrics["samples"]}, metrics)
-
-    def _training_config(self, work: Path) -> Config:
-        """Convert the models into ``work``; the trainer's configuration for evaluating them. Collective."""
-        options, model, reference = self.config.section(PreferenceConfig), self.config.model, _reference(self.config)
-        checkpoint, reference_checkpoint = work / "model", work / "model"
-        import_hf(model, checkpoint)
-        if reference != model:
-            reference_checkpoint = work / "reference"
-            import_hf(reference, reference_checkpoint)
-        values = {
-            "data": {"valid_data_path": options.pairs},
-            "objective": {"beta": options.beta},
-            "reference": {
-                "reference_load": str(reference_checkpoint),
-                "reference_cache": str(self.folder.folder / "reference"),
-            },
-            "parallel": {
-                "context_parallel_size": options.context_parallel_size,
-                "tensor_model_parallel_size": options.tensor_model_parallel_size,
-            },
-            "training": {
-                "skip_train": True,
-                "global_batch_size": self.folder.share.world_size // options.model_parallel_size,
-                "bf16": self.folder.settings["model"]["bf16"],
-            },
-            "checkpoint": {"load": str(checkpoint)},
-        }
-        return from_dict(values, "preference")
-
-
-def _reference(config: SuiteConfig) -> str:
-    """Folder of the reference model."""
-    return config.section(PreferenceConfig).reference_model or config.model
-
-
-def _computes_in_bf16(model: Path, dtype: str) -> bool:
-    """Precision of the trainer: fp32 if the user asks for it or the model is stored in it, else bf16."""
-    if dtype != "auto":
-        return dtype != "float32"
-    config = read_hf_config(model)
-    return str(config.get("dtype", config.get("torch_dtype"))) != "float32"
-
-
-def _stored_result(output: Path, folder: SuiteFolder) -> SuiteResult | None:
-    """What results.json has of an earlier run with the same settings, or None."""
-    if not (output / "results.json").exists():
-        return None
-    stored = read_results(output)["suites"].get(PreferenceSuite.name)
-    if stored is None or stored["settings"] != folder.settings or not (folder.folder / "samples.jsonl").exists():
-        return None
-    return SuiteResult(stored["settings"], stored["asked"], stored["metrics"])

@@ -31,7 +31,6 @@ from megatron_longpo.evaluation.suites.base import (
     percent,
     score_text,
 )
-from megatron_longpo.runtime import platform
 from megatron_longpo.runtime.tables import Table
 from megatron_longpo.schema import Count
 
@@ -434,6 +433,8 @@ def make_model(path: str, dtype: str, batch_size: int) -> Any:
     import torch
     from lm_eval.models.huggingface import HFLM
     from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from megatron_longpo.runtime import platform
 
     torch_dtype: Any = "auto" if dtype == "auto" else getattr(torch, dtype)
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch_dtype, local_files_only=True).eval()

@@ -115,11 +115,7 @@ class _WrongType(Exception):
 
 
 def _convert(value: Any, hint: Any) -> Any:
-    """The value as an annotation wants it.
-
-    YAML 1.1 reads 5e-7 as text, so text is accepted for a float. In a tuple of texts YAML reads an item such as 8192 as
-    a number, so whole numbers are accepted there.
-    """
+    """The value as an annotation wants it."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
         return _convert(value, arguments[0])
@@ -130,26 +126,31 @@ def _convert(value: Any, hint: Any) -> Any:
             except _WrongType:
                 continue
         raise _WrongType
-    if origin is Literal:
-        if any(value == a and type(value) is type(a) for a in arguments):
-            return value
-    elif origin is tuple and isinstance(value, (list, tuple)):
-        if arguments[0] is str and all(type(v) is int for v in value if not isinstance(v, str)):
-            return tuple(map(str, value))
-        return tuple(_convert(v, arguments[0]) for v in value)
-    elif origin is list and isinstance(value, list):
-        return [_convert(v, arguments[0]) for v in value]
-    elif origin is dict and isinstance(value, dict):
+    if origin in (tuple, list, dict):
+        return _convert_container(value, origin, arguments)
+    return _convert_scalar(value, hint, choices=arguments)
+
+
+def _convert_container(value: Any, kind: Any, arguments: tuple[Any, ...]) -> Any:
+    """In a tuple of texts YAML reads an item such as 8192 as a number, so whole numbers are accepted there."""
+    if kind is dict and isinstance(value, dict):
         return {_convert(k, arguments[0]): _convert(v, arguments[1]) for k, v in value.items()}
-    elif hint is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
+    if kind is dict or not isinstance(value, (list, tuple) if kind is tuple else list):
+        raise _WrongType
+    if kind is tuple and arguments[0] is str:
+        return tuple(str(v) if type(v) is int else _convert(v, str) for v in value)
+    return kind(_convert(v, arguments[0]) for v in value)
+
+
+def _convert_scalar(value: Any, hint: Any, choices: tuple[Any, ...]) -> Any:
+    """YAML 1.1 reads 5e-7 as text, so text is accepted for a float. A bool is an int to Python, but not to a user."""
+    if hint is Any or type(value) is hint or any(value == c and type(value) is type(c) for c in choices):
+        return value
+    if hint is float and type(value) in (int, str):
         try:
             return float(value)
         except (ValueError, OverflowError):
             pass
-    elif hint is int and isinstance(value, bool):
-        pass
-    elif hint is Any or (hint in (bool, int, str, types.NoneType) and isinstance(value, hint)):
-        return value
     raise _WrongType
 
 

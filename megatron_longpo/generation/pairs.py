@@ -462,22 +462,24 @@ def stage_identities(
         engine_identity: identity of the engine.
         files: names, sizes and domains of the input files.
     """
-    c = config.as_dict()
-    own = {k: v for k, v in c["documents"].items() if k not in ("documents", "workers")}
+    sections = config.as_dict()
+    own = {k: v for k, v in sections["documents"].items() if k not in ("documents", "workers")}
     engine = config.engine
     cut = {
         **own,
         "files": files,
         "seed": config.run.seed,
-        "answer_tokens": c["answers"]["answer_tokens"],
+        "answer_tokens": sections["answers"]["answer_tokens"],
         "document_tokens": list(config.document_tokens),
         "tokenizer": engine.tokenizer or engine.model,
     }
-    asked = {**cut, **c["questions"], **engine_identity}
-    asked |= {k: c["filters"][k] for k in ("max_quoted_words", "min_question_words", "max_question_words")}
-    short = {**asked, **{k: c["answers"][k] for k in ("answer_tokens", "answer_temperature", "answer_top_p")}}
-    short |= {k: c["filters"][k] for k in ("refusals", "refusal_characters", "keep_truncated", "short_seq_length")}
-    return {"documents": cut, "questions": asked, "short": short, "long": {**short, **c["answers"]}}
+    asked = {**cut, **sections["questions"], **engine_identity}
+    asked |= {k: sections["filters"][k] for k in ("max_quoted_words", "min_question_words", "max_question_words")}
+    short = {**asked, **{k: sections["answers"][k] for k in ("answer_tokens", "answer_temperature", "answer_top_p")}}
+    short |= {
+        k: sections["filters"][k] for k in ("refusals", "refusal_characters", "keep_truncated", "short_seq_length")
+    }
+    return {"documents": cut, "questions": asked, "short": short, "long": {**short, **sections["answers"]}}
 
 
 def make_part(config: GenerationConfig, engine: Engine, rank: int, world_size: int, *, restart: bool = False) -> None:

@@ -59,6 +59,7 @@ def evaluate(arguments: Sequence[str], *, prog: str) -> None:
         _compare(options.compare, config.evaluate.output or _COMPARISON, config.evaluate.seed)
         return
     check(config)
+    # Not before the configuration is checked: it imports torch.
     from megatron_longpo.evaluation.evaluate import evaluate as run
 
     run(config, restart=options.restart)

@@ -13,7 +13,6 @@ from megatron_longpo.errors import ConfigError
 from megatron_longpo.evaluation.registry import SUITES
 from megatron_longpo.evaluation.report import print_result, remove_from_report, write_report
 from megatron_longpo.evaluation.sections import SuiteConfig
-from megatron_longpo.evaluation.settings import check
 from megatron_longpo.evaluation.suites.base import Launch, ReadySuite, Suite
 from megatron_longpo.runtime import platform
 from megatron_longpo.runtime.log import log
@@ -23,17 +22,16 @@ from megatron_longpo.runtime.share import Share, share_of_process
 def evaluate(config: SuiteConfig, *, restart: bool = False) -> None:
     """Run the selected suites one after the other; the report is rewritten after each.
 
-    Everything that can fail early does: no suite runs before all options are checked, all files are read, samples of all suites
-    can be made, and all folders are open.
+    Everything that can fail early does: no suite runs before all files are read, samples of all suites can be made, and all
+    folders are open.
 
     Args:
-        config: configuration.
+        config: configuration that passed ``settings.check``.
         restart: discard the answers of earlier runs.
 
     Raises:
         LongPOError: the first thing that is wrong.
     """
-    check(config)
     share = share_of_process(config.evaluate.rank, config.evaluate.world_size)
     platform.CURRENT.use_local_rank(int(os.environ.get("LOCAL_RANK", "0")))
     make_folder(config.output)

@@ -32,7 +32,7 @@ class EvaluationConfig(SuiteConfig):
 
 
 def check(config: SuiteConfig) -> None:
-    """Check what the configuration alone can tell.
+    """Check the configuration, without reading files or loading models.
 
     Raises:
         ConfigError: the first value that breaks a rule.

@@ -18,6 +18,8 @@ import yaml
 from megatron_longpo.errors import ConfigError
 from megatron_longpo.schema import Count, PositiveFloat, Range, check_ranges, convert_fields, kind_of, nearest
 
+# What multiplies a weight or a loss stays within fp32, which ends at 3.4e38: Adam divides lr by 1 - beta1 in its first step.
+LARGEST = 1e36
 RECOMPUTE_MODULES = ("core_attn", "mlp", "mlp_up")
 
 
@@ -54,7 +56,7 @@ class ObjectiveConfig:
     against the reference on the long rows; sft: NLL of the chosen rows."""
     beta: Annotated[float, Range(gt=0, fix="the paper uses 0.1")] = 0.1
     """Strength of the constraint to the reference (0.1 in the paper, 0.01 in the released script)."""
-    preference_weight: Annotated[float, Range(ge=0, fix="the paper uses 0.01")] = 0.01
+    preference_weight: Annotated[float, Range(ge=0, le=LARGEST, fix="the paper uses 0.01")] = 0.01
     """Weight of the preference term in longpo, the paper's lambda (0.01 in the paper and the released script)."""
     nll_scope: Literal["sequence", "response"] = "sequence"
     """sequence: NLL is the mean over the whole long chosen sequence, document included; response: over its responses only."""
@@ -199,7 +201,7 @@ class OptimizerConfig:
 
     optimizer: Literal["adam", "rmsprop"] = "adam"
     """adam: AdamW, whose weight decay is decoupled; rmsprop: torch's, whose weight decay is added to the gradient."""
-    lr: Annotated[float, Range(gt=0, fix="the paper uses 5e-7")] = 5e-7
+    lr: Annotated[float, Range(gt=0, le=LARGEST, fix="the paper uses 5e-7")] = 5e-7
     """Peak learning rate (paper: 5e-7)."""
     min_lr: float = 0.0
     """Learning rate at the end of the decay."""
@@ -217,17 +219,17 @@ class OptimizerConfig:
     """Steps of the decay at the end of a WSD schedule."""
     lr_wsd_decay_style: Literal["exponential", "linear", "cosine", "minus_sqrt"] = "linear"
     """Shape of the decay at the end of a WSD schedule."""
-    weight_decay: Annotated[float, Range(ge=0, fix="0 turns it off")] = 0.0
+    weight_decay: Annotated[float, Range(ge=0, le=LARGEST, fix="0 turns it off")] = 0.0
     """Weight decay."""
-    adam_beta1: float = 0.9
+    adam_beta1: Annotated[float, Range(ge=0, lt=1, fix="0.9 is usual")] = 0.9
     """Adam's decay rate of the gradient's mean."""
-    adam_beta2: float = 0.999
+    adam_beta2: Annotated[float, Range(ge=0, lt=1, fix="0.999 is usual")] = 0.999
     """Adam's decay rate of the squared gradient's mean."""
-    adam_eps: float = 1e-8
+    adam_eps: Annotated[float, Range(ge=0, le=LARGEST, fix="1e-8 is usual")] = 1e-8
     """Adam's epsilon."""
-    rmsprop_alpha: float = 0.99
+    rmsprop_alpha: Annotated[float, Range(ge=0, lt=1, fix="0.99 is usual")] = 0.99
     """RMSProp's decay rate of the squared gradient's mean (torch's default)."""
-    rmsprop_eps: float = 1e-8
+    rmsprop_eps: Annotated[float, Range(ge=0, le=LARGEST, fix="1e-8 is usual")] = 1e-8
     """RMSProp's epsilon."""
     clip_grad: Annotated[float, Range(ge=0, fix="0 turns clipping off")] = 1.0
     """Largest norm of the whole gradient. 0: no clipping."""

@@ -19,6 +19,10 @@ class CheckpointError(LongPOError):
     """A checkpoint, on disk or about to be written, that cannot be used."""
 
 
+class DamagedError(CheckpointError):
+    """A checkpoint that is damaged. An older one of the same run may be whole."""
+
+
 class PlatformError(LongPOError):
     """The machine, or a library on it, cannot do what is asked of it."""
 

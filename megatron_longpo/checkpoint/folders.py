@@ -12,6 +12,7 @@ moment finds the last complete one.
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from typing import Any
 from megatron.core import dist_checkpointing
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_longpo.errors import CheckpointError, one_line
+from megatron_longpo.errors import CheckpointError, DamagedError, one_line
 from megatron_longpo.model.shape import FILE_NAME
 
 LATEST = "latest_checkpointed_iteration.txt"
@@ -67,6 +68,24 @@ def whole_steps(output: Path) -> list[int]:
     return sorted(steps)
 
 
+def passed_over(output: Path) -> list[str]:
+    """Why newer checkpoints than the newest whole one do not count, a line each."""
+    newest = latest_step(output) or -1
+    lines = []
+    for folder in sorted(output.glob("iter_*")):
+        number = folder.name.removeprefix("iter_")
+        if number.isdigit() and int(number) > newest:
+            lines.append(f"{folder}: has no metadata.json, so it is incomplete and is passed over")
+    named = ""
+    with contextlib.suppress(OSError, ValueError):
+        named = (output / LATEST).read_text(encoding="utf-8").strip()
+    if named.isascii() and named.isdigit() and len(named) < 20:
+        folder = folder_of(output, int(named))
+        if int(named) > newest and not folder.exists():
+            lines.append(f"{output / LATEST}: names step {named}, but {folder.name} is not there")
+    return lines
+
+
 def resolve(path: str | Path) -> Path:
     """The checkpoint folder that ``--load`` refers to: a converted checkpoint, one iteration, or the newest of a run.
 
@@ -91,12 +110,13 @@ def read_progress(folder: Path) -> RunProgress:
     """How far the run was that saved a checkpoint.
 
     Raises:
-        CheckpointError: it cannot be read, or holds only weights.
+        DamagedError: it cannot be read.
+        CheckpointError: it holds only weights.
     """
     try:
         common = dist_checkpointing.load_common_state_dict(str(folder))
     except (Exception, CheckpointException) as error:
-        raise CheckpointError(
+        raise DamagedError(
             f"{folder}: cannot be read ({type(error).__name__}: {one_line(error)}); remove the folder to resume from "
             "the previous one"
         ) from None
@@ -104,4 +124,9 @@ def read_progress(folder: Path) -> RunProgress:
         raise CheckpointError(
             f"{folder}: was saved with no_save_optim and cannot be resumed; use --load {folder} to start a new run from it"
         )
-    return RunProgress(**common["progress"])
+    try:
+        return RunProgress(**common["progress"])
+    except (KeyError, TypeError) as error:
+        raise DamagedError(
+            f"{folder}: has no record of its progress ({one_line(error)}); use another checkpoint"
+        ) from None

@@ -69,7 +69,7 @@ class SuiteFolder:
         self.settings = self._merge_settings(settings, by_task)
         mine = self.parts / f"{share.rank}-of-{share.world_size}"
         mine.mkdir(exist_ok=True)
-        self._lock = FolderLock(mine)
+        self._lock = FolderLock(mine, record=True)
         self._path = mine / "answers.jsonl"
         _drop_torn_line(self._path)
 

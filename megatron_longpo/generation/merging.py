@@ -143,7 +143,7 @@ def merge(output: Path) -> dict[str, Any]:
         DataError: see ``parts_of``; or another process works on the run.
     """
     parts_of(output)
-    with FolderLock(work_folder(output), name=output):
+    with FolderLock(work_folder(output), name=output, record=True):
         return _merge(output)
 
 

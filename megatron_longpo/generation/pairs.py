@@ -36,7 +36,7 @@ from megatron_longpo.generation.chunks import Span, digest, group_units, take_un
 from megatron_longpo.generation.filters import LanguageFilter, is_refusal, questions_in, why_not_ask
 from megatron_longpo.generation.settings import GenerationConfig
 from megatron_longpo.generation.stages import STAGES, Line, Stage, part_folder, part_folders, read_lines, work_folder
-from megatron_longpo.runtime.files import FolderLock, write_atomically
+from megatron_longpo.runtime.files import HOLDER_FILE, FolderLock, write_atomically
 from megatron_longpo.runtime.progress import Progress
 from megatron_longpo.text.chat import load_tokenizer, user_message
 from megatron_longpo.text.documents import MOST_BROKEN, RawDocument, find_files, read_documents
@@ -500,10 +500,11 @@ def make_part(config: GenerationConfig, engine: Engine, rank: int, world_size: i
     folder = part_folder(output, rank, world_size)
     folder.mkdir(parents=True, exist_ok=True)
     _refuse_another_split(output, world_size, restart=restart)
-    with FolderLock(folder):
+    with FolderLock(folder, record=True):
         if restart:
             for path in folder.iterdir():
-                path.unlink()
+                if path.name != HOLDER_FILE:
+                    path.unlink()
         inputs = find_files(config.documents.documents, config.documents.domain)
         files = [[path.name, path.stat().st_size, domain] for path, domain in inputs]
         # Raises where languages cannot be recognised; merging, hours later, would be too late.

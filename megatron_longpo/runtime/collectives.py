@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,9 +12,9 @@ import torch.distributed as dist
 from megatron_longpo.errors import CheckpointError, LongPOError
 from megatron_longpo.runtime import platform
 from megatron_longpo.runtime.balance import assign
+from megatron_longpo.runtime.failure import causes_of, explain
 
 Item = TypeVar("Item")
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def rank() -> int:
@@ -47,7 +46,7 @@ def raise_on_all_ranks(output: Path) -> Iterator[None]:
     """Run the body on all processes, and wait for all of them; if it fails on one, all raise its error.
 
     Args:
-        output: path that the message names if the disk is full.
+        output: path that the message names where the error names none.
     """
     failure: BaseException | None = None
     try:
@@ -61,12 +60,12 @@ def _raise_first(failure: BaseException | None, output: Path) -> None:
     """Raise the first failure of any process on all of them, as an error that names its fix if there is one."""
     message: tuple[bool, str] | None = None
     if failure is not None:
-        known = next((c for c in _causes(failure) if isinstance(c, CheckpointError)), None)
-        full = next((c for c in _causes(failure) if isinstance(c, OSError) and c.errno in _FULL), None)
+        known = next((c for c in causes_of(failure) if isinstance(c, CheckpointError)), None)
+        explained = explain(failure, output)
         if known is not None:
             message = (True, str(known))
-        elif full is not None:
-            message = (True, f"{output}: the disk is full ({full.strerror}); free space and convert again")
+        elif explained is not None:
+            message = (True, explained)
         else:
             message = (False, f"{type(failure).__name__}: {failure}")
     found = [m for m in all_gather_objects(message) if m is not None]
@@ -74,18 +73,8 @@ def _raise_first(failure: BaseException | None, output: Path) -> None:
         return
     if failure is not None and not any(is_known for is_known, _ in found):
         raise failure
-    # A full disk or a damaged file goes before the errors that it caused on other processes.
+    # A cause that can be fixed goes before the errors that it caused on other processes.
     raise CheckpointError(next((text for is_known, text in found if is_known), found[0][1])) from failure
-
-
-def _causes(error: BaseException) -> Iterator[BaseException]:
-    """An error and its causes. torch.distributed.checkpoint keeps what its ranks raised in ``failures``."""
-    current: BaseException | None = error
-    while current is not None:
-        yield current
-        for failure, _ in getattr(current, "failures", {}).values():
-            yield from _causes(failure)
-        current = current.__cause__ or current.__context__
 
 
 def on_rank0(action: Callable[[], Item]) -> Item:

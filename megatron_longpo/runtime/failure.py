@@ -1,17 +1,142 @@
-"""How a run ends when something fails: the cause is printed once, and every process ends soon."""
+"""How a run ends when something fails: one line with the cause, printed once, and every process ends soon."""
 
 from __future__ import annotations
 
+import datetime
+import errno
 import os
+import re
 import sys
+import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
+from pathlib import Path
 
 from megatron_longpo.errors import LongPOError, one_line
+from megatron_longpo.runtime.files import release_locks
+from megatron_longpo.runtime.heartbeat import silent_ranks
+from megatron_longpo.runtime.launcher import end_with_launcher
 
 _LINGER_SECONDS = 3.0
+# Whoever reports a time-out first listens for the heartbeats of all ranks.
+_LINGER_SECONDS_AFTER_TIMEOUT = 15.0
+
+# Errors of the operating system that a user can do something about.
+_FIXES = {
+    errno.ENOSPC: "free space",
+    errno.EDQUOT: "free space within the quota",
+    errno.EFBIG: "raise the limit on file sizes (ulimit -f), or use another file system",
+    errno.EROFS: "mount the file system writable, or choose another folder",
+    errno.EACCES: "change its permissions or attributes, or choose another path",
+    errno.EPERM: "change its permissions or attributes, or choose another path",
+    errno.EIO: "check the disk or the network file system",
+    errno.ESTALE: "check the network file system",
+    errno.ENOENT: "restore it, and remove nothing that a running command uses",
+    errno.ENOTDIR: "move the file away that stands where a folder belongs",
+    errno.EISDIR: "move the folder away that stands where a file belongs",
+    errno.ENAMETOOLONG: "choose a shorter path",
+    errno.ELOOP: "replace the symbolic link that points to itself",
+    errno.EMFILE: "raise the limit on open files (ulimit -n)",
+    errno.ENFILE: "raise the system's limit on open files (fs.file-max)",
+    errno.ENOMEM: "use fewer or shorter samples at a time, more ranks, or a machine with more memory",
+}
+_ERROR_NUMBER = re.compile(r"\[Errno (\d+)\]")
+_NO_MEMORY = ("can't allocate memory", "Cannot allocate memory", "CUDA out of memory")
+_OVERFLOWS = ("without overflow", "Overflow when unpacking")
+
+_folder: Path | None = None
+
+
+def keep_tracebacks_in(folder: Path) -> None:
+    """Keep the traceback of a failure in this folder from now on, instead of a temporary file."""
+    global _folder
+    _folder = folder
+
+
+def causes_of(error: BaseException) -> Iterator[BaseException]:
+    """An error and its causes. torch.distributed.checkpoint keeps what its ranks raised in ``failures``."""
+    current: BaseException | None = error
+    seen: set[int] = set()
+    while current is not None and id(current) not in seen:
+        seen.add(id(current))
+        yield current
+        for failure, _ in getattr(current, "failures", {}).values():
+            yield from causes_of(failure)
+        current = current.__cause__ or current.__context__
+
+
+def explain(error: BaseException, output: Path | None = None) -> str | None:
+    """One line on an error from outside the package that a user can fix: the value, the rule and the fix.
+
+    Args:
+        error: error of the operating system or of a library, or one that has such a cause.
+        output: path that is named where the error itself names none.
+
+    Returns:
+        The line, or None: the error is not one of these.
+    """
+    for cause in causes_of(error):
+        if isinstance(cause, MemoryError) or type(cause).__name__ == "OutOfMemoryError":
+            return _explain_memory(cause)
+        if isinstance(cause, RuntimeError) and any(sign in str(cause) for sign in _NO_MEMORY):
+            return _explain_memory(cause)
+        number = cause.errno if isinstance(cause, OSError) else None
+        if number is None and (found := _ERROR_NUMBER.search(str(cause))):
+            # A library's error that quotes one of the operating system.
+            number = int(found[1])
+        if number in _FIXES:
+            path = getattr(cause, "filename", None) or output or _folder
+            if isinstance(path, bytes):
+                path = os.fsdecode(path)
+            reason = os.strerror(number).lower()
+            return (
+                f"{path}: {reason}; {_FIXES[number]}, then run the command again"
+                if path
+                else f"{reason}; {_FIXES[number]}"
+            )
+    return None
+
+
+def _explain_memory(cause: BaseException) -> str:
+    return (
+        f"out of memory ({one_line(cause, 200) or type(cause).__name__}); use fewer or shorter samples at a time, recompute "
+        "activations, use more ranks, or a machine with more memory"
+    )
+
+
+def describe(error: BaseException) -> str:
+    """One line on an error that nobody expected. Checkpoint errors are replaced by what they wrap."""
+    inner = next((c for c in causes_of(error) if type(c).__name__ != "CheckpointException"), error)
+    text = one_line(inner)
+    if isinstance(inner, RecursionError):
+        return "RecursionError: an input is nested too deeply; flatten the JSON, YAML or template that was read last"
+    if isinstance(inner, OverflowError) or any(sign in text for sign in _OVERFLOWS):
+        return f"{type(inner).__name__}: {text}; a number is out of range: check the configuration and the input"
+    return f"{type(inner).__name__}: {text}"
+
+
+def _write_traceback(error: BaseException) -> str:
+    """Write the traceback to a file, and return its path; where no file can be written, print it."""
+    rank = os.environ.get("RANK", "0")
+    head = f"{datetime.datetime.now().astimezone().isoformat(timespec='seconds')}, rank {rank}: {' '.join(sys.argv)}\n"
+    text = head + "".join(traceback.format_exception(error))
+    folders = [_folder] if _folder is not None and _folder.is_dir() else []
+    for folder in [*folders, None]:
+        try:
+            if folder is not None:
+                path = folder / f"traceback_rank_{rank}.txt"
+                path.write_text(text, encoding="utf-8", errors="replace")
+                return str(path)
+            descriptor, name = tempfile.mkstemp(prefix="megatron_longpo_traceback_", suffix=".txt")
+            with open(descriptor, "w", encoding="utf-8", errors="replace") as stream:
+                stream.write(text)
+            return name
+        except OSError:
+            continue
+    print(text, file=sys.stderr)
+    return "above"
 
 
 def _first_to_fail() -> bool:
@@ -47,43 +172,64 @@ def _has_store() -> bool:
 def run_or_fail(action: Callable[[], None]) -> None:
     """Run the main function of a program. The exit status is 2 for an error that the user can fix, and 1 for any other.
 
-    Only one rank prints its error. The process exits without waiting for peers that are blocked on it. A rank that prints
-    nothing lingers a moment, since its exit makes the launcher stop the rank that is still printing.
+    Only one rank prints its error, on one line; the traceback of an error that is not ours goes to a file that the line names.
+    The process exits without waiting for peers that are blocked on it. A rank that prints nothing lingers a moment, since its
+    exit makes the launcher stop the rank that is still printing. A rank whose launcher dies ends as well.
     """
-    code, named = 0, True
+    end_with_launcher()
+    code, linger = 0, 0.0
     try:
         action()
     except LongPOError as error:
-        code, named = 2, _first_to_fail()
-        if named:
+        code = 2
+        if _first_to_fail():
             print(f"error: {error}", file=sys.stderr)
-        elif not _has_store() and os.environ.get("LOCAL_RANK") == "0":
-            # On another node the cause may be another: its disk may lack a file that the first one has.
-            print(f"rank {os.environ.get('RANK')}: {error}", file=sys.stderr)
+        else:
+            linger = _LINGER_SECONDS
+            if not _has_store() and os.environ.get("LOCAL_RANK") == "0":
+                # On another node the cause may be another: its disk may lack a file that the first one has.
+                print(f"rank {os.environ.get('RANK')}: {error}", file=sys.stderr)
     except KeyboardInterrupt:
         code = 130
     except SystemExit:
+        release_locks()
         raise
     except BaseException as error:
-        code, named = 1, _first_to_fail()
-        if named:
-            rank = os.environ.get("RANK", "0")
-            text = str(error)
-            if _is_lost_peer(text):
-                print(
-                    f"error: rank {rank} lost a peer process ({one_line(text)}); the launcher's report names the process "
-                    "that died",
-                    file=sys.stderr,
-                )
-            else:
-                traceback.print_exc()
-                print(f"error: rank {rank} failed: {type(error).__name__}: {text}", file=sys.stderr)
+        line = explain(error)
+        code = 1 if line is None else 2
+        if _first_to_fail():
+            print(f"error: {line or _line_on(error)} (traceback: {_write_traceback(error)})", file=sys.stderr)
+        else:
+            linger = _LINGER_SECONDS_AFTER_TIMEOUT if _is_timeout(str(error)) else _LINGER_SECONDS
+    release_locks()
     sys.stdout.flush()
     sys.stderr.flush()
     if code:
-        if not named:
-            time.sleep(_LINGER_SECONDS)
+        time.sleep(linger)
         os._exit(code)
+
+
+def _line_on(error: BaseException) -> str:
+    rank, text = os.environ.get("RANK", "0"), str(error)
+    if _is_timeout(text):
+        silent = silent_ranks()
+        named = f"rank {', '.join(map(str, silent))}" if silent else "a rank"
+        fix = (
+            "see what that process or its machine is doing"
+            if silent
+            else "all ranks are alive: one of them may be slow"
+        )
+        return (
+            f"{named} hangs: rank {rank} waited for longer than distributed_timeout_minutes ({one_line(text, 160)}); {fix}, "
+            "or raise distributed_timeout_minutes"
+        )
+    if _is_lost_peer(text):
+        return f"rank {rank} lost a peer process ({one_line(text)}); the launcher's report names the process that died"
+    return f"rank {rank} failed: {describe(error)}"
+
+
+def _is_timeout(text: str) -> bool:
+    return "Timed out waiting" in text or "timed out after" in text.lower()
 
 
 def _is_lost_peer(text: str) -> bool:

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import fcntl
 import hashlib
+import json
 import os
 import shutil
+import socket
+import sys
 from pathlib import Path
+from typing import Any
 
 from megatron_longpo.errors import DataError, LongPOError, one_line
+from megatron_longpo.runtime.log import log
 
 _BLOCK_BYTES = 2**22
 # Of the command line of a process that holds a lock.
 _COMMAND_CHARACTERS = 120
+HOLDER_FILE = ".holder.json"
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -52,32 +59,52 @@ def link_atomically(source: Path, target: Path) -> None:
 class FolderLock:
     """An advisory lock on a folder, held until ``release`` or the death of the process.
 
-    The folder itself is locked (flock on its descriptor), not a file of its own as filelock does: no lock file is left
-    in an output, and everything in the folder may be deleted, or the folder renamed, meanwhile. On a file system without locks
-    nothing is locked.
+    The folder itself is locked (flock on its descriptor), not a file of its own as filelock does: everything in the folder may
+    be deleted, or the folder renamed, meanwhile.
+    With ``record``, the folder holds a file ``.holder.json`` for as long as it is locked, with host, process, start and command
+    of the holder: the refused one reads it, also on another host. Where a file system locks no folders (NFS), that file is
+    locked instead.
+
+    What is assumed of a network file system: that its locks reach all hosts, and that it releases those of a dead host. A lock
+    that was free although another host's record is there is reported. Where nothing can be locked, that is reported as well, and
+    nothing keeps two processes apart.
 
     Args:
         folder: folder to lock; it must exist.
         wait: wait for another holder instead of raising.
         name: path that the user knows the folder by, for the message; default: the folder.
         error: class of the error.
+        record: say in the folder who holds it.
 
     Raises:
         LongPOError: another process holds the folder, and ``wait`` is off.
     """
 
     def __init__(
-        self, folder: Path, *, wait: bool = False, name: Path | None = None, error: type[LongPOError] = DataError
+        self,
+        folder: Path,
+        *,
+        wait: bool = False,
+        name: Path | None = None,
+        error: type[LongPOError] = DataError,
+        record: bool = False,
     ) -> None:
-        self._descriptor: int | None = os.open(folder, os.O_RDONLY)
+        self.folder = folder
+        self._record = folder / HOLDER_FILE if record else None
+        self._descriptors = [os.open(folder, os.O_RDONLY)]
         try:
-            fcntl.flock(self._descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            locked = _flock(self._descriptors[0], wait=wait)
+            if not locked and self._record is not None:
+                locked = self._lock_record(self._record, wait=wait)
         except BlockingIOError:
-            holder = _holder_of(self._descriptor)
-            self.release()
+            holder = holder_of(folder)
+            self._close()
             raise error(f"{name or folder}: {holder} works on it; wait for it, or choose another output") from None
-        except OSError:
-            pass  # a file system without locks
+        _HELD.add(self)
+        self._identity = _this_process()
+        if self._record is not None:
+            self._report(name or folder, locked=locked)
+            self._record.write_text(json.dumps(self._identity) + "\n", encoding="utf-8")
 
     def __enter__(self) -> FolderLock:
         return self
@@ -87,15 +114,110 @@ class FolderLock:
 
     def release(self) -> None:
         """Give the folder up; a second call does nothing."""
-        if self._descriptor is not None:
-            os.close(self._descriptor)
-            self._descriptor = None
+        if not self._descriptors:
+            return
+        if self._record is not None:
+            with contextlib.suppress(OSError):
+                if _read_holder(self._record) == self._identity:
+                    self._record.unlink()
+        self._close()
+        _HELD.discard(self)
+
+    @property
+    def is_in_place(self) -> bool:
+        """Whether the path still names the folder that is locked; it may have been removed or replaced."""
+        try:
+            return bool(self._descriptors) and os.path.samestat(os.stat(self.folder), os.fstat(self._descriptors[0]))
+        except OSError:
+            return False
+
+    def _lock_record(self, record: Path, *, wait: bool) -> bool:
+        """Lock the record itself; whether that can be done."""
+        while True:
+            descriptor = os.open(record, os.O_RDWR | os.O_CREAT, 0o644)
+            self._descriptors.append(descriptor)
+            if not _flock(descriptor, wait=wait):
+                return False
+            # The last holder may have removed it between the two calls.
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.stat(record), os.fstat(descriptor)):
+                    return True
+            os.close(self._descriptors.pop())
+
+    def _report(self, name: Path, *, locked: bool) -> None:
+        assert self._record is not None
+        before = _read_holder(self._record)
+        if not locked:
+            log(f"{name}: its file system has no locks, so nothing keeps two processes from working on it at once")
+        elif before is not None and before.get("host") != self._identity["host"]:
+            log(f"{name}: {_describe(before)} did not release it, but the lock is free: that process is taken for dead")
+
+    def _close(self) -> None:
+        while self._descriptors:
+            os.close(self._descriptors.pop())
 
 
-def _holder_of(descriptor: int) -> str:
-    """Who holds a lock: process number and command where Linux tells, else "another process"."""
+def release_locks() -> None:
+    """Release all locks of this process, before it exits."""
+    for held in list(_HELD):
+        with contextlib.suppress(OSError):
+            held.release()
+
+
+def _forget_locks() -> None:
+    """In a forked child: the locks are the parent's, and must be free when that dies."""
+    for held in list(_HELD):
+        held._close()
+    _HELD.clear()
+
+
+_HELD: set[FolderLock] = set()
+os.register_at_fork(after_in_child=_forget_locks)
+
+
+def _flock(descriptor: int, *, wait: bool) -> bool:
+    """Lock a descriptor; False: the file system has no such locks.
+
+    Raises:
+        BlockingIOError: another process holds it, and ``wait`` is off.
+    """
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        raise
+    except OSError:
+        return False
+    return True
+
+
+def _this_process() -> dict[str, Any]:
+    # For people only; nothing compares the time with a clock.
+    now = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
+    return {"host": socket.gethostname(), "process": os.getpid(), "started": now, "command": " ".join(sys.argv)}
+
+
+def _read_holder(record: Path) -> dict[str, Any] | None:
+    """Contents of a record; None if it holds nothing of use."""
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        found = json.loads(record.read_bytes()[:_BLOCK_BYTES])
+        return found if isinstance(found, dict) else None
+    return None
+
+
+def _describe(holder: dict[str, Any]) -> str:
+    return (
+        f"process {holder.get('process')} on host {holder.get('host')}, at work since {holder.get('started')} "
+        f"({one_line(holder.get('command', ''), _COMMAND_CHARACTERS)})"
+    )
+
+
+def holder_of(folder: Path) -> str:
+    """Who holds the lock on a folder: from its record, else process and command where Linux tells, else "another process"."""
+    recorded = _read_holder(folder / HOLDER_FILE)
+    if recorded is not None:
+        return _describe(recorded)
     with contextlib.suppress(OSError, ValueError, IndexError):
-        inode = os.fstat(descriptor).st_ino
+        inode = folder.stat().st_ino
         for line in Path("/proc/locks").read_text().splitlines():
             # "7: FLOCK ADVISORY WRITE <pid> <device>:<inode> 0 EOF"; "->" marks one that waits.
             fields = line.split()

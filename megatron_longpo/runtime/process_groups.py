@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 # isort: off
 from megatron_longpo.runtime import platform  # must precede megatron-core
+from megatron_longpo.runtime.heartbeat import start_heartbeat, stop_heartbeat
 from megatron.core import parallel_state, tensor_parallel
 
 # isort: on
@@ -111,6 +112,7 @@ def start_processes(timeout_minutes: int) -> None:
         dist.init_process_group(platform.CURRENT.backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     else:
         dist.init_process_group(platform.CURRENT.backend, timeout=timeout)
+        start_heartbeat()
 
 
 def set_up(
@@ -175,6 +177,7 @@ def sum_over_group(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
 
 def stop_processes() -> None:
     """Destroy all process groups."""
+    stop_heartbeat()
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
     if dist.is_initialized():

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from megatron_longpo.checkpoint.card import RUN_CONFIG
 from megatron_longpo.config import Config
+from megatron_longpo.errors import DataError, one_line
 from megatron_longpo.runtime import platform
 from megatron_longpo.runtime.files import write_atomically
 from megatron_longpo.runtime.log import log
@@ -93,21 +94,43 @@ def _gather_table(found: Sequence[SampleMetrics], names: Sequence[str], batch_si
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Read the whole lines of a metrics.jsonl; a line that a killed run left half-written is skipped."""
-    records = []
+    return _read_lines(path)[0]
+
+
+def _read_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """The lines that hold metrics, and the number of others.
+
+    Raises:
+        DataError: there is something else than a file.
+    """
+    records, skipped = [], 0
+    if path.exists() and not path.is_file():
+        raise DataError(f"{path}: is not a file; move it away, the run writes its metrics there")
     if path.exists():
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
                 record = json.loads(line)
-            except ValueError:
-                continue
-            if isinstance(record, dict) and isinstance(record.get("step"), int):
+            except (ValueError, RecursionError):
+                record = None
+            if isinstance(record, dict) and type(record.get("step")) is int and _are_figures(record):
                 records.append(record)
-    return records
+            else:
+                skipped += 1
+    return records, skipped
+
+
+def _are_figures(record: dict[str, Any]) -> bool:
+    """Whether all values are numbers. Those by length, of held-out data, have a level of their own."""
+    values = [v for name, v in record.items() if name != "by_length"]
+    return all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)
 
 
 def keep_until(path: Path, step: int) -> list[dict[str, Any]]:
     """Drop what a killed run logged after the checkpoint that it resumes from, so that no step appears twice."""
-    records = [r for r in read_metrics(path) if r["step"] <= step]
+    found, skipped = _read_lines(path)
+    records = [r for r in found if r["step"] <= step]
+    if skipped:
+        log(f"{path}: {skipped} line(s) that hold no metrics are dropped")
     if path.exists():
         write_atomically(path, "".join(json.dumps(r) + "\n" for r in records).encode())
     return records
@@ -204,9 +227,13 @@ class Reporter:
         )
 
     def plot(self) -> None:
-        """Draw OUTPUT/curves.png."""
+        """Draw OUTPUT/curves.png. A run does not fail because of its curves."""
         if self.active and self.output is not None and self.records:
-            draw_curves(self.records, self.output / "curves.png", self.validations)
+            path = self.output / "curves.png"
+            try:
+                draw_curves(self.records, path, self.validations)
+            except Exception as error:
+                log(f"{path}: cannot be drawn ({type(error).__name__}: {one_line(error)}); training continues")
 
     def close(self) -> None:
         """Draw the last curves and close what is open."""

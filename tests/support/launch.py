@@ -21,6 +21,7 @@ import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
+from unittest import mock
 
 import psutil
 
@@ -100,18 +101,12 @@ class _Forked:
     ) -> None:
         server = multiprocessing.get_context("forkserver")
         server.set_forkserver_preload(["tests.support.preloaded"])
-        before = dict(os.environ)
+        arguments = (list(command), dict(env), str(folder), str(stdout), str(stderr))
+        self._process = server.Process(target=forked.run_command, args=arguments)
         # The server takes its environment from the first call. A fork copies only the thread that forks, so there must be
         # no other: none of OpenMP, and none of the jemalloc that pyarrow brings.
-        os.environ.update(OMP_NUM_THREADS="1", JE_ARROW_MALLOC_CONF="background_thread:false")
-        try:
-            self._process = server.Process(
-                target=forked.run_command, args=(list(command), dict(env), str(folder), str(stdout), str(stderr))
-            )
+        with mock.patch.dict(os.environ, OMP_NUM_THREADS="1", JE_ARROW_MALLOC_CONF="background_thread:false"):
             self._process.start()
-        finally:
-            os.environ.clear()
-            os.environ.update(before)
         assert self._process.pid is not None
         self.pid = self._process.pid
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from megatron.core import parallel_state
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -33,6 +35,7 @@ from megatron_longpo.model.rotary import rotary_of
 from megatron_longpo.model.shape import ModelShape
 from megatron_longpo.training.checkpointer import load_weights
 from tests.support.data import make_data
+from tests.support.groups import destroy_groups
 from tests.support.launch import PYTHON, command, run, torchrun
 from tests.support.models import FAMILIES, VARIANTS, make_model
 
@@ -90,6 +93,14 @@ def their_logits(folder: Path, tokens: list[int]) -> Tensor:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     with torch.no_grad():
         return model(input_ids=torch.tensor([tokens])).logits[0]
+
+
+@pytest.fixture(autouse=True)
+def _groups() -> Iterator[None]:
+    """Destroys the process groups that a test's models have made in this process."""
+    yield
+    if parallel_state.model_parallel_is_initialized():
+        destroy_groups()
 
 
 @pytest.fixture(scope="module")

@@ -45,7 +45,9 @@ def main() -> None:
     from megatron_longpo.engines.transformers_engine import TransformersEngine
 
     kind: Any = "auto" if a.dtype == "auto" else getattr(torch, a.dtype)
-    plain = AutoModelForCausalLM.from_pretrained(a.model, dtype=kind, local_files_only=True).eval()
+    plain = AutoModelForCausalLM.from_pretrained(
+        a.model, dtype=kind, local_files_only=True, trust_remote_code=False
+    ).eval()
     plain.to(platform.CURRENT.device)
     engine = TransformersEngine(a.model, dtype=a.dtype)
     end = plain.generation_config.eos_token_id

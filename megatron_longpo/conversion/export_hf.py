@@ -30,7 +30,7 @@ from megatron_longpo.checkpoint.huggingface import (
 from megatron_longpo.checkpoint.prefetch import Prefetcher
 from megatron_longpo.conversion.changes import NO_CHANGES, Changes, Conversion
 from megatron_longpo.conversion.fused import FusedTensor, check_finite, check_stored, fused_tensors
-from megatron_longpo.conversion.output import check_new, copy_assets, staging_folder
+from megatron_longpo.conversion.output import check_new, copy_assets, remove_auto_map, staging_folder
 from megatron_longpo.model.families import config_for_export
 from megatron_longpo.model.shape import ModelShape
 from megatron_longpo.runtime.collectives import my_share, raise_on_all_ranks, rank
@@ -83,6 +83,7 @@ def export_hf(
                 copy_assets(assets, staging)
                 exported = config_for_export(config, shape, written_dtype, str(assets / "config.json"))
                 (staging / "config.json").write_text(json.dumps(exported, indent=2) + "\n", encoding="utf-8")
+                remove_auto_map(staging)
                 _raise_model_max_length(staging / "tokenizer_config.json", shape.max_position_embeddings)
                 write_card(folder, staging, shape, written_dtype)
         if check is not None:

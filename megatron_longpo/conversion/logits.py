@@ -281,7 +281,9 @@ class _TheirModel(_LazyModel):
         # A deep copy, because transformers changes nested values.
         config = AutoConfig.for_model(**{**json.loads(json.dumps(content)), "model_type": kind})
         with torch.device("meta"):
-            self._model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32)
+            self._model = AutoModelForCausalLM.from_config(
+                config, attn_implementation="eager", dtype=torch.float32, trust_remote_code=False
+            )
         self._model.eval()
         base = self._model.model
         # Its buffers are computed from the configuration, so they must not stay on the meta device.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -18,6 +19,8 @@ _SPACE_PER_BYTE = 1.01
 _STAGING_PREFIX, _STAGING_SUFFIX = ".", ".writing"
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
 _INDEX_SUFFIXES = (".safetensors.index.json", ".bin.index.json")
+# An exported model must not pass on code, or pickles, that came with the imported one.
+_CODE_SUFFIXES = (".py", ".pyc", ".so", ".pkl", ".pickle", ".ckpt", ".npy", ".npz")
 
 
 def check_new(output: Path) -> None:
@@ -94,9 +97,20 @@ def _check_space(staging: Path, output: Path, size: int) -> None:
 
 
 def copy_assets(source: Path, target: Path) -> None:
-    """Copy the files of a model folder except weights and hidden files: tokenizer, configuration, texts."""
+    """Copy the files of a model folder except weights, code and hidden files: tokenizer, configuration, texts."""
     target.mkdir(exist_ok=True)
+    left_out = (*_WEIGHT_SUFFIXES, *_INDEX_SUFFIXES, *_CODE_SUFFIXES)
     for path in sorted(source.iterdir()):
-        is_asset = not path.name.startswith(".") and not path.name.endswith((*_WEIGHT_SUFFIXES, *_INDEX_SUFFIXES))
-        if path.is_file() and is_asset:
+        if path.is_file() and not path.name.startswith(".") and not path.name.endswith(left_out):
             shutil.copyfile(path, target / path.name)
+
+
+def remove_auto_map(folder: Path) -> None:
+    """Remove from the JSON files of a model folder the key that tells transformers to load code from the folder."""
+    for path in sorted(folder.glob("*.json")):
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except (ValueError, RecursionError):
+            continue  # not JSON that transformers could read either
+        if isinstance(content, dict) and content.pop("auto_map", None) is not None:
+            path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

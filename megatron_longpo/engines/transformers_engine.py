@@ -220,7 +220,10 @@ def _load_model(path: Path, dtype: str) -> Any:
 
     try:
         kind: Any = "auto" if dtype == "auto" else getattr(torch, dtype)
-        model = AutoModelForCausalLM.from_pretrained(str(path), dtype=kind, local_files_only=True)
+        # Without the argument transformers would ask on a terminal, and take a "y" from standard input for consent.
+        model = AutoModelForCausalLM.from_pretrained(
+            str(path), dtype=kind, local_files_only=True, trust_remote_code=False
+        )
     except (OSError, ValueError, KeyError) as error:
         raise DataError(
             f"--model {path}: transformers cannot load it ({one_line(error)}); give a model folder"

@@ -100,6 +100,7 @@ class VLLMEngine(Engine):
             dtype=self._config.dtype,
             tensor_parallel_size=self._config.tensor_parallel_size,
             enable_prefix_caching=True,
+            trust_remote_code=False,
             **({"hf_overrides": overrides} if overrides else {}),
         )
         self._rope = rope

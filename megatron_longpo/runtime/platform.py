@@ -29,6 +29,7 @@ from typing import Any, Literal
 import torch
 
 from megatron_longpo.errors import PlatformError
+from megatron_longpo.runtime.unpickling import load_checkpoints_safely
 
 _VARIABLE = "MEGATRON_LONGPO_PLATFORM"
 
@@ -471,6 +472,7 @@ def _install(platform: Platform) -> Platform:
     else:
         _tune_cuda_allocator()
     _patch_megatron_everywhere()
+    load_checkpoints_safely()
     return platform
 
 

@@ -437,9 +437,11 @@ def make_model(path: str, dtype: str, batch_size: int) -> Any:
     from megatron_longpo.runtime import platform
 
     torch_dtype: Any = "auto" if dtype == "auto" else getattr(torch, dtype)
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch_dtype, local_files_only=True).eval()
+    model = AutoModelForCausalLM.from_pretrained(
+        path, dtype=torch_dtype, local_files_only=True, trust_remote_code=False
+    ).eval()
     model.to(platform.CURRENT.device)
-    tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     # Given a loaded model, the wrapper starts no process group of its own.
     return HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
 

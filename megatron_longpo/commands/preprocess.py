@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from rich.console import Console
@@ -12,6 +12,8 @@ from rich.table import Table
 from megatron_longpo.command_line import Switch, parse
 from megatron_longpo.errors import ConfigError
 from megatron_longpo.runtime.log import log
+from megatron_longpo.runtime.reading import ReadingConfig
+from megatron_longpo.schema import Count, check_ranges
 
 
 @dataclass(frozen=True)
@@ -32,12 +34,15 @@ class PreprocessOptions:
     """Longest long row in tokens; longer samples are skipped. Default: no limit."""
     short_seq_length: int = 32768
     """Longest short row in tokens; longer samples are skipped."""
+    max_turns: Count = 10_000
+    """Most turns of a row; rows with more are skipped."""
     workers: int = 1
     """Processes that tokenise."""
     restart: Switch = False
     """Discard existing output and start over."""
     trust_remote_code: Switch = False
     """Run code from the tokenizer's folder."""
+    reading: ReadingConfig = field(default_factory=ReadingConfig)
 
 
 def preprocess(arguments: Sequence[str], *, prog: str) -> None:
@@ -45,6 +50,7 @@ def preprocess(arguments: Sequence[str], *, prog: str) -> None:
     options = parse(PreprocessOptions, arguments, prog=prog, description=preprocess.__doc__ or "")
     if not options.input:
         raise ConfigError("input is empty; name at least one file or folder with --input")
+    check_ranges(options)
     # Not before the flags are read: it imports torch and megatron-core.
     from megatron_longpo.data.indexed import path_of
     from megatron_longpo.text import preprocess as text
@@ -58,7 +64,9 @@ def preprocess(arguments: Sequence[str], *, prog: str) -> None:
             vocab_size=options.vocab_size,
             seq_length=options.seq_length,
             short_seq_length=options.short_seq_length,
+            max_turns=options.max_turns,
             trust_remote_code=options.trust_remote_code,
+            reading=options.reading,
         ),
         workers=options.workers,
         restart=options.restart,

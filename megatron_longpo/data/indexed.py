@@ -21,7 +21,8 @@ from megatron.core.datasets.indexed_dataset import DType, IndexedDataset
 
 from megatron_longpo.data.preference import Mode, Sample
 from megatron_longpo.errors import DataError
-from megatron_longpo.runtime.files import link_atomically, sha256_of, write_atomically
+from megatron_longpo.runtime.files import link_atomically, open_regular, sha256_of, write_atomically
+from megatron_longpo.runtime.reading import read_json
 from megatron_longpo.schema import convert_fields
 
 SCHEMA_VERSION = 1
@@ -191,7 +192,7 @@ class SampleWriter:
         if not path.exists():
             return
         try:
-            progress = json.loads(path.read_text(encoding="utf-8"))
+            progress = read_json(path)
             self._sizes = {str(k): int(v) for k, v in progress["sizes"].items()}
             self.position = {str(k): int(v) for k, v in progress["position"].items()}
             manifest = Manifest.from_dict(progress["manifest"], where=f"{path}: ", fix="start again with --restart")
@@ -308,12 +309,12 @@ def read_manifest(prefix: str | Path) -> Manifest:
     """
     path = path_of(prefix, "json")
     try:
-        content = json.loads(path.read_bytes().decode("utf-8"))
+        content = read_json(path)
     except FileNotFoundError:
         raise DataError(
             f"{path}: there is no such file; --data-path takes the prefix that tools/preprocess_preference_data.py wrote"
         ) from None
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise DataError(f"{path}: cannot be read as JSON ({error}); preprocess the data again") from None
     if not isinstance(content, dict):
         raise DataError(f"{path}: is not a manifest; preprocess the data again")
@@ -352,8 +353,12 @@ class PreferenceData:
         self.manifest = read_manifest(prefix)
         bin_, idx = path_of(prefix, "bin"), path_of(prefix, "idx")
         for path in (bin_, idx):
-            if not path.is_file():
+            if not path.exists():
                 raise DataError(f"{path}: there is no such file; preprocess the data again")
+            try:
+                open_regular(path).close()
+            except OSError as error:
+                raise DataError(f"{path}: cannot be read ({error}); preprocess the data again") from None
         size = bin_.stat().st_size
         if size != self.manifest.bin_bytes:
             raise DataError(

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import gzip
-import json
 import random
 import re
 import uuid
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -18,6 +17,7 @@ from typing import Any
 from megatron_longpo.errors import ConfigError, DataError
 from megatron_longpo.evaluation.samples import json_digest
 from megatron_longpo.runtime.log import log
+from megatron_longpo.runtime.reading import DEFAULT_READING, ReadingConfig, opened, parse_json, read_bytes, read_lines
 from megatron_longpo.text.documents import find_files, read_documents
 
 # Fewer words would make lists and keys of a few words only.
@@ -171,7 +171,12 @@ def _wonderwords() -> dict[str, list[str]]:
 
 
 def read_materials(
-    haystack: Sequence[str], words: str | None, *, squad: str | None = None, hotpotqa: str | None = None
+    haystack: Sequence[str],
+    words: str | None,
+    *,
+    squad: str | None = None,
+    hotpotqa: str | None = None,
+    limits: ReadingConfig = DEFAULT_READING,
 ) -> Materials:
     """Read materials.
 
@@ -179,31 +184,33 @@ def read_materials(
         haystack: files, folders or globs of texts; none: no essays.
         words: path of a file with one word per line.
         squad, hotpotqa: paths of question files.
+        limits: what is too large, and whether symbolic links are followed.
 
     Raises:
         DataError: a file cannot be read or holds nothing usable.
     """
     return Materials(
-        essays=read_essays(tuple(haystack)) if haystack else None,
-        words=None if words is None else read_words(words),
-        squad=None if squad is None else read_squad(Path(squad)),
-        hotpotqa=None if hotpotqa is None else read_hotpotqa(Path(hotpotqa)),
+        essays=read_essays(tuple(haystack), limits) if haystack else None,
+        words=None if words is None else read_words(words, limits),
+        squad=None if squad is None else read_squad(Path(squad), limits),
+        hotpotqa=None if hotpotqa is None else read_hotpotqa(Path(hotpotqa), limits),
     )
 
 
 # Cached: two suites may use the same essays.
 @cache
-def read_essays(haystack: tuple[str, ...]) -> str:
+def read_essays(haystack: tuple[str, ...], limits: ReadingConfig = DEFAULT_READING) -> str:
     """Text of all documents, joined.
 
     Args:
         haystack: files, folders or globs.
+        limits: what is too large, and whether symbolic links are followed.
 
     Raises:
         DataError: no text in them.
     """
     texts = []
-    for document in read_documents(find_files(haystack, "other"), "text"):
+    for document in read_documents(find_files(haystack, "other", limits), "text", limits):
         if document.error is None:
             texts.append(document.text)
         else:
@@ -214,15 +221,15 @@ def read_essays(haystack: tuple[str, ...]) -> str:
     return essays
 
 
-def read_words(path: str) -> list[str]:
+def read_words(path: str, limits: ReadingConfig = DEFAULT_READING) -> list[str]:
     """Words of a file, one per line.
 
     Raises:
         DataError: it cannot be read.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
+        lines = read_bytes(Path(path), limits.max_json_bytes).decode("utf-8").split("\n")
+    except (OSError, EOFError, zlib.error, ValueError) as error:
         raise DataError(f"--words {path}: cannot be read ({error}); name a text file with one word per line") from None
     return [line.strip() for line in lines if line.strip()]
 
@@ -235,14 +242,14 @@ class _SquadRow:
     answers: tuple[str, ...]
 
 
-def read_squad(path: Path) -> QuestionPool:
+def read_squad(path: Path, limits: ReadingConfig = DEFAULT_READING) -> QuestionPool:
     """Questions of SQuAD: the published JSON, or rows (JSONL, also .gz) with the hub's columns.
 
     Raises:
         DataError: the file cannot be read, has another format, or has no question with an answer.
     """
     try:
-        rows = _squad_rows(_read_json(path))
+        rows = _squad_rows(_read_json(path, limits))
     except (KeyError, TypeError, AttributeError) as error:
         raise DataError(
             f"{path}: is not in SQuAD's format ({error!r}); give its JSON, or rows with its columns"
@@ -295,14 +302,14 @@ class _HotpotRow:
     needed_titles: frozenset[str]
 
 
-def read_hotpotqa(path: Path) -> QuestionPool:
+def read_hotpotqa(path: Path, limits: ReadingConfig = DEFAULT_READING) -> QuestionPool:
     """Questions of HotpotQA: the published JSON, or rows (JSONL, also .gz), also with the hub's columns.
 
     Raises:
         DataError: the file cannot be read, has another format, or has no question.
     """
     try:
-        rows = [_hotpot_row(row) for row in _read_json(path)]
+        rows = [_hotpot_row(row) for row in _read_json(path, limits)]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise DataError(
             f"{path}: is not in HotpotQA's format ({error!r}); give its JSON, or rows with its columns"
@@ -345,26 +352,35 @@ def _pool(questions: tuple[Question, ...], documents: list[str], path: Path) -> 
     return QuestionPool(questions, tuple(documents))
 
 
-def _read_json(path: Path) -> Any:
+def _read_json(path: Path, limits: ReadingConfig) -> Any:
     """Content of a JSON file, or the rows of a JSONL file; either may be gzipped."""
+    is_lines = ".jsonl" in path.suffixes[-2:]
     try:
-        raw = path.read_bytes()
-        text = (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode("utf-8")
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+        return _json_lines(path, limits) if is_lines else _whole_json(path, limits)
+    except (OSError, EOFError, zlib.error, ValueError) as error:
         raise DataError(f"{path}: cannot be read ({error}); name an existing file in UTF-8") from None
-    if ".jsonl" not in path.suffixes[-2:]:
-        try:
-            return json.loads(text)
-        except ValueError as error:
-            raise DataError(f"{path}: is not JSON ({error}); rows, one per line, belong in a .jsonl file") from None
+
+
+def _whole_json(path: Path, limits: ReadingConfig) -> Any:
+    text = read_bytes(path, limits.max_json_bytes).decode("utf-8")
+    try:
+        return parse_json(text)
+    except ValueError as error:
+        raise DataError(f"{path}: is not JSON ({error}); rows, one per line, belong in a .jsonl file") from None
+
+
+def _json_lines(path: Path, limits: ReadingConfig) -> list[Any]:
     rows = []
-    # Not splitlines: JSON text may hold other line separators.
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            try:
-                rows.append(json.loads(line))
-            except ValueError as error:
-                raise DataError(f"{path}, line {number}: is not JSON ({error}); fix or remove the line") from None
+    with opened(path, limits) as stream:
+        for number, line in enumerate(read_lines(stream, limits), 1):
+            if line.too_long:
+                raise DataError(f"{path}, line {number}: {line.too_long}; remove the line, or raise the limit")
+            text = line.raw.decode("utf-8")
+            if text.strip():
+                try:
+                    rows.append(parse_json(text))
+                except ValueError as error:
+                    raise DataError(f"{path}, line {number}: is not JSON ({error}); fix or remove the line") from None
     return rows
 
 

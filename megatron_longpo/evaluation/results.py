@@ -10,6 +10,7 @@ from typing import Any
 
 from megatron_longpo.errors import ConfigError
 from megatron_longpo.runtime.files import write_atomically
+from megatron_longpo.runtime.reading import read_json
 
 FORMAT = 1
 NAME = "results.json"
@@ -23,7 +24,7 @@ def read_results(output: Path) -> dict[str, Any]:
     """
     path = output / NAME
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
         if content["format"] != FORMAT or not isinstance(content["suites"], dict):
             raise ValueError(f"format {content['format']}")
     except FileNotFoundError:

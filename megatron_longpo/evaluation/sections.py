@@ -9,6 +9,7 @@ from typing import TypeVar
 from megatron_longpo.config import Sections
 from megatron_longpo.engines.settings import EngineConfig
 from megatron_longpo.errors import ConfigError
+from megatron_longpo.runtime.reading import ReadingConfig
 from megatron_longpo.schema import Count
 
 Section = TypeVar("Section")
@@ -40,6 +41,7 @@ class SuiteConfig(Sections):
 
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
+    reading: ReadingConfig = field(default_factory=ReadingConfig)
 
     def section(self, kind: type[Section]) -> Section:
         """The section of a type, ``config.section(RulerConfig)`` for example."""

@@ -157,7 +157,9 @@ def _own_documents(
     document_batch = config.document_batch
     seen: set[bytes] = set()
     for raw in itertools.islice(
-        read_documents(find_files(documents.documents, documents.domain), documents.text_column),
+        read_documents(
+            find_files(documents.documents, documents.domain, config.reading), documents.text_column, config.reading
+        ),
         documents.max_documents,
     ):
         error = raw.error
@@ -505,7 +507,7 @@ def make_part(config: GenerationConfig, engine: Engine, rank: int, world_size: i
             for path in folder.iterdir():
                 if path.name != HOLDER_FILE:
                     path.unlink()
-        inputs = find_files(config.documents.documents, config.documents.domain)
+        inputs = find_files(config.documents.documents, config.documents.domain, config.reading)
         files = [[path.name, path.stat().st_size, domain] for path, domain in inputs]
         # Raises where languages cannot be recognised; merging, hours later, would be too late.
         LanguageFilter(config.filters.languages, config.filters.min_language_probability)

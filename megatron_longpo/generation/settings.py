@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 from megatron_longpo.config import Sections, check_part
 from megatron_longpo.engines.settings import EngineConfig, check_engine
 from megatron_longpo.errors import ConfigError
+from megatron_longpo.runtime.reading import ReadingConfig
 from megatron_longpo.schema import Count, FiniteFloat, NaturalNumber, Range, Temperature, TopP, check_ranges
 
 # The paper's chunk sizes at its target of 131072 tokens. Shorter targets scale them down.
@@ -168,6 +169,7 @@ class GenerationConfig(Sections):
     """Configuration of pair generation."""
 
     documents: DocumentsConfig = field(default_factory=DocumentsConfig)
+    reading: ReadingConfig = field(default_factory=ReadingConfig)
     questions: QuestionsConfig = field(default_factory=QuestionsConfig)
     answers: AnswersConfig = field(default_factory=AnswersConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)

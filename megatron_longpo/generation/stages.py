@@ -12,6 +12,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 from megatron_longpo.errors import DataError
 from megatron_longpo.runtime.files import write_atomically
+from megatron_longpo.runtime.reading import read_json
 
 STAGES = ("documents", "questions", "short", "long")
 _SCHEMA_VERSION = 1
@@ -151,7 +152,7 @@ def read_stage_manifest(path: Path) -> dict[str, Any]:
         DataError: it is damaged, or of another version.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
         if content["schema_version"] == _SCHEMA_VERSION and "identity" in content and "finished" in content:
             return dict(content)
         problem = f"has another schema version than {_SCHEMA_VERSION}, or lacks a key"

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, checksums, and locks on folders."""
+"""Files that appear whole or not at all, files that are what they should be, checksums, and locks on folders."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ import json
 import os
 import shutil
 import socket
+import stat
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from megatron_longpo.errors import DataError, LongPOError, one_line
 from megatron_longpo.runtime.log import log
@@ -34,9 +35,46 @@ def write_atomically(path: Path, content: bytes) -> None:
     os.replace(temporary, path)
 
 
+_KINDS = {
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFDIR: "a folder",
+}
+
+
+class NotRegularFile(OSError):
+    """A path names something other than a regular file."""
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Open a regular file for reading; a symbolic link to one is followed.
+
+    Reading a FIFO would wait for its writer, and a device may have no end.
+
+    Raises:
+        OSError: there is no such file, or it cannot be read; ``NotRegularFile`` if it is of another kind.
+    """
+    # Looked at before it is opened, since opening some devices has effects, and again after, since it may have been replaced.
+    _refuse_other_kinds(os.stat(path).st_mode)
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        _refuse_other_kinds(os.fstat(descriptor).st_mode)
+        return os.fdopen(descriptor, "rb")
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def _refuse_other_kinds(mode: int) -> None:
+    if not stat.S_ISREG(mode):
+        raise NotRegularFile(f"is {_KINDS.get(stat.S_IFMT(mode), 'of another kind')}, not a regular file")
+
+
 def sha256_of(path: Path) -> str:
     """Checksum of a file, in hexadecimal digits."""
-    with open(path, "rb") as stream:
+    with open_regular(path) as stream:
         # Python 3.10 has no hashlib.file_digest.
         digest = hashlib.sha256()
         while block := stream.read(_BLOCK_BYTES):

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
-import glob
-import gzip
-import io
-import json
+import itertools
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Literal, cast, get_args
+from typing import Literal, get_args
 
 import pyarrow
 import pyarrow.parquet
 
 from megatron_longpo.errors import DataError
+from megatron_longpo.runtime.files import open_regular
+from megatron_longpo.runtime.log import log
+from megatron_longpo.runtime.reading import (
+    DEFAULT_READING,
+    ReadingConfig,
+    TooLarge,
+    opened,
+    parse_json,
+    read_lines,
+)
 
 Domain = Literal["book", "arxiv", "code", "other"]
 DOMAINS: tuple[Domain, ...] = get_args(Domain)
@@ -30,8 +37,8 @@ _CODE = (
 # fmt: on
 # A document with a larger share of bytes that are not UTF-8 is not text.
 MOST_BROKEN = 0.01
-_PARQUET_ROWS = 64
-_STREAM_BUFFER_BYTES = 2**20
+# Links that a message names.
+_NAMED_LINKS = 3
 
 
 @dataclass(frozen=True)
@@ -60,12 +67,15 @@ class RawDocument:
 # --------------------------------------------------------------------------------------------------
 
 
-def find_files(documents: Sequence[str], domain: str) -> list[tuple[Path, Domain]]:
+def find_files(
+    documents: Sequence[str], domain: str, limits: ReadingConfig = DEFAULT_READING
+) -> list[tuple[Path, Domain]]:
     """Find files in order, each once, with the domain of its documents.
 
     Args:
         documents: files, folders or globs.
         domain: a domain for all files, or ``auto``: by a folder named like a domain, else by the file name's ending.
+        limits: whether symbolic links are followed that lead out of a folder.
 
     Raises:
         DataError: there is no such file, or one of an unknown kind.
@@ -77,16 +87,18 @@ def find_files(documents: Sequence[str], domain: str) -> list[tuple[Path, Domain
         path = Path(name)
         if path.is_dir():
             files = sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith("."))
-            files = [p for p in files if _is_read(p, domain)]
+            files = files_inside(path, (p for p in files if _is_read(p, domain)), limits)
         elif path.is_file():
             if not _is_read(path, "code"):
                 raise DataError(
                     f"--documents {path}: is of an unknown kind; use {', '.join((*_TEXT, *_TABLES))} or source code"
                 )
             files = [path]
+        elif path.exists():
+            _refuse_special(path)
         else:
-            files = sorted(Path(p) for p in glob.glob(name, recursive=True))
-            files = [p for p in files if p.is_file() and _is_read(p, "code")]
+            root, matches = _matches(name)
+            files = files_inside(root, (p for p in matches if _is_read(p, "code")), limits)
             if not files:
                 raise DataError(f"--documents {name}: no such file or folder, and no file matches it; check the path")
         for file in files:
@@ -97,6 +109,65 @@ def find_files(documents: Sequence[str], domain: str) -> list[tuple[Path, Domain
             "with --domain code or in a folder named code"
         )
     return list(found.items())
+
+
+def _refuse_special(path: Path) -> None:
+    """Raise DataError for a path that is neither a file nor a folder, and name its kind."""
+    try:
+        open_regular(path).close()
+    except OSError as error:
+        raise DataError(f"--documents {path}: cannot be read ({error}); name files, folders or globs") from None
+
+
+def _matches(pattern: str) -> tuple[Path, list[Path]]:
+    """Folder that a glob starts in, and the regular files that it matches, in order.
+
+    Like a shell's, a pattern matches hidden names only where it begins with a dot. ``**`` does not descend into symbolic
+    links: two links that lead back would double the files at every level.
+    """
+    parts = Path(pattern).parts
+    fixed = list(itertools.takewhile(lambda part: not any(sign in part for sign in "*?["), parts))
+    # Within a name, ** is an ordinary *.
+    wild = [part if part == "**" else part.replace("**", "*") for part in parts[len(fixed) :]]
+    root = Path(*fixed)
+    if not wild:
+        return root, []
+    if wild[-1] == "**":
+        wild.append("*")
+    shows_hidden = any(part.startswith(".") for part in wild)
+    return root, sorted(
+        path
+        for path in root.glob(str(Path(*wild)))
+        if path.is_file() and (shows_hidden or not any(part.startswith(".") for part in path.relative_to(root).parts))
+    )
+
+
+def files_inside(root: Path, files: Iterable[Path], limits: ReadingConfig) -> list[Path]:
+    """The files that are inside a folder once symbolic links are followed, each once. Others are logged.
+
+    A link could otherwise bring any file of the machine, a key for example, into the documents and to a server.
+
+    Args:
+        root: the folder.
+        files: files found in it.
+        limits: whether links may lead out of it.
+    """
+    inside, outside, seen = [], [], set()
+    home = root.resolve()
+    for file in files:
+        real = file.resolve()
+        if not limits.follow_symlinks and not real.is_relative_to(home):
+            outside.append(file)
+        elif real not in seen:
+            seen.add(real)
+            inside.append(file)
+    if outside:
+        names = ", ".join(str(path) for path in outside[:_NAMED_LINKS])
+        log(
+            f"{root}: {len(outside)} symbolic link(s) lead out of the folder and are left out ({names}"
+            f"{', ...' if len(outside) > _NAMED_LINKS else ''}); --follow-symlinks reads them"
+        )
+    return inside
 
 
 def _is_read(path: Path, domain: str) -> bool:
@@ -116,47 +187,62 @@ def _domain_of(path: Path, domain: str) -> Domain:
     return "arxiv" if name.endswith(".tex") else "code" if name.endswith(_CODE) else "other"
 
 
-def read_documents(files: Sequence[tuple[Path, Domain]], text_column: str) -> Iterator[RawDocument]:
+def read_documents(
+    files: Sequence[tuple[Path, Domain]], text_column: str, limits: ReadingConfig = DEFAULT_READING
+) -> Iterator[RawDocument]:
     """Read the documents of all files, in order; each row of a table is a document.
 
     Args:
         files: files with their domains (``find_files``).
         text_column: column of the text in tables.
+        limits: what is too large.
 
     Raises:
         DataError: a file cannot be read, or a table lacks the column.
     """
     number = 0
     for path, domain in files:
-        for name, value, error in _values_of(path, text_column):
+        for name, value, error in _values_of(path, text_column, limits):
             text, broken = _decoded(value)
             yield RawDocument(number=number, name=name, domain=domain, text=text, broken=broken, error=error)
             number += 1
 
 
-def _values_of(path: Path, column: str) -> Iterator[tuple[str, bytes, str | None]]:
-    """Name, raw text and error of each document of a file."""
+# Name, raw text and error of a document.
+_Value = tuple[str, bytes, str | None]
+_TOO_LARGE = "document_too_large"
+
+
+def _values_of(path: Path, column: str, limits: ReadingConfig) -> Iterator[_Value]:
+    """Documents of a file."""
     name = path.name.lower()
     try:
         if name.endswith(".parquet"):
-            yield from _rows_of_parquet(path, column)
+            yield from _rows_of_parquet(path, column, limits)
         elif name.endswith((".jsonl", ".jsonl.gz", ".jsonl.zst")):
-            yield from _rows_of_jsonl(path, column)
+            yield from _rows_of_jsonl(path, column, limits)
         else:
-            yield path.name, path.read_bytes(), None
+            with open_regular(path) as stream:
+                content = stream.read(limits.max_row_bytes + 1)
+            is_large = len(content) > limits.max_row_bytes
+            yield (path.name, b"", _TOO_LARGE) if is_large else (path.name, content, None)
+    except TooLarge as error:
+        raise DataError(f"--documents {path}: {error}") from None
     except (OSError, EOFError, zlib.error, pyarrow.ArrowException) as error:
         raise DataError(f"--documents {path}: cannot be read ({error}); give a whole file") from None
 
 
-def _rows_of_jsonl(path: Path, column: str) -> Iterator[tuple[str, bytes, str | None]]:
-    with _opened(path) as stream:
-        for line, raw in enumerate(stream, 1):
-            name = f"{path.name}:{line}"
-            if line == 1:
-                raw = raw.removeprefix(b"\xef\xbb\xbf")
+def _rows_of_jsonl(path: Path, column: str, limits: ReadingConfig) -> Iterator[_Value]:
+    with opened(path, limits) as stream:
+        for number, line in enumerate(read_lines(stream, limits), 1):
+            name = f"{path.name}:{number}"
+            if line.too_long:
+                yield name, b"", _TOO_LARGE
+                continue
+            raw = line.raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else line.raw
             try:
-                row = json.loads(raw.decode("utf-8", errors="surrogateescape"))
-            except (ValueError, RecursionError):
+                row = parse_json(raw.decode("utf-8", errors="surrogateescape"))
+            except ValueError:
                 yield name, b"", "not_json"
                 continue
             value = row.get(column) if isinstance(row, dict) else None
@@ -174,37 +260,40 @@ def _raw(text: str) -> bytes:
         return text.encode("utf-8", errors="replace")
 
 
-def _opened(path: Path) -> BinaryIO:
-    if path.name.lower().endswith(".gz"):
-        return cast(BinaryIO, gzip.open(path, "rb"))
-    if path.name.lower().endswith(".zst"):
-        return io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd"), _STREAM_BUFFER_BYTES)
-    return open(path, "rb")
-
-
-def _rows_of_parquet(path: Path, column: str) -> Iterator[tuple[str, bytes, str | None]]:
-    try:
-        file = pyarrow.parquet.ParquetFile(path)
-    except pyarrow.ArrowException as error:
-        raise DataError(f"--documents {path}: is not a parquet file ({error}); give a whole one") from None
-    if column not in file.schema_arrow.names:
-        raise DataError(
-            f"--documents {path}: has no column {column!r}; name the text's column with --text-column, one of "
-            f"{', '.join(file.schema_arrow.names)}"
-        )
-    row = 0
-    for batch in file.iter_batches(batch_size=_PARQUET_ROWS, columns=[column]):
-        # As bytes, since a text column may hold bytes that are not UTF-8.
-        values = batch.column(0)
-        if pyarrow.types.is_dictionary(values.type):
-            values = values.dictionary_decode()
-        kind = values.type
-        if pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind):
-            values = values.cast(pyarrow.large_binary())
-        for value in values.to_pylist():
-            row += 1
+def _rows_of_parquet(path: Path, column: str, limits: ReadingConfig) -> Iterator[_Value]:
+    with open_regular(path) as stream:
+        try:
+            file = pyarrow.parquet.ParquetFile(stream, buffer_size=_PARQUET_BUFFER_BYTES, pre_buffer=False)
+        except pyarrow.ArrowException as error:
+            raise DataError(f"--documents {path}: is not a parquet file ({error}); give a whole one") from None
+        if column not in file.schema_arrow.names:
+            raise DataError(
+                f"--documents {path}: has no column {column!r}; name the text's column with --text-column, one of "
+                f"{', '.join(file.schema_arrow.names)}"
+            )
+        # One row at a time: a dictionary can repeat a large text at no cost in the file.
+        for row, batch in enumerate(file.iter_batches(batch_size=1, columns=[column]), 1):
             name = f"{path.name}:{row}"
-            yield (name, value, None) if isinstance(value, bytes) else (name, b"", "no_text_column")
+            value = _bytes_of(batch.column(0), limits.max_row_bytes)
+            yield (name, b"", value) if isinstance(value, str) else (name, value, None)
+
+
+_PARQUET_BUFFER_BYTES = 2**20
+
+
+def _bytes_of(values: pyarrow.Array, most: int) -> bytes | str:
+    """The only text of a column as bytes, since it may not be UTF-8; or the reason why there is none."""
+    if pyarrow.types.is_dictionary(values.type):
+        values = values.dictionary_decode()
+    kind = values.type
+    if pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind):
+        values = values.cast(pyarrow.large_binary())
+    if not pyarrow.types.is_binary(values.type) and not pyarrow.types.is_large_binary(values.type):
+        return "no_text_column"
+    if not values[0].is_valid:
+        return "no_text_column"
+    buffer = values[0].as_buffer()
+    return _TOO_LARGE if buffer.size > most else buffer.to_pybytes()
 
 
 def _decoded(value: bytes) -> tuple[str, int]:

@@ -7,7 +7,6 @@ does not depend on the number of workers. All output files are committed togethe
 from __future__ import annotations
 
 import dataclasses
-import gzip
 import hashlib
 import json
 import multiprocessing
@@ -15,7 +14,7 @@ import zlib
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,20 +25,29 @@ import pyarrow.parquet
 from megatron_longpo.data.indexed import Manifest, SampleWriter, path_of, read_manifest, token_dtype
 from megatron_longpo.data.preference import TOKENISED_COLUMNS, BadRow, Mode, Sample, from_tokenised
 from megatron_longpo.errors import DataError
-from megatron_longpo.runtime.files import sha256_of
+from megatron_longpo.runtime.files import open_regular, sha256_of
 from megatron_longpo.runtime.log import log
 from megatron_longpo.runtime.progress import Progress
+from megatron_longpo.runtime.reading import (
+    DEFAULT_READING,
+    ReadingConfig,
+    TooLarge,
+    opened,
+    parse_json,
+    read_lines,
+)
 from megatron_longpo.text.chat import ChatTokenizer, Turn, encode_sample, load_tokenizer, turn_of
+from megatron_longpo.text.documents import files_inside
 
 COMMIT_EVERY = 64
 # Rows read ahead of the workers: ``map`` by itself would read the whole input.
 _CHUNK_ROWS = 256
 # Rows sent to a worker at once.
 _ROWS_PER_TASK = 4
-# Rows of a table converted to Python objects at once; long contexts make them large.
-_TABLE_ROWS = 16
 # First rows, among which a readable one is looked for to check the schema.
 _SCHEMA_ROWS = 100
+# The paper has four turns per document.
+MAX_TURNS = 10_000
 # Characters of a skipped row that are kept.
 _RAW_CHARACTERS = 100_000
 
@@ -54,7 +62,9 @@ class Settings:
         vocab_size: vocabulary size of tokenised input.
         seq_length: longest long row in tokens; longer samples are skipped. None sets no limit.
         short_seq_length: longest short row in tokens (paper: 32768); turns with a longer one are skipped.
+        max_turns: most turns of a row; a row with more is skipped.
         trust_remote_code: run code from the tokenizer's folder.
+        reading: what is too large to be read.
     """
 
     tokenizer: str | None = None
@@ -62,7 +72,9 @@ class Settings:
     vocab_size: int | None = None
     seq_length: int | None = None
     short_seq_length: int = 32768
+    max_turns: int = MAX_TURNS
     trust_remote_code: bool = False
+    reading: ReadingConfig = field(default_factory=ReadingConfig)
 
 
 @dataclass(frozen=True)
@@ -110,17 +122,21 @@ class RawRow:
         line: number of the row over all input, from 1.
         text: JSON; None for a table.
         columns: the row of a table.
-        error: why the row could not be decoded, or None.
+        skipped: why the row could not be read, or None.
     """
 
     line: int
     text: str | None
     columns: dict[str, Any] | None = None
-    error: str | None = None
+    skipped: SkippedRow | None = None
 
 
-def input_files(inputs: list[str]) -> list[Path]:
+def input_files(inputs: list[str], limits: ReadingConfig = DEFAULT_READING) -> list[Path]:
     """Find the input files, in order; a folder stands for its arrow, parquet or JSONL files.
+
+    Args:
+        inputs: files or folders.
+        limits: whether symbolic links are followed that lead out of a folder.
 
     Raises:
         DataError: there is no such file, or one of an unknown kind.
@@ -134,59 +150,73 @@ def input_files(inputs: list[str]) -> list[Path]:
             )
             if not found:
                 raise DataError(f"--input {path}: holds no .arrow, .parquet or .jsonl file; give a datasets folder")
-            files += found
-        elif path.is_file():
+            files += files_inside(path, found, limits)
+        elif path.exists():
             files.append(path)
         else:
             raise DataError(f"--input {path}: no such file or folder; check the path")
     for path in files:
         if not path.name.endswith((".jsonl", ".json", ".jsonl.gz", ".parquet", ".arrow")):
             raise DataError(f"--input {path}: is of an unknown kind; use .jsonl, .jsonl.gz, .parquet or .arrow")
+        try:
+            open_regular(path).close()
+        except OSError as error:
+            raise DataError(f"--input {path}: cannot be read ({error}); name files or folders") from None
+    if not files:
+        raise DataError(f"--input {' '.join(inputs)}: no file is left; name files or folders")
     return files
 
 
-def read_rows(files: list[Path], skip: int) -> Iterator[RawRow]:
+def read_rows(files: list[Path], skip: int, limits: ReadingConfig = DEFAULT_READING) -> Iterator[RawRow]:
     """Rows of all files after the first ``skip``; memory does not grow with the files."""
     line = 0
     for path in files:
-        for row in _read_columns(path) if path.suffix in (".parquet", ".arrow") else _read_lines(path):
+        for row in _read_columns(path, limits) if path.suffix in (".parquet", ".arrow") else _read_lines(path, limits):
             line += 1
             if line > skip:
                 yield dataclasses.replace(row, line=line)
 
 
-def _read_lines(path: Path) -> Iterator[RawRow]:
+def _read_lines(path: Path, limits: ReadingConfig) -> Iterator[RawRow]:
     """Rows of a JSONL file, not numbered yet."""
-    opener = gzip.open if path.name.endswith(".gz") else open
     try:
-        with opener(path, "rb") as stream:  # type: ignore[operator]
-            for raw in stream:
+        with opened(path, limits) as stream:
+            for line in read_lines(stream, limits):
+                skipped = None if line.too_long is None else SkippedRow("row_too_large", line.too_long)
                 try:
-                    yield RawRow(line=0, text=raw.decode("utf-8").rstrip("\r\n"))
+                    text = line.raw.decode("utf-8")
                 except UnicodeDecodeError as error:
-                    yield RawRow(
-                        line=0, text=raw.decode("utf-8", errors="backslashreplace").rstrip("\r\n"), error=str(error)
-                    )
+                    text = line.raw.decode("utf-8", errors="backslashreplace")
+                    skipped = skipped or SkippedRow("not_utf8", str(error))
+                yield RawRow(line=0, text=text.rstrip("\r\n"), skipped=skipped)
+    except TooLarge as error:
+        raise DataError(f"--input {path}: {error}") from None
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"--input {path}: cannot be read ({error}); give a whole file") from None
 
 
-def _read_columns(path: Path) -> Iterator[RawRow]:
-    """Rows of a parquet or arrow file, not numbered yet."""
+def _read_columns(path: Path, limits: ReadingConfig) -> Iterator[RawRow]:
+    """Rows of a parquet or arrow file, not numbered yet. One at a time: long contexts make Python objects of them large."""
     try:
-        if path.suffix == ".parquet":
-            batches = pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=_TABLE_ROWS)
-        else:
-            source = pyarrow.memory_map(str(path))
-            try:
-                batches = iter(pyarrow.ipc.open_stream(source))
-            except pyarrow.ArrowInvalid:
-                reader = pyarrow.ipc.open_file(source)
-                batches = (reader.get_batch(i) for i in range(reader.num_record_batches))
-        for batch in batches:
-            for start in range(0, batch.num_rows, _TABLE_ROWS):
-                for columns in batch.slice(start, _TABLE_ROWS).to_pylist():
-                    yield RawRow(line=0, text=None, columns=columns)
+        with open_regular(path) as stream:
+            if path.suffix == ".parquet":
+                batches = pyarrow.parquet.ParquetFile(stream, pre_buffer=False).iter_batches(batch_size=1)
+            else:
+                source = pyarrow.memory_map(str(path))
+                try:
+                    batches = iter(pyarrow.ipc.open_stream(source))
+                except pyarrow.ArrowInvalid:
+                    reader = pyarrow.ipc.open_file(source)
+                    batches = (reader.get_batch(i) for i in range(reader.num_record_batches))
+            for batch in batches:
+                for start in range(batch.num_rows):
+                    row = batch.slice(start, 1)
+                    # Dictionaries are shared between rows, and count for each.
+                    if row.nbytes > limits.max_row_bytes:
+                        detail = f"the row has {row.nbytes} bytes; max_row_bytes is {limits.max_row_bytes}"
+                        yield RawRow(line=0, text=None, columns={}, skipped=SkippedRow("row_too_large", detail))
+                    else:
+                        yield RawRow(line=0, text=None, columns=row.to_pylist()[0])
     except (OSError, pyarrow.ArrowException) as error:
         raise DataError(f"--input {path}: cannot be read ({error}); give a whole parquet or arrow file") from None
 
@@ -223,18 +253,21 @@ def _sample_of(
     row: RawRow, settings: Settings, tokenizer: ChatTokenizer | None, skipped: list[SkippedRow]
 ) -> Sample | None:
     """The sample of a row; None if none of its turns is good. Skipped turns are added to ``skipped``."""
-    if row.error is not None:
-        raise BadRow("not_utf8", row.error)
+    if row.skipped is not None:
+        raise BadRow(row.skipped.reason, row.skipped.detail)
     value: Any = row.columns
     if row.text is not None:
         if not row.text.strip():
             raise BadRow("blank_line", "the line is empty")
         try:
-            value = json.loads(row.text)
-        except (ValueError, RecursionError) as error:
+            value = parse_json(row.text)
+        except ValueError as error:
             raise BadRow("not_json", str(error)) from None
     if not isinstance(value, dict):
         raise BadRow("not_an_object", "the line is not a JSON object")
+    turns = value.get("ref_chosen_input_ids" if tokenizer is None else "turns")
+    if isinstance(turns, list) and len(turns) > settings.max_turns:
+        raise BadRow("too_many_turns", f"the row has {len(turns)} turns; max_turns is {settings.max_turns}")
     if tokenizer is None:
         assert settings.vocab_size is not None
         sample: Sample | None = from_tokenised(value, settings.vocab_size)
@@ -348,10 +381,10 @@ def preprocess(
         raise DataError("give either --tokenizer (for text) or --vocab-size (for rows that are already tokenised)")
     if settings.vocab_size is not None and settings.vocab_size < 1:
         raise DataError(f"--vocab-size {settings.vocab_size} must be positive; give the model's vocabulary size")
-    files = input_files(inputs)
+    files = input_files(inputs, settings.reading)
     tokenizer = _tokenizer_of(settings)
     vocab_size = tokenizer.vocab_size if tokenizer else int(settings.vocab_size or 0)
-    _check_schema(files, tokenizer is not None)
+    _check_schema(files, tokenizer is not None, settings.reading)
     source = [{"name": p.name, "bytes": p.stat().st_size, "sha256": sha256_of(p)} for p in files]
     described = {
         k: getattr(settings, k)
@@ -415,7 +448,7 @@ def _results(
     files: list[Path], skip: int, settings: Settings, tokenizer: ChatTokenizer | None, workers: int
 ) -> Iterator[Result]:
     """Results of all rows after the first ``skip``, in order."""
-    rows = read_rows(files, skip)
+    rows = read_rows(files, skip, settings.reading)
     if workers <= 1:
         for row in rows:
             yield process_row(row, settings, tokenizer)
@@ -437,16 +470,16 @@ def _results(
         ) from None
 
 
-def _check_schema(files: list[Path], text: bool) -> None:
+def _check_schema(files: list[Path], text: bool, limits: ReadingConfig) -> None:
     """Raise DataError if the first readable row is not of the schema that the flags say: every row would be skipped."""
-    for row in read_rows(files, 0):
+    for row in read_rows(files, 0, limits):
         if row.line > _SCHEMA_ROWS:
             return
         value: Any = row.columns
         if row.text is not None:
             try:
-                value = json.loads(row.text)
-            except (ValueError, RecursionError):
+                value = parse_json(row.text)
+            except ValueError:
                 continue
         if not isinstance(value, dict):
             continue

@@ -24,6 +24,7 @@ from megatron_longpo.evaluation.sections import SuiteConfig, check_names, names
 from megatron_longpo.evaluation.suites.base import EngineSuite, Launch, Metrics, count_prompt
 from megatron_longpo.runtime.files import write_atomically
 from megatron_longpo.runtime.log import log
+from megatron_longpo.runtime.reading import DEFAULT_READING, ReadingConfig, opened, parse_json, read_lines
 from megatron_longpo.schema import Count
 
 if TYPE_CHECKING:
@@ -171,7 +172,7 @@ class InfiniteBenchSuite(EngineSuite[dict[str, Books]]):
     def prepare(self, launch: Launch) -> dict[str, Books]:
         folder = launch.config.section(InfiniteBenchConfig).infinitebench
         assert folder is not None
-        books = {task: read_task(Path(folder), task) for task in _tasks(launch.config)}
+        books = {task: read_task(Path(folder), task, launch.config.reading) for task in _tasks(launch.config)}
         if launch.share.rank == 0:
             _list_skipped_lines(launch.config.output, [line for of_task in books.values() for line in of_task.skipped])
         return books
@@ -238,7 +239,7 @@ def _list_skipped_lines(output: Path, lines: Sequence[SkippedLine]) -> None:
 # --------------------------------------------------------------------------------------------------
 
 
-def read_task(folder: Path, task: str) -> Books:
+def read_task(folder: Path, task: str, limits: ReadingConfig = DEFAULT_READING) -> Books:
     """Rows of a task's file, and the lines that are skipped.
 
     Raises:
@@ -248,18 +249,21 @@ def read_task(folder: Path, task: str) -> Books:
     rows: list[Book] = []
     skipped: list[SkippedLine] = []
     try:
-        with open(path, encoding="utf-8", errors="replace") as stream:
-            for number, line in enumerate(stream, 1):
-                if not line.strip():
+        with opened(path, limits) as stream:
+            for number, line in enumerate(read_lines(stream, limits), 1):
+                text = line.raw.decode("utf-8", errors="replace")
+                if not text.strip():
                     continue
                 try:
-                    rows.append(_checked(json.loads(line), task))
-                except (ValueError, RecursionError) as error:
+                    if line.too_long:
+                        raise ValueError(line.too_long)
+                    rows.append(_checked(parse_json(text), task))
+                except ValueError as error:
                     reason = one_line(error, _REASON_CHARACTERS)
-                    skipped.append(SkippedLine(task, number, reason, line[:_SHOWN_CHARACTERS].rstrip("\n")))
+                    skipped.append(SkippedLine(task, number, reason, text[:_SHOWN_CHARACTERS].rstrip("\n")))
     except OSError as error:
         raise DataError(
-            f"{path}: cannot be read ({error.strerror}); name the folder of InfiniteBench's JSONL files"
+            f"{path}: cannot be read ({error.strerror or error}); name the folder of InfiniteBench's JSONL files"
         ) from None
     if not rows:
         reason = skipped[0].reason if skipped else "the file is empty"

@@ -76,7 +76,7 @@ class NeedleSuite(EngineSuite[Materials]):
     @override
     def prepare(self, launch: Launch) -> Materials:
         options = launch.config.section(RulerConfig)
-        materials = read_materials(options.haystack, options.words)
+        materials = read_materials(options.haystack, options.words, limits=launch.config.reading)
         _ = materials.essay_words
         materials.check_words()
         return materials

@@ -211,6 +211,7 @@ class RulerSuite(EngineSuite[Materials]):
             options.words,
             squad=options.squad if SQUAD_TASK in tasks else None,
             hotpotqa=options.hotpotqa if HOTPOTQA_TASK in tasks else None,
+            limits=config.reading,
         )
         check_materials(materials, tasks)
         for task in tasks:

@@ -14,14 +14,14 @@ import json
 import time
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from megatron_longpo.evaluation.materials import read_materials
 from megatron_longpo.evaluation.runner import prompt_of
 from megatron_longpo.evaluation.samples import EvalSample
 from megatron_longpo.evaluation.scoring import SCORERS
 from megatron_longpo.evaluation.suites.base import count_prompt
-from megatron_longpo.evaluation.suites.needle import KINDS, MAX_TOKENS, NeedleMap
+from megatron_longpo.evaluation.suites.needle import MAX_TOKENS, Haystack, NeedleMap
 from megatron_longpo.runtime.failure import run_or_fail
 
 
@@ -33,7 +33,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=4096, help="tokens per prompt")
     parser.add_argument("--depths", type=int, default=11)
     parser.add_argument("--trials", type=int, default=2, help="number of haystacks")
-    parser.add_argument("--haystack-kind", choices=KINDS, default="shared")
+    parser.add_argument("--haystack-kind", choices=get_args(Haystack), default="shared")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--batch-size", type=int, default=11, help="questions on one text that are decoded together")
     parser.add_argument("--output", help="JSON file")

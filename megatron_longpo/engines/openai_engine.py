@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import email.utils
-import json
 import math
 import os
 import random
@@ -14,11 +13,12 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import requests
-
 from megatron_longpo.engines.base import MODEL_ROPE, Engine, EngineError, Prompt, Reply, Rope, Sampling
+from megatron_longpo.engines.http_client import Client, Permanent, Temporary
 from megatron_longpo.engines.settings import EngineConfig
-from megatron_longpo.errors import ConfigError, one_line
+from megatron_longpo.errors import ConfigError
+from megatron_longpo.runtime.log import log
+from megatron_longpo.runtime.reading import parse_json
 from megatron_longpo.text.chat import load_tokenizer
 
 # Temporary failures: too many requests, or a server that is starting, overloaded or briefly gone.
@@ -32,18 +32,21 @@ _TOO_LONG = re.compile(
     r"context|too long|too large|maximum.{0,40}(?:length|tokens)|length.{0,40}exceed|exceed.{0,40}(?:length|tokens)",
     re.I,
 )
-_CONNECT_SECONDS = 10.0
 # The first retry waits up to twice this long; each further one up to twice as long as the one before.
 _BASE_PAUSE_SECONDS = 0.25
 _LONGEST_PAUSE_SECONDS = 60.0
-_LONGEST_RETRY_AFTER_SECONDS = 600.0
+# Shorter waits are not logged.
+_LOGGED_PAUSE_SECONDS = 1.0
+# No prompt or answer has more tokens; larger counts are not believed.
+_MOST_TOKENS = 10**9
 
 
 class OpenAIEngine(Engine):
     """Any server with OpenAI's chat completions, over HTTP.
 
     Requests that fail for a reason that may pass (connection, time-out, 429, 5xx, a truncated body) are repeated after growing
-    random pauses; a ``Retry-After`` holds back all requests. The key comes from the environment and is never written down.
+    random pauses; a ``Retry-After`` holds back all requests. The key comes from the environment and is never written down: it is
+    removed from what the server sends back before that is shown or kept.
 
     Args:
         config: server, model, tokenizer and limits.
@@ -65,7 +68,18 @@ class OpenAIEngine(Engine):
             raise ConfigError(
                 f"{config.api_key_variable} holds characters that no key has (a line break?); set the variable again"
             )
-        self._sessions = threading.local()
+        self._client = Client(
+            self._url,
+            self._key,
+            wait_seconds=config.timeout_seconds,
+            total_seconds=config.request_seconds or 2 * config.timeout_seconds,
+            max_bytes=config.max_reply_bytes,
+        )
+        if self._client.scrub(self._url) != self._url:
+            raise ConfigError(
+                f"base_url holds the key of {config.api_key_variable}, and is written into files; leave it out, the key is sent "
+                "in a header"
+            )
         self._pool = ThreadPoolExecutor(config.concurrency)
         # When the server accepts requests again, on the monotonic clock; shared by all threads.
         self._not_before = 0.0
@@ -129,37 +143,22 @@ class OpenAIEngine(Engine):
             "retries. Answers so far are kept: rerun the same command to resume"
         )
 
-    def _sign(self, request: Any) -> Any:
-        # Passed as an authentication of requests, so that no .netrc replaces the key.
-        if self._key:
-            request.headers["Authorization"] = f"Bearer {self._key}"
-        return request
-
     def _try(self, body: dict[str, Any]) -> tuple[Reply | None, str]:
         """Send one request: a reply, or None and the problem if that may pass."""
-        session = getattr(self._sessions, "session", None)
-        if session is None:
-            session = self._sessions.session = requests.Session()
         try:
-            timeout = (_CONNECT_SECONDS, self._config.timeout_seconds)
-            answer = session.post(self._url, json=body, auth=self._sign, timeout=timeout)
-            # JSON is UTF-8, even if the headers do not say so.
-            status, text = answer.status_code, answer.content.decode("utf-8", errors="replace")
-        except (requests.exceptions.InvalidURL, requests.exceptions.InvalidSchema, ValueError) as error:
-            raise EngineError(f"{self._url}: is not a valid URL ({type(error).__name__}); check base_url") from None
-        except (requests.RequestException, OSError) as error:
-            # A connection that failed is not used again.
-            self._sessions.session = None
-            return None, type(error).__name__
-        if status in _TEMPORARY:
-            self._heed(answer.headers.get("Retry-After"))
-            return None, f"status {status}"
-        if status != _OK:
-            return self._refusal(status, text), ""
+            answer = self._client.post(body)
+        except Permanent as error:
+            raise EngineError(f"{self._url}: {error}") from None
+        except Temporary as error:
+            return None, str(error)
+        if answer.status in _TEMPORARY:
+            self._heed(answer.retry_after)
+            return None, f"status {answer.status}"
+        if answer.status != _OK:
+            return self._refusal(answer.status, answer.text), ""
         try:
-            return self._parse(json.loads(text), body), ""
-        except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
-            self._sessions.session = None
+            return self._parse(parse_json(answer.text), body), ""
+        except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
             return None, f"a body that is not a completion ({type(error).__name__})"
 
     def _refusal(self, status: int, text: str) -> Reply:
@@ -168,7 +167,7 @@ class OpenAIEngine(Engine):
         Raises:
             EngineError: the server refuses every prompt.
         """
-        detail = one_line(text)
+        detail = self._client.shown(text)
         if status == _TOO_LARGE or (status in _BAD_REQUEST and _TOO_LONG.search(text)):
             return Reply(text="", finished=False, prompt_tokens=0, new_tokens=0, refused=f"status {status}: {detail}")
         if status in _WRONG_KEY:
@@ -182,18 +181,19 @@ class OpenAIEngine(Engine):
         words = choice["message"]["content"]
         if not isinstance(words, str):
             words = ""
+        words = self._client.scrub(words)
         usage = content.get("usage") or {}
-        prompt_tokens, new_tokens = usage.get("prompt_tokens"), usage.get("completion_tokens")
+        prompt_tokens, new_tokens = (_tokens(usage.get(name)) for name in ("prompt_tokens", "completion_tokens"))
         if prompt_tokens is None or new_tokens is None:
-            # This server does not count, and the length limit of short rows needs the numbers.
+            # This server does not count, or not in earnest, and the length limit of short rows needs the numbers.
             prompt_tokens = len(self.tokenizer.prompt(body["messages"]))
             (new_tokens,) = self.tokenizer.count([words])
         return Reply(
             text=words.strip(),
             # Other reasons, such as "length" and "content_filter", mean that the answer was cut.
             finished=choice.get("finish_reason") in (None, "stop"),
-            prompt_tokens=int(prompt_tokens),
-            new_tokens=int(new_tokens),
+            prompt_tokens=prompt_tokens,
+            new_tokens=new_tokens,
         )
 
     def _heed(self, retry_after: str | None) -> None:
@@ -209,6 +209,20 @@ class OpenAIEngine(Engine):
                 return
         if not math.isfinite(seconds):
             return
-        pause = min(max(0.0, seconds), _LONGEST_RETRY_AFTER_SECONDS)
+        pause = min(max(0.0, seconds), self._config.retry_after_seconds)
         with self._lock:
-            self._not_before = max(self._not_before, time.monotonic() + pause)
+            until = time.monotonic() + pause
+            # The first of the threads that are held back logs it.
+            if pause >= _LOGGED_PAUSE_SECONDS and self._not_before < time.monotonic():
+                asked = (
+                    f"{seconds:.0f} s" if seconds <= pause else f"{seconds:.4g} s, of which {pause:.0f} s are granted"
+                )
+                log(f"{self._url}: the server asks to wait {asked} (Retry-After)")
+            self._not_before = max(self._not_before, until)
+
+
+def _tokens(value: Any) -> int | None:
+    """A server's count of tokens, or None if it is missing or none."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= _MOST_TOKENS:
+        return None
+    return int(value)

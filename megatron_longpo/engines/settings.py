@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 from megatron_longpo.errors import ConfigError
-from megatron_longpo.schema import Count, NaturalNumber, PositiveFiniteFloat, check_ranges
+from megatron_longpo.schema import Count, NaturalNumber, PositiveFiniteFloat, Range, check_ranges
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,12 @@ class EngineConfig:
     """openai: requests in flight at once; vllm: documents submitted at once."""
     timeout_seconds: PositiveFiniteFloat = 600.0
     """openai: longest wait for the server's next byte."""
+    request_seconds: PositiveFiniteFloat | None = None
+    """openai: longest time for a request, from connecting to the last byte of the answer. Default: twice timeout_seconds."""
+    max_reply_bytes: Count = 2**24
+    """openai: largest answer in bytes, after decompression."""
+    retry_after_seconds: Annotated[float, Range(ge=0, lt=math.inf, fix="the default is 600")] = 600.0
+    """openai: longest wait that a server's Retry-After is granted."""
     retries: NaturalNumber = 8
     """openai: retries of a request that failed for a temporary reason, with growing pauses."""
 

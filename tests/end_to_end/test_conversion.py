@@ -223,7 +223,7 @@ def test_verification_names_the_layer_that_computes_otherwise(converted: Path, t
 def test_several_processes_share_a_conversion(converted: Path, tmp_path: Path) -> None:
     """Three processes import, verify and export what one does, to the bit; a damaged model ends all of them."""
     source, ckpt, back = converted / "glm", tmp_path / "ckpt", tmp_path / "back"
-    run(command("convert", "import", processes=3, hf=source, output=ckpt), fresh=True)
+    run(command("convert", "import", processes=3, hf=source, output=ckpt))
     assert len(list(ckpt.glob("*.distcp"))) == 3
     alone, shared = ModelShape.read(converted / "glm.ckpt"), ModelShape.read(ckpt)
     assert shared == alone and shared.base_model == "glm"

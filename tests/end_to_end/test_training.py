@@ -271,7 +271,7 @@ def test_damaged_data_ends_all_ranks_with_one_message(model: Path, tmp_path: Pat
 def test_an_exception_of_one_rank_ends_all(model: Path, tmp_path: Path) -> None:
     began = time.monotonic()
     arguments = ["-m", "tests.support.failing_rank", *train(model, tmp_path / "run", "--train-iters", "50")[2:]]
-    done = run(torchrun(2, *arguments), expect=None, timeout=90, fresh=True)
+    done = run(torchrun(2, *arguments), expect=None, timeout=90)
     assert done.returncode != 0
     (line,) = _errors(done.stderr)
     cause, traceback = line.removesuffix(")").split(" (traceback: ")

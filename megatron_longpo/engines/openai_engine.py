@@ -222,7 +222,7 @@ class OpenAIEngine(Engine):
 
 
 def _tokens(value: Any) -> int | None:
-    """A server's count of tokens, or None if it is missing or none."""
+    """A server's count of tokens, or None if it is missing or not a plausible number."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= _MOST_TOKENS:
         return None
     return int(value)

@@ -11,7 +11,7 @@ Which one runs is decided once, when the model is built (``kernels_for``), and l
 - ``unfused``: the formula in torch, tile by tile, on any device. Slow; it is what the others are measured against.
 
 The log-sum-exp of each block comes out of the forward, and the backward takes the *merged* output and log-sum-exp of all
-blocks that share the queries (see ``blocks.py``). So a kernel must not assume that the two belong to its own keys alone.
+blocks that share the queries (see ``blocks.py``). So a kernel must not assume that the two belong only to its own keys.
 
 Shape legend: n = queries and m = keys of a block, Q/K = query/key-value heads, G = Q/K, D = head size.
 """

@@ -203,7 +203,7 @@ def release_locks() -> None:
 
 
 def _forget_locks() -> None:
-    """In a forked child: the locks are the parent's, and must be free when that dies."""
+    """Run in a forked child: the locks belong to the parent and must be released when it dies."""
     for held in list(_HELD):
         held._close()
     _HELD.clear()
@@ -250,7 +250,7 @@ def _describe(holder: dict[str, Any]) -> str:
 
 
 def holder_of(folder: Path) -> str:
-    """Who holds the lock on a folder: from its record, else process and command where Linux tells, else "another process"."""
+    """Describe who holds the lock on a folder: by its record, else by process and command on Linux, else "another process"."""
     recorded = _read_holder(folder / HOLDER_FILE)
     if recorded is not None:
         return _describe(recorded)

@@ -40,7 +40,7 @@ def stop_heartbeat() -> None:
 
 
 def silent_ranks() -> list[int]:
-    """Ranks whose count stands still; takes some seconds. Empty if all count, or if there is no store to ask."""
+    """Ranks whose counter has stopped; takes some seconds. Empty if all counters advance, or if there is no store to ask."""
     import torch.distributed as dist
 
     if not dist.is_initialized() or dist.get_world_size() == 1:

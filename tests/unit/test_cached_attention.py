@@ -54,7 +54,7 @@ def test_attention_after_a_past_is_that_of_sdpa(queries: int) -> None:
 @pytest.mark.parametrize(("queries", "past"), [(1, 0), (5, 0), (128, 0), (129, 40), (300, 1), (2, 298)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_tiles_are_causal_attention(queries: int, past: int, dtype: torch.dtype) -> None:
-    """Of two rows, with grouped heads, on keys that are the beginning of a larger tensor."""
+    """A batch of two rows with grouped heads, whose keys are the beginning of a larger tensor."""
     torch.manual_seed(0)
     q = torch.randn(2, 6, queries, 16, dtype=dtype)
     k, v = (torch.randn(2, 2, queries + past + 9, 16, dtype=dtype)[:, :, : queries + past] for _ in "kv")

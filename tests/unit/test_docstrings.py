@@ -37,7 +37,7 @@ def parameters(function: ast.FunctionDef) -> set[str]:
 
 
 def members(cls: ast.ClassDef, classes: dict[str, ast.ClassDef]) -> set[str]:
-    """Fields, properties and methods of a class, and what its ``__init__`` sets; of its bases in the module too."""
+    """Names of a class and its bases in the module: fields, properties, methods, and what ``__init__`` sets."""
     names = set()
     for node in ast.walk(cls):
         if isinstance(node, ast.FunctionDef):

@@ -78,7 +78,7 @@ def test_chunk_fits_its_budget() -> None:
 
 
 def test_a_rank_of_padding_alone_adds_nothing() -> None:
-    """Of a small vocabulary a tensor-parallel rank may hold no row; fresh memory must not pass for its gradient."""
+    """With a small vocabulary a tensor-parallel rank may hold no rows; uninitialised memory must not become its gradient."""
     weight = torch.randn(8, 4, requires_grad=True)
     weight.main_grad = torch.zeros(8, 4)  # type: ignore[attr-defined]
     hidden = torch.randn(6, 4, requires_grad=True)

@@ -13,7 +13,7 @@ from megatron_longpo.command_line import Switch, parse
 from megatron_longpo.errors import ConfigError
 from megatron_longpo.runtime.log import log
 from megatron_longpo.runtime.reading import ReadingConfig
-from megatron_longpo.schema import Count, check_ranges
+from megatron_longpo.schema import Count, PositiveFiniteFloat, check_ranges
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,10 @@ class PreprocessOptions:
     """Longest long row in tokens; longer samples are skipped. Default: no limit."""
     short_seq_length: int = 32768
     """Longest short row in tokens; longer samples are skipped."""
-    max_turns: Count = 10_000
+    max_turns: Count = 4000
     """Most turns of a row; rows with more are skipped."""
+    template_seconds: PositiveFiniteFloat = 10.0
+    """Longest time that the chat template may take to render a row."""
     workers: int = 1
     """Processes that tokenise."""
     restart: Switch = False
@@ -65,6 +67,7 @@ def preprocess(arguments: Sequence[str], *, prog: str) -> None:
             seq_length=options.seq_length,
             short_seq_length=options.short_seq_length,
             max_turns=options.max_turns,
+            template_seconds=options.template_seconds,
             trust_remote_code=options.trust_remote_code,
             reading=options.reading,
         ),

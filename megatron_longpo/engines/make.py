@@ -37,5 +37,6 @@ def make_engine(config: EngineConfig, seq_length: int, *, keep_prefix: bool = Fa
         prefill_tokens=config.prefill_tokens,
         documents_at_once=config.documents_at_once,
         chat_template=config.chat_template,
+        template_seconds=config.template_seconds,
         keep_prefix=keep_prefix,
     )

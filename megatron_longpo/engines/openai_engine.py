@@ -58,7 +58,9 @@ class OpenAIEngine(Engine):
 
     def __init__(self, config: EngineConfig) -> None:
         assert config.model is not None and config.tokenizer is not None
-        self.tokenizer = load_tokenizer(config.tokenizer, config.chat_template)
+        self.tokenizer = load_tokenizer(
+            config.tokenizer, config.chat_template, template_seconds=config.template_seconds
+        )
         self.groups_at_once = config.concurrency
         self.retried = 0
         self._config = config

@@ -22,6 +22,8 @@ class EngineConfig:
     """Tokenizer folder. Needed where the model is not a folder (openai)."""
     chat_template: str | None = None
     """Template file, or one of mistral, mistral-v3, llama-2, chatml, plain (no template). Default: the tokenizer's own."""
+    template_seconds: PositiveFiniteFloat = 10.0
+    """Longest time that the chat template may take to render a conversation."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Data type of weights and activations. auto: as stored."""
     batch_size: Count = 4

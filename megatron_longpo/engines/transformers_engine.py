@@ -20,6 +20,7 @@ from megatron_longpo.model.families import config_for_export, shape_from_hf
 from megatron_longpo.model.rotary import changed_scaling
 from megatron_longpo.runtime import platform
 from megatron_longpo.text.chat import load_tokenizer
+from megatron_longpo.text.template_guard import TEMPLATE_SECONDS
 
 # Own tokens of packed rows: their mask has as many lines and columns.
 LONGEST_PACKED = 4096
@@ -39,6 +40,7 @@ class TransformersEngine(Engine):
         dtype: dtype of the weights; ``auto`` keeps the stored one.
         batch_size, prefill_tokens, documents_at_once: see ``EngineConfig``.
         chat_template: used instead of the tokenizer's own.
+        template_seconds: longest time that the template may take.
         keep_prefix: keep what was read last, and read of the next prompt only what differs. Replies may then depend in their
             last bits on earlier prompts.
 
@@ -55,12 +57,13 @@ class TransformersEngine(Engine):
         prefill_tokens: int = 8192,
         documents_at_once: int = 1,
         chat_template: str | None = None,
+        template_seconds: float = TEMPLATE_SECONDS,
         keep_prefix: bool = False,
     ) -> None:
         self._path = Path(path)
         if not self._path.is_dir():
             raise DataError(f"--model {path}: no such folder; give a model folder")
-        self.tokenizer = load_tokenizer(path, chat_template)
+        self.tokenizer = load_tokenizer(path, chat_template, template_seconds=template_seconds)
         self.model: Any = _load_model(self._path, dtype)
         self.batch_size, self.prefill_tokens = batch_size, prefill_tokens
         self.document_batch = self.groups_at_once = documents_at_once

@@ -32,7 +32,7 @@ class VLLMEngine(Engine):
                 "engine=vllm needs vLLM; pip install 'megatron_longpo[vllm]', or choose engine=transformers"
             ) from None
         assert config.model is not None
-        self.tokenizer = load_tokenizer(config.model, config.chat_template)
+        self.tokenizer = load_tokenizer(config.model, config.chat_template, template_seconds=config.template_seconds)
         self.groups_at_once = config.concurrency
         self._config, self._longest = config, longest
         self._make_llm: Callable[..., Any] = LLM

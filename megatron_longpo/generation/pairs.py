@@ -64,7 +64,9 @@ class Cutter:
         self.config = config
         path = config.engine.tokenizer or config.engine.model
         assert path is not None
-        self.tokenizer = load_tokenizer(path, config.engine.chat_template)
+        self.tokenizer = load_tokenizer(
+            path, config.engine.chat_template, template_seconds=config.engine.template_seconds
+        )
         self._specials = [t for t in self.tokenizer.special_texts if t]
 
     def lines(self, number: int, raw: RawDocument) -> list[Line]:

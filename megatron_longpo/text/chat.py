@@ -12,6 +12,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,8 @@ from megatron_longpo.data.preference import (
 from megatron_longpo.data.sequence import IntArray
 from megatron_longpo.data.vocabulary import folder_vocabulary_hash, sentencepiece_vocabulary, vocabulary_hash
 from megatron_longpo.errors import DataError, one_line
+from megatron_longpo.runtime.reading import read_bytes
+from megatron_longpo.text.template_guard import TEMPLATE_SECONDS, TemplateLimitError, refuse_powers, render_bounded
 
 Message = dict[str, str]
 
@@ -71,17 +74,21 @@ class ChatTokenizer(ABC):
     Attributes:
         name: name of its folder or file.
         vocab_size: upper bound of the ids, exclusive.
+        template: the template's source.
         vocabulary_hash, template_hash: what manifests and stages identify it by.
         special_ids: ids of special tokens; one of them ends every answer.
         special_texts: texts of the special tokens.
+        template_seconds: longest time that the template may take to render a conversation.
     """
 
     name: str
     vocab_size: int
+    template: str
     vocabulary_hash: str
     template_hash: str
     special_ids: frozenset[int]
     special_texts: tuple[str, ...]
+    template_seconds: float = TEMPLATE_SECONDS
 
     def encode_after(self, before: str, text: str) -> list[int]:
         """Token ids of ``text`` where it follows ``before``."""
@@ -112,9 +119,19 @@ class ChatTokenizer(ABC):
         """Number of tokens of each text by itself."""
         return [len(self.encode(text, continues=False)) for text in texts]
 
-    @abstractmethod
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
-        """Render a conversation as text."""
+        """Render a conversation as text.
+
+        Raises:
+            TemplateLimitError: the template takes too much time or memory.
+        """
+        return render_bounded(
+            lambda: self._render(messages, add_generation_prompt=add_generation_prompt), self.template_seconds
+        )
+
+    @abstractmethod
+    def _render(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
+        """Render a conversation as text, without limits."""
 
     @abstractmethod
     def decode(self, ids: Sequence[int]) -> str:
@@ -165,7 +182,8 @@ class FastChatTokenizer(ChatTokenizer):
         self.vocab_size = max(vocabulary.values()) + 1
         # Hash of the file, as conversion takes it: a tokenizer class may add tokens of its own while loading.
         self.vocabulary_hash = folder_vocabulary_hash(path) or vocabulary_hash(vocabulary)
-        self.template_hash = hashlib.sha256(str(self._tokenizer.chat_template).encode()).hexdigest()
+        self.template = str(self._tokenizer.chat_template)
+        self.template_hash = hashlib.sha256(self.template.encode()).hexdigest()
         added = self._tokenizer.added_tokens_decoder
         self.special_ids = frozenset(self._tokenizer.all_special_ids) | {i for i, t in added.items() if t.special}
         self.special_texts = tuple(self._tokenizer.convert_ids_to_tokens(sorted(self.special_ids)))
@@ -192,7 +210,7 @@ class FastChatTokenizer(ChatTokenizer):
             return []
         return [len(ids) for ids in self._tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]]
 
-    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
+    def _render(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
         return str(
             self._tokenizer.apply_chat_template(
                 list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
@@ -224,9 +242,8 @@ class SentencePieceChatTokenizer(ChatTokenizer):
             raise DataError(
                 f"--tokenizer {path}: is not a SentencePiece model ({error}); give a tokenizer folder or a .model file"
             ) from None
-        self._template = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True).from_string(
-            template
-        )
+        self.template = template
+        self._environment = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
         sp = self._processor
         self.name = path.name
         self.vocab_size = int(sp.vocab_size())
@@ -250,6 +267,11 @@ class SentencePieceChatTokenizer(ChatTokenizer):
                 ids += self._encode_plain(part, continues)
         return ids
 
+    @cached_property
+    def _compiled(self) -> Any:
+        # Not in the constructor, so that an error of syntax is reported like the others.
+        return self._environment.from_string(self.template)
+
     def _encode_plain(self, text: str, continues: bool) -> list[int]:
         if not continues:
             return list(self._processor.encode(text))
@@ -259,9 +281,9 @@ class SentencePieceChatTokenizer(ChatTokenizer):
                 return list(whole[len(head) :])
         return list(self._processor.encode(text))
 
-    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
+    def _render(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
         return str(
-            self._template.render(
+            self._compiled.render(
                 messages=list(messages),
                 add_generation_prompt=add_generation_prompt,
                 bos_token=self._bos,
@@ -274,39 +296,76 @@ class SentencePieceChatTokenizer(ChatTokenizer):
 
 
 def load_tokenizer(
-    path: str | Path, chat_template: str | None = None, *, trust_remote_code: bool = False
+    path: str | Path,
+    chat_template: str | None = None,
+    *,
+    trust_remote_code: bool = False,
+    template_seconds: float = TEMPLATE_SECONDS,
 ) -> ChatTokenizer:
-    """Load a tokenizer with its chat template.
+    """Load a tokenizer with its chat template, and try the template on a short conversation.
 
     Args:
         path: folder that transformers loads, or a SentencePiece ``.model`` file.
         chat_template: name of a built-in template, or a file with a Jinja template; None keeps the tokenizer's own.
         trust_remote_code: run code from the tokenizer's folder.
+        template_seconds: longest time that the template may take to render a conversation.
 
     Raises:
-        DataError: there is no tokenizer, or no template.
+        DataError: there is no tokenizer, or no template, or the template does not work.
     """
     path = Path(path)
-    template = None
-    if chat_template is not None:
-        if chat_template in BUILT_IN_TEMPLATES:
-            template = BUILT_IN_TEMPLATES[chat_template]
-        elif Path(chat_template).is_file():
-            template = Path(chat_template).read_text(encoding="utf-8")
-        else:
-            raise DataError(
-                f"--chat-template {chat_template}: no such file; name a file, or one of {', '.join(BUILT_IN_TEMPLATES)}"
-            )
+    template = None if chat_template is None else _template_named(chat_template)
+    where = f"--tokenizer {path}: its chat template" if chat_template is None else f"--chat-template {chat_template}"
     if not path.exists():
         raise DataError(f"--tokenizer {path}: no such file or folder; give a tokenizer folder or a .model file")
-    if path.is_file():
-        if template is None:
-            raise DataError(
-                f"--tokenizer {path}: a SentencePiece model has no chat template; name one with --chat-template (a file, "
-                f"or one of {', '.join(BUILT_IN_TEMPLATES)})"
-            )
-        return SentencePieceChatTokenizer(path, template)
-    return FastChatTokenizer(path, template, trust_remote_code)
+    if path.is_dir():
+        tokenizer: ChatTokenizer = FastChatTokenizer(path, template, trust_remote_code)
+    elif template is None:
+        raise DataError(
+            f"--tokenizer {path}: a SentencePiece model has no chat template; name one with --chat-template (a file, "
+            f"or one of {', '.join(BUILT_IN_TEMPLATES)})"
+        )
+    else:
+        tokenizer = SentencePieceChatTokenizer(path, template)
+    tokenizer.template_seconds = template_seconds
+    _try_template(tokenizer, where)
+    return tokenizer
+
+
+def _template_named(name: str) -> str:
+    """A built-in template, or the content of a file."""
+    if name in BUILT_IN_TEMPLATES:
+        return BUILT_IN_TEMPLATES[name]
+    try:
+        return read_bytes(Path(name), _TEMPLATE_BYTES).decode("utf-8")
+    except FileNotFoundError:
+        raise DataError(
+            f"--chat-template {name}: no such file; name a file, or one of {', '.join(BUILT_IN_TEMPLATES)}"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"--chat-template {name}: cannot be read ({error}); name a file with a Jinja template"
+        ) from None
+
+
+_TEMPLATE_BYTES = 2**20
+
+
+def _try_template(tokenizer: ChatTokenizer, where: str) -> None:
+    """Raise DataError if the template does not render a question and its answer: every row would fail."""
+    import jinja2
+
+    try:
+        refuse_powers(tokenizer.template)
+        tokenizer.render([{"role": "user", "content": "QUESTION"}], add_generation_prompt=True)
+        tokenizer.answer_ends()
+    except TemplateLimitError as error:
+        raise TemplateLimitError(f"{where}: {error}") from None
+    except Exception as error:
+        line = f"line {error.lineno}: " if isinstance(error, jinja2.TemplateSyntaxError) else ""
+        raise DataError(
+            f"{where}: does not render a short conversation ({line}{type(error).__name__}: {one_line(error)}); correct it"
+        ) from None
 
 
 # --------------------------------------------------------------------------------------------------
@@ -332,6 +391,14 @@ def user_message(context: str, instruction: str) -> Message:
     return {"role": "user", "content": context + QUESTION_SEPARATOR + instruction}
 
 
+# Rendering a dialogue again at each of its turns takes time that grows with the square of the turns. So a dialogue of more turns
+# is rendered turn by turn from its last few messages, and once as a whole to check the result.
+_TURNS_RENDERED_WHOLE = 16
+_RECENT_MESSAGES = 5
+# Most turns of a dialogue whose template depends on all earlier turns.
+_MOST_TURNS_RENDERED_WHOLE = 400
+
+
 def encode_sample(tokenizer: ChatTokenizer, context: str, turns: Sequence[Turn]) -> Sample:
     """Tokenise a document with its turns.
 
@@ -346,7 +413,29 @@ def encode_sample(tokenizer: ChatTokenizer, context: str, turns: Sequence[Turn])
     Raises:
         BadRow: the template does not render prompts followed by answers, or puts no special token after an answer.
     """
-    encoder = _Encoder(tokenizer)
+    if len(turns) > _TURNS_RENDERED_WHOLE:
+        try:
+            sample = _encode_sample(_Encoder(tokenizer, recent=_RECENT_MESSAGES), context, turns)
+        except TemplateLimitError:
+            raise
+        except Exception:
+            # Whether the template refuses the dialogue or only its end, the whole of it tells.
+            sample = None
+        if sample is not None:
+            return sample
+        if len(turns) > _MOST_TURNS_RENDERED_WHOLE:
+            raise BadRow(
+                "too_many_turns",
+                f"the row has {len(turns)} turns, and the chat template renders a turn by more than the one before it; such "
+                f"rows may have {_MOST_TURNS_RENDERED_WHOLE}",
+            )
+    sample = _encode_sample(_Encoder(tokenizer), context, turns)
+    assert sample is not None
+    return sample
+
+
+def _encode_sample(encoder: _Encoder, context: str, turns: Sequence[Turn]) -> Sample | None:
+    """The sample; None if its turns, rendered one by one, are not the dialogue that is rendered as a whole."""
     head, tail = encoder.first_prompt(context, turns[0].instruction)
     pieces = [encoder.piece("", head, CONTEXT)]
     # Text before the next prompt, and the prompt.
@@ -354,6 +443,7 @@ def encode_sample(tokenizer: ChatTokenizer, context: str, turns: Sequence[Turn])
     history: dict[Mode, list[Message]] = {
         side: [user_message(context, turns[0].instruction)] for side in (Mode.CHOSEN, Mode.REJECTED)
     }
+    texts = {side: [head, tail] for side in history}
     for number, turn in enumerate(turns):
         pieces.append(encoder.piece(before, prompt, PROMPT))
         if number:
@@ -366,19 +456,25 @@ def encode_sample(tokenizer: ChatTokenizer, context: str, turns: Sequence[Turn])
         ):
             encoded = encoder.answer(history[side], answer)
             pieces.append(Piece(encoded.tokens, mode))
+            texts[side] += [encoded.text, encoded.rest]
             history[side].append({"role": "assistant", "content": answer})
             if number + 1 < len(turns):
                 history[side].append({"role": "user", "content": turns[number + 1].instruction})
-                following.append((encoded.end, encoded.rest + encoder.next_prompt(history[side])))
+                next_prompt = encoder.next_prompt(history[side])
+                texts[side].append(next_prompt)
+                following.append((encoded.end, encoded.rest + next_prompt))
         if following:
             if following[0] != following[1]:
                 # Only with a template that writes answers into later prompts.
                 raise BadRow("template", "the template renders a turn's prompt differently after another answer")
             before, prompt = following[0]
         short = [user_message(turn.short_context, turn.instruction)]
-        pieces.append(encoder.piece("", tokenizer.render(short, add_generation_prompt=True), SHORT_PROMPT))
+        pieces.append(encoder.piece("", encoder.render(short, add_generation_prompt=True), SHORT_PROMPT))
         for answer, mode in ((turn.chosen, SHORT_CHOSEN_RESPONSE), (turn.rejected, SHORT_REJECTED_RESPONSE)):
             pieces.append(Piece(encoder.answer(short, answer).tokens, mode))
+    for side in history if encoder.renders_recent else ():
+        if encoder.render(history[side], add_generation_prompt=False) != "".join(texts[side]):
+            return None
     return Sample(tuple(pieces))
 
 
@@ -388,20 +484,36 @@ class _EncodedAnswer:
 
     Attributes:
         tokens: token ids, the end-of-turn token included.
+        text: their text.
         end: text of the end-of-turn token.
         rest: text that the template puts after it.
     """
 
     tokens: IntArray
+    text: str
     end: str
     rest: str
 
 
 class _Encoder:
-    """Renders and tokenises the parts of a conversation."""
+    """Renders and tokenises the parts of a conversation.
 
-    def __init__(self, tokenizer: ChatTokenizer) -> None:
+    Args:
+        tokenizer: tokenizer with its chat template.
+        recent: last messages of a conversation that are rendered, an odd number so that a user's is the first; None renders all.
+    """
+
+    def __init__(self, tokenizer: ChatTokenizer, *, recent: int | None = None) -> None:
         self._tokenizer = tokenizer
+        self._recent = recent
+
+    @property
+    def renders_recent(self) -> bool:
+        return self._recent is not None
+
+    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
+        """Render a whole conversation."""
+        return self._tokenizer.render(messages, add_generation_prompt=add_generation_prompt)
 
     def piece(self, before: str, text: str, mode: Mode) -> Piece:
         """Piece of a text that follows ``before``."""
@@ -421,6 +533,7 @@ class _Encoder:
     def answer(self, history: Sequence[Message], answer: str) -> _EncodedAnswer:
         """Tokenise an answer that follows ``history``."""
         tokenizer = self._tokenizer
+        history = history[-self._recent :] if self._recent else history
         prompt = tokenizer.render(history, add_generation_prompt=True)
         whole = tokenizer.render([*history, {"role": "assistant", "content": answer}], add_generation_prompt=False)
         if not whole.startswith(prompt):
@@ -432,10 +545,11 @@ class _Encoder:
         # The model does not write what follows the end-of-turn token (in ChatML, a line feed).
         cut, end = max(ends)
         tokens = np.array(tokenizer.encode_after(prompt, text[:cut]), np.int64)
-        return _EncodedAnswer(tokens=tokens, end=end, rest=text[cut:])
+        return _EncodedAnswer(tokens=tokens, text=text[:cut], end=end, rest=text[cut:])
 
     def next_prompt(self, history: Sequence[Message]) -> str:
         """Text between an answer and the next one: the user's message and what surrounds it."""
+        history = history[-self._recent :] if self._recent else history
         before = self._tokenizer.render(history[:-1], add_generation_prompt=False)
         whole = self._tokenizer.render(history, add_generation_prompt=True)
         if not whole.startswith(before):

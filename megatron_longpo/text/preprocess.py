@@ -38,6 +38,7 @@ from megatron_longpo.runtime.reading import (
 )
 from megatron_longpo.text.chat import ChatTokenizer, Turn, encode_sample, load_tokenizer, turn_of
 from megatron_longpo.text.documents import files_inside
+from megatron_longpo.text.template_guard import TEMPLATE_SECONDS, TemplateLimitError
 
 COMMIT_EVERY = 64
 # Rows read ahead of the workers: ``map`` by itself would read the whole input.
@@ -47,7 +48,7 @@ _ROWS_PER_TASK = 4
 # First rows, among which a readable one is looked for to check the schema.
 _SCHEMA_ROWS = 100
 # The paper has four turns per document.
-MAX_TURNS = 10_000
+MAX_TURNS = 4000
 # Characters of a skipped row that are kept.
 _RAW_CHARACTERS = 100_000
 
@@ -63,6 +64,7 @@ class Settings:
         seq_length: longest long row in tokens; longer samples are skipped. None sets no limit.
         short_seq_length: longest short row in tokens (paper: 32768); turns with a longer one are skipped.
         max_turns: most turns of a row; a row with more is skipped.
+        template_seconds: longest time that the chat template may take.
         trust_remote_code: run code from the tokenizer's folder.
         reading: what is too large to be read.
     """
@@ -73,6 +75,7 @@ class Settings:
     seq_length: int | None = None
     short_seq_length: int = 32768
     max_turns: int = MAX_TURNS
+    template_seconds: float = TEMPLATE_SECONDS
     trust_remote_code: bool = False
     reading: ReadingConfig = field(default_factory=ReadingConfig)
 
@@ -227,7 +230,7 @@ def _read_columns(path: Path, limits: ReadingConfig) -> Iterator[RawRow]:
 
 
 def process_row(row: RawRow, settings: Settings, tokenizer: ChatTokenizer | None) -> Result:
-    """Make a sample of a row, or give the reasons why not. Never raises because of what the row contains.
+    """Make a sample of a row, or give the reasons why not. Only a chat template that exceeds its limits raises.
 
     Args:
         row: the row.
@@ -240,6 +243,9 @@ def process_row(row: RawRow, settings: Settings, tokenizer: ChatTokenizer | None
         sample = _sample_of(row, settings, tokenizer, skipped)
     except BadRow as error:
         skipped.append(SkippedRow(error.reason, str(error)))
+    except TemplateLimitError:
+        # The template's fault, not the row's: each further row could take as long.
+        raise
     except DataError as error:
         skipped.append(SkippedRow("no_response", str(error)))
     except Exception as error:
@@ -351,7 +357,12 @@ def _work(row: RawRow) -> Result:
 def _tokenizer_of(settings: Settings) -> ChatTokenizer | None:
     if settings.tokenizer is None:
         return None
-    return load_tokenizer(settings.tokenizer, settings.chat_template, trust_remote_code=settings.trust_remote_code)
+    return load_tokenizer(
+        settings.tokenizer,
+        settings.chat_template,
+        trust_remote_code=settings.trust_remote_code,
+        template_seconds=settings.template_seconds,
+    )
 
 
 def preprocess(

@@ -1,0 +1,119 @@
+"""Chat templates run with a limit of time and memory.
+
+A template is a program that comes with a tokenizer. Jinja's sandbox keeps it from everything outside of it, but not from running
+forever or from making a text of any size.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import resource
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+from jinja2 import Environment, TemplateError
+
+from megatron_longpo.errors import DataError
+
+TEMPLATE_SECONDS = 10.0
+# Memory that rendering may take beyond what the process has. Documents, of at most tens of megabytes, are copied a few times.
+_MOST_BYTES = 2**31
+# The limits hold for the process, so one thread renders at a time.
+_rendering = threading.Lock()
+
+
+class TemplateLimitError(DataError):
+    """A chat template takes too much time or memory."""
+
+
+class _Expired(BaseException):
+    """Raised in the rendering thread by the timer. Not an Exception, which Jinja would handle."""
+
+
+def refuse_powers(source: str) -> None:
+    """Refuse a template with powers: ``9 ** 9 ** 9`` is a single step that nothing can interrupt.
+
+    Raises:
+        DataError: it has one.
+    """
+    previous = ""
+    try:
+        tokens = [(kind, value) for _, kind, value in Environment(autoescape=False).lex(source) if kind != "whitespace"]
+    except TemplateError:
+        # Said with its reason when it is compiled.
+        return
+    for kind, value in tokens:
+        # After a bracket or a comma it passes keywords to a macro.
+        if kind == "operator" and value == "**" and previous not in ("(", ","):
+            raise DataError("it computes powers (**), which no chat template needs")
+        previous = value
+
+
+def render_bounded(render: Callable[[], str], seconds: float) -> str:
+    """Render a template within limits.
+
+    Args:
+        render: renders it.
+        seconds: longest time.
+
+    Raises:
+        TemplateLimitError: it took longer, or needed too much memory.
+    """
+    done = fired = False
+    lock = threading.Lock()
+    thread = ctypes.c_ulong(threading.get_ident())
+
+    def expire() -> None:
+        nonlocal fired
+        with lock:
+            if not done:
+                fired = True
+                ctypes.pythonapi.PyThreadState_SetAsyncExc(thread, ctypes.py_object(_Expired))
+
+    with _rendering:
+        limits = _limit_memory()
+        timer = threading.Timer(seconds, expire)
+        timer.daemon = True
+        timer.start()
+        try:
+            text = render()
+            with lock:
+                done = True
+            while fired:
+                # It fired as rendering ended, and is raised at the next jump back: better here than later.
+                pass
+            return text
+        except _Expired:
+            raise TemplateLimitError(
+                f"the chat template takes more than {seconds:g} s; correct it, or raise template_seconds"
+            ) from None
+        except MemoryError:
+            raise TemplateLimitError(
+                f"the chat template takes more than {_MOST_BYTES / 2**30:g} GiB of memory; correct it"
+            ) from None
+        finally:
+            with lock:
+                done = True
+            timer.cancel()
+            if limits is not None:
+                resource.setrlimit(resource.RLIMIT_AS, limits)
+
+
+def _limit_memory() -> tuple[int, int] | None:
+    """Limit the memory of this process to what it has and ``_MOST_BYTES`` more.
+
+    Returns:
+        The limits to restore; None where the system cannot limit it, or a lower limit holds already.
+    """
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        before = resource.getrlimit(resource.RLIMIT_AS)
+        most = pages * os.sysconf("SC_PAGE_SIZE") + _MOST_BYTES
+        if before[0] != resource.RLIM_INFINITY and before[0] <= most:
+            return None
+        resource.setrlimit(resource.RLIMIT_AS, (most, before[1]))
+    except (OSError, ValueError):
+        return None
+    return before

@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from megatron.core.datasets.indexed_dataset import DType, IndexedDataset
 
-from megatron_longpo.data.preference import Mode, Sample
+from megatron_longpo.data.preference import KNOWN_MODES, Mode, Sample
 from megatron_longpo.errors import DataError
 from megatron_longpo.runtime.files import link_atomically, open_regular, sha256_of, write_atomically
 from megatron_longpo.runtime.reading import read_json
@@ -33,6 +33,10 @@ _INDEX_VERSION = 1
 # After the header: length (int32), offset (int64) and mode (int8) of each sequence, end (int64) of each document.
 _BYTES_PER_SEQUENCE = 4 + 8 + 1
 _BYTES_PER_DOCUMENT = 8
+# What a manifest can say: ids are at most 32-bit.
+_MOST_IDS = 2**31
+_DTYPES = ("uint16", "int32")
+_BIN_DIGITS = 19
 # Lengths up to 2**9 share the first bin of the histogram.
 _HISTOGRAM_FIRST = 9
 # Names of fields in files, where they differ: in code "rejected" is the dispreferred answer only.
@@ -334,7 +338,71 @@ def read_manifest(prefix: str | Path) -> Manifest:
         raise DataError(
             f"{path}: unknown keys {unknown}, missing keys {missing}, so it was changed; preprocess the data again"
         )
-    return Manifest.from_dict(content, where=f"{path}: ", fix="preprocess the data again")
+    manifest = Manifest.from_dict(content, where=f"{path}: ", fix="preprocess the data again")
+    if problem := _problem(manifest):
+        raise DataError(f"{path}: {problem}; preprocess the data again")
+    return manifest
+
+
+def _problem(manifest: Manifest) -> str | None:
+    """What no manifest can say, or None."""
+    for name in ("samples", "turns", "tokens", "longest", "longest_short", "bin_bytes"):
+        if getattr(manifest, name) < 0:
+            return f"{name}={getattr(manifest, name)} is negative"
+    if not 0 < manifest.vocab_size <= _MOST_IDS:
+        return f"vocab_size={manifest.vocab_size} is not between 1 and {_MOST_IDS}"
+    if manifest.dtype not in _DTYPES:
+        return f"dtype={manifest.dtype} is not one of {', '.join(_DTYPES)}"
+    if any(count < 0 for count in (*manifest.length_histogram.values(), *manifest.skip_reasons.values())):
+        return "length_histogram or rejected has a negative count"
+    if not all(key.isascii() and key.isdigit() and len(key) <= _BIN_DIGITS for key in manifest.length_histogram):
+        return "length_histogram has a bin that is not a number of tokens"
+    return None
+
+
+@dataclass(frozen=True)
+class _Index:
+    """The arrays of an index.
+
+    Attributes:
+        lengths: tokens of each piece.
+        pointers: place of each piece in the .bin file, in bytes.
+        ends: number of the piece after each sample's last; the first entry is 0.
+        modes: mode of each piece.
+    """
+
+    lengths: np.ndarray
+    pointers: np.ndarray
+    ends: np.ndarray
+    modes: np.ndarray
+
+    @classmethod
+    def read(cls, content: bytes, pieces: int, ends: int) -> _Index:
+        place = _HEADER.size
+        arrays = []
+        for dtype, count in ((np.int32, pieces), (np.int64, pieces), (np.int64, ends), (np.int8, pieces)):
+            arrays.append(np.frombuffer(content, dtype, count, place))
+            place += arrays[-1].nbytes
+        return cls(*arrays)
+
+    def problem(self, itemsize: int) -> str | None:
+        """What cannot be in an index of samples, or None. A forged or damaged one could otherwise train on nothing."""
+        starts = np.zeros(len(self.lengths), np.int64)
+        np.cumsum(self.lengths[:-1].astype(np.int64) * itemsize, out=starts[1:])
+        if not np.array_equal(self.pointers, starts):
+            return "its pieces do not follow one another in the .bin file"
+        if self.ends[0] != 0 or self.ends[-1] != len(self.lengths) or (np.diff(self.ends) <= 0).any():
+            return "its samples are not one piece after the other"
+        known = np.zeros(256, np.bool_)
+        known[[int(mode) for mode in KNOWN_MODES]] = True
+        if not known[self.modes.view(np.uint8)].all():
+            return f"piece {int(np.argmin(known[self.modes.view(np.uint8)]))} has an unknown mode"
+        for side in (Mode.CHOSEN, Mode.REJECTED):
+            is_answer = (self.modes & int(side) != 0) & (self.modes & int(Mode.RESPONSE) != 0) & (self.lengths > 0)
+            has_answer = np.add.reduceat(is_answer, self.ends[:-1]) > 0
+            if not has_answer.all():
+                return f"sample {int(np.argmin(has_answer))} has no {side.name.lower()} answer"  # type: ignore[union-attr]
+        return None
 
 
 class PreferenceData:
@@ -392,6 +460,13 @@ class PreferenceData:
             raise DataError(
                 f"{path}: has {documents - 1} samples, but its manifest says {self.manifest.samples}; preprocess the data again"
             )
+        if np.dtype(DType.dtype_from_code(code)).name != self.manifest.dtype:
+            raise DataError(
+                f"{path}: its dtype is not {self.manifest.dtype}, as its manifest says; preprocess the data again"
+            )
+        arrays = _Index.read(content, pieces, documents)
+        if problem := arrays.problem(itemsize):
+            raise DataError(f"{path}: {problem}; preprocess the data again")
 
     def __len__(self) -> int:
         return len(self._ends) - 1
@@ -399,6 +474,13 @@ class PreferenceData:
     def __getitem__(self, index: int) -> Sample:
         first, last = int(self._ends[index]), int(self._ends[index + 1])
         tokens, modes = self._dataset[first:last]
+        # An id outside the vocabulary would only be noticed by the embedding, on the device, without a name.
+        for ids in tokens:
+            if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < self.manifest.vocab_size:
+                raise DataError(
+                    f"{path_of(self.prefix, 'bin')}: sample {index} holds an id outside 0..{self.manifest.vocab_size - 1}; "
+                    "preprocess the data again"
+                )
         return Sample.from_arrays(tokens, modes)
 
     def long_lengths(self) -> np.ndarray:

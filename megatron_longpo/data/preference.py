@@ -68,6 +68,25 @@ SHORT_PROMPT = SHORT
 SHORT_CHOSEN_RESPONSE = Mode.SHORT_CHOSEN | Mode.RESPONSE
 SHORT_REJECTED_RESPONSE = Mode.SHORT_REJECTED | Mode.RESPONSE
 
+# The modes that pieces have. NO_NLL is only in data that was already tokenised.
+KNOWN_MODES = frozenset(
+    mode | no_nll
+    for no_nll in (Mode(0), Mode.NO_NLL)
+    for mode in (
+        Mode.OWN_PROMPT,
+        CONTEXT,
+        PROMPT,
+        *(side | response for side in (Mode.CHOSEN, Mode.REJECTED) for response in (Mode(0), Mode.RESPONSE)),
+        SHORT_PROMPT,
+        SHORT_PROMPT | Mode.TURN,
+        *(
+            side | response
+            for side in (Mode.SHORT_CHOSEN, Mode.SHORT_REJECTED)
+            for response in (Mode(0), Mode.RESPONSE)
+        ),
+    )
+)
+
 # All bits of a mode: the index stores signed bytes.
 _ALL_MODES = 127
 

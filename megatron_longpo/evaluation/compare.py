@@ -22,7 +22,7 @@ from megatron_longpo.evaluation.registry import suite_of
 from megatron_longpo.evaluation.report import load_pyplot, save_figure
 from megatron_longpo.evaluation.results import read_results
 from megatron_longpo.evaluation.suites.base import Cell
-from megatron_longpo.runtime.files import write_atomically
+from megatron_longpo.runtime.files import sha256_of, write_atomically
 from megatron_longpo.runtime.tables import Table
 
 DRAWS = 2000
@@ -102,12 +102,22 @@ def read_evaluation(folder: Path) -> Evaluation:
     """
     content = read_results(folder)
     scores: dict[str, dict[Cell, Scores]] = {}
-    for suite in content["suites"]:
-        suite_of(suite, f"{folder}/results.json")
-        for row in read_rows(folder / suite / "samples.jsonl"):
+    for suite, result in content["suites"].items():
+        fractions = suite_of(suite, f"{folder}/results.json").in_percent
+        path = folder / suite / "samples.jsonl"
+        # Version 0.1.0 wrote no checksum.
+        if path.exists() and result.get("samples_sha256") not in (None, sha256_of(path)):
+            raise ConfigError(f"{path}: does not have the checksum in results.json; evaluate {suite} again")
+        damaged: list[str] = []
+        for row in read_rows(path, fractions=fractions, damaged=damaged):
+            if not isinstance(row.get("task"), str) or not isinstance(row.get("length"), int):
+                damaged.append(f"{row['key']}: it has no task or length")
+                continue
             cell = Cell(row["task"], str(row["length"]) if row["length"] else "-")
             of_cell = scores.setdefault(suite, {}).setdefault(cell, {})
             of_cell[row["key"]] = QuestionScore(float(row["score"]), str(row.get("digest")))
+        if damaged:
+            raise ConfigError(f"{path}: {damaged[0]}; evaluate {suite} again")
         if suite not in scores:
             raise ConfigError(f"{folder / suite / 'samples.jsonl'}: has no answers; evaluate {suite} again")
     if not scores:

@@ -21,8 +21,10 @@ from typing import Any, cast
 
 from megatron_longpo.errors import ConfigError, DataError
 from megatron_longpo.evaluation.samples import AnswerRow, cell_name
-from megatron_longpo.runtime.files import FolderLock, write_atomically
+from megatron_longpo.runtime.files import FolderLock, open_regular, write_atomically
+from megatron_longpo.runtime.json_lines import OWN_LINES, decode_line, encode_line
 from megatron_longpo.runtime.log import log
+from megatron_longpo.runtime.reading import read_json, read_lines
 from megatron_longpo.runtime.share import Share
 
 # Waiting for other processes: when to give up on their folders, how often to look, how often to log.
@@ -45,6 +47,7 @@ class SuiteFolder:
         settings: what this run's answers depend on.
         share: this process's share of the samples.
         by_task: names of settings that hold a value per task or material, which later runs may add to.
+        fractions: whether scores are fractions in [0, 1]; answers with others are damaged.
         restart: discard the answers that are there.
 
     Raises:
@@ -59,9 +62,13 @@ class SuiteFolder:
         share: Share,
         *,
         by_task: Collection[str] = (),
+        fractions: bool = True,
         restart: bool = False,
     ) -> None:
         self.folder, self.share = folder, share
+        self._fractions = fractions
+        # Parts whose damage has been logged.
+        self._noted: set[Path] = set()
         self.parts = folder / "parts"
         if restart:
             self._discard()
@@ -88,7 +95,7 @@ class SuiteFolder:
         path = self.folder / "settings.json"
         with FolderLock(self.folder, wait=True):
             # The first process writes them; the others are compared with it.
-            before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+            before = _read_object(path)
             merged, changed = _merged(before, json.loads(json.dumps(settings)), by_task)
             if before and changed:
                 changes = "; ".join(f"{k} was {_brief(x)} and is {_brief(y)}" for k, (x, y) in changed.items())
@@ -106,9 +113,13 @@ class SuiteFolder:
     # ---------------------------------------------------------------------------------- rows
 
     def rows(self) -> Iterator[AnswerRow]:
-        """Answers of all parts."""
+        """Answers of all parts; damaged ones are left out, and so answered again."""
         for path in sorted(self.parts.glob("*/answers.jsonl")):
-            yield from read_rows(path)
+            damaged: list[str] = []
+            yield from read_rows(path, fractions=self._fractions, damaged=damaged)
+            if damaged and path not in self._noted:
+                self._noted.add(path)
+                log(f"{path}: {len(damaged)} damaged line(s) do not count and are answered again ({damaged[0]})")
 
     def answered(self) -> set[str]:
         """Keys that have an answer in any part."""
@@ -120,9 +131,8 @@ class SuiteFolder:
 
     def add(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Append answers to this part, on disk when this returns."""
-        # Text that UTF-8 cannot encode (half a surrogate pair from a JSON file) must not end a run.
-        with open(self._path, "a", encoding="utf-8", errors="replace") as stream:
-            stream.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        with open(self._path, "ab") as stream:
+            stream.write(b"".join(map(encode_line, rows)))
             stream.flush()
             os.fsync(stream.fileno())
 
@@ -136,7 +146,14 @@ class SuiteFolder:
             keys: all keys of this run; each must have an answer.
         """
         path = self.folder / "asked.json"
-        cells: dict[str, list[str]] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        cells: dict[str, list[str]] = _read_object(path)
+        if not all(
+            isinstance(keys_, list) and all(isinstance(key, str) and cell_name(key) == name for key in keys_)
+            for name, keys_ in cells.items()
+        ):
+            raise DataError(
+                f"{path}: holds something other than keys by cell; remove it, or start again with --restart"
+            )
         asked: dict[str, list[str]] = {}
         for key in keys:
             asked.setdefault(cell_name(key), []).append(key)
@@ -146,6 +163,12 @@ class SuiteFolder:
         for row in self.rows():
             if row["key"] not in answers or not row.get("refused"):
                 answers[row["key"]] = row
+        unanswered = [key for keys_of_cell in cells.values() for key in keys_of_cell if key not in answers]
+        if unanswered:
+            raise DataError(
+                f"{path}: names {len(unanswered)} samples without an answer ({unanswered[0]}, ...): an answer or this file is "
+                "damaged; ask for the task and length again, or start again with --restart"
+            )
         rows = [answers[key] for keys_of_cell in cells.values() for key in keys_of_cell]
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         write_atomically(self.folder / "samples.jsonl", text.encode("utf-8", errors="replace"))
@@ -205,17 +228,52 @@ class SuiteFolder:
         return True
 
 
-def read_rows(path: Path) -> Iterator[AnswerRow]:
-    """Complete rows of a JSONL file of answers, skipping a line that is being written or was torn by a kill."""
-    if path.exists():
-        with open(path, encoding="utf-8", errors="replace") as stream:
-            for line in stream:
-                try:
-                    row = json.loads(line)
-                except ValueError:
-                    continue
-                if isinstance(row, dict) and "key" in row and "score" in row:
-                    yield cast(AnswerRow, row)
+def read_rows(path: Path, *, fractions: bool = True, damaged: list[str] | None = None) -> Iterator[AnswerRow]:
+    """Complete rows of a JSONL file of answers, skipping a line that is being written or was torn by a kill.
+
+    Args:
+        path: the file; it need not exist.
+        fractions: whether a score is a fraction in [0, 1].
+        damaged: list to which is added what is wrong with a line, for each that is skipped though it is complete.
+    """
+    if not path.exists():
+        return
+    with open_regular(path) as stream:
+        for number, line in enumerate(read_lines(stream, OWN_LINES), 1):
+            try:
+                if line.too_long:
+                    raise ValueError(line.too_long)
+                row = decode_line(line.raw)
+                _check_row(row, fractions)
+                yield cast(AnswerRow, row)
+            except ValueError as error:
+                if line.raw.endswith(b"\n") and line.raw.strip() and damaged is not None:
+                    damaged.append(f"line {number}: {error}")
+
+
+def _check_row(row: Mapping[str, Any], fractions: bool) -> None:
+    """Raise ValueError unless a row can be an answer."""
+    if not isinstance(row.get("key"), str):
+        raise ValueError("it has no key")
+    score = row.get("score")
+    if isinstance(score, bool) or not isinstance(score, (int, float)):
+        raise ValueError("its score is not a number")
+    if fractions and not 0 <= score <= 1:
+        raise ValueError(f"its score {score} is not between 0 and 1")
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    """Content of one of the folder's JSON files; empty if there is none."""
+    try:
+        content = read_json(path)
+        if isinstance(content, dict):
+            return content
+        problem: object = "not an object"
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        problem = error
+    raise DataError(f"{path}: cannot be read ({problem}); restore it, or start again with --restart")
 
 
 def _drop_torn_line(path: Path) -> None:

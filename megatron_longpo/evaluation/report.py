@@ -13,7 +13,7 @@ import numpy as np
 from megatron_longpo.evaluation.registry import suite_of
 from megatron_longpo.evaluation.results import read_or_begin, with_result, without_suites, write_results
 from megatron_longpo.evaluation.suites.base import HeatMap, SuiteResult
-from megatron_longpo.runtime.files import FolderLock, write_atomically
+from megatron_longpo.runtime.files import FolderLock, sha256_of, write_atomically
 
 
 def write_report(output: Path, suite: str, result: SuiteResult) -> None:
@@ -26,8 +26,14 @@ def write_report(output: Path, suite: str, result: SuiteResult) -> None:
     """
     # Another suite may be reported at the same time, by a command of its own.
     with FolderLock(output, wait=True):
+        samples = output / suite / "samples.jsonl"
         content = with_result(
-            read_or_begin(output), suite, settings=result.settings, asked=result.asked, metrics=result.metrics
+            read_or_begin(output),
+            suite,
+            settings=result.settings,
+            asked=result.asked,
+            metrics=result.metrics,
+            samples_sha256=sha256_of(samples) if samples.exists() else None,
         )
         _write(output, content)
 

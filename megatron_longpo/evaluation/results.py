@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from collections.abc import Collection
@@ -20,13 +21,20 @@ def read_results(output: Path) -> dict[str, Any]:
     """Content of results.json.
 
     Raises:
-        ConfigError: it is missing or cannot be read.
+        ConfigError: it is missing, cannot be read, or does not have its checksum.
     """
     path = output / NAME
     try:
         content = read_json(path)
         if content["format"] != FORMAT or not isinstance(content["suites"], dict):
             raise ValueError(f"format {content['format']}")
+        # Version 0.1.0 wrote none.
+        checksum = content.pop("sha256", None)
+        if checksum not in (None, _checksum(content)):
+            raise ValueError("its checksum differs, so it was changed or damaged")
+        for name, suite in content["suites"].items():
+            if not all(isinstance(suite[key], dict) for key in ("settings", "asked", "metrics")):
+                raise ValueError(f"suite {name} lacks its settings, samples or metrics")
     except FileNotFoundError:
         raise ConfigError(f"{path}: there is no such file; name a folder that evaluate.py wrote") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -40,16 +48,31 @@ def read_or_begin(output: Path) -> dict[str, Any]:
 
 
 def write_results(output: Path, content: dict[str, Any]) -> None:
-    """Write results.json."""
-    write_atomically(output / NAME, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+    """Write results.json, with its checksum."""
+    # As it will be read: JSON has no whole numbers as keys.
+    content = json.loads(json.dumps(content))
+    checked = {**content, "sha256": _checksum(content)}
+    write_atomically(output / NAME, (json.dumps(checked, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def _checksum(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def with_result(
-    content: dict[str, Any], suite: str, *, settings: dict[str, Any], asked: dict[str, int], metrics: dict[str, Any]
+    content: dict[str, Any],
+    suite: str,
+    *,
+    settings: dict[str, Any],
+    asked: dict[str, int],
+    metrics: dict[str, Any],
+    samples_sha256: str | None,
 ) -> dict[str, Any]:
-    """The content with a suite's result added or replaced."""
+    """The content with a suite's result added or replaced; ``samples_sha256`` is the checksum of its samples.jsonl."""
     stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     result = {"settings": settings, "asked": asked, "metrics": metrics, "finished": stamp}
+    if samples_sha256 is not None:
+        result["samples_sha256"] = samples_sha256
     return {**content, "suites": {**content["suites"], suite: result}}
 
 

@@ -37,6 +37,7 @@ from megatron_longpo.generation.filters import LanguageFilter, is_refusal, quest
 from megatron_longpo.generation.settings import GenerationConfig
 from megatron_longpo.generation.stages import STAGES, Line, Stage, part_folder, part_folders, read_lines, work_folder
 from megatron_longpo.runtime.files import HOLDER_FILE, FolderLock, write_atomically
+from megatron_longpo.runtime.json_lines import decode_line
 from megatron_longpo.runtime.progress import Progress
 from megatron_longpo.text.chat import load_tokenizer, user_message
 from megatron_longpo.text.documents import MOST_BROKEN, RawDocument, find_files, read_documents
@@ -202,7 +203,7 @@ def _drop_unfinished(stage: Stage) -> int:
     with open(stage.path, "rb+") as stream:
         for raw in stream:
             try:
-                line = json.loads(raw)
+                line = decode_line(raw)
                 is_last = line["part"] + 1 == line.get("parts", 1)
             except (ValueError, KeyError, TypeError):
                 raise DataError(f"{stage.path}: line {count + 1} is damaged; start again with --restart") from None

@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from megatron_longpo.errors import DataError
-from megatron_longpo.runtime.files import write_atomically
+from megatron_longpo.runtime.files import open_regular, write_atomically
+from megatron_longpo.runtime.json_lines import OWN_LINES, decode_line, encode_line
 from megatron_longpo.runtime.reading import read_json
+from megatron_longpo.runtime.reading import read_lines as bounded_lines
 
 STAGES = ("documents", "questions", "short", "long")
 _SCHEMA_VERSION = 1
@@ -120,8 +122,7 @@ class Stage:
         """Add lines, in one write if the system takes them at once."""
         if not lines:
             return
-        raw = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-        view = memoryview(raw.encode("utf-8", errors="replace"))
+        view = memoryview(b"".join(map(encode_line, lines)))
         while len(view):
             view = view[self._stream.write(view) :]
         self.records += len(lines)
@@ -165,21 +166,20 @@ def read_lines(path: Path, skip: int = 0) -> Iterator[Line]:
     """Lines of a stage from number ``skip`` on.
 
     Raises:
-        DataError: a line is not a JSON object.
+        DataError: a line is not a JSON object, or does not have its checksum.
     """
     try:
-        stream = open(path, "rb")  # noqa: SIM115
+        stream = open_regular(path)
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error}); start again with --restart") from None
     with stream:
-        for number, raw in enumerate(stream):
+        for number, line in enumerate(bounded_lines(stream, OWN_LINES)):
             if number < skip:
                 continue
             try:
-                line = json.loads(raw)
-                if not isinstance(line, dict):
-                    raise ValueError("not an object")
-                yield line
+                if line.too_long:
+                    raise ValueError(line.too_long)
+                yield decode_line(line.raw)
             except ValueError as error:
                 raise DataError(f"{path}: line {number + 1} is damaged ({error}); start again with --restart") from None
 

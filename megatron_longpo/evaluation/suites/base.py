@@ -68,6 +68,7 @@ class Launch:
             settings,
             self.share,
             by_task=suite.settings_by_task,
+            fractions=suite.in_percent,
             restart=self.restart,
         )
 

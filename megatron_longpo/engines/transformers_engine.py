@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from megatron_longpo.errors import DataError, one_line
 from megatron_longpo.model.families import config_for_export, shape_from_hf
 from megatron_longpo.model.rotary import changed_scaling
 from megatron_longpo.runtime import platform
+from megatron_longpo.runtime.reading import read_json
 from megatron_longpo.text.chat import load_tokenizer
 from megatron_longpo.text.template_guard import TEMPLATE_SECONDS
 
@@ -134,7 +134,7 @@ class TransformersEngine(Engine):
         config = copy.deepcopy(self.model.config)
         if not rope.is_default:
             source = self._path / "config.json"
-            plain = json.loads(source.read_text(encoding="utf-8"))
+            plain = read_json(source)
             shape = shape_from_hf(plain, str(source))
             numbers = dict(rope.scaling or {})
             changed = shape.replace(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from megatron_longpo.evaluation.sections import SuiteConfig
 from megatron_longpo.evaluation.suites.base import Launch, ReadySuite, Suite
 from megatron_longpo.runtime import platform
 from megatron_longpo.runtime.log import log
+from megatron_longpo.runtime.reading import read_json
 from megatron_longpo.runtime.share import Share, share_of_process
 
 
@@ -101,9 +101,9 @@ def make_folder(output: Path) -> None:
 def warn_of_positions(config: SuiteConfig, share: Share) -> None:
     """Log which lengths exceed the positions that the model's config.json declares; they are measured all the same."""
     try:
-        hf_config = json.loads((Path(config.model) / "config.json").read_text(encoding="utf-8"))
+        hf_config = read_json(Path(config.model) / "config.json")
         positions = int(hf_config["max_position_embeddings"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, OverflowError):
         return
     beyond = [length for length in config.lengths if length > positions]
     if beyond:

@@ -24,7 +24,7 @@ MAX_JSON_DEPTH = 64
 _SHOWN_BYTES = 1000
 _BLOCK_BYTES = 2**20
 # A compressed file may always grow to this size, whatever the factor: a small file of equal rows compresses well.
-_FREE_BYTES = 2**30
+_FREE_BYTES = 2**28
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class ReadingConfig:
     """Largest text file, or row of a table (line of a .jsonl, row of a .parquet or .arrow), in bytes after decompression. Larger
     ones are skipped."""
     max_expansion: Count = 200
-    """Largest factor by which a compressed file may grow once it has grown to 1 GiB. Beyond it reading stops with an error."""
+    """Largest factor by which a compressed file may grow once it has grown to 256 MiB. Beyond it reading stops with an error."""
     max_json_bytes: Annotated[int, Range(ge=1)] = 2**30
     """Largest file that is read whole (JSON), in bytes after decompression."""
 

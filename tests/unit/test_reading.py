@@ -18,6 +18,7 @@ from megatron_longpo.errors import DataError, LongPOError
 from megatron_longpo.evaluation.materials import read_hotpotqa, read_squad, read_words
 from megatron_longpo.evaluation.results import read_results
 from megatron_longpo.evaluation.suites.infinitebench import read_task
+from megatron_longpo.evaluation.suites.short_context import local_data
 from megatron_longpo.generation.stages import read_stage_manifest
 from megatron_longpo.runtime.files import NotRegularFile, open_regular
 from megatron_longpo.runtime.reading import (
@@ -65,6 +66,7 @@ FIFO_READERS = {
     "x.parquet": [lambda p: find_files([str(p)], "other"), lambda p: input_files([str(p)])],
     "longbook_qa_eng.jsonl": [lambda p: read_task(p.parent, "longbook_qa_eng")],
     "results.json": [lambda p: read_results(p.parent)],
+    "test.jsonl": [lambda p: local_data(p.parent)],
     "long.manifest.json": [read_stage_manifest],
 }
 

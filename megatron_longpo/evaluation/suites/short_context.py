@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import logging
 import tempfile
@@ -260,9 +261,19 @@ def local_data(folder: Path) -> LocalData | None:
         for split in _SPLITS:
             paths = [p for pattern in (f"{split}/*{suffix}", f"{split}*{suffix}") for p in folder.glob(pattern)]
             files[split] = sorted(str(path) for path in paths if not path.name.endswith(_NOT_DATA))
+        for path in itertools.chain(*files.values()):
+            _refuse_special(path)
         if any(files.values()):
             return LocalData(kind, {split: found for split, found in files.items() if found})
     return None
+
+
+def _refuse_special(path: str) -> None:
+    """Raise DataError for a FIFO or a device, which the package datasets would wait for."""
+    try:
+        open_regular(Path(path)).close()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error}); name the data sets with --short-data") from None
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,7 @@ from megatron_longpo.evaluation.suites.base import (
     percent,
     score_text,
 )
+from megatron_longpo.runtime.files import open_regular
 from megatron_longpo.runtime.tables import Table
 from megatron_longpo.schema import Count
 

@@ -32,6 +32,7 @@ _FOLDER_PATIENCE_SECONDS = 600.0
 _FOLDER_POLL_SECONDS = 0.1
 _FIRST_POLL_SECONDS, _LONGEST_POLL_SECONDS, _POLL_GROWTH = 0.2, 5.0, 1.5
 _NOTICE_SECONDS = 60.0
+_BLOCK_BYTES = 2**16
 # Characters of a setting in an error message.
 _BRIEF_CHARACTERS = 80
 
@@ -278,12 +279,21 @@ def _read_object(path: Path) -> dict[str, Any]:
 
 def _drop_torn_line(path: Path) -> None:
     """Cut off a line that a kill left half-written."""
-    if path.exists():
-        with open(path, "r+b") as stream:
-            content = stream.read()
-            end = content.rfind(b"\n") + 1
-            if end < len(content):
-                stream.truncate(end)
+    if not path.exists():
+        return
+    with open(path, "r+b") as stream:
+        size = end = stream.seek(0, os.SEEK_END)
+        # From the end on, since the answers of many runs may be large.
+        while end:
+            start = max(0, end - _BLOCK_BYTES)
+            stream.seek(start)
+            newline = stream.read(end - start).rfind(b"\n")
+            if newline >= 0:
+                end = start + newline + 1
+                break
+            end = start
+        if end < size:
+            stream.truncate(end)
 
 
 def _merged(

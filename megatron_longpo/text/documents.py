@@ -19,6 +19,7 @@ from megatron_longpo.runtime.reading import (
     DEFAULT_READING,
     ReadingConfig,
     TooLarge,
+    check_expansion,
     opened,
     parse_json,
     read_lines,
@@ -266,6 +267,7 @@ def _rows_of_parquet(path: Path, column: str, limits: ReadingConfig) -> Iterator
             file = pyarrow.parquet.ParquetFile(stream, buffer_size=_PARQUET_BUFFER_BYTES, pre_buffer=False)
         except pyarrow.ArrowException as error:
             raise DataError(f"--documents {path}: is not a parquet file ({error}); give a whole one") from None
+        check_expansion(file.metadata, limits)
         if column not in file.schema_arrow.names:
             raise DataError(
                 f"--documents {path}: has no column {column!r}; name the text's column with --text-column, one of "

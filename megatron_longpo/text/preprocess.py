@@ -32,6 +32,7 @@ from megatron_longpo.runtime.reading import (
     DEFAULT_READING,
     ReadingConfig,
     TooLarge,
+    check_expansion,
     opened,
     parse_json,
     read_lines,
@@ -203,7 +204,9 @@ def _read_columns(path: Path, limits: ReadingConfig) -> Iterator[RawRow]:
     try:
         with open_regular(path) as stream:
             if path.suffix == ".parquet":
-                batches = pyarrow.parquet.ParquetFile(stream, pre_buffer=False).iter_batches(batch_size=1)
+                table = pyarrow.parquet.ParquetFile(stream, pre_buffer=False)
+                check_expansion(table.metadata, limits)
+                batches = table.iter_batches(batch_size=1)
             else:
                 source = pyarrow.memory_map(str(path))
                 try:
@@ -220,6 +223,8 @@ def _read_columns(path: Path, limits: ReadingConfig) -> Iterator[RawRow]:
                         yield RawRow(line=0, text=None, columns={}, skipped=SkippedRow("row_too_large", detail))
                     else:
                         yield RawRow(line=0, text=None, columns=row.to_pylist()[0])
+    except TooLarge as error:
+        raise DataError(f"--input {path}: {error}") from None
     except (OSError, pyarrow.ArrowException) as error:
         raise DataError(f"--input {path}: cannot be read ({error}); give a whole parquet or arrow file") from None
 

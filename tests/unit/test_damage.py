@@ -147,6 +147,17 @@ def test_lines_that_are_no_answers_do_not_count(tmp_path: Path, raw: bytes) -> N
     assert len(damaged) == 1 and damaged[0].startswith("line 2: "), "the last line may be being written"
 
 
+@pytest.mark.parametrize("torn", [1, 10, 2**16 - 1, 2**16, 2**16 + 1, 300_000])
+def test_a_torn_line_of_any_length_is_cut_off(tmp_path: Path, torn: int) -> None:
+    answers(tmp_path, [row_of(0), row_of(1)]).close()
+    path = tmp_path / "s" / "parts" / "0-of-1" / "answers.jsonl"
+    whole = path.read_bytes()
+    for before in (whole, b""):
+        path.write_bytes(before + b"x" * torn)
+        SuiteFolder(tmp_path / "s", {}, Share()).close()
+        assert path.read_bytes() == before
+
+
 @pytest.mark.parametrize("name", ["asked.json", "settings.json"])
 @pytest.mark.parametrize(
     "content", ["{", "[]", "[" * 10**5, '{"s/t/1": 5}', '{"s/t/2": ["s/t/1/0"]}', '{"s/t/1": ["s/t/1/9"]}']

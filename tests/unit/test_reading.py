@@ -190,6 +190,22 @@ def test_a_decompression_bomb_costs_a_buffer(tmp_path: Path, ending: str, monkey
     assert only.error == "document_too_large"
 
 
+def test_a_parquet_bomb_is_refused_by_its_column(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("megatron_longpo.runtime.reading._FREE_BYTES", 2**20)
+    path = tmp_path / "bomb.parquet"
+    table = pyarrow.table({"id": [1], "text": ["0" * 2**24]})
+    pyarrow.parquet.write_table(table, path, compression="zstd", use_dictionary=False, write_statistics=False)
+    for read in (lambda: list(read_documents([(path, "other")], "text")), lambda: list(read_rows([path], 0))):
+        with pytest.raises(
+            DataError, match=r"column text of row group 0 decompresses to \d+ bytes, more than 200 times"
+        ):
+            read()
+    free = ReadingConfig(max_expansion=10**6)
+    assert [d.error for d in read_documents([(path, "other")], "text", free)] == [None]
+    (row,) = read_rows([path], 0, ReadingConfig(max_expansion=10**6, max_row_bytes=10**6))
+    assert row.skipped is not None and row.skipped.reason == "row_too_large"
+
+
 def test_files_that_are_read_whole_have_a_limit(tmp_path: Path) -> None:
     path = tmp_path / "x.json"
     path.write_text(json.dumps(["a" * 1000]))

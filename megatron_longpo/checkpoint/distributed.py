@@ -36,6 +36,7 @@ from torch.distributed.checkpoint.planner import (
     WriteItemType,
 )
 
+from megatron_longpo.checkpoint.checksums import hash_own_files
 from megatron_longpo.checkpoint.prefetch import Prefetcher, flushing
 from megatron_longpo.errors import CheckpointError, one_line
 from megatron_longpo.runtime.collectives import rank
@@ -121,6 +122,7 @@ def write_distributed(folder: Path, chunks: Sequence[LazyChunk]) -> None:
     writer = FileSystemWriter(folder, single_file_per_rank=True, thread_count=1, per_thread_copy_ahead=0)
     with Prefetcher([(c.bytes, c.make) for c in chunks]) as values, flushing(folder / f"__{rank()}_0.distcp"):
         dcp.save({}, storage_writer=writer, planner=_LazySavePlanner(chunks, values))
+    hash_own_files(folder, rank())
     if rank() == 0:
         torch.save({}, folder / "common.pt")
         save_config(CheckpointingConfig("torch_dist", 1), str(folder))

@@ -3,6 +3,7 @@
     OUTPUT/iter_0000010/                     weights, optimizer, schedule, data position, RNG
         .metadata, *.distcp, common.pt       megatron-core's files
         model.json, run.yaml, hf/            shape, resolved configuration, tokenizer and config for export
+        checksums.json                       sizes and hashes of all other files
         training.json                        steps, data and metrics, for the exported model's card
     OUTPUT/latest_checkpointed_iteration.txt
 
@@ -20,6 +21,7 @@ from typing import Any
 from megatron.core import dist_checkpointing
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_longpo.checkpoint.checksums import CHECKSUMS, Damage, log_once, quick_damage
 from megatron_longpo.errors import CheckpointError, DamagedError, one_line
 from megatron_longpo.model.shape import FILE_NAME
 
@@ -87,18 +89,38 @@ def passed_over(output: Path) -> list[str]:
 
 
 def resolve(path: str | Path) -> Path:
-    """The checkpoint folder that ``--load`` refers to: a converted checkpoint, one iteration, or the newest of a run.
+    """The checkpoint folder that ``--load`` refers to: a converted checkpoint, one iteration, or the newest good one of a run.
+
+    Newer ones of the run that are passed over are logged. Large files are not read here; ``checksums.verified`` does that.
 
     Raises:
+        DamagedError: the checkpoint, or every one of the run, is damaged.
         CheckpointError: there is none.
     """
     path = Path(path)
+    if (path / CHECKSUMS).is_file() and (damage := quick_damage(path)) is not None:
+        raise damage.error()
     if (path / FILE_NAME).is_file() and (path / ".metadata").is_file():
         return path
     if path.is_dir():
-        step = latest_step(path)
-        if step is not None:
-            return folder_of(path, step)
+        incomplete = passed_over(path)
+        for line in incomplete:
+            log_once(line)
+        damages: list[Damage] = []
+        for step in reversed(whole_steps(path)):
+            folder = folder_of(path, step)
+            damage = quick_damage(folder)
+            if damage is None:
+                for found in damages:
+                    log_once(f"{found.path}: {found.reason}, so that checkpoint is passed over; {folder} is used")
+                return folder
+            damages.append(damage)
+        if damages:
+            raise damages[0].error()
+        if incomplete:
+            raise CheckpointError(
+                f"{incomplete[-1]}; no older checkpoint of the run is whole, so use another, or start again"
+            )
         raise CheckpointError(
             f"{path}: holds neither a converted checkpoint ({FILE_NAME}) nor a run's iter_* folders; convert a Hugging "
             "Face model with tools/convert_checkpoint.py import --hf DIR --output CKPT"
@@ -110,9 +132,12 @@ def read_progress(folder: Path) -> RunProgress:
     """How far the run was that saved a checkpoint.
 
     Raises:
-        DamagedError: it cannot be read.
+        DamagedError: it cannot be read, or a file that the run needs to resume is missing, cut or, if small, different.
         CheckpointError: it holds only weights.
     """
+    damage = quick_damage(folder, state_only=True)
+    if damage is not None:
+        raise damage.error()
     try:
         common = dist_checkpointing.load_common_state_dict(str(folder))
     except (Exception, CheckpointException) as error:

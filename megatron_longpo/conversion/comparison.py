@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_longpo.checkpoint.checksums import verified
 from megatron_longpo.checkpoint.distributed import DistributedReader
 from megatron_longpo.checkpoint.folders import resolve
 from megatron_longpo.checkpoint.huggingface import BLOCK_ELEMENTS, HuggingFaceWeights, read_hf_config
@@ -144,7 +145,7 @@ def compare(
     total = sum(their_bytes)
     mine = my_share(list(enumerate(every)), their_bytes)
     items = [(f.numel * reader.dtype(f.entry.ours).itemsize, partial(f.read, reader)) for _, f in mine]
-    with raise_on_all_ranks(hf), Prefetcher(items) as prefetched:
+    with verified(folder), raise_on_all_ranks(hf), Prefetcher(items) as prefetched:
         for number, fused in mine:
             # Not kept under a name, so that it is freed before the next one is made.
             parts = fused.split(next(prefetched))

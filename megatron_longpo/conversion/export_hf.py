@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from megatron_longpo.checkpoint.card import RUN_CONFIG, write_card
+from megatron_longpo.checkpoint.checksums import verified
 from megatron_longpo.checkpoint.distributed import DistributedReader
 from megatron_longpo.checkpoint.folders import ASSETS, resolve
 from megatron_longpo.checkpoint.huggingface import (
@@ -74,7 +75,7 @@ def export_hf(
     shards = plan_shards(exporter.tensors, max_shard_bytes)
     written_dtype = dtype_name(exporter.tensors[0].dtype)
     with staging_folder(output, exporter.total) as staging:
-        with raise_on_all_ranks(output):
+        with verified(folder), raise_on_all_ranks(output):
             for number, shard in my_share(list(enumerate(shards)), [sum(t.bytes for t in s) for s in shards]):
                 with closing(exporter.values(shard)) as values:
                     write_shard(staging / shard_name(number, len(shards)), shard, values)

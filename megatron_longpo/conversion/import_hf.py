@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megatron_longpo.checkpoint.checksums import write_checksums
 from megatron_longpo.checkpoint.distributed import LazyChunk, write_distributed
 from megatron_longpo.checkpoint.folders import ASSETS
 from megatron_longpo.checkpoint.huggingface import DTYPES, HuggingFaceWeights, dtype_name, read_hf_config
@@ -55,7 +56,10 @@ def import_hf(
     hf, output = Path(hf), Path(os.path.abspath(output))
     check_new(output)
     config = read_hf_config(hf)
-    shape = changes.apply(shape_from_hf(config, str(hf / "config.json")), "import")
+    shape, written_name = (
+        changes.apply(shape_from_hf(config, str(hf / "config.json")), "import"),
+        config.get("_name_or_path"),
+    )
     source = HuggingFaceWeights(hf)
     check_names(source, shape)
     every = fused_tensors(shape)
@@ -70,11 +74,13 @@ def import_hf(
                 dtype=dtype_name(importer.dtypes[_EMBEDDING]),
                 tokenizer_hash=folder_vocabulary_hash(hf),
                 weights_hash=weights_hash,
-                base_model=name or config.get("_name_or_path") or hf.resolve().name,
+                base_model=name
+                or (written_name if isinstance(written_name, str) and written_name else hf.resolve().name),
             )
             if rank() == 0:
                 shape.write(staging)
                 copy_assets(hf, staging / ASSETS)
+                write_checksums(staging)
     return Conversion(sum(len(fused.names) for fused in every), importer.total, shape)
 
 

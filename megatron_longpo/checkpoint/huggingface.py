@@ -19,6 +19,8 @@ from torch import Tensor
 
 from megatron_longpo.checkpoint.prefetch import flushing
 from megatron_longpo.errors import CheckpointError, one_line
+from megatron_longpo.model.families import check_numbers
+from megatron_longpo.runtime.reading import read_json
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _SAFETENSORS_NAMES = {
@@ -30,6 +32,12 @@ _SAFETENSORS_NAMES = {
 _SAFETENSORS_DTYPES = {name: dtype for dtype, name in _SAFETENSORS_NAMES.items()}
 # Elements that are checked, cast, compared or written at a time, so that no second copy of a tensor is held.
 BLOCK_ELEMENTS = 2**24
+# Largest config.json, and largest index of shards; that of the largest model so far (671 billion weights) has 9 MB.
+MAX_CONFIG_BYTES = 2**24
+MAX_INDEX_BYTES = 2**28
+_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".gguf")
+# Four-bit weights are two a byte; twice that, because layers may share theirs.
+_MAX_WEIGHTS_PER_BYTE = 4
 # The header of a safetensors file is padded to a multiple of this.
 _HEADER_ALIGNMENT = 8
 
@@ -58,16 +66,46 @@ def read_hf_config(folder: Path) -> dict[str, Any]:
     """
     path = folder / "config.json"
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = read_json(path, MAX_CONFIG_BYTES)
     except FileNotFoundError:
         raise CheckpointError(
             f"{path}: no such file; use a complete Hugging Face model folder, as save_pretrained writes it"
         ) from None
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: cannot be read as JSON ({error}); download it again") from None
+        raise CheckpointError(f"{path}: cannot be read as JSON ({one_line(error)}); download it again") from None
     if not isinstance(config, dict):
         raise CheckpointError(f"{path}: is not a JSON object, so it is not a model's configuration; download it again")
     return config
+
+
+def check_model_folder(folder: Path) -> None:
+    """Check that transformers may build the model of a folder: its configuration is within the limits, and its files have as many
+    weights.
+
+    transformers makes the weights that a file lacks, so a configuration of a few bytes could ask for any amount of memory.
+
+    Raises:
+        CheckpointError: config.json is missing or damaged, has a number beyond its limit, or describes far more weights than
+            there are.
+    """
+    path, config = folder / "config.json", read_hf_config(folder)
+    nested = [part for part in config.values() if isinstance(part, dict) and "hidden_size" in part]
+    stored = sum(
+        file.stat().st_size for file in folder.iterdir() if file.name.endswith(_WEIGHT_SUFFIXES) and file.is_file()
+    )
+    for part in (config, *nested):
+        check_numbers(part, str(path))
+        layers, hidden, width, vocabulary = (
+            part[key] if type(part.get(key)) is int else 0
+            for key in ("num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size")
+        )
+        # At least: gate or up and down projections, and embeddings.
+        weights = hidden * (2 * layers * width + vocabulary)
+        if weights > _MAX_WEIGHTS_PER_BYTE * stored and stored:
+            raise CheckpointError(
+                f"{path}: describes at least {weights:,} weights, but its folder's weights have {stored:,} bytes; "
+                "download the model again"
+            )
 
 
 @dataclass(frozen=True)
@@ -111,13 +149,18 @@ class HuggingFaceWeights:
 
     def _find_indexed(self, index: Path) -> dict[str, _TensorInfo]:
         try:
-            weight_map = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+            weight_map = dict(read_json(index, MAX_INDEX_BYTES)["weight_map"])
             files = sorted(set(weight_map.values()))
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{index}: cannot be read ({error}); download the model again") from None
+            raise CheckpointError(f"{index}: cannot be read ({one_line(error)}); download the model again") from None
         found = {}
         for file in files:
-            for name, info in self._describe(self.folder / str(file)).items():
+            if not isinstance(file, str) or file in ("", ".", "..") or os.path.basename(file) != file or "\0" in file:
+                raise CheckpointError(
+                    f"{index}: names {one_line(repr(file), 100)}, which is not the name of a file in its folder; download the "
+                    "model again"
+                )
+            for name, info in self._describe(self.folder / file).items():
                 if weight_map.get(name, file) == file:
                     found[name] = info
         for name, file in weight_map.items():

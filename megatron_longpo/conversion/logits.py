@@ -25,7 +25,7 @@ from megatron_longpo.conversion.changes import NO_CHANGES, Changes
 from megatron_longpo.conversion.comparison import Sides
 from megatron_longpo.conversion.fused import layer_weights
 from megatron_longpo.data.sequence import KeyBlock, QuerySpan
-from megatron_longpo.errors import CheckpointError
+from megatron_longpo.errors import CheckpointError, one_line
 from megatron_longpo.model import gpt
 from megatron_longpo.model.attention import AttentionPlan
 from megatron_longpo.model.families import FAMILIES, config_for_export, shape_from_hf
@@ -279,11 +279,17 @@ class _TheirModel(_LazyModel):
             content = config_for_export(content, shape, "float32", path)
         kind = content.get("model_type") or FAMILIES[shape.family].model_type
         # A deep copy, because transformers changes nested values.
-        config = AutoConfig.for_model(**{**json.loads(json.dumps(content)), "model_type": kind})
-        with torch.device("meta"):
-            self._model = AutoModelForCausalLM.from_config(
-                config, attn_implementation="eager", dtype=torch.float32, trust_remote_code=False
-            )
+        try:
+            config = AutoConfig.for_model(**{**json.loads(json.dumps(content)), "model_type": kind})
+            with torch.device("meta"):
+                self._model = AutoModelForCausalLM.from_config(
+                    config, attn_implementation="eager", dtype=torch.float32, trust_remote_code=False
+                )
+        except Exception as error:  # whatever is wrong with a configuration comes up somewhere in transformers
+            raise CheckpointError(
+                f"{path}: transformers cannot build its model ({type(error).__name__}: {one_line(error)}); download the model "
+                "again, or give --no-logits to compare the weights only"
+            ) from None
         self._model.eval()
         base = self._model.model
         # Its buffers are computed from the configuration, so they must not stay on the meta device.

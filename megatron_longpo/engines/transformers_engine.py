@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from megatron_longpo.checkpoint.huggingface import check_model_folder
 from megatron_longpo.data.sequence import common_prefix
 from megatron_longpo.engines.base import MODEL_ROPE, Engine, Prompt, Reply, Rope, Sampling, model_identity
 from megatron_longpo.engines.cached_attention import roomy_cache, use_cached_attention
@@ -63,6 +64,7 @@ class TransformersEngine(Engine):
         self._path = Path(path)
         if not self._path.is_dir():
             raise DataError(f"--model {path}: no such folder; give a model folder")
+        check_model_folder(self._path)
         self.tokenizer = load_tokenizer(path, chat_template, template_seconds=template_seconds)
         self.model: Any = _load_model(self._path, dtype)
         self.batch_size, self.prefill_tokens = batch_size, prefill_tokens
@@ -227,9 +229,13 @@ def _load_model(path: Path, dtype: str) -> Any:
         model = AutoModelForCausalLM.from_pretrained(
             str(path), dtype=kind, local_files_only=True, trust_remote_code=False
         )
-    except (OSError, ValueError, KeyError) as error:
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except (
+        Exception
+    ) as error:  # whatever is wrong with a folder comes up somewhere in transformers, torch or safetensors
         raise DataError(
-            f"--model {path}: transformers cannot load it ({one_line(error)}); give a model folder"
+            f"--model {path}: transformers cannot load it ({type(error).__name__}: {one_line(error)}); give a model folder"
         ) from None
     model.eval()
     model.to(platform.CURRENT.device)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_longpo.checkpoint.huggingface import check_model_folder
 from megatron_longpo.engines.base import MODEL_ROPE, Engine, Prompt, Reply, Rope, Sampling, model_identity
 from megatron_longpo.engines.settings import EngineConfig
 from megatron_longpo.errors import ConfigError
@@ -32,6 +33,7 @@ class VLLMEngine(Engine):
                 "engine=vllm needs vLLM; pip install 'megatron_longpo[vllm]', or choose engine=transformers"
             ) from None
         assert config.model is not None
+        check_model_folder(Path(config.model))
         self.tokenizer = load_tokenizer(config.model, config.chat_template, template_seconds=config.template_seconds)
         self.groups_at_once = config.concurrency
         self._config, self._longest = config, longest

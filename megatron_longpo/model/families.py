@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_longpo.errors import CheckpointError
+from megatron_longpo.errors import CheckpointError, one_line
 from megatron_longpo.model.entries import QKV, Entry, GateUp, Plain
 from megatron_longpo.model.rotary import SCALING_KEYS, check_scaling
-from megatron_longpo.model.shape import ModelShape
+from megatron_longpo.model.shape import (
+    MAX_FFN_HIDDEN_SIZE,
+    MAX_HEAD_SIZE,
+    MAX_HEADS,
+    MAX_HIDDEN_SIZE,
+    MAX_LAYERS,
+    MAX_POSITIONS,
+    MAX_VOCABULARY,
+    ModelShape,
+)
 
 
 @dataclass(frozen=True)
@@ -128,18 +138,51 @@ def entries_of(shape: ModelShape) -> tuple[Entry, ...]:
     return (*entries, _OUTPUT) if shape.untie_embeddings_and_output_weights else entries
 
 
+# Largest values of config.json's whole numbers.
+_LARGEST = {
+    "num_hidden_layers": MAX_LAYERS,
+    "hidden_size": MAX_HIDDEN_SIZE,
+    "intermediate_size": MAX_FFN_HIDDEN_SIZE,
+    "num_attention_heads": MAX_HEADS,
+    "num_key_value_heads": MAX_HEADS,
+    "head_dim": MAX_HEAD_SIZE,
+    "vocab_size": MAX_VOCABULARY,
+    "max_position_embeddings": MAX_POSITIONS,
+}
+
+
+def check_numbers(config: dict[str, Any], source: str) -> None:
+    """Check that the sizes in a config.json, of any family, are numbers between 1 and their limits.
+
+    Raises:
+        CheckpointError: the first that is not.
+    """
+    for key, largest in _LARGEST.items():
+        value = config.get(key)
+        if value is None:
+            continue
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not is_number or not 1 <= value <= largest or value != int(value):
+            raise CheckpointError(
+                f"{source}: {key}={one_line(repr(value), 40)} must be a whole number from 1 to {largest}; download the "
+                "model again"
+            )
+
+
 def shape_from_hf(config: dict[str, Any], source: str) -> ModelShape:
     """Read the shape of a model from its config.json.
 
     Raises:
         CheckpointError: the architecture is unknown, a key is missing, or a value is not supported.
     """
-    architectures = config.get("architectures") or []
+    architectures, model_type = config.get("architectures"), config.get("model_type")
+    architectures = architectures if isinstance(architectures, list) else []
     family_name = next(
-        (n for n, f in FAMILIES.items() if f.architecture in architectures or f.model_type == config.get("model_type")),
+        (n for n, f in FAMILIES.items() if f.architecture in architectures or f.model_type == model_type),
         None,
     )
-    if family_name is None:
+    # transformers goes by model_type: one that it does not know is for code of the model's own.
+    if family_name is None or model_type not in (None, *(f.model_type for f in FAMILIES.values())):
         known = ", ".join(f.architecture for f in FAMILIES.values())
         raise CheckpointError(
             f"{source}: architectures={architectures} with model_type={config.get('model_type')!r} is unknown; known are "
@@ -152,6 +195,7 @@ def shape_from_hf(config: dict[str, Any], source: str) -> ModelShape:
                 f"{source}: {key}={config[key]!r} is not supported for {family.architecture}; supported: "
                 f"{', '.join(map(repr, values))}"
             )
+    check_numbers(config, source)
     theta, scaling, percent = _rope(config, family, source)
     window = config.get(family.window_key) if family.window_key else None
     if window is not None and (isinstance(window, bool) or not isinstance(window, int) or window < 1):
@@ -161,13 +205,15 @@ def shape_from_hf(config: dict[str, Any], source: str) -> ModelShape:
         value = config.get(key)
         if value is None:
             value = default
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise CheckpointError(f"{source}: {key}={value!r} must be a number; is this the model's config.json?")
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < math.inf:
+            raise CheckpointError(
+                f"{source}: {key}={one_line(repr(value), 40)} must be a number; is this the model's config.json?"
+            )
         return value
 
     heads = int(number("num_attention_heads"))
     hidden = int(number("hidden_size"))
-    return ModelShape(
+    shape = ModelShape(
         family=family_name,
         num_layers=int(number("num_hidden_layers")),
         hidden_size=hidden,
@@ -188,6 +234,8 @@ def shape_from_hf(config: dict[str, Any], source: str) -> ModelShape:
         rotary_interleaved=family.rotary_interleaved,
         rope_scaling=scaling,
     )
+    shape.check(source)
+    return shape
 
 
 def _rope(config: dict[str, Any], family: Family, source: str) -> tuple[float, dict[str, Any] | None, float]:
@@ -203,7 +251,7 @@ def _rope(config: dict[str, Any], family: Family, source: str) -> tuple[float, d
     theta = parameters.get("rope_theta", config.get("rope_theta", 10000.0))
     percent = parameters.get("partial_rotary_factor", config.get("partial_rotary_factor", family.rotary_percent))
     for key, value in (("rope_theta", theta), ("partial_rotary_factor", percent)):
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
             raise CheckpointError(f"{source}: {key}={value!r} must be a number above 0")
     # If a file does not name the original context, it means the longest one that it claims.
     scaling.setdefault("original_max_position_embeddings", config.get("max_position_embeddings"))

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_longpo.errors import CheckpointError
+from megatron_longpo.errors import CheckpointError, one_line
 from megatron_longpo.model.shape import ModelShape
 from megatron_longpo.runtime import platform
 
@@ -66,8 +66,10 @@ def check_scaling(scaling: dict[str, Any], source: str) -> dict[str, Any] | None
         CheckpointError: the ``rope_type`` is unknown, or a number is missing or not positive.
     """
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
-    if kind not in _NEEDED:
-        raise CheckpointError(f"{source}: rope_type={kind!r} is not supported; supported: {', '.join(_NEEDED)}")
+    if not isinstance(kind, str) or kind not in _NEEDED:
+        raise CheckpointError(
+            f"{source}: rope_type={one_line(repr(kind), 40)} is not supported; supported: {', '.join(_NEEDED)}"
+        )
     if kind == "default":
         return None
     found: dict[str, Any] = {"rope_type": kind}
@@ -77,7 +79,7 @@ def check_scaling(scaling: dict[str, Any], source: str) -> dict[str, Any] | None
             continue
         if key == "truncate" and isinstance(value, bool):
             found[key] = value
-        elif isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
+        elif isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
             raise CheckpointError(f"{source}: rope_type={kind!r} needs {key} > 0, found {value!r}")
         else:
             found[key] = value

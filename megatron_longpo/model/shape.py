@@ -4,15 +4,30 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from megatron_longpo.errors import CheckpointError
-from megatron_longpo.schema import convert_fields
+from megatron_longpo.errors import CheckpointError, ConfigError
+from megatron_longpo.runtime.reading import read_json
+from megatron_longpo.schema import Range, check_ranges, convert_fields
 
 FILE_NAME = "model.json"
 SCHEMA_VERSION = 1
+
+# No model comes near these numbers. A damaged or hostile file must not take memory or time for what it claims.
+MAX_LAYERS = 4096
+MAX_HEADS = 2**14
+MAX_HEAD_SIZE = 2**14
+MAX_HIDDEN_SIZE = 2**18
+MAX_FFN_HIDDEN_SIZE = 2**21
+MAX_VOCABULARY = 2**24
+MAX_POSITIONS = 2**31
+MAX_BYTES = 2**24
+
+_FIX = "convert the model again"
+_Positive = Annotated[float, Range(gt=0, lt=math.inf, fix=_FIX)]
 
 
 @dataclass(frozen=True)
@@ -41,23 +56,23 @@ class ModelShape:
     """
 
     family: str
-    num_layers: int
-    hidden_size: int
-    ffn_hidden_size: int
-    num_attention_heads: int
-    num_query_groups: int
-    kv_channels: int
-    vocab_size: int
-    layernorm_epsilon: float
+    num_layers: Annotated[int, Range(ge=1, le=MAX_LAYERS, fix=_FIX)]
+    hidden_size: Annotated[int, Range(ge=1, le=MAX_HIDDEN_SIZE, fix=_FIX)]
+    ffn_hidden_size: Annotated[int, Range(ge=1, le=MAX_FFN_HIDDEN_SIZE, fix=_FIX)]
+    num_attention_heads: Annotated[int, Range(ge=1, le=MAX_HEADS, fix=_FIX)]
+    num_query_groups: Annotated[int, Range(ge=1, le=MAX_HEADS, fix=_FIX)]
+    kv_channels: Annotated[int, Range(ge=1, le=MAX_HEAD_SIZE, fix=_FIX)]
+    vocab_size: Annotated[int, Range(ge=1, le=MAX_VOCABULARY, fix=_FIX)]
+    layernorm_epsilon: Annotated[float, Range(ge=0, lt=math.inf, fix=_FIX)]
     add_qkv_bias: bool
     untie_embeddings_and_output_weights: bool
-    rotary_base: float
-    max_position_embeddings: int
-    init_method_std: float = 0.02
+    rotary_base: _Positive
+    max_position_embeddings: Annotated[int, Range(ge=1, le=MAX_POSITIONS, fix=_FIX)]
+    init_method_std: Annotated[float, Range(ge=0, lt=math.inf, fix=_FIX)] = 0.02
     dtype: str = "float32"
     qk_layernorm: bool = False
-    window_size: int | None = None
-    rotary_percent: float = 1.0
+    window_size: Annotated[int, Range(ge=1, fix=_FIX)] | None = None
+    rotary_percent: Annotated[float, Range(gt=0, le=1, fix=_FIX)] = 1.0
     rotary_interleaved: bool = False
     rope_scaling: dict[str, Any] | None = None
     tokenizer_hash: str | None = None
@@ -100,12 +115,12 @@ class ModelShape:
         """Read ``model.json`` of a checkpoint.
 
         Raises:
-            CheckpointError: missing, not JSON, of another schema version, with missing or unknown keys, or with a value of
-                the wrong type.
+            CheckpointError: missing, not JSON, of another schema version, with missing or unknown keys, with a value of the wrong
+                type or out of its range, or of a larger model than the folder's files can hold.
         """
         path = folder / FILE_NAME
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = read_json(path, MAX_BYTES)
         except FileNotFoundError:
             raise CheckpointError(
                 f"{folder}: contains no {FILE_NAME}, so it is not a checkpoint of this project; convert a Hugging Face "
@@ -120,4 +135,32 @@ class ModelShape:
         missing = [name for name in required if name not in values]
         if missing:
             raise CheckpointError(f"{path}: {', '.join(missing)} is missing; convert the model again")
-        return cls(**values)
+        shape = cls(**values)
+        shape.check(str(path))
+        stored = sum(file.stat().st_size for file in folder.glob("*.distcp"))
+        described = shape.num_layers * shape.layer_weights
+        if stored and described > stored:
+            raise CheckpointError(
+                f"{path}: describes at least {described:,} weights, but its .distcp files have {stored:,} bytes; they belong to "
+                "different models; convert the model again"
+            )
+        return shape
+
+    def check(self, source: str) -> None:
+        """Check that all numbers are in their ranges, and that the heads can be divided into groups.
+
+        Args:
+            source: file that they are from, for the message.
+
+        Raises:
+            CheckpointError: the first that is not.
+        """
+        try:
+            check_ranges(self)
+        except ConfigError as error:
+            raise CheckpointError(f"{source}: {error}") from None
+        if self.num_attention_heads % self.num_query_groups:
+            raise CheckpointError(
+                f"{source}: {self.num_query_groups} key-value heads do not divide {self.num_attention_heads} attention heads; is "
+                "this the model's configuration?"
+            )

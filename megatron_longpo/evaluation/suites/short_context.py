@@ -446,14 +446,25 @@ def make_model(path: str, dtype: str, batch_size: int) -> Any:
     from lm_eval.models.huggingface import HFLM
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from megatron_longpo.checkpoint.huggingface import check_model_folder
     from megatron_longpo.runtime import platform
 
+    check_model_folder(Path(path))
     torch_dtype: Any = "auto" if dtype == "auto" else getattr(torch, dtype)
-    model = AutoModelForCausalLM.from_pretrained(
-        path, dtype=torch_dtype, local_files_only=True, trust_remote_code=False
-    ).eval()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            path, dtype=torch_dtype, local_files_only=True, trust_remote_code=False
+        ).eval()
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except (
+        Exception
+    ) as error:  # whatever is wrong with a folder comes up somewhere in transformers, torch or safetensors
+        raise DataError(
+            f"{path}: transformers cannot load it ({type(error).__name__}: {one_line(error)}); give a model folder"
+        ) from None
     model.to(platform.CURRENT.device)
-    tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     # Given a loaded model, the wrapper starts no process group of its own.
     return HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
 

@@ -52,6 +52,7 @@ class ShortTask:
         splits: splits that hold the questions: the harness's first, then the ones that may stand in for it.
         example_split: split that holds the examples.
         has_subjects: whether the data set has a folder per subject.
+        local_version: version of the prompts made from local data. 2: the few-shot examples are the harness's own.
     """
 
     shots: int
@@ -62,6 +63,7 @@ class ShortTask:
     splits: tuple[str, ...]
     example_split: str = "train"
     has_subjects: bool = False
+    local_version: int = 1
 
 
 SHORT = {
@@ -90,6 +92,7 @@ SHORT = {
         yaml="hellaswag/hellaswag.yaml",
         folders=("hellaswag", "hellaswag/none", "Rowan/hellaswag"),
         splits=("validation", "test", "train", "dev"),
+        local_version=2,
     ),
     "winogrande": ShortTask(
         shots=5,
@@ -98,6 +101,7 @@ SHORT = {
         yaml="winogrande/default.yaml",
         folders=("winogrande", "winogrande/winogrande_xl", "allenai/winogrande/winogrande_xl"),
         splits=("validation", "test", "train", "dev"),
+        local_version=2,
     ),
 }
 TASKS = tuple(SHORT)
@@ -133,14 +137,15 @@ class LoadedTask:
         name: the harness's name.
         harness: the harness's task object.
         requests: requests by question.
-        local: splits of local data that are used, ``questions`` and ``examples``; empty for data from the hub.
+        local: splits of local data that are used, ``questions`` and ``examples``, and the ``version`` of the prompts if it is
+            not 1; empty for data from the hub.
     """
 
     task: str
     name: str
     harness: Any
     requests: dict[int, list[Any]]
-    local: dict[str, str]
+    local: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -167,7 +172,7 @@ class ShortContextSuite(BatchSuite[list[LoadedTask]]):
     """MMLU, ARC-C, HellaSwag and Winogrande by lm-evaluation-harness."""
 
     name = "short"
-    settings_alike = ("version", "harness", "shots")
+    settings_alike = ("version", "harness", "shots", "local")
     settings_by_task = ("shots", "limit", "local", "questions")
 
     @override
@@ -285,13 +290,13 @@ class _TaskFile:
         name: the harness's name.
         yaml: the harness's file.
         changes: keys to override.
-        local: splits of local data that are used.
+        local: see ``LoadedTask``.
     """
 
     name: str
     yaml: Path
     changes: dict[str, Any]
-    local: dict[str, str]
+    local: dict[str, Any]
 
 
 def _task_files(task: str, data: Path | None) -> list[_TaskFile]:
@@ -323,16 +328,25 @@ def _task_files(task: str, data: Path | None) -> list[_TaskFile]:
         # The harness's splits, or the nearest that are there, which the results record.
         questions = next(split for split in spec.splits if split in found.files)
         examples = spec.example_split if spec.example_split in found.files else questions
-        data_changes = {
+        data_changes: dict[str, Any] = {
             "dataset_path": found.kind,
             "dataset_name": None,
             "dataset_kwargs": {"data_files": found.files},
-            "test_split": questions,
-            "validation_split": None,
-            "training_split": None,
-            "fewshot_split": examples,
         }
-        local = {"questions": questions, "examples": examples}
+        local: dict[str, Any] = {"questions": questions, "examples": examples}
+        if (questions, examples) == (spec.splits[0], spec.example_split):
+            # The file's own keys stay: the harness draws one example more, and drops the question itself, wherever its keys for
+            # the questions and for the examples are equal, and HellaSwag and Winogrande set neither. Other keys for the same
+            # splits would draw other examples.
+            if spec.local_version > 1:
+                local["version"] = spec.local_version
+        else:
+            data_changes |= {
+                "test_split": questions,
+                "validation_split": None,
+                "training_split": None,
+                "fewshot_split": examples,
+            }
         task_files.append(_TaskFile(name, path, {**changes, **data_changes}, local))
     if not task_files:
         subject = "/SUBJECT" if spec.has_subjects else ""

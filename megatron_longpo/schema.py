@@ -33,14 +33,14 @@ class Range:
     Attributes:
         gt, ge: lower bound, exclusive or inclusive.
         lt, le: upper bound, exclusive or inclusive. ``lt=math.inf`` asks for a finite number.
-        fix: what the error suggests.
+        fix: what the error suggests; by default, to raise or to lower the number.
     """
 
     gt: float | None = None
     ge: float | None = None
     lt: float | None = None
     le: float | None = None
-    fix: str = "raise it, or leave it out for the default"
+    fix: str | None = None
 
     def contains(self, value: float) -> bool:
         return (
@@ -49,6 +49,11 @@ class Range:
             and (self.lt is None or value < self.lt)
             and (self.le is None or value <= self.le)
         )
+
+    def fix_of(self, value: float) -> str:
+        """What the error suggests for a value out of range."""
+        too_large = (self.lt is not None and value >= self.lt) or (self.le is not None and value > self.le)
+        return self.fix or f"{'lower' if too_large else 'raise'} it, or leave it out for the default"
 
     @property
     def rule(self) -> str:
@@ -221,7 +226,7 @@ def check_ranges(section: Any) -> None:
         elif value is not None:
             for bounds in _ranges(hint):
                 if not bounds.contains(value):
-                    raise ConfigError(f"{name}={value} {bounds.rule}; {bounds.fix}")
+                    raise ConfigError(f"{name}={value} {bounds.rule}; {bounds.fix_of(value)}")
 
 
 def _ranges(hint: Any) -> Iterator[Range]:

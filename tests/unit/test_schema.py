@@ -52,6 +52,7 @@ def test_ranges_and_their_words(
 class Inner:
     count: Count = 1
     share: Annotated[float, Range(ge=0, le=1, fix="0.5 is half")] | None = None
+    percent: Annotated[float, Range(ge=0, le=100)] = 50
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,10 @@ def test_ranges_are_found_in_nested_sections_and_options() -> None:
     check_ranges(Outer(Inner(3, 0.5)))
     with pytest.raises(ConfigError, match=r"count=0 must be at least 1; raise it"):
         check_ranges(Outer(Inner(0)))
+    with pytest.raises(ConfigError, match=r"percent=120 must be in \[0, 100\]; lower it, or leave it out"):
+        check_ranges(Outer(Inner(percent=120)))
+    with pytest.raises(ConfigError, match=r"percent=-1 must be in \[0, 100\]; raise it, or leave it out"):
+        check_ranges(Outer(Inner(percent=-1)))
     with pytest.raises(ConfigError, match=r"share=1.5 must be in \[0, 1\]; 0.5 is half"):
         check_ranges(Outer(Inner(1, 1.5)))
 
@@ -197,7 +202,7 @@ def test_every_error_of_a_range_has_value_rule_and_fix() -> None:
                     broken = dataclasses.replace(section, **{name: float("nan")})
                     with pytest.raises(ConfigError, match=rf"^{name}=nan must .+; \w+") as refused:
                         check_ranges(broken)
-                    assert str(refused.value).endswith(bounds.fix)
+                    assert str(refused.value).endswith(bounds.fix_of(float("nan")))
 
 
 # --------------------------------------------------------------------------------------------------

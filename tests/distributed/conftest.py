@@ -1,11 +1,13 @@
-"""The parity matrix runs once per session."""
+"""The parity matrix, or what the selected tests need of it, runs once per session."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from tests.support.parity.cases import Case
 from tests.support.parity.launches import Results, make_inputs
 
 
@@ -18,6 +20,19 @@ def parity_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def results(parity_folder: Path) -> Results:
-    """Numbers of all cases."""
-    return Results(parity_folder)
+def results(parity_folder: Path, request: pytest.FixtureRequest) -> Results:
+    """Numbers of the cases that the session's tests compare: after ``-k one-dpo`` a few, else all."""
+    names: set[str] = set()
+    for item in request.session.items:
+        if "results" in getattr(item, "fixturenames", ()):
+            names |= _compared(getattr(item, "callspec", None))
+    return Results(parity_folder, names)
+
+
+def _compared(parameters: Any) -> set[str]:
+    """Names of the cases that a test with these parameters compares."""
+    values = parameters.params if parameters is not None else {}
+    case: Case | None = values.get("case")
+    if case is None:
+        return {values.get("name", "one")}
+    return {case.name, case.oracle, *(["one-not-shared-bf16"] if case.bf16 else [])}

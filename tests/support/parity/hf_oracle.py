@@ -128,7 +128,7 @@ def objective(
                 preference = -F.logsigmoid(beta * ((chosen - ref_chosen) - (rejected - ref_rejected)))
             loss = preference if kind == "dpo" else weight * preference + nll
         losses.append(loss)
-        rows.append([float(v) for v in (loss, nll, preference, chosen, rejected, ref_chosen, ref_rejected)])
+        rows.append([v.item() for v in (loss, nll, preference, chosen, rejected, ref_chosen, ref_rejected)])
     total = torch.stack(losses).mean()
     policy.zero_grad()
     total.backward()

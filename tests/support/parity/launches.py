@@ -1,8 +1,8 @@
-"""Launches of the parity matrix: each runs all cases of a world size at once; the tests read the numbers."""
+"""Launches of the parity matrix: each runs the wanted cases of a world size at once; the tests read the numbers."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,19 +46,26 @@ class Launch:
 
 
 class Results(dict[str, dict[str, Any]]):
-    """Family -> case -> numbers; the launches of a family run when it is first asked for."""
+    """Family -> case -> numbers; the launches of a family run when it is first asked for.
 
-    def __init__(self, folder: Path) -> None:
+    Args:
+        folder: what ``make_inputs`` has filled.
+        names: names of the cases to run.
+    """
+
+    def __init__(self, folder: Path, names: Collection[str]) -> None:
         super().__init__()
         self._folder = folder
+        self._cases = [case for case in CASES if case.name in names]
 
     def __missing__(self, family: str) -> dict[str, Any]:
         # Variants have few cases each: they share their launches.
         together = VARIANTS if family in VARIANTS else (family,)
-        sizes = sorted({case.processes for case in CASES if family in case.families})
+        cases = [case for case in self._cases if family in case.families]
+        names, sizes = [case.name for case in cases], sorted({case.processes for case in cases})
         # The launch of one process would leave a core idle: it runs beside the others.
-        alone = Launch(self._folder, sizes[0], together)
-        others = [Launch(self._folder, n, together).finish() for n in sizes[1:]]
+        alone = Launch(self._folder, sizes[0], together, names)
+        others = [Launch(self._folder, n, together, names).finish() for n in sizes[1:]]
         for found in (alone.finish(), *others):
             for each, numbers in found.items():
                 self.setdefault(each, {}).update(numbers)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 import sys
@@ -15,10 +16,11 @@ import pytest
 
 from megatron_longpo.config import from_dict
 from megatron_longpo.engines.base import Engine, Prompt, Reply, Sampling
-from megatron_longpo.errors import ConfigError
+from megatron_longpo.errors import ConfigError, DataError
 from megatron_longpo.evaluation import evaluate as evaluation
 from megatron_longpo.evaluation.compare import write_comparison
 from megatron_longpo.evaluation.registry import SUITES
+from megatron_longpo.evaluation.sections import EvaluateConfig
 from megatron_longpo.evaluation.settings import EvaluationConfig, check
 from tests.support.launch import ROOT
 
@@ -63,14 +65,16 @@ class ReadingEngine(Engine):
         return Reply(answer, True, tokens, 3)
 
 
+def python_blocks() -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```", PAGE.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+
+
 @pytest.fixture
 def recall(monkeypatch: pytest.MonkeyPatch) -> Iterator[types.ModuleType]:
     """The module of the page's first block of Python, its suite registered."""
-    block = re.search(r"^```python\n(.*?)^```", PAGE.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
-    assert block is not None
-    module = types.ModuleType("recall")
-    monkeypatch.setitem(sys.modules, "recall", module)
-    exec(compile(block[1], str(PAGE), "exec"), module.__dict__)
+    module = types.ModuleType("megatron_longpo.evaluation.suites.recall")
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    exec(compile(python_blocks()[0], str(PAGE), "exec"), module.__dict__)
     monkeypatch.setitem(SUITES, "recall", module.RecallSuite())
     yield module
 
@@ -148,5 +152,30 @@ def test_options_of_a_new_suite_are_checked(recall: types.ModuleType, tmp_path: 
 
 def test_without_registration_the_name_is_unknown(tmp_path: Path) -> None:
     values = {"evaluate": {"output": str(tmp_path), "tasks": ["recall"]}, "engine": {"model": "none"}}
-    with pytest.raises(ConfigError, match="tasks has 'recall'; use ruler, infinitebench, needle, short, preference"):
+    with pytest.raises(ConfigError, match=f"tasks has 'recall'; use {', '.join(SUITES)}"):
         check(from_dict(values, "test", EvaluationConfig))
+
+
+@pytest.mark.usefixtures("recall")
+def test_the_tests_of_the_page_pass() -> None:
+    (block,) = (block for block in python_blocks() if "def test_" in block)
+    names: dict[str, Any] = {}
+    exec(compile(block, str(PAGE), "exec"), names)
+    tests = [value for name, value in names.items() if name.startswith("test_")]
+    assert len(tests) == 3
+    for test in tests:
+        test()
+
+
+def test_a_length_without_room_is_refused_by_name(recall: types.ModuleType) -> None:
+    with pytest.raises(
+        DataError, match=r"recall at 20 tokens: the shortest possible sample has .*; ask for longer samples"
+    ):
+        recall.make_sample(["word"], lambda message, _: len(message.split()), 7, "word", 20, 0)
+
+
+def test_help_and_the_page_of_suites_name_every_suite() -> None:
+    text = re.search(r'tasks: .*\n +"""(.*?)"""', inspect.getsource(EvaluateConfig))
+    assert text is not None and text[1].endswith(f": {', '.join(SUITES)}.")
+    page = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    assert sorted(re.findall(r"^### `(\w+)`$", page, re.MULTILINE)) == sorted(SUITES)

@@ -12,7 +12,7 @@ from typing import Literal, get_args
 import pyarrow
 import pyarrow.parquet
 
-from megatron_longpo.errors import DataError
+from megatron_longpo.errors import DataError, one_line
 from megatron_longpo.runtime.files import open_regular
 from megatron_longpo.runtime.log import log
 from megatron_longpo.runtime.reading import (
@@ -229,8 +229,8 @@ def _values_of(path: Path, column: str, limits: ReadingConfig) -> Iterator[_Valu
             yield (path.name, b"", _TOO_LARGE) if is_large else (path.name, content, None)
     except TooLarge as error:
         raise DataError(f"--documents {path}: {error}") from None
-    except (OSError, EOFError, zlib.error, pyarrow.ArrowException) as error:
-        raise DataError(f"--documents {path}: cannot be read ({error}); give a whole file") from None
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error, pyarrow.ArrowException) as error:
+        raise DataError(f"--documents {path}: cannot be read ({one_line(error)}); give a whole file") from None
 
 
 def _rows_of_jsonl(path: Path, column: str, limits: ReadingConfig) -> Iterator[_Value]:
@@ -265,9 +265,11 @@ def _rows_of_parquet(path: Path, column: str, limits: ReadingConfig) -> Iterator
     with open_regular(path) as stream:
         try:
             file = pyarrow.parquet.ParquetFile(stream, buffer_size=_PARQUET_BUFFER_BYTES, pre_buffer=False)
-        except pyarrow.ArrowException as error:
-            raise DataError(f"--documents {path}: is not a parquet file ({error}); give a whole one") from None
-        check_expansion(file.metadata, limits)
+        except (UnicodeDecodeError, pyarrow.ArrowException) as error:
+            raise DataError(
+                f"--documents {path}: is not a parquet file ({one_line(error)}); give a whole one"
+            ) from None
+        check_expansion(file.metadata, path.stat().st_size, limits)
         if column not in file.schema_arrow.names:
             raise DataError(
                 f"--documents {path}: has no column {column!r}; name the text's column with --text-column, one of "
@@ -275,6 +277,8 @@ def _rows_of_parquet(path: Path, column: str, limits: ReadingConfig) -> Iterator
             )
         # One row at a time: a dictionary can repeat a large text at no cost in the file.
         for row, batch in enumerate(file.iter_batches(batch_size=1, columns=[column]), 1):
+            # Offsets of a damaged file may lead anywhere in memory. The bytes of texts are looked at later.
+            batch.validate()
             name = f"{path.name}:{row}"
             value = _bytes_of(batch.column(0), limits.max_row_bytes)
             yield (name, b"", value) if isinstance(value, str) else (name, value, None)

@@ -24,7 +24,7 @@ import pyarrow.parquet
 
 from megatron_longpo.data.indexed import Manifest, SampleWriter, path_of, read_manifest, token_dtype
 from megatron_longpo.data.preference import TOKENISED_COLUMNS, BadRow, Mode, Sample, from_tokenised
-from megatron_longpo.errors import DataError
+from megatron_longpo.errors import DataError, one_line
 from megatron_longpo.runtime.files import open_regular, sha256_of
 from megatron_longpo.runtime.log import log
 from megatron_longpo.runtime.progress import Progress
@@ -205,7 +205,7 @@ def _read_columns(path: Path, limits: ReadingConfig) -> Iterator[RawRow]:
         with open_regular(path) as stream:
             if path.suffix == ".parquet":
                 table = pyarrow.parquet.ParquetFile(stream, pre_buffer=False)
-                check_expansion(table.metadata, limits)
+                check_expansion(table.metadata, path.stat().st_size, limits)
                 batches = table.iter_batches(batch_size=1)
             else:
                 source = pyarrow.memory_map(str(path))
@@ -215,6 +215,8 @@ def _read_columns(path: Path, limits: ReadingConfig) -> Iterator[RawRow]:
                     reader = pyarrow.ipc.open_file(source)
                     batches = (reader.get_batch(i) for i in range(reader.num_record_batches))
             for batch in batches:
+                # Offsets of a damaged file may lead anywhere in memory.
+                batch.validate(full=True)
                 for start in range(batch.num_rows):
                     row = batch.slice(start, 1)
                     # Dictionaries are shared between rows, and count for each.
@@ -225,8 +227,11 @@ def _read_columns(path: Path, limits: ReadingConfig) -> Iterator[RawRow]:
                         yield RawRow(line=0, text=None, columns=row.to_pylist()[0])
     except TooLarge as error:
         raise DataError(f"--input {path}: {error}") from None
-    except (OSError, pyarrow.ArrowException) as error:
-        raise DataError(f"--input {path}: cannot be read ({error}); give a whole parquet or arrow file") from None
+    except (OSError, ValueError, OverflowError, pyarrow.ArrowException) as error:
+        # ValueError: a name or a text is not UTF-8; OverflowError: a date is beyond Python's.
+        raise DataError(
+            f"--input {path}: cannot be read ({one_line(error)}); give a whole parquet or arrow file"
+        ) from None
 
 
 # --------------------------------------------------------------------------------------------------

@@ -74,6 +74,7 @@ def run_identity(plan: RunPlan, reference_weights: str) -> dict[str, Any]:
         "preference_weight": objective.preference_weight,
         "nll_scope": objective.nll_scope,
         "loss_type": objective.loss_type,
+        "label_smoothing": objective.label_smoothing,
     }
 
 
@@ -84,7 +85,7 @@ def check_same_run(progress: RunProgress, identity: dict[str, Any], folder: Path
         CheckpointError: the first setting that differs.
     """
     for name, value in identity.items():
-        # A run saved before a setting existed had the only value there was.
+        # A run saved before a setting was recorded is taken to have the present value.
         before = progress.identity.get(name, value)
         if before != value:
             raise CheckpointError(

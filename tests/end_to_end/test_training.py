@@ -307,6 +307,7 @@ def test_what_may_change_on_resume_and_what_may_not(model: Path, tmp_path: Path)
         (["--seed", "5"], "seed=1234"),
         (["--bf16"], "bf16=False"),
         (["--beta", "0.2"], "beta=0.1"),
+        (["--label-smoothing", "0.1"], "label_smoothing=0.0"),
         (["--load", str(output)], "reference_weights="),
     ):
         done = run([PYTHON, *train(model, output, "--train-iters", "4", *flags)], expect=2)

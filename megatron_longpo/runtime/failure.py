@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import errno
 import os
@@ -44,6 +45,7 @@ _FIXES = {
 }
 _ERROR_NUMBER = re.compile(r"\[Errno (\d+)\]")
 _NO_MEMORY = ("can't allocate memory", "Cannot allocate memory", "CUDA out of memory")
+_WRITER_STOPPED = ("unexpected pos", "PytorchStreamWriter failed writing", "file write failed")
 _OVERFLOWS = ("without overflow", "Overflow when unpacking")
 
 _folder: Path | None = None
@@ -78,10 +80,19 @@ def explain(error: BaseException, output: Path | None = None) -> str | None:
         The line, or None: the error is not one of these.
     """
     for cause in causes_of(error):
+        if type(cause).__name__ == "CheckpointException":
+            continue  # its text is the tracebacks of what it wraps
         if isinstance(cause, MemoryError) or type(cause).__name__ == "OutOfMemoryError":
             return _explain_memory(cause)
         if isinstance(cause, RuntimeError) and any(sign in str(cause) for sign in _NO_MEMORY):
             return _explain_memory(cause)
+        if any(sign in str(cause) for sign in _WRITER_STOPPED):
+            # torch's writer hides the operating system's error behind its own.
+            where = f"{output or _folder or 'the output'}: "
+            return (
+                f"{where}a write failed ({one_line(cause, 160)}), as on a full disk or at a limit on file sizes; free space (df, "
+                "quota, ulimit -f), then run the command again"
+            )
         number = cause.errno if isinstance(cause, OSError) else None
         if number is None and (found := _ERROR_NUMBER.search(str(cause))):
             # A library's error that quotes one of the operating system.
@@ -135,8 +146,14 @@ def _write_traceback(error: BaseException) -> str:
             return name
         except OSError:
             continue
-    print(text, file=sys.stderr)
+    _print(text)
     return "above"
+
+
+def _print(line: str) -> None:
+    # The disk that is full may be the one that standard error goes to.
+    with contextlib.suppress(OSError):
+        print(line, file=sys.stderr, flush=True)
 
 
 def _first_to_fail() -> bool:
@@ -183,12 +200,12 @@ def run_or_fail(action: Callable[[], None]) -> None:
     except LongPOError as error:
         code = 2
         if _first_to_fail():
-            print(f"error: {error}", file=sys.stderr)
+            _print(f"error: {error}")
         else:
             linger = _LINGER_SECONDS
             if not _has_store() and os.environ.get("LOCAL_RANK") == "0":
                 # On another node the cause may be another: its disk may lack a file that the first one has.
-                print(f"rank {os.environ.get('RANK')}: {error}", file=sys.stderr)
+                _print(f"rank {os.environ.get('RANK')}: {error}")
     except KeyboardInterrupt:
         code = 130
     except SystemExit:
@@ -198,13 +215,15 @@ def run_or_fail(action: Callable[[], None]) -> None:
         line = explain(error)
         code = 1 if line is None else 2
         if _first_to_fail():
-            print(f"error: {line or _line_on(error)} (traceback: {_write_traceback(error)})", file=sys.stderr)
+            _print(f"error: {line or _line_on(error)} (traceback: {_write_traceback(error)})")
         else:
             linger = _LINGER_SECONDS_AFTER_TIMEOUT if _is_timeout(str(error)) else _LINGER_SECONDS
     release_locks()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    if code:
+    if not code:
+        sys.stdout.flush()
+    else:
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
         time.sleep(linger)
         os._exit(code)
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import logging
 import os
 import shutil
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,19 +29,20 @@ from megatron_longpo.checkpoint.folders import (
     LATEST,
     RunProgress,
     folder_of,
-    latest_step,
+    passed_over,
     read_progress,
     whole_steps,
 )
-from megatron_longpo.errors import CheckpointError
+from megatron_longpo.errors import CheckpointError, DamagedError
 from megatron_longpo.model.gpt import PolicyModel
 from megatron_longpo.runtime import platform
-from megatron_longpo.runtime.collectives import on_rank0
-from megatron_longpo.runtime.files import write_atomically
+from megatron_longpo.runtime.collectives import all_gather_objects, on_rank0, raise_on_all_ranks
+from megatron_longpo.runtime.files import FolderLock, write_atomically
 from megatron_longpo.runtime.log import log
 from megatron_longpo.runtime.process_groups import Parallel
 from megatron_longpo.training.optimization import counts_in_state, follow_config, inner_optimizers
 from megatron_longpo.training.plan import RunPlan
+from megatron_longpo.training.plausibility import first_not_finite
 
 _OPTIMIZER_METADATA = {
     "distrib_optim_sharding_type": "fully_reshardable",
@@ -124,11 +127,20 @@ def load_weights(path: Path, chunks: Sequence[PolicyModel], parallel: Parallel) 
     """Load only the weights of a checkpoint, saved with any layout.
 
     Raises:
-        CheckpointError: the checkpoint cannot be read, or lacks a tensor.
+        CheckpointError: the checkpoint cannot be read, lacks a tensor, or holds values that are not finite.
     """
     state = weights_state(chunks, parallel)
     loaded = _load(state, path)
     _set_weights(loaded, chunks)
+    _check_finite(path, first_not_finite(chunks))
+
+
+def _check_finite(path: Path, name: str | None) -> None:
+    if name is not None:
+        raise DamagedError(
+            f"{path}: {name} holds values that are not finite, so the checkpoint is damaged; use another, or convert the "
+            "model again"
+        )
 
 
 def _set_weights(loaded: dict[str, Any], chunks: Sequence[PolicyModel]) -> None:
@@ -153,12 +165,15 @@ def _zero_vocabulary_padding(chunk: PolicyModel) -> None:
 
 
 def _load(state: dict[str, Any], path: Path) -> dict[str, Any]:
+    if not (path / ".metadata").is_file():
+        # torch would print a traceback first.
+        raise DamagedError(f"{path}: has no file .metadata, so it is damaged; use another, or convert the model again")
     try:
         return dist_checkpointing.load(state, str(path))
     except (Exception, CheckpointException) as error:
         # torch.distributed.checkpoint's own exception is not a subclass of Exception.
         detail = " ".join(str(error).split())[-300:]
-        raise CheckpointError(
+        raise DamagedError(
             f"{path}: cannot be loaded ({type(error).__name__}: {detail}); if it is damaged, remove the folder to "
             "resume from the previous one, or convert the model again"
         ) from error
@@ -171,29 +186,61 @@ class Checkpointer:
         plan: plan of the run.
         parallel: degrees and groups.
         reference_weights: name of the reference's weights.
+        folder_lock: lock on the output folder, on rank 0; ``close`` releases it.
 
     Attributes:
-        resume_step: step of the newest checkpoint in the output folder; None: this is a new run.
+        resume_step: step of the newest readable checkpoint in the output folder; None: this is a new run.
+        good_step: step of the newest checkpoint whose weights and states this launch has found finite; None: there is none.
 
     Raises:
         CheckpointError: the output folder holds a run with other settings.
     """
 
-    def __init__(self, plan: RunPlan, parallel: Parallel, *, reference_weights: str) -> None:
+    def __init__(
+        self, plan: RunPlan, parallel: Parallel, *, reference_weights: str, folder_lock: FolderLock | None = None
+    ) -> None:
         self.plan, self.parallel, self.config = plan, parallel, plan.config.checkpoint
         self.output = plan.output
         self.identity = run_identity(plan, reference_weights)
-        self.resume_step = on_rank0(self._find_checkpoint)
+        self._folder_lock = folder_lock
+        # Checkpoints that were passed over because they are damaged, by step.
+        self._damaged: dict[int, str] = {}
+        self._resume_steps = on_rank0(self._find_checkpoints)
+        self.resume_step = self._resume_steps[0] if self._resume_steps else None
+        self.good_step: int | None = None
         self._queue = AsyncCallsQueue() if self.config.async_save else None
         self._saved_step: int | None = None
 
-    def _find_checkpoint(self) -> int | None:
-        step = latest_step(self.output) if self.output is not None else None
-        if step is not None:
-            assert self.output is not None
+    def _find_checkpoints(self) -> list[int]:
+        """Steps of the checkpoints that the run may resume from, newest first; the first of them can be read."""
+        if self.output is None:
+            return []
+        for line in passed_over(self.output):
+            log(line)
+        steps = whole_steps(self.output)[::-1]
+        first_error: DamagedError | None = None
+        for index, step in enumerate(steps):
             folder = folder_of(self.output, step)
-            check_same_run(read_progress(folder), self.identity, folder)
-        return step
+            try:
+                check_same_run(read_progress(folder), self.identity, folder)
+                return steps[index:]
+            except DamagedError as error:
+                first_error = first_error or error
+                self._damaged[step] = str(error)
+        if first_error is not None:
+            raise first_error
+        return []
+
+    def is_due(self, step: int, *, last: bool) -> bool:
+        """Whether to save after this step.
+
+        Args:
+            step: optimizer steps done.
+            last: whether training ends with this step.
+        """
+        interval = self.config.save_interval
+        is_time = last or (interval is not None and step % interval == 0)
+        return self.output is not None and self._saved_step != step and is_time
 
     def save(self, step: int, state: TrainState, *, records: Sequence[dict[str, Any]], last: bool) -> None:
         """Save after this step if it is time to; collective, called after every step.
@@ -209,18 +256,22 @@ class Checkpointer:
         if self.output is None:
             return
         if self._queue is not None and self._queue.get_num_unfinalized_calls():
-            self._queue.maybe_finalize_async_calls(blocking=False)
-        interval = self.config.save_interval
-        if self._saved_step != step and (last or (interval is not None and step % interval == 0)):
+            self._finalize(self._queue, blocking=False)
+        if self.is_due(step, last=last):
             self._save(self.output, step, state, records)
 
     def _save(self, output: Path, step: int, state: TrainState, records: Sequence[dict[str, Any]]) -> None:
         if self._queue is not None:
             # One at a time: another would need the memory of another copy.
-            self._queue.maybe_finalize_async_calls(blocking=True)
+            self._finalize(self._queue, blocking=True)
         self._saved_step = step
         writing = output / f".writing_{step:07d}"
         if self.parallel.rank == 0:
+            if self._folder_lock is not None and not self._folder_lock.is_in_place:
+                raise CheckpointError(
+                    f"{output}: the folder was removed or replaced while the run was writing to it, and its earlier checkpoints "
+                    "with it; leave it in place, then rerun the command to start again from --load"
+                )
             for old in output.glob(".writing_*"):
                 shutil.rmtree(old, ignore_errors=True)
             writing.mkdir(parents=True)
@@ -234,18 +285,27 @@ class Checkpointer:
         )
         content = self._content(step, state, is_loading=False, with_rng=True)
         if self._queue is None:
-            dist_checkpointing.save(content, str(writing))
+            with _explaining(output):
+                dist_checkpointing.save(content, str(writing))
             self._publish(output, writing, step, record)
         else:
-            request = dist_checkpointing.save(content, str(writing), async_sharded_save=True)
+            with _explaining(output):
+                request = dist_checkpointing.save(content, str(writing), async_sharded_save=True)
             request.add_finalize_fn(lambda: self._publish(output, writing, step, record))
             self._queue.schedule_async_request(request)
 
+    def _finalize(self, queue: AsyncCallsQueue, *, blocking: bool) -> None:
+        assert self.output is not None
+        with _explaining(self.output):
+            queue.maybe_finalize_async_calls(blocking=blocking)
+
     def close(self) -> None:
-        """Wait for a background save."""
+        """Wait for a background save, and give the output folder up."""
         if self._queue is not None:
-            self._queue.maybe_finalize_async_calls(blocking=True)
+            self._finalize(self._queue, blocking=True)
             self._queue.close()
+        if self._folder_lock is not None:
+            self._folder_lock.release()
 
     def _write_companions(self, folder: Path, record: dict[str, Any]) -> None:
         # A name of their own for these weights: a reference made of them is recognised without reading them.
@@ -271,6 +331,8 @@ class Checkpointer:
                     doomed = output / f".writing_{old:07d}_old"
                     os.replace(folder_of(output, old), doomed)
                     shutil.rmtree(doomed, ignore_errors=True)
+        # The trainer checked it before it was saved.
+        self.good_step = step
         dist.barrier()
 
     def _content(self, step: int, state: TrainState, *, is_loading: bool, with_rng: bool) -> dict[str, Any]:
@@ -299,19 +361,56 @@ class Checkpointer:
         return content
 
     def resume(self, state: TrainState) -> int:
-        """Load everything from the newest checkpoint of this run, saved with this or another layout; collective.
+        """Load everything from the newest good checkpoint of this run, saved with this or another layout; collective.
+
+        A newer one that is damaged is renamed to ``damaged_iter_*``, once an older one has been loaded.
 
         Returns:
             Optimizer steps done; 0 in a new run.
 
         Raises:
-            CheckpointError: the checkpoint cannot be read, or holds only weights.
+            CheckpointError: no checkpoint of the run can be read, or the newest holds only weights.
         """
-        if self.resume_step is None:
-            return 0
-        assert self.output is not None
-        folder = folder_of(self.output, self.resume_step)
+        assert self.output is not None or not self._resume_steps
+        first_error: str | None = None
+        for step in self._resume_steps:
+            assert self.output is not None
+            folder = folder_of(self.output, step)
+            failure: str | None = None
+            try:
+                self._load_run(folder, state)
+            except DamagedError as error:
+                failure = str(error)
+            failure = next((f for f in all_gather_objects(failure) if f is not None), None)
+            if failure is None:
+                if self.parallel.rank == 0:
+                    self._set_damaged_aside(self.output, step)
+                self._saved_step = self.good_step = self.resume_step = step
+                log(f"resumed from {folder} after step {step}", active=self.parallel.rank == 0)
+                return step
+            first_error = first_error or failure
+            self._damaged[step] = failure
+        if first_error is not None:
+            raise DamagedError(first_error)
+        return 0
+
+    def _set_damaged_aside(self, output: Path, step: int) -> None:
+        """Rename damaged checkpoints, so that they neither count nor stand in the way of those that come."""
+        for damaged, reason in sorted(self._damaged.items()):
+            aside = output / f"damaged_{folder_of(output, damaged).name}"
+            shutil.rmtree(aside, ignore_errors=True)
+            os.replace(folder_of(output, damaged), aside)
+            log(f"{reason}; it is now {aside.name}, and the run resumes from step {step}", level=logging.WARNING)
+
+    def _load_run(self, folder: Path, state: TrainState) -> None:
+        """Load everything from a checkpoint; collective.
+
+        Raises:
+            DamagedError: it cannot be read, or holds values that are not finite.
+            CheckpointError: it holds only weights, or is of another run.
+        """
         progress = read_progress(folder)
+        check_same_run(progress, self.identity, folder)
         # Random numbers belong to ranks: another layout starts them from the seed.
         same_layout = progress.layout == self.parallel.describe()
         for inner in inner_optimizers(state.optimizer):
@@ -323,12 +422,38 @@ class Checkpointer:
         follow_config(state.optimizer, self.plan.config)
         for inner in inner_optimizers(state.optimizer):
             _separate_steps(inner, progress.step)
+        _check_finite(folder, first_not_finite(state.chunks, inner_optimizers(state.optimizer)))
         state.scheduler.load_state_dict(loaded["scheduler"])
         if same_layout:
             platform.CURRENT.set_rng_state(loaded["rng"])
-        self._saved_step = progress.step
-        log(f"resumed from {folder} after step {progress.step}", active=self.parallel.rank == 0)
-        return progress.step
+
+    def advice(self, step: int) -> str:
+        """What to do after a step that failed because its numbers are not finite.
+
+        Args:
+            step: optimizer steps done before it.
+        """
+        remedy = "lower lr, lengthen the warm-up, or inspect those samples"
+        if self.good_step is None or self.output is None:
+            return f"no checkpoint was saved before: {remedy}, and start again"
+        folder = folder_of(self.output, self.good_step)
+        if self.good_step == step:
+            return (
+                f"{folder} holds the finite weights that gave it, so a run that resumes from there may fail again: {remedy}; "
+                "remove that folder to resume from an earlier checkpoint, or use another --save to start again"
+            )
+        return f"the weights and optimizer states of {folder} are finite: {remedy}, and rerun the command to resume from there"
+
+
+@contextlib.contextmanager
+def _explaining(output: Path) -> Iterator[None]:
+    """Raise what any rank failed with in megatron-core's save, on all ranks; only rank 0 has the causes otherwise."""
+    try:
+        yield
+    except CheckpointException as error:
+        # megatron-core raises it on all ranks at once; other errors come up on one rank, and its peers are elsewhere.
+        with raise_on_all_ranks(output):
+            raise error
 
 
 def _make_states(optimizer: torch.optim.Optimizer) -> None:

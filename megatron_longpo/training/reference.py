@@ -7,25 +7,26 @@ with a second model, ``swapped`` with weights that wait in host memory and chang
 from __future__ import annotations
 
 import hashlib
+import io
 import json
-import os
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_longpo.errors import DataError
+from megatron_longpo.errors import DataError, one_line
 from megatron_longpo.model.gpt import PolicyModel, build_model
 from megatron_longpo.model.rotary import rotary_of
 from megatron_longpo.model.shape import ModelShape
 from megatron_longpo.runtime import platform
 from megatron_longpo.runtime.collectives import on_rank0
-from megatron_longpo.runtime.files import sha256_of, write_atomically
+from megatron_longpo.runtime.files import FolderLock, holder_of, sha256_of, write_atomically
 from megatron_longpo.runtime.log import log
 from megatron_longpo.runtime.process_groups import Parallel
 from megatron_longpo.runtime.progress import Progress
@@ -38,6 +39,10 @@ SCHEMA_VERSION = 1
 
 # Samples per data x context rank between two writes of a partial cache.
 _SAMPLES_PER_RANK = 8
+# Sums of thousands of log-probs near zero may end a little above it.
+_ROUNDING = 0.1
+_DIGEST_BYTES = 32
+_POLL_SECONDS = 2.0
 
 
 class Reference(Protocol):
@@ -108,17 +113,23 @@ class CachedReference:
     def prepare(self, data_sets: Sequence[DataSet]) -> None:
         for data in data_sets:
             cache = cache_for(self._plan, data, self.weights)
-            table = on_rank0(cache.read)
-            if table is None:
-                log(f"reference: scoring {len(data)} samples once, into {cache.path}", active=self._parallel.rank == 0)
-                load_weights(self._plan.reference_load, self._chunks, self._parallel)
-                table = fill(cache, data, self._scorer)
-            else:
-                log(
-                    f"reference: log-probs of {len(data)} samples found in {cache.path}",
-                    active=self._parallel.rank == 0,
-                )
-            self._tables[data.prefix] = table
+            # In short waits, since ranks that wait in a collective for another run's hours would time out.
+            while (state := on_rank0(cache.look)) == "busy":
+                time.sleep(_POLL_SECONDS)
+            self._tables[data.prefix] = self._found_in(cache) if state == "found" else self._score(cache, data)
+
+    def _found_in(self, cache: ReferenceCache) -> np.ndarray:
+        table = on_rank0(cache.read)
+        assert table is not None, "no other process writes it meanwhile"
+        log(f"reference: log-probs of {len(table)} samples found in {cache.path}", active=self._parallel.rank == 0)
+        return table
+
+    def _score(self, cache: ReferenceCache, data: DataSet) -> np.ndarray:
+        log(f"reference: scoring {len(data)} samples once, into {cache.path}", active=self._parallel.rank == 0)
+        load_weights(self._plan.reference_load, self._chunks, self._parallel)
+        table = fill(cache, data, self._scorer)
+        cache.release()
+        return table
 
     def logps(self, data: DataSet, numbers: Sequence[int]) -> np.ndarray:
         return self._tables[data.prefix][list(numbers)]
@@ -208,8 +219,11 @@ def weights_fingerprint(checkpoint: Path, shape: ModelShape) -> str:
 class ReferenceCache:
     """Cached log-probs of a whole data set.
 
-    ``FOLDER/HASH.json`` holds what they are log-probs of, and ``FOLDER/HASH.npy`` the table, [samples, 2] in fp64. While it is
-    computed, ``HASH.partial`` holds the values found so far and NaN elsewhere, so that an interrupted computation resumes.
+    ``FOLDER/HASH.json`` holds what they are log-probs of and the table's checksum, and ``FOLDER/HASH.npy`` the table,
+    [samples, 2] in fp64. While it is computed, ``HASH.partial`` holds the values found so far and NaN elsewhere, then their
+    checksum, so that an interrupted computation resumes. Releases before 0.2.0 wrote no checksums; their files stay readable.
+
+    The process that computes a table holds a lock on the folder: runs that start together compute it once.
 
     Args:
         folder: folder of the cache.
@@ -219,6 +233,8 @@ class ReferenceCache:
 
     def __init__(self, folder: Path, identity: dict[str, Any], num_samples: int) -> None:
         self.folder, self.num_samples = folder, num_samples
+        self._lock: FolderLock | None = None
+        self._waits = False
         self.identity = {"schema_version": SCHEMA_VERSION, **identity}
         text = json.dumps(self.identity, sort_keys=True)
         self.name = hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -236,38 +252,110 @@ class ReferenceCache:
         if not self.path.exists():
             return None
         try:
-            table = np.load(self.path, allow_pickle=False)
+            content = self.path.read_bytes()
+            table = np.load(io.BytesIO(content), allow_pickle=False)
         except Exception as error:  # numpy raises a dozen kinds for a file that is not one of its own
-            raise DataError(f"{self.path}: cannot be read ({error}); remove it to compute it again") from None
-        if table.shape != (self.num_samples, 2) or table.dtype != np.float64 or not np.isfinite(table).all():
+            raise DataError(f"{self.path}: cannot be read ({one_line(error)}); remove it to compute it again") from None
+        if not isinstance(table, np.ndarray) or table.shape != (self.num_samples, 2) or table.dtype != np.float64:
+            held = f"{table.shape} of {table.dtype}" if isinstance(table, np.ndarray) else "no table"
             raise DataError(
-                f"{self.path}: holds {table.shape} of {table.dtype}, expected finite ({self.num_samples}, 2) of float64; "
+                f"{self.path}: holds {held}, expected ({self.num_samples}, 2) of float64; remove it to compute it again"
+            )
+        expected = self._table_sha256()
+        if expected is not None and hashlib.sha256(content).hexdigest() != expected:
+            raise DataError(
+                f"{self.path}: its checksum is not the one in {self.name}.json, so it is damaged; remove it to compute it again"
+            )
+        bad = first_implausible(table)
+        if bad is not None:
+            raise DataError(
+                f"{self.path}: the log-probs of sample {bad} are {table[bad].tolist()}, but must be finite and not positive; "
                 "remove it to compute it again"
             )
         return table
 
+    def _table_sha256(self) -> str | None:
+        """Checksum of the table; None: it was written before there were any."""
+        path = self.folder / f"{self.name}.json"
+        try:
+            found = json.loads(path.read_bytes())
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, RecursionError) as error:
+            raise DataError(
+                f"{path}: cannot be read ({one_line(error)}); remove it and {self.path.name} to compute them again"
+            ) from None
+        checksum = found.get("table_sha256") if isinstance(found, dict) else None
+        return checksum if isinstance(checksum, str) else None
+
+    def look(self) -> Literal["found", "free", "busy"]:
+        """Whether the table is there; if not, whether this process may compute it: then it holds the folder until ``release``."""
+        if self.path.exists():
+            return "found"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self._lock = FolderLock(self.folder, record=True)
+        except DataError:
+            if not self._waits:
+                self._waits = True
+                log(f"reference: waiting for {self.path}, which {holder_of(self.folder)} computes")
+            return "busy"
+        if self.path.exists():
+            self.release()
+            return "found"
+        return "free"
+
+    def release(self) -> None:
+        """Give the folder up."""
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
+
     def partial(self) -> np.ndarray:
-        """Values that an interrupted computation found; NaN elsewhere."""
+        """Values that an interrupted computation found; NaN elsewhere. Damaged values are left out."""
         path = self.folder / f"{self.name}.partial"
         table = np.full((self.num_samples, 2), np.nan)
-        if path.exists():
-            done = np.fromfile(path, np.float64)
-            done = done[: len(done) // 2 * 2][: table.size]
-            table.reshape(-1)[: len(done)] = done
+        if not path.exists():
+            return table
+        content = path.read_bytes()
+        if len(content) == table.nbytes + _DIGEST_BYTES:
+            content, digest = content[:-_DIGEST_BYTES], content[-_DIGEST_BYTES:]
+            if hashlib.sha256(content).digest() != digest:
+                log(f"{path}: is damaged (its checksum differs); all samples are scored again")
+                return table
+        # A file without a checksum, of an earlier release, or one that was cut.
+        done = np.frombuffer(content[: len(content) // 16 * 16][: table.nbytes], np.float64)
+        table.reshape(-1)[: len(done)] = done
+        implausible = ~np.isnan(table) & ~((table <= _ROUNDING) & np.isfinite(table))
+        if implausible.any():
+            rows = implausible.any(axis=1)
+            log(
+                f"{path}: {int(rows.sum())} sample(s) have log-probs that are positive or infinite; they are scored again"
+            )
+            table[rows] = np.nan
         return table
 
     def write_partial(self, table: np.ndarray) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(self.folder / f"{self.name}.partial", np.ascontiguousarray(table).tobytes())
+        content = np.ascontiguousarray(table).tobytes()
+        write_atomically(self.folder / f"{self.name}.partial", content + hashlib.sha256(content).digest())
 
     def finish(self, table: np.ndarray) -> None:
         """Write the whole table, and what it holds."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(self.folder / f"{self.name}.json", json.dumps(self.identity, indent=2).encode() + b"\n")
-        temporary = self.folder / f"{self.name}.{os.getpid()}.tmp.npy"
-        np.save(temporary, table, allow_pickle=False)
-        os.replace(temporary, self.path)
+        stream = io.BytesIO()
+        np.save(stream, table, allow_pickle=False)
+        content = stream.getvalue()
+        description = {**self.identity, "table_sha256": hashlib.sha256(content).hexdigest()}
+        write_atomically(self.folder / f"{self.name}.json", json.dumps(description, indent=2).encode() + b"\n")
+        write_atomically(self.path, content)
         (self.folder / f"{self.name}.partial").unlink(missing_ok=True)
+
+
+def first_implausible(table: np.ndarray) -> int | None:
+    """First row of a table of log-probs, [samples, 2], with a value that is not finite or is positive; None: there is none."""
+    bad = ~(np.isfinite(table) & (table <= _ROUNDING)).all(axis=1)
+    return int(np.flatnonzero(bad)[0]) if bad.any() else None
 
 
 def cache_for(plan: RunPlan, data: DataSet, weights: str) -> ReferenceCache:
@@ -304,7 +392,7 @@ def fill(cache: ReferenceCache, data: DataSet, scorer: Scorer) -> np.ndarray:
         The whole table, on every rank.
 
     Raises:
-        DataError: a log-prob is not finite.
+        DataError: a log-prob is not finite, or positive.
     """
     is_rank0 = scorer.parallel.rank == 0
     # Rank 0 decides what is left to do: other nodes may not see its disk.
@@ -318,11 +406,11 @@ def fill(cache: ReferenceCache, data: DataSet, scorer: Scorer) -> np.ndarray:
         for start in range(0, len(todo), block):
             numbers = todo[start : start + block]
             table[numbers] = scorer.score(data.samples(numbers))
-            finite = np.isfinite(table[numbers]).all(axis=1)
-            if not finite.all():
+            bad = first_implausible(table[numbers])
+            if bad is not None:
                 raise DataError(
-                    f"the reference's log-prob of sample {int(numbers[~finite][0])} is not finite; check the weights of the "
-                    "reference checkpoint"
+                    f"the reference's log-probs of sample {int(numbers[bad])} are {table[numbers[bad]].tolist()}, but must be "
+                    "finite and not positive; check the weights of the reference checkpoint"
                 )
             if is_rank0:
                 cache.write_partial(table)

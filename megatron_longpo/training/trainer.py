@@ -12,6 +12,7 @@ import math
 import os
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,14 +22,17 @@ from torch.profiler import record_function
 
 from megatron_longpo.config import CheckpointConfig, Config
 from megatron_longpo.data.sampler import BatchSampler
-from megatron_longpo.errors import LongPOError
+from megatron_longpo.errors import CheckpointError, LongPOError
 from megatron_longpo.runtime import platform, process_groups
-from megatron_longpo.runtime.files import write_atomically
+from megatron_longpo.runtime.collectives import on_rank0
+from megatron_longpo.runtime.failure import keep_tracebacks_in
+from megatron_longpo.runtime.files import FolderLock, write_atomically
 from megatron_longpo.runtime.log import log
 from megatron_longpo.training.checkpointer import Checkpointer, TrainState
 from megatron_longpo.training.metrics import Reporter, reduce_samples, validation_line
-from megatron_longpo.training.optimization import build_optimizer, build_scheduler, wrap_for_training
+from megatron_longpo.training.optimization import build_optimizer, build_scheduler, inner_optimizers, wrap_for_training
 from megatron_longpo.training.plan import make_plan
+from megatron_longpo.training.plausibility import first_not_finite
 from megatron_longpo.training.profiler import Profiler
 from megatron_longpo.training.session import Session, open_session
 
@@ -57,13 +61,7 @@ class Trainer:
             shuffle=config.data.shuffle,
             seed=config.training.seed,
         )
-        self.reporter = Reporter(
-            plan.output,
-            train_iters=plan.train_iters,
-            resumed_step=checkpointer.resume_step or 0,
-            config=config,
-            active=self.parallel.rank == 0,
-        )
+        self._numbers: list[int] = []
         self.profiler = Profiler(config.logging, plan.output, self.parallel.rank)
         self.stop_condition = StopCondition(config.checkpoint, began=began)
         self.step = 0
@@ -84,6 +82,14 @@ class Trainer:
     def resume(self) -> None:
         """Continue after the newest checkpoint of this run, if there is one; collective."""
         self.step = self.checkpointer.resume(self.state)
+        # Not before: it drops what was logged after the checkpoint that the run resumes from.
+        self.reporter = Reporter(
+            self.plan.output,
+            train_iters=self.plan.train_iters,
+            resumed_step=self.step,
+            config=self.config,
+            active=self.parallel.rank == 0,
+        )
 
     def train(self) -> None:
         """Train to the last step, evaluating and saving on the way; collective."""
@@ -110,6 +116,7 @@ class Trainer:
         """Take one optimizer step; collective. Returns what metrics.jsonl records of it."""
         clock = time.monotonic()
         numbers = self.sampler.batch(self.step)
+        self._numbers = list(numbers)
         with record_function("longpo/reference"):
             reference = self.reference.logps(self.session.data.train, numbers)
 
@@ -150,7 +157,18 @@ class Trainer:
         self.reporter.validation({"step": self.step, **found, "seconds": time.monotonic() - began})
 
     def save(self, *, last: bool) -> None:
-        """Save a checkpoint if it is time to; collective."""
+        """Save a checkpoint if it is time to; collective.
+
+        Raises:
+            LongPOError: a weight or an optimizer state is not finite; nothing is saved.
+        """
+        if self.checkpointer.is_due(self.step, last=last):
+            name = first_not_finite(self.chunks, inner_optimizers(self.optimizer))
+            if name is not None:
+                raise LongPOError(
+                    f"step {self.step}: {name} is not finite after it (samples {self._numbers[:8]}), so it is not saved; "
+                    f"{self.checkpointer.advice(self.step)}"
+                )
         with record_function("longpo/save"):
             self.checkpointer.save(self.step, self.state, records=self.reporter.records, last=last)
 
@@ -162,8 +180,8 @@ class Trainer:
     def _check_finite(self, what: str, value: float, numbers: Sequence[int]) -> None:
         if not math.isfinite(value):
             raise LongPOError(
-                f"step {self.step + 1}: the {what} is {value} (samples {list(numbers[:8])}); the last checkpoint is good: "
-                "lower lr, lengthen the warm-up, or inspect those samples"
+                f"step {self.step + 1}: the {what} is {value} (samples {list(numbers[:8])}); "
+                f"{self.checkpointer.advice(self.step)}"
             )
 
     def _log(self, message: str) -> None:
@@ -195,6 +213,25 @@ class StopCondition:
         return bool(is_over.item())
 
 
+def hold_output(output: Path | None) -> FolderLock | None:
+    """Lock the output folder of a run, which rank 0 holds until it ends; collective.
+
+    Raises:
+        CheckpointError: another run works on it.
+    """
+    held: list[FolderLock] = []
+
+    def hold() -> None:
+        if output is not None:
+            output.mkdir(parents=True, exist_ok=True)
+            held.append(FolderLock(output, error=CheckpointError, record=True))
+
+    on_rank0(hold)
+    if output is not None:
+        keep_tracebacks_in(output)
+    return held[0] if held else None
+
+
 def start_training(session: Session, *, began: float) -> Trainer:
     """Turn an open session into a trainer that is ready for its next step; collective.
 
@@ -205,8 +242,11 @@ def start_training(session: Session, *, began: float) -> Trainer:
     Raises:
         CheckpointError, DataError: a checkpoint or cache cannot be used, or the output folder holds another run.
     """
-    # First, because it refuses another run's folder before the reference takes its hours.
-    checkpointer = Checkpointer(session.plan, session.parallel, reference_weights=session.reference.weights)
+    # First, because they refuse another run's folder before the reference takes its hours.
+    folder_lock = hold_output(session.plan.output)
+    checkpointer = Checkpointer(
+        session.plan, session.parallel, reference_weights=session.reference.weights, folder_lock=folder_lock
+    )
     # Before the optimizer is built: until then its memory is free, and it copies the weights that it finds.
     session.score_reference()
     if checkpointer.resume_step is None:

@@ -98,6 +98,8 @@ def test_errors_that_libraries_wrap_are_unwrapped() -> None:
     assert failure.explain(quoted, Path("/run")) == (
         "/run: read-only file system; mount the file system writable, or choose another folder, then run the command again"
     )
+    writer = RuntimeError("Worker failure: [enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598")
+    assert "/run: a write failed" in (failure.explain(writer, Path("/run")) or "")
     assert failure.explain(RuntimeError("unknown")) is None
     assert (
         failure.describe(CheckpointException("write", {0: (ValueError("bad\nshape"), [])})) == "ValueError: bad shape"

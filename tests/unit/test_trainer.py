@@ -128,7 +128,7 @@ def test_a_checkpointer_saves_every_interval_and_at_the_end(monkeypatch: pytest.
 
 def test_another_run_is_refused_before_anything_long(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(checkpointer_module, "on_rank0", lambda action: action())
-    monkeypatch.setattr(checkpointer_module, "latest_step", lambda _: 3)
+    monkeypatch.setattr(checkpointer_module, "whole_steps", lambda _: [3])
     before = checkpointer_module.run_identity(_plan(tmp_path), "weights")
     progress = checkpointer_module.RunProgress(step=3, layout="", train_iters=10, identity=before)
     monkeypatch.setattr(checkpointer_module, "read_progress", lambda _: progress)

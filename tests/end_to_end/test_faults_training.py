@@ -1,0 +1,312 @@
+"""Faults of machines, disks and users in training: each ends in one line that names it, and no good checkpoint is lost."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from megatron_longpo.checkpoint.folders import folder_of, latest_step
+from megatron_longpo.training.metrics import read_metrics
+from tests.support.data import make_data
+from tests.support.launch import PYTHON, Running, command, environment, run, torchrun
+from tests.support.models import make_model
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama's checkpoint and data, and ``run``, a run of it that stopped after three of its ten steps."""
+    folder = tmp_path_factory.mktemp("model")
+    make_model("llama", folder / "hf", num_hidden_layers=2)
+    run(command("convert", "import", hf=folder / "hf", output=folder / "ckpt"))
+    make_data(folder / "data", 6, longest=60)
+    run([PYTHON, *train(folder, folder / "run", "--exit-interval", "3")])
+    return folder
+
+
+def train(model: Path, output: Path, *flags: str, module: str = "megatron_longpo.train") -> list[str]:
+    """Arguments of a run without a reference that saves every step."""
+    return [
+        *("-m", module, "--data-path", str(model / "data"), "--load", str(model / "ckpt"), "--save", str(output)),
+        *("--global-batch-size", "2", "--train-iters", "10", "--save-interval", "1", "--objective", "sft"),
+        *("--lr", "1e-3", "--adam-eps", "1e-4", "--no-tensorboard", "--plot-interval", "1000", *flags),
+    ]
+
+
+def meddle(model: Path, output: Path, what: str, *flags: str, rank: int = 0, processes: int = 1) -> Running:
+    """Start a run in which something happens after its second step; see tests/support/meddling_training.py."""
+    arguments = train(model, output, *flags, module="tests.support.meddling_training")
+    line = [PYTHON, *arguments] if processes == 1 else torchrun(processes, *arguments)
+    # A rank that torchrun ends leaves megatron-core's queue; forked from it, that keeps the agent waiting, spawned it does not.
+    return Running(line, env=environment(MEDDLE=what, MEDDLE_RANK=str(rank)), fresh=processes > 1)
+
+
+def error_of(stderr: str) -> str:
+    """The only error line. torchrun's own report follows it in a launch of several processes."""
+    (line,) = [line for line in stderr.splitlines() if line.startswith("error:")]
+    assert "Traceback" not in stderr.split("torch.distributed.elastic")[0], stderr
+    return line
+
+
+def wait_for_steps(process: Running, output: Path, steps: int) -> None:
+    deadline = time.monotonic() + 60
+    while len(read_metrics(output / "metrics.jsonl")) < steps:
+        assert process.poll() is None and time.monotonic() < deadline, process.output()
+        time.sleep(0.1)
+
+
+# --------------------------------------------------------------------------------------------------
+# Damaged checkpoints
+# --------------------------------------------------------------------------------------------------
+
+
+def _cut(pattern: str, size: int | None) -> Callable[[Path], None]:
+    """Cut the largest file that matches; None removes it."""
+
+    def damage(folder: Path) -> None:
+        path = max(folder.glob(pattern), key=lambda p: p.stat().st_size)
+        if size is None:
+            path.unlink()
+        else:
+            path.write_bytes(path.read_bytes()[:size])
+
+    return damage
+
+
+DAMAGES: dict[str, Callable[[Path], None]] = {
+    "distcp cut": _cut("*.distcp", 1000),
+    "distcp empty": _cut("*.distcp", 0),
+    "distcp missing": _cut("*.distcp", None),
+    "metadata missing": _cut(".metadata", None),
+    "metadata cut": _cut(".metadata", 100),
+    "common missing": _cut("common.pt", None),
+    "common cut": _cut("common.pt", 50),
+    "json cut": _cut("metadata.json", 1),
+    "common of another program": lambda folder: (folder / "common.pt").write_bytes(b"PK\x03\x04 junk") and None,
+}
+
+
+def test_a_damaged_checkpoint_is_named_and_an_older_one_used(model: Path, tmp_path: Path) -> None:
+    """Two at a time, as the machine has cores."""
+    names = list(DAMAGES)
+    for start in range(0, len(names), 2):
+        pair = names[start : start + 2]
+        running = []
+        for name in pair:
+            output = tmp_path / name
+            shutil.copytree(model / "run", output)
+            DAMAGES[name](folder_of(output, 3))
+            running.append(Running([PYTHON, *train(model, output, "--exit-interval", "4")]))
+        for name, process in zip(pair, running, strict=True):
+            output, done = tmp_path / name, process.wait()
+            assert "Traceback" not in done.stderr, (name, done.stderr)
+            (line,) = [line for line in done.stdout.splitlines() if "it is now damaged_iter_0000003" in line]
+            assert str(folder_of(output, 3)) in line and "resumes from step 2" in line, name
+            assert (output / "damaged_iter_0000003").is_dir() and latest_step(output) == 4
+            assert [r["step"] for r in read_metrics(output / "metrics.jsonl")] == [1, 2, 3, 4]
+
+
+def test_where_no_checkpoint_is_good_none_is_touched(model: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    shutil.copytree(model / "run", output)
+    for step in (1, 2, 3):
+        _cut("*.distcp", 10)(folder_of(output, step))
+    done = run([PYTHON, *train(model, output)], expect=2)
+    assert str(folder_of(output, 3)) in error_of(done.stderr)
+    assert sorted(p.name for p in output.glob("*iter_0*")) == [f"iter_000000{step}" for step in (1, 2, 3)]
+
+
+def test_an_incomplete_newest_checkpoint_is_passed_over_and_said(model: Path, tmp_path: Path) -> None:
+    """With other remains of crashes beside it: they do not matter."""
+    output = tmp_path / "run"
+    shutil.copytree(model / "run", output)
+    (folder_of(output, 3) / "metadata.json").unlink()
+    (output / "latest_checkpointed_iteration.txt").write_text("7\n")
+    (output / "iter_0000009").mkdir()
+    (output / "iter_junk").mkdir()
+    (output / ".writing_0000004").mkdir()
+    (folder_of(output, 2) / "model.json").write_text("{")
+    lines = ["{", "[" * 200000, '{"step": "x"}', '{"step": 2, "loss": "low"}', "\0"]
+    (output / "metrics.jsonl").write_text("\n".join(lines) + "\n" + json.dumps({"step": 1, "loss": 6.0}) + "\n")
+    done = run([PYTHON, *train(model, output, "--exit-interval", "4")])
+    assert f"{folder_of(output, 3)}: has no metadata.json, so it is incomplete and is passed over" in done.stdout
+    assert "iter_0000009: has no metadata.json" in done.stdout and "names step 7" in done.stdout
+    assert "metrics.jsonl: 5 line(s) that hold no metrics are dropped" in done.stdout
+    assert f"resumed from {folder_of(output, 2)} after step 2" in done.stdout
+    assert [r["step"] for r in read_metrics(output / "metrics.jsonl")] == [1, 3, 4]
+
+
+# --------------------------------------------------------------------------------------------------
+# Values that are not finite
+# --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("what", ["nan weight", "infinite weight", "state"])
+def test_what_is_not_finite_is_not_saved(model: Path, tmp_path: Path, what: str) -> None:
+    flags = ["--use-distributed-optimizer", "--bf16"] if what == "state" else []
+    done = meddle(model, tmp_path / "run", what, *flags).wait(expect=2)
+    line = error_of(done.stderr)
+    assert line.startswith("error: step 2: ") and "is not finite after it (samples [" in line, line
+    assert "embedding.word_embeddings.weight" in line or "(exp_avg_sq of the optimizer)" in line
+    assert f"{folder_of(tmp_path / 'run', 1)} are finite" in line and latest_step(tmp_path / "run") == 1
+
+
+@pytest.mark.parametrize("what", ["saved nan weight", "saved state"])
+def test_a_checkpoint_that_is_not_finite_is_refused_and_an_older_one_used(
+    model: Path, tmp_path: Path, what: str
+) -> None:
+    output = tmp_path / "run"
+    meddle(model, output, what, "--exit-interval", "2").wait()
+    assert latest_step(output) == 2
+    done = run([PYTHON, *train(model, output, "--exit-interval", "3")])
+    assert "holds values that are not finite" in done.stdout and "resumes from step 1" in done.stdout
+    if what == "saved nan weight":
+        bad = output / "damaged_iter_0000002"
+        done = run([PYTHON, *train(model, tmp_path / "other", "--load", str(bad))], expect=2)
+        line = error_of(done.stderr)
+        assert f"{bad}: embedding.word_embeddings.weight holds values that are not finite" in line
+
+
+@pytest.mark.parametrize("lr", ["1e3", "1e20"])
+def test_a_learning_rate_that_destroys_the_weights_is_stopped(model: Path, tmp_path: Path, lr: str) -> None:
+    output = tmp_path / "run"
+    flags = ["--lr", lr, "--adam-eps", "1e-8", "--clip-grad", "0", "--keep-last", "1", "--lr-decay-style", "constant"]
+    done = run([PYTHON, *train(model, output, *flags)], expect=None)
+    if done.returncode:
+        line = error_of(done.stderr)
+        assert done.returncode == 2 and "lower lr" in line and "is good" not in line
+        assert "may fail again" in line and "use another --save" in line
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [("--lr", "1e38"), ("--lr", "nan"), ("--lr", "inf"), ("--weight-decay", "1e300"), ("--adam-beta2", "1")],
+)
+def test_values_beyond_the_range_are_refused_in_the_configuration(flag: str, value: str) -> None:
+    from megatron_longpo.command_line import ConfigOptions, parse_with_config
+    from megatron_longpo.config import Config, check
+    from megatron_longpo.errors import ConfigError
+
+    _, config = parse_with_config(Config, [flag, value], prog="p", description="", options=ConfigOptions, quiet=True)
+    with pytest.raises(ConfigError, match=flag[2:].replace("-", "_")):
+        check(config)
+
+
+# --------------------------------------------------------------------------------------------------
+# Disks and folders
+# --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("processes", "rank"), [(1, 0), (2, 1)])
+def test_a_disk_that_takes_no_more_is_named(model: Path, tmp_path: Path, processes: int, rank: int) -> None:
+    """Here a limit on the size of files, of one rank only."""
+    output = tmp_path / "run"
+    flags = ["--tensor-model-parallel-size", str(processes)]
+    done = meddle(model, output, "limit", *flags, rank=rank, processes=processes).wait(expect=None, timeout=90)
+    assert done.returncode == (2 if processes == 1 else 1)
+    line = error_of(done.stderr)
+    assert f"{output}: a write failed" in line and "free space" in line, line
+    assert latest_step(output) == 1
+
+
+@pytest.mark.parametrize("what", ["remove", "replace"])
+def test_an_output_that_is_removed_is_named(model: Path, tmp_path: Path, what: str) -> None:
+    output = tmp_path / "run"
+    done = meddle(model, output, what).wait(expect=2)
+    assert f"{output}: the folder was removed or replaced while the run was writing to it" in error_of(done.stderr)
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "validation.jsonl"])
+def test_a_folder_in_the_place_of_a_file_is_named(model: Path, tmp_path: Path, name: str) -> None:
+    (tmp_path / "run" / name).mkdir(parents=True)
+    done = run([PYTHON, *train(model, tmp_path / "run")], expect=2)
+    assert f"{tmp_path / 'run' / name}: is not a file; move it away" in error_of(done.stderr)
+
+
+def test_curves_do_not_fail_a_run(model: Path, tmp_path: Path) -> None:
+    done = meddle(model, tmp_path / "run", "curves", "--exit-interval", "3").wait()
+    assert "curves.png: cannot be drawn (TypeError: unsupported operand); training continues" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("what", "status", "words"), [("memory", 2, "out of memory"), ("recursion", 1, "nested too deeply")]
+)
+def test_other_errors_are_one_line_with_a_traceback_in_a_file(
+    model: Path, tmp_path: Path, what: str, status: int, words: str
+) -> None:
+    done = meddle(model, tmp_path / "run", what).wait(expect=status)
+    line = error_of(done.stderr)
+    traceback = tmp_path / "run" / "traceback_rank_0.txt"
+    assert words in line and line.endswith(f"(traceback: {traceback})") and "in _step" in traceback.read_text()
+
+
+# --------------------------------------------------------------------------------------------------
+# Several processes
+# --------------------------------------------------------------------------------------------------
+
+
+def test_a_second_run_into_the_same_folder_is_refused(model: Path, tmp_path: Path) -> None:
+    """And the first is not disturbed; killed, it leaves the folder free."""
+    output = tmp_path / "run"
+    first = Running([PYTHON, *train(model, output, "--train-iters", "100000")])
+    wait_for_steps(first, output, 2)
+    second = run([PYTHON, *train(model, output, "--train-iters", "100000")], expect=2)
+    line = error_of(second.stderr)
+    assert f"{output}: process {first.pid} on host " in line and "works on it" in line
+    steps = len(read_metrics(output / "metrics.jsonl"))
+    wait_for_steps(first, output, steps + 1)
+    first.kill()
+    steps = [r["step"] for r in read_metrics(output / "metrics.jsonl")]
+    assert steps == list(range(1, len(steps) + 1))
+    third = run([PYTHON, *train(model, output, "--train-iters", "100000", "--exit-interval", "1")])
+    assert "resumed from" in third.stdout and not (output / ".holder.json").exists()
+
+
+def test_two_runs_on_one_data_score_the_reference_once(model: Path, tmp_path: Path) -> None:
+    flags = ["--objective", "longpo", "--reference-cache", str(tmp_path / "cache"), "--exit-interval", "1"]
+    both = [Running([PYTHON, *train(model, tmp_path / name, *flags)]) for name in "ab"]
+    outputs = [process.wait().stdout for process in both]
+    assert sorted("scoring 6 samples once" in out for out in outputs) == [False, True]
+    assert sorted("found in" in out for out in outputs) == [False, True]
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGKILL], ids=["SIGUSR1", "SIGKILL"])
+def test_ranks_end_with_their_launcher(model: Path, tmp_path: Path, number: int) -> None:
+    process = Running(torchrun(2, *train(model, tmp_path / "run", "--train-iters", "100000")))
+    wait_for_steps(process, tmp_path / "run", 1)
+    ranks = psutil.Process(process.pid).children()
+    assert len(ranks) >= 2
+    os.kill(process.pid, number)
+    _, alive = psutil.wait_procs(ranks, timeout=15)
+    alive = [rank for rank in alive if rank.status() != psutil.STATUS_ZOMBIE]
+    try:
+        assert not alive
+    finally:
+        process.kill()
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_hangs_is_named(tmp_path: Path, rank: int) -> None:
+    arguments = ["-m", "tests.support.stopping_rank", str(rank)]
+    process = Running(torchrun(2, *arguments))
+    deadline = time.monotonic() + 60
+    while "error:" not in (text := process.output()[1]) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    process.kill()
+    assert f"error: rank {rank} hangs: rank {1 - rank} waited for longer than" in error_of(text)
+
+
+def test_data_that_were_replaced_between_launches_are_refused(model: Path, tmp_path: Path) -> None:
+    shutil.copytree(model / "run", tmp_path / "run")
+    make_data(tmp_path / "data", 6, seed=1, longest=60)
+    flags: list[Any] = ["--data-path", str(tmp_path / "data")]
+    done = run([PYTHON, *train(model, tmp_path / "run", *flags)], expect=2)
+    assert "data_sha256=" in error_of(done.stderr)

@@ -1,0 +1,90 @@
+"""Training in which the environment variable MEDDLE says what happens after the second step, on the rank MEDDLE_RANK."""
+
+from __future__ import annotations
+
+import os
+import resource
+import shutil
+import signal
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from megatron_longpo.cli import run
+from megatron_longpo.training import trainer
+from megatron_longpo.training.optimization import inner_optimizers
+from megatron_longpo.training.trainer import Trainer
+
+_original = Trainer.train_step
+
+
+def _poison_weight(run: Trainer, value: float = float("nan")) -> None:
+    next(run.chunks[0].parameters()).data.view(-1)[3] = value
+
+
+def _poison_state(run: Trainer, key: str) -> None:
+    state = next(iter(inner_optimizers(run.optimizer)[0].state.values()))
+    state[key].view(-1)[0] = float("inf")
+
+
+def _unchecked(action: Callable[[Trainer], None]) -> Callable[[Trainer], None]:
+    """As a release without the check would have saved it."""
+
+    def act(run: Trainer) -> None:
+        trainer.first_not_finite = lambda *_: None  # type: ignore[assignment]
+        action(run)
+
+    return act
+
+
+def _remove_output(run: Trainer) -> None:
+    assert run.plan.output is not None
+    shutil.rmtree(run.plan.output)
+
+
+def _replace_output(run: Trainer) -> None:
+    _remove_output(run)
+    assert run.plan.output is not None
+    run.plan.output.mkdir()
+
+
+def _limit_files(_: Trainer) -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+
+
+def _fail_plot(_: Trainer) -> None:
+    from megatron_longpo.training import metrics
+
+    def fail(*_: Any) -> None:
+        raise TypeError("unsupported operand")
+
+    metrics.draw_curves = fail
+
+
+MEDDLES: dict[str, Callable[[Trainer], None]] = {
+    "nan weight": _poison_weight,
+    "infinite weight": lambda run: _poison_weight(run, float("inf")),
+    "state": lambda run: _poison_state(run, "exp_avg_sq"),
+    "saved nan weight": _unchecked(_poison_weight),
+    "saved state": _unchecked(lambda run: _poison_state(run, "exp_avg_sq")),
+    "remove": _remove_output,
+    "replace": _replace_output,
+    "limit": _limit_files,
+    "curves": _fail_plot,
+    "stop": lambda _: os.kill(os.getpid(), signal.SIGSTOP),
+    "memory": lambda _: torch.empty(2**60),  # type: ignore[dict-item, return-value]
+    "recursion": lambda _: (_ for _ in ()).throw(RecursionError("maximum recursion depth exceeded")),  # type: ignore[dict-item, return-value]
+}
+
+
+def _step(self: Trainer) -> dict[str, Any]:
+    record = _original(self)
+    if self.step == 1 and os.environ["RANK"] == os.environ.get("MEDDLE_RANK", "0"):
+        MEDDLES[os.environ["MEDDLE"]](self)
+    return record
+
+
+if __name__ == "__main__":
+    Trainer.train_step = _step  # type: ignore[method-assign]
+    run("train", prog="megatron_longpo.train")

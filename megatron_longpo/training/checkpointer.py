@@ -24,6 +24,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_longpo.checkpoint.card import RECORD, RUN_CONFIG, training_record
+from megatron_longpo.checkpoint.distributed import DistributedReader
 from megatron_longpo.checkpoint.folders import (
     ASSETS,
     LATEST,
@@ -165,9 +166,11 @@ def _zero_vocabulary_padding(chunk: PolicyModel) -> None:
 
 
 def _load(state: dict[str, Any], path: Path) -> dict[str, Any]:
-    if not (path / ".metadata").is_file():
-        # torch would print a traceback first.
-        raise DamagedError(f"{path}: has no file .metadata, so it is damaged; use another, or convert the model again")
+    try:
+        DistributedReader(path)
+    except CheckpointError as error:
+        # torch would print a traceback of it first.
+        raise DamagedError(str(error)) from None
     try:
         return dist_checkpointing.load(state, str(path))
     except (Exception, CheckpointException) as error:

@@ -277,15 +277,20 @@ def read_squad(path: Path, limits: ReadingConfig = DEFAULT_READING) -> QuestionP
 def _squad_rows(content: Any) -> list[_SquadRow]:
     if not isinstance(content, dict):
         return [
-            _SquadRow(str(row.get("title")), row["context"], row["question"], tuple(row["answers"]["text"]))
+            _SquadRow(
+                title=str(row.get("title")),
+                context=_text(row["context"]),
+                question=_text(row["question"]),
+                answers=tuple(map(_text, row["answers"]["text"])),
+            )
             for row in content
         ]
     return [
         _SquadRow(
             title=str(article.get("title")),
-            context=paragraph["context"],
-            question=qa["question"],
-            answers=() if qa.get("is_impossible") else tuple(answer["text"] for answer in qa["answers"]),
+            context=_text(paragraph["context"]),
+            question=_text(qa["question"]),
+            answers=() if qa.get("is_impossible") else tuple(_text(answer["text"]) for answer in qa["answers"]),
         )
         for article in content["data"]
         for paragraph in article["paragraphs"]
@@ -338,12 +343,18 @@ def _hotpot_row(row: dict[str, Any]) -> _HotpotRow:
         # The hub's columns.
         context = list(zip(context["title"], context["sentences"], strict=True))
     return _HotpotRow(
-        question=row["question"],
-        answer=row["answer"],
+        question=_text(row["question"]),
+        answer=_text(row["answer"]),
         titles=tuple(title for title, _ in context),
         texts=tuple(f"{title}\n{''.join(sentences)}" for title, sentences in context),
         needed_titles=frozenset(facts["title"] if isinstance(facts, dict) else (title for title, _ in facts)),
     )
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{type(value).__name__} instead of text")
+    return value
 
 
 def _pool(questions: tuple[Question, ...], documents: list[str], path: Path) -> QuestionPool:

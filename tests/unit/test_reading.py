@@ -8,6 +8,7 @@ import os
 import socket
 import tracemalloc
 from pathlib import Path
+from typing import Any
 
 import pyarrow
 import pyarrow.ipc
@@ -249,6 +250,25 @@ def test_deep_json_is_refused_in_one_line_by_every_reader(tmp_path: Path, name: 
     for read in FIFO_READERS[name]:
         with pytest.raises(LongPOError, match="nested more than 64 levels"):
             read(tmp_path / name)  # type: ignore[no-untyped-call]
+
+
+@pytest.mark.parametrize("value", [{}, [], 5, None])
+@pytest.mark.parametrize("name", ["context", "question", "text", "answer"])
+def test_questions_that_are_no_texts_are_refused(tmp_path: Path, value: Any, name: str) -> None:
+    path = tmp_path / "x.json"
+    texts = {"context": "c", "question": "q", "text": "a", "answer": "a", name: value}
+    qa = {"question": texts["question"], "answers": [{"text": texts["text"]}]}
+    if name != "answer":
+        path.write_text(
+            json.dumps({"data": [{"title": "t", "paragraphs": [{"context": texts["context"], "qas": [qa]}]}]})
+        )
+        with pytest.raises(DataError, match="is not in SQuAD's format"):
+            read_squad(path)
+    if name in ("question", "answer"):
+        row = {"question": texts["question"], "answer": texts["answer"], "context": [["t", ["s"]]]}
+        path.write_text(json.dumps([row]))
+        with pytest.raises(DataError, match="is not in HotpotQA's format"):
+            read_hotpotqa(path)
 
 
 # --------------------------------------------------------------------------------------------------

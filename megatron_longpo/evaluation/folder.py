@@ -96,7 +96,7 @@ class SuiteFolder:
         path = self.folder / "settings.json"
         with FolderLock(self.folder, wait=True):
             # The first process writes them; the others are compared with it.
-            before = _read_object(path)
+            before = settings_of(self.folder)
             merged, changed = _merged(before, json.loads(json.dumps(settings)), by_task)
             if before and changed:
                 changes = "; ".join(f"{k} was {_brief(x)} and is {_brief(y)}" for k, (x, y) in changed.items())
@@ -261,6 +261,18 @@ def _check_row(row: Mapping[str, Any], fractions: bool) -> None:
         raise ValueError("its score is not a number")
     if fractions and not 0 <= score <= 1:
         raise ValueError(f"its score {score} is not between 0 and 1")
+
+
+def settings_of(folder: Path) -> dict[str, Any]:
+    """Settings that a suite's folder was begun with; empty if it is new.
+
+    Args:
+        folder: OUTPUT/SUITE.
+
+    Raises:
+        DataError: they cannot be read.
+    """
+    return _read_object(folder / "settings.json")
 
 
 def _read_object(path: Path) -> dict[str, Any]:

@@ -76,6 +76,8 @@ def markdown(content: dict[str, Any]) -> str:
             lines += [f"{refused} answer(s) were refused by the engine and count as wrong.", ""]
         if suite.heat_map(metrics) is not None:
             lines += [f"![{name}]({name}.png)", ""]
+        if measured := suite.measured(result["settings"]):
+            lines += [measured, ""]
         settings = json.dumps(result["settings"], ensure_ascii=False)
         lines += [f"Settings: `{settings}`", ""]
     return "\n".join(lines)

@@ -202,6 +202,10 @@ class Suite(ABC, Generic[Inputs]):
     def heat_map(self, metrics: Metrics) -> HeatMap | None:
         """The suite's picture, if it has one."""
 
+    def measured(self, settings: dict[str, Any]) -> str | None:  # noqa: ARG002 - by default there is nothing to add
+        """A sentence for the report on how the suite was measured, from its settings in results.json."""
+        return None
+
     def refused(self, metrics: Metrics) -> int:  # noqa: ARG002 - by default nothing can be refused
         """Number of answers that the engine refused to give, which count as wrong."""
         return 0

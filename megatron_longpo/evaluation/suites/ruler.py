@@ -1,15 +1,36 @@
 """RULER (arXiv 2404.06654): its thirteen synthetic tasks, made at exact lengths for a tokenizer.
 
-Definitions, templates, answer prefixes, needle kinds, depths, frequencies and scores are the benchmark's. What differs:
+Templates, answer prefixes, needle kinds, depths, frequencies and scores are the benchmark's, of the version that
+``ruler_version`` names (``DEFINITIONS``): the benchmark changed vt, cwe and fwe on 2025-05-13. What differs from either version:
 
+Lengths
 - Units are fitted for each sample, not once for all samples. Where a unit is coarse (a needle of UUIDs, a document of a QA task)
   and would leave 1/25 of the length empty, sentences of noise or the beginning of one more document fill it. So lengths are
-  exact.
-- If a question of a QA task does not fit with all its documents, it keeps those that hold its answer; a question whose answer
-  does not fit is skipped. (The benchmark's samples are longer than the length, or end the run.)
-- If a length has room for more common words than there are, pairs of words continue the list (cwe). (The benchmark's samples
-  stay short.)
-- Sentences of essays are found by a pattern, without a model that would have to be downloaded.
+  exact, where the benchmark stays up to 2/5 below the length and sometimes a little above it (fwe, by 860f2bd).
+- A begin-of-text token that the chat template writes is counted.
+- The vt example's size by 860f2bd counts the answer as it stands in the text, not as a Python list.
+
+Questions (qa_1, qa_2)
+- If a question does not fit with all its documents, it keeps those that hold its answer; a question whose answer does not fit is
+  skipped. (The benchmark's script does not end then.)
+- ``ruler_shuffle_questions`` draws their order by seed. (The benchmark takes the first ones of the file; so does the default.)
+
+Draws
+- Each sample draws its order of needles, of listed words (cwe, fwe) and of documents; the benchmark uses one permutation for all
+  samples. In vt each sample draws the places in its example, too; the benchmark draws them once.
+- Needles, words and names come from generators of our own, so samples are not those of the benchmark's seed 42.
+
+Texts
+- Sentences of essays are found by a pattern, without a model that would have to be downloaded (NLTK's).
+- A depth is ``int(n * depth / 100)`` of n sentences; the benchmark's ``int(n * (depth / 100))`` is the sentence before in one of
+  5000 cases.
+- No second blank stands where a needle begins the text or two needles stand at one depth.
+- For a single answer, "is" replaces "are" in the task's template only; the benchmark also rewrites the chat template around it.
+- If a length has room for more common words than there are, pairs of words continue the list (cwe). (The benchmark goes over to
+  another list of words at c3f5e3b, and stops at 860f2bd.)
+
+Scores
+- 100 samples per task by default, not 500; means are not rounded.
 
 Why not the ruler tasks of lm-evaluation-harness (as of 0.4.13)? Their lengths are not exact: haystacks grow in steps of up to 500
 words, and the chat template is not counted. They download essays, questions and a sentence splitter while they load, which needs
@@ -24,15 +45,17 @@ import math
 import random
 import string
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 from typing_extensions import override
 
 from megatron_longpo.engines.base import Engine
 from megatron_longpo.errors import ConfigError, DataError
+from megatron_longpo.evaluation.folder import settings_of
 from megatron_longpo.evaluation.materials import (
     HOTPOTQA_TASK,
     SQUAD_TASK,
@@ -76,9 +99,8 @@ VT_TEMPLATE = (
     "Memorize and track the chain(s) of variable assignment hidden in the following text.\n\n{context}\nQuestion: Find all "
     "variables that are assigned the value {query} in the text above."
 )
-# Spelt as in the benchmark.
 VT_PREFIX = (
-    " Answer: According to the chain(s) of variable assignment in the text above, {count} variables are assgined the value "
+    " Answer: According to the chain(s) of variable assignment in the text above, {count} variables are {assigned} the value "
     "{query}, they are: "
 )
 CWE_TEMPLATE = (
@@ -113,7 +135,7 @@ _CHARACTERS_PER_TOKEN = 4
 _LEAST_DOCUMENT_TOKENS = 20
 _DOCUMENTS_MEASURED = 200
 _FIRST_FILLING_WORDS = 40
-# The worked example in front of a vt question: most tokens with its answer, and the first guess of its sentences of noise.
+# The worked example in front of a vt question: most tokens, and the first guess of its sentences of noise.
 _VT_EXAMPLE_TOKENS = 500
 _VT_EXAMPLE_NOISE = 12
 # The benchmark's chains: variables after the first, and letters of a name in the example and in the question.
@@ -158,7 +180,8 @@ NIAH = {
 # Most tokens of an answer.
 MAX_TOKENS = {**dict.fromkeys(NIAH, 128), "vt": 30, "cwe": 120, "fwe": 50, SQUAD_TASK: 32, HOTPOTQA_TASK: 32}
 TASKS = tuple(MAX_TOKENS)
-# Versions of a task's samples and scores. cwe 2: its example joined as in the benchmark.
+# Versions of a task's samples and scores, beside the version of the benchmark that they follow. cwe 2: no space between the
+# example's answer and its prefix where the benchmark has none.
 VERSIONS = {**dict.fromkeys(TASKS, 1), "cwe": 2}
 GROUPS = {
     **dict.fromkeys(NIAH, "NIAH"),
@@ -168,6 +191,76 @@ GROUPS = {
     SQUAD_TASK: "QA",
     HOTPOTQA_TASK: "QA",
 }
+
+
+@dataclass(frozen=True)
+class Definitions:
+    """What differs between versions of the benchmark.
+
+    Attributes:
+        title: what they are, for the report.
+        vt_assigned: spelling in the answer prefix of vt.
+        vt_separator: what stands between the lines of vt, sentences of noise and assignments.
+        vt_example_end: what stands between vt's example and its question.
+        vt_example_step: sentences of noise in the example are a multiple of this number.
+        vt_example_counts: what the 500 tokens of the example hold: the ``question`` with its prefix; the ``answer``, too, and
+            room for another one; or all of that in the chat template (``prompt``).
+        vt_example_redrawn: whether the example's number is drawn for each sample, and not once for all.
+        vt_independent: whether the places of the example's and of the question's assignments are drawn independently.
+        cwe_example_space: what stands between the prefix and the answer in cwe's example.
+        fwe_reserves: whether the answer's tokens count in the number of fwe's coded words.
+        shuffles_questions: whether questions of QA tasks are always taken in an order drawn by seed.
+    """
+
+    title: str
+    vt_assigned: str
+    vt_separator: str
+    vt_example_end: str
+    vt_example_step: int
+    vt_example_counts: Literal["question", "answer", "prompt"]
+    vt_example_redrawn: bool
+    vt_independent: bool = True
+    cwe_example_space: str = ""
+    fwe_reserves: bool = False
+    shuffles_questions: bool = False
+
+
+# By commit of NVIDIA/RULER.
+PRESENT = "c3f5e3b"
+DEFINITIONS = {
+    PRESENT: Definitions(
+        title="RULER at commit c3f5e3b (2026-07-22)",
+        vt_assigned="assigned",
+        vt_separator="\n",
+        vt_example_end="\n\n",
+        vt_example_step=1,
+        vt_example_counts="question",
+        vt_example_redrawn=True,
+        cwe_example_space=" ",
+        fwe_reserves=True,
+    ),
+    # The state before the changes of 2025-05-13.
+    "860f2bd": Definitions(
+        title="RULER at commit 860f2bd (2025-01-31)",
+        vt_assigned="assgined",
+        vt_separator=" ",
+        vt_example_end="\n\n\n\n",
+        vt_example_step=5,
+        vt_example_counts="answer",
+        vt_example_redrawn=False,
+    ),
+}
+# Those of folders made by version 0.1, which recorded none: 860f2bd, but for the example's size and number, and the two
+# departures that version 0.1 had of its own. For resuming such a folder only.
+MIXED = replace(
+    DEFINITIONS["860f2bd"],
+    title="those of megatron_longpo 0.1, a mixture of RULER before and after 2025-05-13",
+    vt_example_step=1,
+    vt_example_counts="prompt",
+    vt_example_redrawn=True,
+    vt_independent=False,
+    shuffles_questions=True,
+)
 
 
 @dataclass(frozen=True)
@@ -184,6 +277,11 @@ class RulerConfig:
     """Questions of qa_1: SQuAD's JSON, or rows (.jsonl, .jsonl.gz) with its columns."""
     hotpotqa: str | None = None
     """Questions of qa_2: HotpotQA's JSON, or rows with its columns."""
+    ruler_version: Literal["c3f5e3b", "860f2bd"] | None = None
+    """Commit of the benchmark whose definitions are followed: c3f5e3b (2026-07-22), or 860f2bd, the state before the changes of
+    2025-05-13, which papers of that time used. Default: the folder's own, for a new folder c3f5e3b."""
+    ruler_shuffle_questions: bool = False
+    """Draw the order of the questions of qa_1 and qa_2 by seed; by default it is that of the file, as in the benchmark."""
 
 
 # --------------------------------------------------------------------------------------------------
@@ -191,19 +289,39 @@ class RulerConfig:
 # --------------------------------------------------------------------------------------------------
 
 
-class RulerSuite(EngineSuite[Materials]):
+@dataclass(frozen=True)
+class RulerInputs:
+    """What samples are made of.
+
+    Attributes:
+        materials: texts, words and questions.
+        version: key of ``DEFINITIONS``; None: those of a folder that records none.
+        shuffles_questions: whether questions of QA tasks are taken in an order drawn by seed.
+    """
+
+    materials: Materials
+    version: str | None
+    shuffles_questions: bool
+
+    @property
+    def definitions(self) -> Definitions:
+        return MIXED if self.version is None else DEFINITIONS[self.version]
+
+
+class RulerSuite(EngineSuite[RulerInputs]):
     """RULER: needles, variables, word frequencies and questions, at exact lengths."""
 
     name = "ruler"
     title = "RULER by task"
-    settings_by_task = ("version", "materials")
+    settings_alike = ("version", "ruler_version")
+    settings_by_task = ("version", "materials", "question_order")
 
     @override
     def check_options(self, config: SuiteConfig) -> None:
         check_names("ruler_tasks", config.section(RulerConfig).ruler_tasks, TASKS)
 
     @override
-    def prepare(self, launch: Launch) -> Materials:
+    def prepare(self, launch: Launch) -> RulerInputs:
         config = launch.config
         options, tasks, samples = config.section(RulerConfig), _tasks(config), config.evaluate.samples
         materials = read_materials(
@@ -219,18 +337,40 @@ class RulerSuite(EngineSuite[Materials]):
                 raise ConfigError(
                     f"samples={samples} is more than the {questions} questions of {task}; lower it, or name a larger file"
                 )
-        return materials
+        folder = config.output / self.name
+        version = options.ruler_version or (PRESENT if launch.restart else version_of(folder))
+        return RulerInputs(materials, version, options.ruler_shuffle_questions)
 
     @override
-    def settings(self, config: SuiteConfig, inputs: Materials) -> dict[str, Any]:
-        versions = {task: VERSIONS[task] for task in _tasks(config)}
-        return {"version": versions, "materials": inputs.digests()}
+    def settings(self, config: SuiteConfig, inputs: RulerInputs) -> dict[str, Any]:
+        tasks = _tasks(config)
+        settings: dict[str, Any] = {
+            "version": {task: VERSIONS[task] for task in tasks},
+            "materials": inputs.materials.digests(),
+        }
+        if inputs.version is not None:
+            order = "seed" if inputs.shuffles_questions else "file"
+            settings["ruler_version"] = inputs.version
+            settings["question_order"] = {task: order for task in tasks if GROUPS[task] == "QA"}
+        return settings
 
     @override
-    def batches(self, launch: Launch, inputs: Materials, engine: Engine) -> list[SampleBatch[SampleGroups]]:
+    def measured(self, settings: dict[str, Any]) -> str | None:
+        version = settings.get("ruler_version")
+        definitions = MIXED if version is None else DEFINITIONS.get(version)
+        return f"Definitions: {version if definitions is None else definitions.title}."
+
+    @override
+    def batches(self, launch: Launch, inputs: RulerInputs, engine: Engine) -> list[SampleBatch[SampleGroups]]:
         config = launch.config
         samples, tasks = config.evaluate.samples, _tasks(config)
-        ruler = Ruler(inputs, partial(count_prompt, engine), config.evaluate.seed)
+        ruler = Ruler(
+            inputs.materials,
+            partial(count_prompt, engine),
+            config.evaluate.seed,
+            definitions=inputs.definitions,
+            shuffles_questions=inputs.shuffles_questions,
+        )
         # Fail now if the shortest length is too short. Of a QA task the last sample must fit, too: so many questions do.
         for task in tasks:
             for index in (0, samples - 1) if GROUPS[task] == "QA" else (0,):
@@ -300,6 +440,27 @@ def _tasks(config: SuiteConfig) -> list[str]:
     return names(config.section(RulerConfig).ruler_tasks)
 
 
+def version_of(folder: Path) -> str | None:
+    """Version of the benchmark that a folder follows: the present one if it is new, None if it was begun before versions were
+    recorded.
+
+    Args:
+        folder: OUTPUT/ruler.
+
+    Raises:
+        LongPOError: the folder's version is unknown, or its settings cannot be read.
+    """
+    settings = settings_of(folder)
+    if not settings:
+        return PRESENT
+    version = settings.get("ruler_version")
+    if version is not None and version not in DEFINITIONS:
+        raise ConfigError(
+            f"{folder}: ruler_version={version} is unknown; name another --output, or use {', '.join(DEFINITIONS)} with --restart"
+        )
+    return None if version is None else str(version)
+
+
 def _mean_over_lengths(by_length: dict[str, float | None]) -> float | None:
     known = [score for score in by_length.values() if score is not None]
     return float(np.mean(known)) if known else None
@@ -341,10 +502,22 @@ class Ruler:
         materials: texts and words.
         count: counts the tokens of a prompt.
         seed: seed of all samples. A sample depends on it, its task, its length and its index only.
+        definitions: version of the benchmark.
+        shuffles_questions: draw the order of questions by seed, instead of the file's.
     """
 
-    def __init__(self, materials: Materials, count: CountPrompt, seed: int) -> None:
+    def __init__(
+        self,
+        materials: Materials,
+        count: CountPrompt,
+        seed: int,
+        *,
+        definitions: Definitions = DEFINITIONS[PRESENT],
+        shuffles_questions: bool = False,
+    ) -> None:
         self.materials, self.count, self.seed = materials, count, seed
+        self.definitions = definitions
+        self.shuffles_questions = shuffles_questions or definitions.shuffles_questions
         # Units that fitted the first sample of a task and length: the search for the others begins there. Only the first
         # sample's, so that a sample is the same whatever was made before it.
         self._fitted: dict[tuple[str, int, str], int] = {}
@@ -400,11 +573,13 @@ class Ruler:
         *,
         start: int,
         least: int = 0,
+        count: Callable[[_Question], int] | None = None,
     ) -> Fit[_Question]:
         """``largest_fit`` from the first sample's units; ``what`` names the task, the length and the unit."""
         if not self._is_first:
             start = self._fitted.get(what, start)
-        fit = largest_fit(build, lambda q: self.count(q.message, q.prefix), budget, start=start, least=least)
+        count = count or (lambda q: self.count(q.message, q.prefix))
+        fit = largest_fit(build, count, budget, start=start, least=least)
         if self._is_first:
             self._fitted.setdefault(what, fit.units)
         return fit
@@ -482,27 +657,56 @@ class Ruler:
     # ---------------------------------------------------------------------------------- variables
 
     def _vt(self, length: int, budget: int, name: str) -> Fit[_Question]:
-        rng = random.Random(name)
-        example = _Chain.make(rng, letters=_VT_EXAMPLE_LETTERS)
+        rules, rng = self.definitions, random.Random(name)
+        value = None
+        if not rules.vt_example_redrawn:
+            value = _Chain.number(random.Random(f"{self.seed}/vt/{length}/example"))
+        example = _Chain.make(rng, letters=_VT_EXAMPLE_LETTERS, value=value)
         seed = rng.random()
-
-        def build_example(noises: int) -> _Question:
-            message = VT_TEMPLATE.format(context=example.context(noises, seed), query=example.value)
-            prefix = VT_PREFIX.format(count=len(example.names), query=example.value)
-            return _Question(message + prefix + " " + " ".join(example.names) + "\n\n\n\n", "", ())
-
-        example_budget = _VT_EXAMPLE_TOKENS - MAX_TOKENS["vt"]
-        shown = self._fit(
-            ("vt", length, "example"), build_example, example_budget, start=_VT_EXAMPLE_NOISE, least=1
-        ).built.message
+        shown = self._vt_example(length, example, seed)
         chain = _Chain.make(rng, letters=_VT_LETTERS)
+        question_seed = rng.random() if rules.vt_independent else seed
 
         def build(noises: int) -> _Question:
-            message = shown + VT_TEMPLATE.format(context=chain.context(noises, seed), query=chain.value)
-            prefix = VT_PREFIX.format(count=len(chain.names), query=chain.value)
-            return _Question(message, prefix, tuple(chain.names))
+            asked = self._vt_question(chain, noises, question_seed)
+            return replace(asked, message=shown + asked.message)
 
-        return self._fit(("vt", length, "units"), build, budget, start=budget // _TOKENS_PER_NOISE, least=1)
+        least = self._vt_least_noises()
+        return self._fit(("vt", length, "units"), build, budget, start=budget // _TOKENS_PER_NOISE, least=least)
+
+    def _vt_example(self, length: int, chain: _Chain, seed: float) -> str:
+        """The worked example in front of a question."""
+        rules = self.definitions
+        step = rules.vt_example_step
+        budget = _VT_EXAMPLE_TOKENS - (0 if rules.vt_example_counts == "question" else MAX_TOKENS["vt"])
+        template_tokens = 0 if rules.vt_example_counts == "prompt" else self.count("", "")
+
+        def text(built: _Question) -> str:
+            return built.message + built.prefix + " " + " ".join(built.references) + rules.vt_example_end
+
+        def count(built: _Question) -> int:
+            counted = built.message + built.prefix if rules.vt_example_counts == "question" else text(built)
+            return self.count(counted, "") - template_tokens
+
+        fit = self._fit(
+            ("vt", length, "example"),
+            lambda units: self._vt_question(chain, step * units, seed),
+            budget,
+            start=_VT_EXAMPLE_NOISE // step,
+            least=-(-self._vt_least_noises() // step),
+            count=count,
+        )
+        return text(fit.built)
+
+    def _vt_question(self, chain: _Chain, noises: int, seed: float) -> _Question:
+        rules = self.definitions
+        message = VT_TEMPLATE.format(context=chain.context(noises, seed, rules.vt_separator), query=chain.value)
+        prefix = VT_PREFIX.format(count=len(chain.names), assigned=rules.vt_assigned, query=chain.value)
+        return _Question(message, prefix, tuple(chain.names))
+
+    def _vt_least_noises(self) -> int:
+        # Joined by blanks, assignments may also stand between the sentences of a line of noise.
+        return 1 if self.definitions.vt_separator == " " else _VT_HOPS + 1
 
     # ---------------------------------------------------------------------------------- frequencies
 
@@ -515,7 +719,8 @@ class Ruler:
         vocabulary = list(self.materials.common_words)
         rng.shuffle(vocabulary)
         listed, top = _word_list(rng.sample(vocabulary, example_words), example_common, example_rare, rng)
-        example = CWE_TEMPLATE.format(context=listed) + CWE_PREFIX + _numbered(top)
+        space = self.definitions.cwe_example_space
+        example = CWE_TEMPLATE.format(context=listed) + CWE_PREFIX + space + _numbered(top)
         seed = rng.random()
 
         def build(words: int) -> _Question:
@@ -532,7 +737,7 @@ class Ruler:
 
     def _fwe(self, length: int, budget: int, name: str) -> Fit[_Question]:
         rng = random.Random(name)
-        size = max(4, length // 50)
+        size = max(4, (length - (MAX_TOKENS["fwe"] if self.definitions.fwe_reserves else 0)) // 50)
         # A dict as an ordered set.
         coded: dict[str, None] = {}
         while len(coded) < size:
@@ -556,7 +761,8 @@ class Ruler:
         pool = self.materials.pool(task)
         if task not in self._orders:
             order = list(range(len(pool.questions)))
-            random.Random(f"{self.seed}/{task}").shuffle(order)
+            if self.shuffles_questions:
+                random.Random(f"{self.seed}/{task}").shuffle(order)
             self._orders[task] = order
         # The questions of a length are those whose documents fit, each once, in an order that all lengths share.
         fitting, seen = self._fitting.setdefault((task, length), ([], 0))
@@ -634,26 +840,37 @@ class _Chain:
     lines: list[str]
 
     @classmethod
-    def make(cls, rng: random.Random, *, letters: int) -> _Chain:
+    def make(cls, rng: random.Random, *, letters: int, value: str | None = None) -> _Chain:
+        """A random chain; ``value`` is drawn if it is not given."""
         names: dict[str, None] = {}
         while len(names) < _VT_HOPS + 1:
             names["".join(rng.choices(string.ascii_uppercase, k=letters))] = None
         ordered = list(names)
-        value = str(rng.randint(10000, 99998))
+        value = value or cls.number(rng)
         lines = [f"VAR {ordered[0]} = {value}"]
         lines += [f"VAR {name} = VAR {before} " for before, name in itertools.pairwise(ordered)]
         return cls(names=ordered, value=value, lines=lines)
 
-    def context(self, noises: int, seed: float) -> str:
-        """Noise with the assignments at random places, in their order."""
-        sentences = [NOISE + "\n"] * noises
-        if len(sentences) <= len(self.lines):
+    @staticmethod
+    def number(rng: random.Random) -> str:
+        return str(rng.randint(10000, 99998))
+
+    def context(self, noises: int, seed: float, separator: str) -> str:
+        """Noise with the assignments at random places, in their order.
+
+        Args:
+            noises: sentences of noise; joined by line feeds, at least as many as there are assignments.
+            seed: seed of the places.
+            separator: a line feed between all lines, or a blank between lines of noise that end in a line feed.
+        """
+        sentences = [NOISE if separator == "\n" else NOISE + "\n"] * noises
+        if separator == " " and len(sentences) <= len(self.lines):
             # Too few places: use those between the sentences of the noise.
             sentences = [s + "." if s.strip() else s for noise in sentences for s in noise.split(".")]
         places = sorted(random.Random(seed).sample(range(len(sentences)), len(self.lines)))
         for shift, (place, line) in enumerate(zip(places, self.lines, strict=True)):
             sentences.insert(place + shift, line)
-        return " ".join(sentences).replace(". \n", ".\n")
+        return separator.join(sentences).replace(". \n", ".\n")
 
 
 def _word_list(words: list[str], common: int, rare: int, rng: random.Random) -> tuple[str, list[str]]:

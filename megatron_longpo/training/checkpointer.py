@@ -9,8 +9,9 @@ import logging
 import os
 import shutil
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_longpo.checkpoint.card import RECORD, RUN_CONFIG, training_record
+from megatron_longpo.checkpoint.checksums import hash_own_files, verified, write_checksums
 from megatron_longpo.checkpoint.distributed import DistributedReader
 from megatron_longpo.checkpoint.folders import (
     ASSETS,
@@ -131,7 +133,8 @@ def load_weights(path: Path, chunks: Sequence[PolicyModel], parallel: Parallel) 
         CheckpointError: the checkpoint cannot be read, lacks a tensor, or holds values that are not finite.
     """
     state = weights_state(chunks, parallel)
-    loaded = _load(state, path)
+    with verified(path):
+        loaded = _load(state, path)
     _set_weights(loaded, chunks)
     _check_finite(path, first_not_finite(chunks))
 
@@ -290,10 +293,13 @@ class Checkpointer:
         if self._queue is None:
             with _explaining(output):
                 dist_checkpointing.save(content, str(writing))
+            with raise_on_all_ranks(output):
+                hash_own_files(writing, self.parallel.rank)
             self._publish(output, writing, step, record)
         else:
             with _explaining(output):
                 request = dist_checkpointing.save(content, str(writing), async_sharded_save=True)
+            request = request._replace(async_fn=partial(_write_and_hash, request.async_fn, writing, self.parallel.rank))
             request.add_finalize_fn(lambda: self._publish(output, writing, step, record))
             self._queue.schedule_async_request(request)
 
@@ -323,6 +329,7 @@ class Checkpointer:
         """Give a checkpoint that all ranks have written its final name, and remove old ones."""
         if self.parallel.rank == 0:
             self._write_companions(writing, record)
+            write_checksums(writing)
             final = folder_of(output, step)
             shutil.rmtree(final, ignore_errors=True)
             os.replace(writing, final)
@@ -419,7 +426,8 @@ class Checkpointer:
         for inner in inner_optimizers(state.optimizer):
             _make_states(inner)
         content = self._content(0, state, is_loading=True, with_rng=same_layout)
-        loaded = _load(content, folder)
+        with verified(folder, state_only=True):
+            loaded = _load(content, folder)
         _set_weights(loaded, state.chunks)
         state.optimizer.load_state_dict(loaded["optimizer"])
         follow_config(state.optimizer, self.plan.config)
@@ -482,6 +490,12 @@ def _separate_steps(optimizer: torch.optim.Optimizer, step: int) -> None:
             state = optimizer.state.get(parameter, {})
             if "step" in state:
                 state["step"] = torch.tensor(float(step), dtype=torch.float32)
+
+
+def _write_and_hash(write: Callable[..., None], folder: Path, rank: int, *args: Any, **kwargs: Any) -> None:
+    """Write a rank's files and hash them, in the process of a background save."""
+    write(*args, **kwargs)
+    hash_own_files(folder, rank)
 
 
 def _link_or_copy(source: str, target: str) -> None:

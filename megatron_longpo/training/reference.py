@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_longpo.checkpoint.checksums import Verification
 from megatron_longpo.errors import DataError, one_line
 from megatron_longpo.model.gpt import PolicyModel, build_model
 from megatron_longpo.model.rotary import rotary_of
@@ -109,6 +110,8 @@ class CachedReference:
         self._plan, self._chunks, self._parallel = plan, chunks, parallel
         self._scorer = _make_scorer(plan, chunks, parallel)
         self._tables: dict[str, np.ndarray] = {}
+        # Of weights that are not loaded, because their log-probs were found.
+        self._verification: Verification | None = None
 
     def prepare(self, data_sets: Sequence[DataSet]) -> None:
         for data in data_sets:
@@ -122,6 +125,8 @@ class CachedReference:
         table = on_rank0(cache.read)
         assert table is not None, "no other process writes it meanwhile"
         log(f"reference: log-probs of {len(table)} samples found in {cache.path}", active=self._parallel.rank == 0)
+        if self._verification is None:
+            self._verification = Verification(self._plan.reference_load)
         return table
 
     def _score(self, cache: ReferenceCache, data: DataSet) -> np.ndarray:
@@ -132,6 +137,9 @@ class CachedReference:
         return table
 
     def logps(self, data: DataSet, numbers: Sequence[int]) -> np.ndarray:
+        if self._verification is not None:
+            # Log-probs of these weights are of no use to a run that starts from them damaged.
+            self._verification.wait()
         return self._tables[data.prefix][list(numbers)]
 
 

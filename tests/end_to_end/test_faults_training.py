@@ -50,9 +50,9 @@ def meddle(model: Path, output: Path, what: str, *flags: str, rank: int = 0, pro
 
 
 def error_of(stderr: str) -> str:
-    """The only error line. torchrun's own report follows it in a launch of several processes."""
+    """The only error line. torchrun's own traceback follows it in a launch of several processes."""
     (line,) = [line for line in stderr.splitlines() if line.startswith("error:")]
-    assert "Traceback" not in stderr.split("torch.distributed.elastic")[0], stderr
+    assert "Traceback" not in stderr[: stderr.index(line) + len(line)], stderr
     return line
 
 

@@ -50,6 +50,17 @@ def test_all_files_are_listed_and_nothing_else_is_left(checkpoint: Path) -> None
         pass
 
 
+def test_what_a_rank_has_hashed_is_not_read_again(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As after a background save, whose process hashes what it wrote."""
+    for writer in (0, 1):
+        hash_own_files(checkpoint, writer)
+    hashed: list[str] = []
+    own = checksums.sha256_of
+    monkeypatch.setattr(checksums, "sha256_of", lambda path: hashed.append(path.name) or own(path))
+    write_checksums(checkpoint)
+    assert len(hashed) == 5 and not any(name.endswith(".distcp") for name in hashed)
+
+
 @pytest.mark.parametrize("name", ["__1_0.distcp", "__0_1.distcp", ".metadata", "common.pt", "hf/config.json"])
 @pytest.mark.parametrize("what", ["missing", "cut", "longer", "a folder", "a symbolic link to nothing"])
 def test_missing_and_cut_files_are_named(checkpoint: Path, name: str, what: str) -> None:

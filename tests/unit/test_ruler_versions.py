@@ -90,6 +90,15 @@ def test_examples_of_vt(version: str, materials: Materials, tmp_path: Path) -> N
     assert len(numbers) == (3 if version == "c3f5e3b" else 1)
 
 
+@pytest.mark.parametrize("version", VERSIONS)
+def test_the_smallest_example_is_always_taken(version: str, materials: Materials) -> None:
+    """Even with a tokenizer that makes more than 500 tokens of it."""
+    letters = ruler.Ruler(materials, lambda m, p: len(m + p), 3, definitions=ruler.DEFINITIONS[version])
+    sample = letters.sample("vt", 4096, 1)
+    assert sample.prompt_tokens == len(sample.message + sample.prefix) <= 4096 - 30
+    assert sample.message.split("Memorize")[1].count("The grass is green.") == 5
+
+
 def test_wording_of_both_versions(materials: Materials) -> None:
     old, new = (made(materials, version) for version in VERSIONS)
     before, after = (of.sample("vt", 1024, 1) for of in (old, new))

@@ -395,6 +395,8 @@ def user_message(context: str, instruction: str) -> Message:
 # is rendered turn by turn from its last few messages, and once as a whole to check the result.
 _TURNS_RENDERED_WHOLE = 16
 _RECENT_MESSAGES = 5
+# Characters at the end of a document in which the cut before its question is looked for.
+_CUT_CHARACTERS = 256
 # Most turns of a dialogue whose template depends on all earlier turns.
 _MOST_TURNS_RENDERED_WHOLE = 400
 
@@ -528,7 +530,29 @@ class _Encoder:
             end = text.rfind(instruction.strip())
         if end < 0:
             raise BadRow("template", "the chat template does not render the instruction")
+        end = self._end_of_document(text[:end])
         return text[:end], text[end:]
+
+    def _end_of_document(self, head: str) -> int:
+        """Where to cut a text that ends with the document, so that both sides tokenised alone have the tokens of the whole.
+
+        Tokenizers join white space with the white space that follows, and some join a full stop with it. So a document that ends
+        in white space is cut before that, before its last signs, or before its last word. The cut depends on the document only:
+        all prompts of a sample continue it.
+        """
+        if not head[-1:].isspace():
+            return len(head)
+        window = head[-_CUT_CHARACTERS:]
+        first = len(head) - len(window)
+        text = window + QUESTION_SEPARATOR + "Q"
+        whole = self._tokenizer.encode(text, continues=True)
+        stripped = len(window.rstrip())
+        lettered = next((i for i in range(stripped, 0, -1) if window[i - 1].isalnum()), 0)
+        for cut in (stripped, lettered, max(window.rfind(" ", 0, stripped), 0)):
+            ids = self._tokenizer.encode(window[:cut], continues=True)
+            if cut and ids + self._tokenizer.encode_after(window[:cut], text[cut:]) == whole:
+                return first + cut
+        return len(head)
 
     def answer(self, history: Sequence[Message], answer: str) -> _EncodedAnswer:
         """Tokenise an answer that follows ``history``."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import sentencepiece
@@ -11,7 +13,7 @@ import sentencepiece
 from megatron_longpo.data.preference import Mode, long_rows, short_rows
 from megatron_longpo.errors import DataError
 from megatron_longpo.text.chat import ChatTokenizer, Turn, encode_sample, load_tokenizer, turn_of
-from tests.support.tokenizers import TEXT, make_fast_tokenizer, make_sentencepiece
+from tests.support.tokenizers import TEXT, make_fast_tokenizer, make_sentencepiece, published_tokenizer
 
 TURNS = [
     Turn("When was the tower built?", TEXT[:70], "It was built in 1889.", "In the spring."),
@@ -45,6 +47,68 @@ def test_rows_are_the_rendered_dialogue(tokenizer: ChatTokenizer) -> None:
         assert tokenizer.decode(row.tokens_L.tolist()).strip() == tokenizer.decode(whole).strip()
         special = [t for t in row.tokens_L.tolist() if t in tokenizer.special_ids]
         assert special == [t for t in whole if t in tokenizer.special_ids]
+
+
+ENDS = ("", " ", "\n", "\n\n", " \n", "\t\n ", "\n \n\n", ".\n", "!\n\n", " \u3000\n", "\r\n", "\u3002\n")
+
+
+@pytest.fixture(scope="module", params=["bytes", "words", "smollm2"])
+def template_tokenizer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A tokenizer of transformers and ours of the same folder: GPT-2's rules, those that join a full stop with line feeds, and a
+    published one."""
+    from transformers import AutoTokenizer
+
+    folder = tmp_path_factory.mktemp(request.param)
+    if request.param == "smollm2":
+        published_tokenizer("smollm2", folder)
+    else:
+        make_fast_tokenizer(folder)
+    if request.param == "words":
+        join_full_stops(folder / "tokenizer.json")
+    return AutoTokenizer.from_pretrained(folder), load_tokenizer(folder)
+
+
+def join_full_stops(path: Path) -> None:
+    """Split text as the tokenizers of GPT-4, Llama 3 and Qwen do, and have tokens that this splitting allows."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    pattern = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    tokenizer = Tokenizer(models.BPE())
+    split = pre_tokenizers.Split(Regex(pattern), "isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=600,
+        special_tokens=["<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+    tokenizer.train_from_iterator([TEXT + "".join(f"it is.{end}{end} \n\n\n\n" for end in ENDS) * 20], trainer)
+    tokenizer.save(str(path))
+
+
+@pytest.mark.parametrize("end", ENDS, ids=repr)
+@pytest.mark.parametrize("start", [TEXT[:400].strip(), "Tower", "\u5854" * 300], ids=["text", "word", "no blanks"])
+def test_a_document_that_ends_in_white_space(start: str, end: str, template_tokenizer: Any) -> None:
+    """Rows have the token ids of the whole dialogue."""
+    theirs, ours = template_tokenizer
+    turns = [dataclasses.replace(turn, short_context=start[:3]) for turn in TURNS]
+    context = start + end
+    sample = encode_sample(ours, context, turns)
+    (chained, *_), (first, second, *_) = (
+        long_rows(sample, slot=0, turns=mode, nll_scope="sequence", sides=[Mode.CHOSEN])
+        for mode in ("chained", "independent")
+    )
+    for row, asked in ((chained, turns), (first, turns[:1]), (second, turns[1:])):
+        messages = []
+        for turn in asked:
+            content = turn.instruction if messages else f"{context}\n\n{turn.instruction}"
+            messages += [{"role": "user", "content": content}, {"role": "assistant", "content": turn.chosen}]
+        whole = theirs.apply_chat_template(messages, tokenize=True, return_dict=False)
+        # But for the line feed after the last end of turn.
+        found = row.tokens_L.tolist()
+        assert found == whole[: len(found)] and len(whole) - len(found) <= 1
 
 
 def test_answers_end_with_the_end_of_turn(tokenizer: ChatTokenizer) -> None:

@@ -77,9 +77,16 @@ def preference_loss(
 
     With ``policy_*`` = log pi_theta(y | x_L), ``reference_*`` = log pi_S(y | x_S) and the sigmoid form, this is the LongPO
     loss (paper, Eq. 9 and, with log-probs first summed over the turns of a sample, Eq. 13). With the reference
-    conditioned on x_L it is the loss of DPO (arXiv 2305.18290, Eq. 7). Label smoothing is that of conservative DPO
-    (arXiv 2305.18290, appendix), ``hinge`` is SLiC's loss (arXiv 2305.10425), and ``ipo`` is Eq. 17 of arXiv 2310.12036 on
-    the mean log-prob per token, as its authors advise for responses of unequal length.
+    conditioned on x_L it is the loss of DPO (arXiv 2305.18290, Eq. 7). With label smoothing
+    e the sigmoid loss is that of conservative DPO, the expected loss if a label is flipped with probability e::
+
+        L = -(1 - e) * log sigmoid(m) - e * log sigmoid(-m)        m = beta * (chosen ratio - rejected ratio)
+
+    TRL's ``sigmoid`` computes the same up to 0.24 and ignores the option in 1.16. Its ``robust`` is another loss, the unbiased
+    ``(-(1 - e) * log sigmoid(m) + e * log sigmoid(-m)) / (1 - 2e)``, which is not offered here.
+
+    ``hinge`` is SLiC's loss (arXiv 2305.10425), and ``ipo`` is Eq. 17 of arXiv 2310.12036 on the mean log-prob per token, as its
+    authors advise for responses of unequal length.
 
     Args:
         policy_chosen_B, policy_rejected_B: [B], with gradient.

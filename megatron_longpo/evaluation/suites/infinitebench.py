@@ -1,6 +1,7 @@
 """InfiniteBench (arXiv 2402.13718): En.Sum, En.QA and En.MC, from the published files.
 
-Prompts, truncation in the middle, answer lengths and scores are the benchmark's.
+Prompts, truncation in the middle, answer lengths and scores are the benchmark's (commit 88b3daa, 2024-06-13); En.MC is scored by
+the published form of its scorer that begins with the last letter (``scoring.option_accuracy``).
 """
 
 from __future__ import annotations
@@ -144,7 +145,7 @@ class InfiniteBenchSuite(EngineSuite[dict[str, Books]]):
 
     name = "infinitebench"
     title = "InfiniteBench, cut to so many tokens"
-    # 2: En.MC in the steps of the benchmark's present code.
+    # 2: En.MC with the last-letter step (see ``scoring.option_accuracy``).
     version = 2
     settings_alike = ("version", "prompts")
     settings_by_task = ("files",)

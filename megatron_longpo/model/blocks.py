@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from megatron_longpo.data.sequence import QuerySpan
-from megatron_longpo.model.kernels import AttentionKernels, kernels_for
+from megatron_longpo.model.kernels import AttentionKernels, BlockInputs, kernels_for
 
 
 @dataclass(frozen=True)
@@ -198,7 +198,9 @@ def blocks_forward(
     wide = torch.promote_types(query.dtype, torch.float32)
     lse = torch.zeros(query.shape[1], query.shape[0], dtype=wide, device=query.device)
     for queries, keys, lengths in _calls(blocks.causal, kernels, query.shape[1]):
-        part, part_lse = kernels.forward(_take(query, queries), _take(key, keys), _take(value, keys), lengths, scale)
+        part, part_lse = kernels.forward(
+            BlockInputs(_take(query, queries), _take(key, keys), _take(value, keys), lengths, scale)
+        )
         _put(out, queries, part)
         _put(lse.transpose(0, 1), queries, part_lse.transpose(0, 1))
 
@@ -212,11 +214,11 @@ def blocks_forward(
 
     for b in blocks.full:
         here, there = slice(b.query, b.query_end), slice(b.key, b.key_end)
-        merge(here, *kernels.forward(query[here], key[there], value[there], None, scale))
+        merge(here, *kernels.forward(BlockInputs(query[here], key[there], value[there], None, scale)))
     for f in blocks.fading:
         here, there = slice(f.query, f.query + f.length), slice(f.key, f.key + f.length)
         q, k, v = query[here].flip(0), key[there].flip(0), value[there].flip(0)
-        part, part_lse = kernels.forward(q, k, v, (f.length,), scale)
+        part, part_lse = kernels.forward(BlockInputs(q, k, v, (f.length,), scale))
         merge(here, part.flip(0), part_lse.flip(1))
     return out, lse
 
@@ -247,14 +249,10 @@ def blocks_backward(
 
     for queries, keys, lengths in _calls(blocks.causal, kernels, query.shape[1]):
         gq, gk, gv = kernels.backward(
-            _take(grad_out, queries),
-            _take(query, queries),
-            _take(key, keys),
-            _take(value, keys),
-            _take(out, queries),
-            _take(lse.transpose(0, 1), queries).transpose(0, 1),
-            lengths,
-            scale,
+            BlockInputs(_take(query, queries), _take(key, keys), _take(value, keys), lengths, scale),
+            grad_out=_take(grad_out, queries),
+            out=_take(out, queries),
+            lse=_take(lse.transpose(0, 1), queries).transpose(0, 1),
         )
         _put(grad_query, queries, gq)
         add(grad_key, keys, gk)
@@ -262,7 +260,10 @@ def blocks_backward(
     for b in blocks.full:
         here, there = slice(b.query, b.query_end), slice(b.key, b.key_end)
         gq, gk, gv = kernels.backward(
-            grad_out[here], query[here], key[there], value[there], out[here], lse[:, here], None, scale
+            BlockInputs(query[here], key[there], value[there], None, scale),
+            grad_out=grad_out[here],
+            out=out[here],
+            lse=lse[:, here],
         )
         grad_query[here].add_(gq)
         grad_key[there].add_(gk)
@@ -271,7 +272,9 @@ def blocks_backward(
         here, there = slice(f.query, f.query + f.length), slice(f.key, f.key + f.length)
         backwards = [grad_out[here], query[here], key[there], value[there], out[here]]
         g, q, k, v, o = (x.flip(0) for x in backwards)
-        gq, gk, gv = kernels.backward(g, q, k, v, o, lse[:, here].flip(1), (f.length,), scale)
+        gq, gk, gv = kernels.backward(
+            BlockInputs(q, k, v, (f.length,), scale), grad_out=g, out=o, lse=lse[:, here].flip(1)
+        )
         grad_query[here].add_(gq.flip(0))
         grad_key[there].add_(gk.flip(0))
         grad_value[there].add_(gv.flip(0))

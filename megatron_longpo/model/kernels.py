@@ -43,6 +43,34 @@ _FUSED_FROM = 2**31
 _TILE = 512
 
 
+@dataclass(frozen=True)
+class BlockInputs:
+    """What attention within one block is computed from.
+
+    Attributes:
+        q: queries, [n, Q, D].
+        k, v: keys and values, [m, K, D].
+        lengths: None if every query attends to every key. Otherwise queries and keys are runs of these lengths (n = m = their
+            sum), and a query attends to the keys of its own run up to itself.
+        scale: factor of the dot products.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    lengths: tuple[int, ...] | None
+    scale: float
+
+    @property
+    def causal(self) -> bool:
+        return self.lengths is not None
+
+    @property
+    def runs(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Lengths of the runs of queries and of keys."""
+        return self.lengths or (self.q.shape[0],), self.lengths or (self.k.shape[0],)
+
+
 class AttentionKernels(Protocol):
     """Forward and backward of one block, or of several causal blocks at once."""
 
@@ -52,40 +80,28 @@ class AttentionKernels(Protocol):
         ...
 
     def calls(self, lengths: tuple[int, ...], heads: int, /) -> list[list[int]]:
-        """How causal blocks of these lengths, with so many query heads, are put into calls of ``forward``: the numbers of
-        the blocks of each call."""
-        ...
-
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...] | None, scale: float
-    ) -> tuple[Tensor, Tensor]:
-        """Attention of [n, Q, D] queries over [m, K, D] keys and values.
-
-        Args:
-            lengths: None: every query sees every key. Otherwise queries and keys are runs of these lengths (n = m = their
-                sum), and a query sees the keys of its own run up to itself.
-            scale: factor of the dot products.
+        """Group causal blocks of these lengths, with this number of query heads, into calls of ``forward``.
 
         Returns:
-            Output [n, Q, D] and log-sum-exp [Q, n], at least in fp32.
+            The indices of the blocks of each call.
         """
         ...
 
-    def backward(
-        self,
-        grad_out: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        lengths: tuple[int, ...] | None,
-        scale: float,
-    ) -> Gradients:
-        """This block's share of the gradients, given the merged ``out`` [n, Q, D] and ``lse`` [Q, n].
+    def forward(self, block: BlockInputs) -> tuple[Tensor, Tensor]:
+        """Compute the output, [n, Q, D], and the log-sum-exp, [Q, n], at least in fp32."""
+        ...
+
+    def backward(self, block: BlockInputs, grad_out: Tensor, out: Tensor, lse: Tensor) -> Gradients:
+        """Compute this block's share of the gradients.
+
+        Args:
+            block: inputs of the block.
+            grad_out: gradient of the output, [n, Q, D].
+            out: output, merged over all blocks that share the queries, [n, Q, D].
+            lse: log-sum-exp, merged likewise, [Q, n].
 
         Returns:
-            Gradients of q, k and v; the latter two in fp32 where the kernel makes one per query head, since they are then
+            Gradients of q, k and v. The latter two are in fp32 if the kernel makes one per query head, since they are then
             summed over the G heads.
         """
         ...
@@ -100,26 +116,16 @@ class CpuFlash:
     def calls(self, lengths: tuple[int, ...], _heads: int, /) -> list[list[int]]:
         return _one_by_one(lengths)
 
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...] | None, scale: float
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, block: BlockInputs) -> tuple[Tensor, Tensor]:
+        q, k, v = block.q, block.k, block.v
         heads, kv_heads = q.shape[1], k.shape[1]
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            _grouped(q, kv_heads), _shared(k, heads), _shared(v, heads), 0.0, _is_causal(lengths), scale=scale
+            _grouped(q, kv_heads), _shared(k, heads), _shared(v, heads), 0.0, block.causal, scale=block.scale
         )
         return _ungrouped(out), lse.flatten(0, 1)
 
-    def backward(
-        self,
-        grad_out: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        lengths: tuple[int, ...] | None,
-        scale: float,
-    ) -> Gradients:
+    def backward(self, block: BlockInputs, grad_out: Tensor, out: Tensor, lse: Tensor) -> Gradients:
+        q, k, v = block.q, block.k, block.v
         heads, kv_heads = q.shape[1], k.shape[1]
         g4, q4, o4 = (_grouped(x, kv_heads) for x in (grad_out, q, out))
         gq, gk, gv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
@@ -130,8 +136,8 @@ class CpuFlash:
             o4,
             lse.unflatten(0, (kv_heads, -1)),
             0.0,
-            _is_causal(lengths),
-            scale=scale,
+            block.causal,
+            scale=block.scale,
         )
         return _ungrouped(gq), _summed(gk), _summed(gv)
 
@@ -149,11 +155,10 @@ class CudaFlash:
     def calls(self, lengths: tuple[int, ...], _heads: int, /) -> list[list[int]]:
         return [list(range(len(lengths)))] if lengths else []
 
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...] | None, scale: float
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, block: BlockInputs) -> tuple[Tensor, Tensor]:
+        q, k, v = block.q, block.k, block.v
         head_size = q.shape[-1]
-        of_q, of_k = lengths or (q.shape[0],), lengths or (k.shape[0],)
+        of_q, of_k = block.runs
         out, lse, *_ = torch.ops.aten._flash_attention_forward(
             _padded(q),
             _padded(k),
@@ -163,25 +168,16 @@ class CudaFlash:
             max(of_q),
             max(of_k),
             0.0,
-            _is_causal(lengths),
+            block.causal,
             False,
-            scale=scale,
+            scale=block.scale,
         )
         return out[..., :head_size], lse
 
-    def backward(
-        self,
-        grad_out: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        lengths: tuple[int, ...] | None,
-        scale: float,
-    ) -> Gradients:
+    def backward(self, block: BlockInputs, grad_out: Tensor, out: Tensor, lse: Tensor) -> Gradients:
+        q, k, v = block.q, block.k, block.v
         head_size = q.shape[-1]
-        of_q, of_k = lengths or (q.shape[0],), lengths or (k.shape[0],)
+        of_q, of_k = block.runs
         unused = _random_state(q.device)
         gq, gk, gv = torch.ops.aten._flash_attention_backward(
             _padded(grad_out),
@@ -195,10 +191,10 @@ class CudaFlash:
             max(of_q),
             max(of_k),
             0.0,
-            _is_causal(lengths),
+            block.causal,
             unused,
             unused,
-            scale=scale,
+            scale=block.scale,
         )
         return gq[..., :head_size], gk[..., :head_size], gv[..., :head_size]
 
@@ -212,26 +208,16 @@ class CudaFused:
     def calls(self, lengths: tuple[int, ...], _heads: int, /) -> list[list[int]]:
         return _one_by_one(lengths)
 
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...] | None, scale: float
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, block: BlockInputs) -> tuple[Tensor, Tensor]:
+        q, k, v = block.q, block.k, block.v
         head_size = q.shape[-1]
         out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
-            *(_batch_of_one(_padded(x)) for x in (q, k, v)), None, True, 0.0, _is_causal(lengths), scale=scale
+            *(_batch_of_one(_padded(x)) for x in (q, k, v)), None, True, 0.0, block.causal, scale=block.scale
         )
         return out[0].transpose(0, 1)[..., :head_size], lse.reshape(q.shape[1], q.shape[0])
 
-    def backward(
-        self,
-        grad_out: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        lengths: tuple[int, ...] | None,
-        scale: float,
-    ) -> Gradients:
+    def backward(self, block: BlockInputs, grad_out: Tensor, out: Tensor, lse: Tensor) -> Gradients:
+        q, k, v = block.q, block.k, block.v
         head_size = q.shape[-1]
         unused = _random_state(q.device)
         # cuDNN describes output and its gradient by one layout: both are made contiguous alike.
@@ -252,8 +238,8 @@ class CudaFused:
             q.shape[0],
             k.shape[0],
             0.0,
-            _is_causal(lengths),
-            scale=scale,
+            block.causal,
+            scale=block.scale,
         )
         gq, gk, gv = (x[0].transpose(0, 1)[..., :head_size] for x in gradients)
         return gq, gk, gv
@@ -278,28 +264,16 @@ class CudaLargestFused:
         small = [i for i in range(len(lengths)) if i not in large]
         return [[i] for i in large] + ([small] if small else [])
 
-    def _of(self, q: Tensor, k: Tensor, lengths: tuple[int, ...] | None) -> AttentionKernels:
-        single = lengths is None or len(lengths) == 1
-        large = _is_large(q.shape[0], k.shape[0], q.shape[1], causal=_is_causal(lengths))
-        return self.fused if single and large else self.flash
+    def _for(self, block: BlockInputs) -> AttentionKernels:
+        (queries, heads), keys = block.q.shape[:2], block.k.shape[0]
+        is_single = len(block.runs[0]) == 1
+        return self.fused if is_single and _is_large(queries, keys, heads, causal=block.causal) else self.flash
 
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...] | None, scale: float
-    ) -> tuple[Tensor, Tensor]:
-        return self._of(q, k, lengths).forward(q, k, v, lengths, scale)
+    def forward(self, block: BlockInputs) -> tuple[Tensor, Tensor]:
+        return self._for(block).forward(block)
 
-    def backward(
-        self,
-        grad_out: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        lengths: tuple[int, ...] | None,
-        scale: float,
-    ) -> Gradients:
-        return self._of(q, k, lengths).backward(grad_out, q, k, v, out, lse, lengths, scale)
+    def backward(self, block: BlockInputs, grad_out: Tensor, out: Tensor, lse: Tensor) -> Gradients:
+        return self._for(block).backward(block, grad_out, out, lse)
 
 
 @dataclass(frozen=True)
@@ -316,28 +290,18 @@ class CudaMemoryEfficient:
     def calls(self, lengths: tuple[int, ...], _heads: int, /) -> list[list[int]]:
         return _one_by_one(lengths)
 
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...] | None, scale: float
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, block: BlockInputs) -> tuple[Tensor, Tensor]:
+        q, k, v = block.q, block.k, block.v
         head_size, heads, kv_heads = q.shape[-1], q.shape[1], k.shape[1]
         q4, k4, v4 = _grouped(_padded(q), kv_heads), _shared(_padded(k), heads), _shared(_padded(v), heads)
         out, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(
-            q4, k4, v4, None, compute_log_sumexp=True, is_causal=_is_causal(lengths), scale=scale
+            q4, k4, v4, None, compute_log_sumexp=True, is_causal=block.causal, scale=block.scale
         )
         # Rows of the log-sum-exp are padded to a multiple of 32.
         return _ungrouped(out)[..., :head_size], lse[..., : q.shape[0]].flatten(0, 1)
 
-    def backward(
-        self,
-        grad_out: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        lengths: tuple[int, ...] | None,
-        scale: float,
-    ) -> Gradients:
+    def backward(self, block: BlockInputs, grad_out: Tensor, out: Tensor, lse: Tensor) -> Gradients:
+        q, k, v = block.q, block.k, block.v
         head_size, heads, kv_heads = q.shape[-1], q.shape[1], k.shape[1]
         g4, q4 = (_grouped(_padded(x), kv_heads) for x in (grad_out, q))
         k4, v4 = _shared(_padded(k), heads), _shared(_padded(v), heads)
@@ -355,8 +319,8 @@ class CudaMemoryEfficient:
             unused[1],
             0.0,
             [True, True, True, False],
-            is_causal=_is_causal(lengths),
-            scale=scale,
+            is_causal=block.causal,
+            scale=block.scale,
         )
         gq, gk, gv = _ungrouped(gq), _summed(gk), _summed(gv)
         return gq[..., :head_size], gk[..., :head_size], gv[..., :head_size]
@@ -371,29 +335,19 @@ class Unfused:
     def calls(self, lengths: tuple[int, ...], _heads: int, /) -> list[list[int]]:
         return _one_by_one(lengths)
 
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...] | None, scale: float
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, block: BlockInputs) -> tuple[Tensor, Tensor]:
+        q, k, v = block.q, block.k, block.v
         dtype = torch.promote_types(q.dtype, torch.float32)
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
         lse = q.new_empty(q.shape[1], q.shape[0], dtype=dtype)
         keys, values = (_shared(x.to(dtype), q.shape[1]) for x in (k, v))
-        for here, scores in _tiles(q.to(dtype), keys, lengths, scale):
+        for here, scores in _tiles(q.to(dtype), keys, causal=block.causal, scale=block.scale):
             lse[:, here] = scores.logsumexp(-1).flatten(0, 1)
             out[here] = _ungrouped(scores.softmax(-1) @ values).to(q.dtype)
         return out, lse
 
-    def backward(
-        self,
-        grad_out: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        lengths: tuple[int, ...] | None,
-        scale: float,
-    ) -> Gradients:
+    def backward(self, block: BlockInputs, grad_out: Tensor, out: Tensor, lse: Tensor) -> Gradients:
+        q, k, v = block.q, block.k, block.v
         dtype, kv_heads, heads = torch.promote_types(q.dtype, torch.float32), k.shape[1], q.shape[1]
         keys, values = (_shared(x.to(dtype), heads) for x in (k, v))
         gq = torch.empty_like(q, memory_format=torch.contiguous_format)
@@ -401,10 +355,10 @@ class Unfused:
         # dS = P * (dO V^T - rowsum(dO * O)), as in FlashAttention's backward (arXiv 2205.14135, appendix B.4).
         delta = (grad_out.to(dtype) * out.to(dtype)).sum(-1).t().unflatten(0, (kv_heads, -1))
         lse_KGn = lse.to(dtype).unflatten(0, (kv_heads, -1))
-        for here, scores in _tiles(q.to(dtype), keys, lengths, scale):
+        for here, scores in _tiles(q.to(dtype), keys, causal=block.causal, scale=block.scale):
             g4 = _grouped(grad_out[here].to(dtype), kv_heads)
             weights = (scores - lse_KGn[..., here].unsqueeze(-1)).exp()
-            inner = weights * (g4 @ values.transpose(-1, -2) - delta[..., here].unsqueeze(-1)) * scale
+            inner = weights * (g4 @ values.transpose(-1, -2) - delta[..., here].unsqueeze(-1)) * block.scale
             gq[here] = _ungrouped(inner @ keys).to(q.dtype)
             gk += (inner.transpose(-1, -2) @ _grouped(q[here].to(dtype), kv_heads)).sum(1)
             gv += (weights.transpose(-1, -2) @ g4).sum(1)
@@ -537,10 +491,6 @@ def _padded(x_nHD: Tensor) -> Tensor:
     return torch.nn.functional.pad(x_nHD, (0, missing)) if missing else x_nHD
 
 
-def _is_causal(lengths: tuple[int, ...] | None) -> bool:
-    return lengths is not None
-
-
 @functools.lru_cache(maxsize=64)
 def _boundaries(lengths: tuple[int, ...], device: torch.device) -> Tensor:
     """Cumulative lengths, from 0; the same for all layers of a micro batch."""
@@ -553,16 +503,13 @@ def _random_state(device: torch.device) -> Tensor:
     return torch.zeros(2, dtype=torch.int64, device=device)
 
 
-def _tiles(
-    q_nQD: Tensor, keys_KGmD: Tensor, lengths: tuple[int, ...] | None, scale: float
-) -> Iterator[tuple[slice, Tensor]]:
-    """(rows, scores [K, G, rows, m]) of one tile of queries after another."""
-    assert lengths is None or len(lengths) == 1
+def _tiles(q_nQD: Tensor, keys_KGmD: Tensor, *, causal: bool, scale: float) -> Iterator[tuple[slice, Tensor]]:
+    """Yield the rows and the scores, [K, G, rows, m], of one tile of queries after another."""
     n, m = q_nQD.shape[0], keys_KGmD.shape[2]
     for start in range(0, n, _TILE):
         here = slice(start, min(n, start + _TILE))
         scores = _grouped(q_nQD[here], keys_KGmD.shape[0]) @ keys_KGmD.transpose(-1, -2) * scale
-        if lengths is not None:
+        if causal:
             rows = torch.arange(start, here.stop, device=q_nQD.device)
             scores = scores.masked_fill(torch.arange(m, device=q_nQD.device) > rows.unsqueeze(1), -torch.inf)
         yield here, scores

@@ -15,6 +15,7 @@ from megatron_longpo.model import kernels as kernels_module
 from megatron_longpo.model.blocks import Blocks, CausalBlock, FullBlock, block_attention, blocks_of
 from megatron_longpo.model.kernels import (
     AttentionKernels,
+    BlockInputs,
     CpuFlash,
     CudaFlash,
     CudaFused,
@@ -207,11 +208,11 @@ def test_kernels_take_slices_of_heads(monkeypatch: pytest.MonkeyPatch, kernels: 
     torch.manual_seed(0)
     q, g, out = (torch.randn(33, 8, 16)[:, 2:6] for _ in range(3))
     k, v = (torch.randn(33, 4, 16)[:, 1:3] for _ in range(2))
-    lengths = (33,)
-    made, lse = CpuFlash().forward(q, k, v, lengths, 0.25)
+    block = BlockInputs(q, k, v, (33,), 0.25)
+    made, lse = CpuFlash().forward(block)
     out.copy_(made)
-    expected = CpuFlash().backward(g, q, k, v, out, lse, lengths, 0.25)
-    for found, value in zip(kernels.backward(g, q, k, v, out, lse, lengths, 0.25), expected, strict=True):
+    expected = CpuFlash().backward(block, g, out, lse)
+    for found, value in zip(kernels.backward(block, g, out, lse), expected, strict=True):
         torch.testing.assert_close(found, value, rtol=1e-4, atol=1e-5)
 
 

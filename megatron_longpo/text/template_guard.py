@@ -20,6 +20,8 @@ from megatron_longpo.errors import DataError
 TEMPLATE_SECONDS = 10.0
 # Memory that rendering may take beyond what the process has. Documents, of at most tens of megabytes, are copied a few times.
 _MOST_BYTES = 2**31
+# Seconds until the exception is raised once more.
+_AGAIN_SECONDS = 0.2
 # The limits hold for the process, so one thread renders at a time.
 _rendering = threading.Lock()
 
@@ -61,30 +63,10 @@ def render_bounded(render: Callable[[], str], seconds: float) -> str:
     Raises:
         TemplateLimitError: it took longer, or needed too much memory.
     """
-    done = fired = False
-    lock = threading.Lock()
-    thread = ctypes.c_ulong(threading.get_ident())
-
-    def expire() -> None:
-        nonlocal fired
-        with lock:
-            if not done:
-                fired = True
-                ctypes.pythonapi.PyThreadState_SetAsyncExc(thread, ctypes.py_object(_Expired))
-
     with _rendering:
         limits = _limit_memory()
-        timer = threading.Timer(seconds, expire)
-        timer.daemon = True
-        timer.start()
         try:
-            text = render()
-            with lock:
-                done = True
-            while fired:
-                # It fired as rendering ended, and is raised at the next jump back: better here than later.
-                pass
-            return text
+            return _render_watched(render, seconds)
         except _Expired:
             raise TemplateLimitError(
                 f"the chat template takes more than {seconds:g} s; correct it, or raise template_seconds"
@@ -94,11 +76,35 @@ def render_bounded(render: Callable[[], str], seconds: float) -> str:
                 f"the chat template takes more than {_MOST_BYTES / 2**30:g} GiB of memory; correct it"
             ) from None
         finally:
-            with lock:
-                done = True
-            timer.cancel()
             if limits is not None:
                 resource.setrlimit(resource.RLIMIT_AS, limits)
+
+
+def _render_watched(render: Callable[[], str], seconds: float) -> str:
+    """Render in this thread, and have ``_Expired`` raised in it when the time is over."""
+    ended, lock = threading.Event(), threading.Lock()
+    thread = ctypes.c_ulong(threading.get_ident())
+    raise_in_thread = ctypes.pythonapi.PyThreadState_SetAsyncExc
+
+    def watch() -> None:
+        # Raised again and again until rendering ends: where Python happens to be in a destructor or in another callback that
+        # ignores exceptions, a single one is lost.
+        wait = seconds
+        while not ended.wait(wait):
+            wait = _AGAIN_SECONDS
+            with lock:
+                if not ended.is_set():
+                    raise_in_thread(thread, ctypes.py_object(_Expired))
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        return render()
+    finally:
+        ended.set()
+        with lock:
+            # What was raised and has not arrived yet is withdrawn.
+            raise_in_thread(thread, None)
 
 
 def _limit_memory() -> tuple[int, int] | None:

@@ -231,6 +231,9 @@ class Client:
             if not isinstance(inner, BaseException):
                 break
             reason = inner
+        # urllib3 names its own connection object before the operating system's words.
+        if isinstance(reason, urllib3.exceptions.HTTPError) and isinstance(reason.__cause__, OSError):
+            reason = reason.__cause__
         return self.shown(str(reason))
 
     def shown(self, text: str) -> str:

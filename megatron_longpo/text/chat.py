@@ -10,10 +10,11 @@ from __future__ import annotations
 import hashlib
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -36,6 +37,7 @@ from megatron_longpo.data.vocabulary import folder_vocabulary_hash, sentencepiec
 from megatron_longpo.errors import DataError, one_line
 from megatron_longpo.runtime.reading import read_bytes
 from megatron_longpo.text.template_guard import TEMPLATE_SECONDS, TemplateLimitError, refuse_powers, render_bounded
+from megatron_longpo.text.template_kwargs import check_template_reads
 
 Message = dict[str, str]
 
@@ -79,6 +81,7 @@ class ChatTokenizer(ABC):
         special_ids: ids of special tokens; one of them ends every answer.
         special_texts: texts of the special tokens.
         template_seconds: longest time that the template may take to render a conversation.
+        template_kwargs: arguments that every rendering passes to the template, such as ``enable_thinking``.
     """
 
     name: str
@@ -89,6 +92,7 @@ class ChatTokenizer(ABC):
     special_ids: frozenset[int]
     special_texts: tuple[str, ...]
     template_seconds: float = TEMPLATE_SECONDS
+    template_kwargs: Mapping[str, Any] = MappingProxyType({})
 
     def encode_after(self, before: str, text: str) -> list[int]:
         """Token ids of ``text`` where it follows ``before``."""
@@ -213,7 +217,10 @@ class FastChatTokenizer(ChatTokenizer):
     def _render(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
         return str(
             self._tokenizer.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
+                list(messages),
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                **self.template_kwargs,
             )
         )
 
@@ -288,6 +295,7 @@ class SentencePieceChatTokenizer(ChatTokenizer):
                 add_generation_prompt=add_generation_prompt,
                 bos_token=self._bos,
                 eos_token=self._eos,
+                **self.template_kwargs,
             )
         )
 
@@ -301,6 +309,7 @@ def load_tokenizer(
     *,
     trust_remote_code: bool = False,
     template_seconds: float = TEMPLATE_SECONDS,
+    template_kwargs: Mapping[str, Any] | None = None,
 ) -> ChatTokenizer:
     """Load a tokenizer with its chat template, and try the template on a short conversation.
 
@@ -309,6 +318,7 @@ def load_tokenizer(
         chat_template: name of a built-in template, or a file with a Jinja template; None keeps the tokenizer's own.
         trust_remote_code: run code from the tokenizer's folder.
         template_seconds: longest time that the template may take to render a conversation.
+        template_kwargs: arguments of the template, as ``parse_template_kwargs`` reads them.
 
     Raises:
         DataError: there is no tokenizer, or no template, or the template does not work.
@@ -328,6 +338,7 @@ def load_tokenizer(
     else:
         tokenizer = SentencePieceChatTokenizer(path, template)
     tokenizer.template_seconds = template_seconds
+    tokenizer.template_kwargs = template_kwargs or {}
     _try_template(tokenizer, where)
     return tokenizer
 
@@ -355,6 +366,7 @@ def _try_template(tokenizer: ChatTokenizer, where: str) -> None:
     """Raise DataError if the template does not render a question and its answer: every row would fail."""
     import jinja2
 
+    check_template_reads(tokenizer.template, tokenizer.template_kwargs)
     try:
         refuse_powers(tokenizer.template)
         tokenizer.render([{"role": "user", "content": "QUESTION"}], add_generation_prompt=True)

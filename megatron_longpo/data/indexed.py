@@ -42,6 +42,8 @@ _HISTOGRAM_FIRST = 9
 # Names of fields in files, where they differ: in code "rejected" is the dispreferred answer only.
 _IN_FILES = {"skip_reasons": "rejected"}
 _IN_PYTHON = {in_file: name for name, in_file in _IN_FILES.items()}
+# Fields that version 0.1 did not write; a manifest may lack them.
+_ADDED_LATER = frozenset({"chat_template", "answer_end_ids"})
 
 
 @dataclass
@@ -61,6 +63,10 @@ class Manifest:
         settings: settings that the input was processed with.
         bin_bytes, bin_sha256, idx_sha256: size and checksums of the binaries.
         schema_version: version of this format.
+        chat_template: source of the chat template that the rows were rendered with; None if the input was already tokenised, or
+            in files of version 0.1.
+        answer_end_ids: ids of the special tokens that the template puts directly after an answer, by which a model trained on
+            the data ends its answers.
     """
 
     vocab_size: int
@@ -82,6 +88,8 @@ class Manifest:
     bin_sha256: str = ""
     idx_sha256: str = ""
     schema_version: int = SCHEMA_VERSION
+    chat_template: str | None = None
+    answer_end_ids: list[int] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
         """All fields by the names that they have in files."""
@@ -333,7 +341,7 @@ def read_manifest(prefix: str | Path) -> Manifest:
             f"{path}: does not have the checksum that it names, so it was changed or damaged; preprocess the data again"
         )
     known = {_IN_FILES.get(f.name, f.name): f for f in dataclasses.fields(Manifest)}
-    unknown, missing = sorted(set(content) - set(known)), sorted(set(known) - set(content))
+    unknown, missing = sorted(set(content) - set(known)), sorted(set(known) - set(content) - _ADDED_LATER)
     if unknown or missing:
         raise DataError(
             f"{path}: unknown keys {unknown}, missing keys {missing}, so it was changed; preprocess the data again"

@@ -418,6 +418,8 @@ def preprocess(
         tokenizer=tokenizer.name if tokenizer else None,
         tokenizer_hash=tokenizer.vocabulary_hash if tokenizer else None,
         template_hash=tokenizer.template_hash if tokenizer else None,
+        chat_template=tokenizer.template if tokenizer else None,
+        answer_end_ids=sorted(tokenizer.answer_ends()) if tokenizer else [],
         independent_turns=tokenizer is not None,
         source=source,
         settings=described,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from megatron_longpo.data.indexed import PreferenceData, path_of
+from megatron_longpo.data.indexed import PreferenceData, path_of, read_manifest
 from megatron_longpo.errors import DataError
 from megatron_longpo.text import preprocess as module
-from megatron_longpo.text.chat import ChatTokenizer, load_tokenizer
+from megatron_longpo.text.chat import BUILT_IN_TEMPLATES, ChatTokenizer, load_tokenizer
 from megatron_longpo.text.preprocess import RawRow, Settings, preprocess, process_row
 from tests.support.data import text_row, tokenised_row, write_lines
 from tests.support.tokenizers import TEXT, make_fast_tokenizer
@@ -109,6 +110,21 @@ def test_any_line_is_a_sample_or_a_counted_reject(tokenizer: ChatTokenizer, data
         assert result.sample is not None or result.skipped
         for bad in result.skipped:
             assert bad.reason and bad.detail
+
+
+def test_the_manifest_has_the_template_and_how_its_answers_end(tmp_path: Path, tokenizer_folder: Path) -> None:
+    path = write_lines(tmp_path / "pairs.jsonl", [json.dumps(text_row(1))])
+    manifest = preprocess([str(path)], tmp_path / "out", Settings(str(tokenizer_folder), chat_template="chatml"))
+    tokenizer = load_tokenizer(tokenizer_folder, "chatml")
+    assert manifest.chat_template == BUILT_IN_TEMPLATES["chatml"] == tokenizer.template
+    assert [tokenizer.encode("<|im_end|>", continues=False)] == [manifest.answer_end_ids]
+    # Version 0.1 wrote neither, and its files stay readable.
+    content = json.loads(path_of(tmp_path / "out", "json").read_text())
+    del content["manifest_sha256"], content["chat_template"], content["answer_end_ids"]
+    content["manifest_sha256"] = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    path_of(tmp_path / "out", "json").write_text(json.dumps(content))
+    old = read_manifest(tmp_path / "out")
+    assert old.chat_template is None and old.answer_end_ids == [] and old.template_hash == tokenizer.template_hash
 
 
 def test_workers_and_formats_change_nothing(tmp_path: Path, tokenizer_folder: Path) -> None:

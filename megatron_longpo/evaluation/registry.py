@@ -9,7 +9,7 @@ from megatron_longpo.evaluation.suites.base import Suite
 from megatron_longpo.evaluation.suites.infinitebench import InfiniteBenchSuite
 from megatron_longpo.evaluation.suites.needle import NeedleSuite
 from megatron_longpo.evaluation.suites.preference import PreferenceSuite
-from megatron_longpo.evaluation.suites.ruler import RulerSuite
+from megatron_longpo.evaluation.suites.ruler.suite import RulerSuite
 from megatron_longpo.evaluation.suites.short_context import ShortContextSuite
 
 SUITES: dict[str, Suite[Any]] = {

@@ -15,7 +15,7 @@ from megatron_longpo.evaluation.sections import SuiteConfig
 from megatron_longpo.evaluation.suites.infinitebench import InfiniteBenchConfig
 from megatron_longpo.evaluation.suites.needle import NeedleConfig
 from megatron_longpo.evaluation.suites.preference import PreferenceConfig
-from megatron_longpo.evaluation.suites.ruler import RulerConfig
+from megatron_longpo.evaluation.suites.ruler.suite import RulerConfig
 from megatron_longpo.evaluation.suites.short_context import ShortConfig
 from megatron_longpo.schema import check_ranges
 

@@ -149,7 +149,7 @@ def test_keeping_prefixes_changes_no_answer(made: Path, undisturbed: Path) -> No
     from megatron_longpo.engines.base import Prompt, Sampling
     from megatron_longpo.engines.transformers_engine import TransformersEngine
     from megatron_longpo.evaluation.materials import read_materials
-    from megatron_longpo.evaluation.suites.ruler import Ruler
+    from megatron_longpo.evaluation.suites.ruler.samples import Ruler
 
     materials = read_materials([str(made / "texts")], None)
     engine = TransformersEngine(made / "model", dtype="float32", batch_size=1)

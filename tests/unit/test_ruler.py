@@ -21,8 +21,8 @@ from megatron_longpo.evaluation.materials import (
     sentences_of,
 )
 from megatron_longpo.evaluation.samples import largest_fit
-from megatron_longpo.evaluation.suites import ruler
 from megatron_longpo.evaluation.suites.needle import NeedleMap, NeedleSuite
+from megatron_longpo.evaluation.suites.ruler import definitions, samples, suite
 from tests.support.tokenizers import package_folder, prompt_counter, published_tokenizer
 
 
@@ -48,8 +48,8 @@ def test_lengths_are_exact(kind: str, materials: Materials, tmp_path: Path) -> N
     """Every task, from 1K to 128K tokens: within the length, and at least 0.95 of it."""
     tokenizer = published_tokenizer(kind, tmp_path)
     count = prompt_counter(tokenizer)
-    made = ruler.Ruler(materials, count, seed=7)
-    for task in ruler.TASKS:
+    made = samples.Ruler(materials, count, seed=7)
+    for task in definitions.TASKS:
         for length in (1024, 2048, 4096, 16384, 131072):
             for index in range(2 if length <= 4096 else 1):
                 sample = made.sample(task, length, index)
@@ -64,20 +64,20 @@ def words_count(message: str, prefix: str) -> int:
     return len(re.findall(r"\w+|\S", message + prefix))
 
 
-@pytest.mark.parametrize("task", ruler.TASKS)
+@pytest.mark.parametrize("task", definitions.TASKS)
 def test_a_sample_depends_on_its_number_alone(task: str, materials: Materials) -> None:
-    one, other = (ruler.Ruler(materials, words_count, seed=3) for _ in range(2))
+    one, other = (samples.Ruler(materials, words_count, seed=3) for _ in range(2))
     for index in (2, 5):
         one.sample(task, 4096, index)
     last = one.sample(task, 4096, 9)
     assert other.sample(task, 4096, 9) == last
-    assert ruler.Ruler(materials, words_count, seed=4).sample(task, 4096, 9) != last
+    assert samples.Ruler(materials, words_count, seed=4).sample(task, 4096, 9) != last
 
 
-@pytest.mark.parametrize("task", list(ruler.NIAH))
+@pytest.mark.parametrize("task", list(definitions.NIAH))
 def test_needles_stand_where_and_as_they_should(task: str, materials: Materials) -> None:
-    spec = ruler.NIAH[task]
-    made = ruler.Ruler(materials, words_count, seed=3)
+    spec = definitions.NIAH[task]
+    made = samples.Ruler(materials, words_count, seed=3)
     for index in range(5):
         sample = made.sample(task, 4096, index)
         asked = spec.query_count * spec.value_count
@@ -103,8 +103,8 @@ def test_needles_stand_where_and_as_they_should(task: str, materials: Materials)
 
 
 def test_depths_are_those_of_the_benchmark(materials: Materials) -> None:
-    assert len(ruler.DEPTHS) == 40 and ruler.DEPTHS[:3] == (0, 3, 5) and ruler.DEPTHS[-1] == 100
-    made = ruler.Ruler(materials, words_count, seed=3)
+    assert len(definitions.DEPTHS) == 40 and definitions.DEPTHS[:3] == (0, 3, 5) and definitions.DEPTHS[-1] == 100
+    made = samples.Ruler(materials, words_count, seed=3)
     for index in range(20):
         sample = made.sample("niah_single_2", 4096, index)
         place = sample.message.index("One of the special magic") / len(sample.message)
@@ -113,7 +113,7 @@ def test_depths_are_those_of_the_benchmark(materials: Materials) -> None:
 
 
 def test_variables_are_a_chain(materials: Materials) -> None:
-    sample = ruler.Ruler(materials, words_count, seed=3).sample("vt", 4096, 4)
+    sample = samples.Ruler(materials, words_count, seed=3).sample("vt", 4096, 4)
     example, question = sample.message.rsplit("Memorize and track", 1)
     assert "they are: " in example and example.endswith("\n\n")
     value = re.search(r"assigned the value (\d{5}) in the text", question)
@@ -132,7 +132,7 @@ def test_variables_are_a_chain(materials: Materials) -> None:
 
 @pytest.mark.parametrize(("length", "common", "rare"), [(2048, 6, 1), (8192, 30, 3)])
 def test_common_words_are_the_most_frequent(length: int, common: int, rare: int, materials: Materials) -> None:
-    sample = ruler.Ruler(materials, words_count, seed=3).sample("cwe", length, 1)
+    sample = samples.Ruler(materials, words_count, seed=3).sample("cwe", length, 1)
     listed = sample.message.rsplit("often.\n", 1)[1].split("\nQuestion", 1)[0]
     words = re.findall(r"\d+\. (\S+)", listed)
     counts = {w: words.count(w) for w in set(words)}
@@ -142,7 +142,7 @@ def test_common_words_are_the_most_frequent(length: int, common: int, rare: int,
 
 
 def test_frequent_coded_words_follow_zeta(materials: Materials) -> None:
-    sample = ruler.Ruler(materials, words_count, seed=3).sample("fwe", 8192, 1)
+    sample = samples.Ruler(materials, words_count, seed=3).sample("fwe", 8192, 1)
     words = sample.message.split("coded words. ", 1)[1].split("\nQuestion", 1)[0].split(" ")
     counts = {w: words.count(w) for w in set(words)}
     ordered = sorted(counts, key=counts.__getitem__, reverse=True)
@@ -158,7 +158,7 @@ def documents_of(pool: QuestionPool, times: int) -> list[str]:
 @pytest.mark.parametrize("task", ["qa_1", "qa_2"])
 def test_questions_come_with_their_documents(task: str, materials: Materials) -> None:
     pool = materials.pool(task)
-    made = ruler.Ruler(materials, words_count, seed=3)
+    made = samples.Ruler(materials, words_count, seed=3)
     asked = set()
     for index in range(10):
         sample = made.sample(task, 8192, index)
@@ -172,7 +172,7 @@ def test_questions_come_with_their_documents(task: str, materials: Materials) ->
     # Some questions are too long for a length: the others are asked, each once.
     long = tuple(documents_of(pool, 60))
     fewer = Materials(essays="x", squad=QuestionPool(pool.questions, long), hotpotqa=QuestionPool(pool.questions, long))
-    once = ruler.Ruler(fewer, words_count, seed=3)
+    once = samples.Ruler(fewer, words_count, seed=3)
     queries = [once.sample(task, 1500, i).message.rsplit("Question: ", 1)[1] for i in range(10)]
     assert len(set(queries)) == 10
     with pytest.raises(DataError, match=r"\d+ of 40 questions fit"):
@@ -193,8 +193,8 @@ def test_words_are_words(materials: Materials) -> None:
 def test_few_words_are_paired_for_long_lists(words: int) -> None:
     """A user's short list serves any length, every word different."""
     few = Materials(words=[f"word{chr(97 + i % 26)}{i}" for i in range(words)])
-    ruler.check_materials(few, ["cwe"])
-    sample = ruler.Ruler(few, words_count, seed=3).sample("cwe", 16384, 1)
+    suite.check_materials(few, ["cwe"])
+    sample = samples.Ruler(few, words_count, seed=3).sample("cwe", 16384, 1)
     listed = sample.message.rsplit("often.\n", 1)[1].split("\nQuestion", 1)[0]
     counts: dict[str, int] = {}
     for word in re.findall(r"\d+\. (\S+)", listed):
@@ -204,7 +204,7 @@ def test_few_words_are_paired_for_long_lists(words: int) -> None:
 
 def test_a_small_pool_is_gone_through_again() -> None:
     one = QuestionPool((Question("Q?", ("a",), (0,), (0,)),), ("Some words of the only document.",))
-    sample = ruler.Ruler(Materials(squad=one), words_count, seed=3).sample("qa_1", 2000, 0)
+    sample = samples.Ruler(Materials(squad=one), words_count, seed=3).sample("qa_1", 2000, 0)
     assert 0.95 * 2000 <= sample.prompt_tokens + sample.max_tokens <= 2000
 
 
@@ -255,11 +255,11 @@ def test_formats_of_question_files(tmp_path: Path) -> None:
 
 def test_too_short_a_length_is_said(materials: Materials) -> None:
     with pytest.raises(DataError, match=r"cwe at 300 tokens: .* ask for longer samples"):
-        ruler.Ruler(materials, words_count, seed=3).sample("cwe", 300, 0)
+        samples.Ruler(materials, words_count, seed=3).sample("cwe", 300, 0)
     with pytest.raises(ConfigError, match="--haystack"):
-        ruler.check_materials(Materials(), ["niah_single_2"])
+        suite.check_materials(Materials(), ["niah_single_2"])
     with pytest.raises(ConfigError, match="--squad"):
-        ruler.check_materials(Materials(), ["qa_1"])
+        suite.check_materials(Materials(), ["qa_1"])
 
 
 def test_sentences() -> None:
@@ -311,7 +311,7 @@ def test_ruler_groups_are_means_of_tasks() -> None:
         *({"task": "niah_multivalue", "length": 1024, "score": s} for s in (0.25,)),
         *({"task": "qa_1", "length": 1024, "score": s} for s in (1.0, 0.0)),
     ]
-    metrics = ruler.RulerSuite().metrics(rows)
+    metrics = suite.RulerSuite().metrics(rows)
     assert metrics["groups"]["NIAH"]["1024"] == pytest.approx(0.5) and metrics["groups"]["QA"]["1024"] == 0.5
     assert metrics["average"]["1024"] == pytest.approx((0.75 + 0.25 + 0.5) / 3)
     assert metrics["tasks"]["niah_single_1"]["1024"]["stderr"] == pytest.approx(0.25)

@@ -17,8 +17,8 @@ from megatron_longpo.evaluation import compare
 from megatron_longpo.evaluation.folder import SuiteFolder
 from megatron_longpo.evaluation.materials import Materials, Question, QuestionPool
 from megatron_longpo.evaluation.samples import EvalSample
-from megatron_longpo.evaluation.suites import ruler
 from megatron_longpo.evaluation.suites.base import Cell
+from megatron_longpo.evaluation.suites.ruler import definitions, samples, suite
 from megatron_longpo.runtime.share import Share
 from tests.support.tokenizers import prompt_counter, published_tokenizer
 
@@ -53,8 +53,8 @@ def materials() -> Materials:
     )
 
 
-def made(materials: Materials, version: str, seed: int = 3) -> ruler.Ruler:
-    return ruler.Ruler(materials, words_count, seed, definitions=ruler.DEFINITIONS[version])
+def made(materials: Materials, version: str, seed: int = 3) -> samples.Ruler:
+    return samples.Ruler(materials, words_count, seed, definitions=definitions.DEFINITIONS[version])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -69,15 +69,15 @@ EXAMPLES = {"860f2bd": (10, 394), "c3f5e3b": (14, 498)}
 @pytest.mark.parametrize("version", VERSIONS)
 def test_examples_of_vt(version: str, materials: Materials, tmp_path: Path) -> None:
     tokenizer = published_tokenizer("smollm2", tmp_path)
-    rules = ruler.DEFINITIONS[version]
-    vt = ruler.Ruler(materials, prompt_counter(tokenizer), 3, definitions=rules)
+    rules = definitions.DEFINITIONS[version]
+    vt = samples.Ruler(materials, prompt_counter(tokenizer), 3, definitions=rules)
     noises, tokens = EXAMPLES[version]
     numbers = set()
     for index in range(3):
         sample = vt.sample("vt", 1024, index)
         assert 0.95 * 1024 <= sample.prompt_tokens + sample.max_tokens <= 1024
         example, question = sample.message.split(rules.vt_example_end + "Memorize and track")
-        assert not example.endswith("\n") and example.count(ruler.NOISE) == noises
+        assert not example.endswith("\n") and example.count(definitions.NOISE) == noises
         # Names and numbers are of one to three tokens.
         assert abs(len(tokenizer.encode(example, continues=False)) - tokens) < 16
         number, *names = re.findall(r"[A-Z]{3}(?![A-Za-z])|\d{5}", example.rsplit("they are: ", 1)[0])[
@@ -93,7 +93,7 @@ def test_examples_of_vt(version: str, materials: Materials, tmp_path: Path) -> N
 @pytest.mark.parametrize("version", VERSIONS)
 def test_the_smallest_example_is_always_taken(version: str, materials: Materials) -> None:
     """Even with a tokenizer that makes more than 500 tokens of it."""
-    letters = ruler.Ruler(materials, lambda m, p: len(m + p), 3, definitions=ruler.DEFINITIONS[version])
+    letters = samples.Ruler(materials, lambda m, p: len(m + p), 3, definitions=definitions.DEFINITIONS[version])
     sample = letters.sample("vt", 4096, 1)
     assert sample.prompt_tokens == len(sample.message + sample.prefix) <= 4096 - 30
     assert sample.message.split("Memorize")[1].count("The grass is green.") == 5
@@ -111,7 +111,7 @@ def test_wording_of_both_versions(materials: Materials) -> None:
     before, after = (of.sample("cwe", 1024, 1) for of in (old, new))
     assert "the list are:1. " in before.message and "the list are: 1. " in after.message
     assert before.message.replace("the list are:1.", "the list are: 1.") == after.message
-    for task in (*ruler.NIAH, "qa_1", "qa_2"):
+    for task in (*definitions.NIAH, "qa_1", "qa_2"):
         assert old.sample(task, 600, 1) == new.sample(task, 600, 1), "the benchmark did not change them"
 
 
@@ -126,7 +126,7 @@ def test_size_of_fwe_s_vocabulary(materials: Materials, monkeypatch: pytest.Monk
                 return super().choices(*arguments, **named)  # type: ignore[arg-type]
 
         with monkeypatch.context() as patch:
-            patch.setattr(ruler.random, "Random", Counted)
+            patch.setattr(samples.random, "Random", Counted)
             made(materials, version)._fwe(4096, 4000, "name")
         assert len(drawn) == size
 
@@ -153,10 +153,10 @@ def test_frequencies(version: str, materials: Materials) -> None:
 
 def test_needles_lengths_and_scores_are_tabled() -> None:
     """Needles in a text, tokens of an answer and scorers, as in the benchmark's synthetic.yaml and constants."""
-    needles = {task: spec.key_count * spec.value_count for task, spec in ruler.NIAH.items()}
+    needles = {task: spec.key_count * spec.value_count for task, spec in definitions.NIAH.items()}
     assert list(needles.values()) == [1, 1, 1, 4, 1, 1, 4, 4]
-    assert [ruler.NIAH[t].haystack for t in ("niah_multikey_2", "niah_multikey_3")] == ["needle"] * 2
-    assert [ruler.MAX_TOKENS[t] for t in ("niah_single_1", "vt", "cwe", "fwe", "qa_1", "qa_2")] == [
+    assert [definitions.NIAH[t].haystack for t in ("niah_multikey_2", "niah_multikey_3")] == ["needle"] * 2
+    assert [definitions.MAX_TOKENS[t] for t in ("niah_single_1", "vt", "cwe", "fwe", "qa_1", "qa_2")] == [
         128,
         30,
         120,
@@ -164,7 +164,7 @@ def test_needles_lengths_and_scores_are_tabled() -> None:
         32,
         32,
     ]
-    assert tuple(np.round(np.linspace(0, 100, 40)).astype(int)) == ruler.DEPTHS
+    assert tuple(np.round(np.linspace(0, 100, 40)).astype(int)) == definitions.DEPTHS
 
 
 # --------------------------------------------------------------------------------------------------
@@ -173,15 +173,15 @@ def test_needles_lengths_and_scores_are_tabled() -> None:
 
 
 def test_a_folder_keeps_its_version(tmp_path: Path) -> None:
-    assert ruler.version_of(tmp_path) == ruler.PRESENT
+    assert suite.version_of(tmp_path) == definitions.PRESENT
     for content, version in (({"seed": 1}, None), ({"ruler_version": "860f2bd"}, "860f2bd")):
         (tmp_path / "settings.json").write_text(json.dumps(content))
-        assert ruler.version_of(tmp_path) == version
+        assert suite.version_of(tmp_path) == version
     with pytest.raises(ConfigError, match='ruler_version was "860f2bd" and is "c3f5e3b"'):
         SuiteFolder(tmp_path, {"ruler_version": "c3f5e3b"}, Share())
     (tmp_path / "settings.json").write_text(json.dumps({"ruler_version": "next"}))
     with pytest.raises(ConfigError, match="ruler_version=next is unknown"):
-        ruler.version_of(tmp_path)
+        suite.version_of(tmp_path)
 
 
 @pytest.mark.parametrize(("first", "other"), itertools.combinations([*VERSIONS, None], 2))
@@ -197,7 +197,7 @@ def test_versions_are_not_compared(first: str | None, other: str | None) -> None
 
 
 def test_the_report_names_the_version() -> None:
-    measured = ruler.RulerSuite().measured
+    measured = suite.RulerSuite().measured
     assert "c3f5e3b (2026-07-22)" in str(measured({"ruler_version": "c3f5e3b"}))
     assert "860f2bd (2025-01-31)" in str(measured({"ruler_version": "860f2bd"}))
     assert "a mixture of RULER before and after" in str(measured({}))
@@ -214,7 +214,7 @@ def test_questions_in_file_order(task: str, materials: Materials) -> None:
     assert asked == [question.query for question in materials.pool(task).questions[:10]]
     orders = set()
     for seed in (1, 2):
-        shuffled = ruler.Ruler(materials, words_count, seed, shuffles_questions=True)
+        shuffled = samples.Ruler(materials, words_count, seed, shuffles_questions=True)
         orders.add(tuple(shuffled.sample(task, 400, i).message.rsplit("Question: ", 1)[1] for i in range(10)))
     assert len(orders) == 2 and tuple(asked) not in orders
 
@@ -222,7 +222,7 @@ def test_questions_in_file_order(task: str, materials: Materials) -> None:
 def places_of(sample: EvalSample) -> list[float]:
     """Where the things that a task draws places for stand, as shares of their text."""
     task, message = sample.task, sample.message
-    if task in ruler.NIAH:
+    if task in definitions.NIAH:
         text = message.split("afterwards.\n", 1)[1].rsplit("\nWhat", 1)[0]
         return [text.index(value) / len(text) for value in sample.references]
     if task == "vt":
@@ -249,7 +249,7 @@ def document_place(sample: EvalSample, pool: QuestionPool, number: int) -> float
 
 # Tokens that leave room for some places, so that a thousand samples are made in seconds.
 LENGTHS = {
-    **dict.fromkeys(ruler.NIAH, 700),
+    **dict.fromkeys(definitions.NIAH, 700),
     "niah_multikey_3": 1200,
     "vt": 1000,
     "cwe": 700,
@@ -259,17 +259,17 @@ LENGTHS = {
 }
 
 
-@pytest.mark.parametrize("task", ruler.TASKS)
+@pytest.mark.parametrize("task", definitions.TASKS)
 def test_places_are_independent(task: str, materials: Materials) -> None:
     """Of each other within a sample, and of those of the sample before; and everywhere in the text."""
     source = made(materials, "c3f5e3b")
     # The search for the number of units is not the point here: it finds the same for nearly all samples.
-    samples = [source.sample(task, LENGTHS[task], index) for index in range(SAMPLES)]
+    drawn = [source.sample(task, LENGTHS[task], index) for index in range(SAMPLES)]
     if task.startswith("qa"):
         pool = materials.pool(task)
-        places = np.array([[document_place(sample, pool, i)] for i, sample in enumerate(samples)])
+        places = np.array([[document_place(sample, pool, i)] for i, sample in enumerate(drawn)])
     else:
-        places = np.array([places_of(sample) for sample in samples])
+        places = np.array([places_of(sample) for sample in drawn])
     assert len(places) == SAMPLES
     for column in places.T:
         assert abs(np.corrcoef(column[:-1], column[1:])[0, 1]) < CORRELATION
@@ -282,6 +282,6 @@ def test_places_are_independent(task: str, materials: Materials) -> None:
         # In order, and spread over the text.
         means = places[:, half:].mean(0)
         assert np.abs(means - np.arange(1, 6) / 6).max() < 0.06
-    elif task != "cwe" and (task not in ruler.NIAH or len(places.T) == 1):
+    elif task != "cwe" and (task not in definitions.NIAH or len(places.T) == 1):
         assert abs(places.mean() - 0.5) < MEAN + 0.03
         assert places.min() < 0.1 and places.max() > 0.85

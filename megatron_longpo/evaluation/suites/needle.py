@@ -35,7 +35,8 @@ from megatron_longpo.evaluation.suites.base import (
     count_prompt,
     percent,
 )
-from megatron_longpo.evaluation.suites.ruler import NEEDLE, NIAH_PREFIX_OF_ONE, NIAH_TEMPLATE_OF_ONE, RulerConfig
+from megatron_longpo.evaluation.suites.ruler.definitions import NEEDLE, NIAH_PREFIX_OF_ONE, NIAH_TEMPLATE_OF_ONE
+from megatron_longpo.evaluation.suites.ruler.suite import RulerConfig
 from megatron_longpo.runtime.tables import Table
 from megatron_longpo.schema import Count
 

@@ -14,8 +14,9 @@ from megatron_longpo.data.sequence import common_prefix
 from megatron_longpo.engines.base import MODEL_ROPE, Engine, Prompt, Reply, Rope, Sampling, model_identity
 from megatron_longpo.engines.cached_attention import roomy_cache, use_cached_attention
 from megatron_longpo.engines.decoding import Answer, Decoder, Packed, Padded, Row, Stacked
+from megatron_longpo.engines.loading import load_model
 from megatron_longpo.engines.reading import PromptReader, crop
-from megatron_longpo.errors import DataError, one_line
+from megatron_longpo.errors import DataError
 from megatron_longpo.model.families import config_for_export, shape_from_hf
 from megatron_longpo.model.rotary import changed_scaling
 from megatron_longpo.runtime import platform
@@ -66,7 +67,9 @@ class TransformersEngine(Engine):
             raise DataError(f"--model {path}: no such folder; give a model folder")
         check_model_folder(self._path)
         self.tokenizer = load_tokenizer(path, chat_template, template_seconds=template_seconds)
-        self.model: Any = _load_model(self._path, dtype)
+        self.model: Any = load_model(self._path, dtype)
+        if not platform.CURRENT.is_cuda:
+            use_cached_attention(self.model)
         self.batch_size, self.prefill_tokens = batch_size, prefill_tokens
         self.document_batch = self.groups_at_once = documents_at_once
         self._rope = MODEL_ROPE
@@ -218,30 +221,6 @@ class TransformersEngine(Engine):
                 size += 1
             yield rows[first : first + size]
             first += size
-
-
-def _load_model(path: Path, dtype: str) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    try:
-        kind: Any = "auto" if dtype == "auto" else getattr(torch, dtype)
-        # Without the argument transformers would ask on a terminal, and take a "y" from standard input for consent.
-        model = AutoModelForCausalLM.from_pretrained(
-            str(path), dtype=kind, local_files_only=True, trust_remote_code=False
-        )
-    except (MemoryError, torch.OutOfMemoryError):
-        raise
-    except (
-        Exception
-    ) as error:  # whatever is wrong with a folder comes up somewhere in transformers, torch or safetensors
-        raise DataError(
-            f"--model {path}: transformers cannot load it ({type(error).__name__}: {one_line(error)}); give a model folder"
-        ) from None
-    model.eval()
-    model.to(platform.CURRENT.device)
-    if not platform.CURRENT.is_cuda:
-        use_cached_attention(model)
-    return model
 
 
 def _attends_to_everything(model: Any) -> bool:

@@ -49,7 +49,7 @@ class ShortTask:
         title: name in tables.
         yaml: the harness's task file, below its ``tasks`` folder; a pattern where there is one per subject.
         folders: where the data set may be below ``short_data``: under our name, or as the hub names it.
-        splits: splits that hold the questions: the harness's first, then the ones that may stand in for it.
+        question_split: split that holds the questions.
         example_split: split that holds the examples.
         has_subjects: whether the data set has a folder per subject.
         local_version: version of the prompts made from local data. 2: the few-shot examples are the harness's own.
@@ -60,12 +60,18 @@ class ShortTask:
     title: str
     yaml: str
     folders: tuple[str, ...]
-    splits: tuple[str, ...]
+    question_split: str = "test"
     example_split: str = "train"
     has_subjects: bool = False
     local_version: int = 1
 
+    @property
+    def splits(self) -> list[str]:
+        """Splits that may hold the questions: the harness's first, then those that may stand in for it."""
+        return sorted(_SPLITS, key=lambda split: split != self.question_split)
 
+
+_SPLITS = ("test", "validation", "train", "dev")
 SHORT = {
     "mmlu": ShortTask(
         shots=5,
@@ -73,7 +79,6 @@ SHORT = {
         title="MMLU",
         yaml="mmlu/default/mmlu_*.yaml",
         folders=("mmlu", "cais/mmlu", "hails/mmlu_no_train"),
-        splits=("test", "validation", "train", "dev"),
         example_split="dev",
         has_subjects=True,
     ),
@@ -83,7 +88,6 @@ SHORT = {
         title="ARC-C",
         yaml="arc/arc_challenge.yaml",
         folders=("arc_challenge", "ai2_arc/ARC-Challenge", "allenai/ai2_arc/ARC-Challenge"),
-        splits=("test", "validation", "train", "dev"),
     ),
     "hellaswag": ShortTask(
         shots=10,
@@ -91,7 +95,7 @@ SHORT = {
         title="HellaSwag",
         yaml="hellaswag/hellaswag.yaml",
         folders=("hellaswag", "hellaswag/none", "Rowan/hellaswag"),
-        splits=("validation", "test", "train", "dev"),
+        question_split="validation",
         local_version=2,
     ),
     "winogrande": ShortTask(
@@ -100,13 +104,12 @@ SHORT = {
         title="Winogrande",
         yaml="winogrande/default.yaml",
         folders=("winogrande", "winogrande/winogrande_xl", "allenai/winogrande/winogrande_xl"),
-        splits=("validation", "test", "train", "dev"),
+        question_split="validation",
         local_version=2,
     ),
 }
 TASKS = tuple(SHORT)
 
-_SPLITS = ("train", "validation", "test", "dev")
 _KINDS = {".arrow": "arrow", ".parquet": "parquet", ".jsonl": "json", ".json": "json"}
 # Files that save_to_disk writes beside the data.
 _NOT_DATA = ("state.json", "dataset_info.json")
@@ -334,7 +337,7 @@ def _task_files(task: str, data: Path | None) -> list[_TaskFile]:
             "dataset_kwargs": {"data_files": found.files},
         }
         local: dict[str, Any] = {"questions": questions, "examples": examples}
-        if (questions, examples) == (spec.splits[0], spec.example_split):
+        if (questions, examples) == (spec.question_split, spec.example_split):
             # The file's own keys stay: the harness draws one example more, and drops the question itself, wherever its keys for
             # the questions and for the examples are equal, and HellaSwag and Winogrande set neither. Other keys for the same
             # splits would draw other examples.
@@ -455,30 +458,18 @@ def make_model(path: str, dtype: str, batch_size: int) -> Any:
         dtype: ``auto`` or a torch dtype's name.
         batch_size: questions answered together.
     """
-    # Loaded only if there is something to answer.
-    import torch
+    # Imported only if there is something to answer.
     from lm_eval.models.huggingface import HFLM
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     from megatron_longpo.checkpoint.huggingface import check_model_folder
-    from megatron_longpo.runtime import platform
+    from megatron_longpo.engines.loading import load_model, load_or_refuse
 
     check_model_folder(Path(path))
-    torch_dtype: Any = "auto" if dtype == "auto" else getattr(torch, dtype)
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=torch_dtype, local_files_only=True, trust_remote_code=False
-        ).eval()
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    except (MemoryError, torch.OutOfMemoryError):
-        raise
-    except (
-        Exception
-    ) as error:  # whatever is wrong with a folder comes up somewhere in transformers, torch or safetensors
-        raise DataError(
-            f"{path}: transformers cannot load it ({type(error).__name__}: {one_line(error)}); give a model folder"
-        ) from None
-    model.to(platform.CURRENT.device)
+    model = load_model(Path(path), dtype)
+    tokenizer = load_or_refuse(
+        Path(path), lambda: AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    )
     # Given a loaded model, the wrapper starts no process group of its own.
     return HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
 

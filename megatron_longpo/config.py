@@ -212,9 +212,10 @@ class OptimizerConfig:
     lr_warmup_fraction: Annotated[float, Range(ge=0, lt=1, fix="0.1 warms up over the first tenth")] | None = None
     """Fraction of lr_decay_iters for the warm-up."""
     lr_warmup_iters: int = 0
-    """Steps of the warm-up, instead of lr_warmup_fraction."""
+    """Steps of the warm-up, instead of lr_warmup_fraction: step k of w trains at k/w of the peak rate. (Runs that began before
+    0.2.0 trained it at (k - 1)/w, and keep that.)"""
     lr_warmup_init: float = 0.0
-    """Learning rate at the beginning of the warm-up."""
+    """Learning rate that the warm-up starts above."""
     lr_wsd_decay_iters: int | None = None
     """Steps of the decay at the end of a WSD schedule."""
     lr_wsd_decay_style: Literal["exponential", "linear", "cosine", "minus_sqrt"] = "linear"

@@ -162,14 +162,14 @@ def check_schedule(config: Config, train_iters: int) -> None:
         train_iters: steps of the whole run.
 
     Raises:
-        ConfigError: the warm-up is not shorter than the decay, or a WSD decay is longer than the schedule.
+        ConfigError: the warm-up or a WSD decay is longer than the schedule.
     """
     optimizer = config.optimizer
     decay = optimizer.lr_decay_iters or train_iters
     warmup = warmup_iters(config, train_iters)
-    if warmup and warmup >= decay:
+    if warmup > decay:
         raise ConfigError(
-            f"a warm-up of {warmup} steps must be shorter than the schedule of lr_decay_iters={decay} steps; shorten it, or "
+            f"a warm-up of {warmup} steps must not be longer than the schedule of lr_decay_iters={decay} steps; shorten it, or "
             "train longer"
         )
     if optimizer.lr_wsd_decay_iters is not None and optimizer.lr_wsd_decay_iters > decay:
@@ -178,22 +178,54 @@ def check_schedule(config: Config, train_iters: int) -> None:
         )
 
 
-def build_scheduler(config: Config, optimizer: MegatronOptimizer, train_iters: int) -> OptimizerParamScheduler:
+class Schedule(OptimizerParamScheduler):
+    """megatron-core's schedule, whose warm-up begins with a step that trains: step k of w has k/w of the peak rate.
+
+    megatron-core gives step k the rate of k - 1 steps done, and so the first step the rate 0. The same formula with one warm-up
+    step less, from 1/w of the peak, gives k/w. Runs that began by its rule, before 0.2.0, keep it.
+
+    Args:
+        optimizer: megatron-core's optimizer.
+        warmup: steps of the warm-up.
+        init_lr: learning rate that the warm-up starts above.
+        max_lr: peak learning rate.
+        settings: megatron-core's other arguments.
+    """
+
+    def __init__(
+        self, optimizer: MegatronOptimizer, *, warmup: int, init_lr: float, max_lr: float, **settings: Any
+    ) -> None:
+        self._warmup, self._init_lr = warmup, init_lr
+        self._begins_at_zero = False
+        first = init_lr + (max_lr - init_lr) / warmup if warmup else init_lr
+        super().__init__(optimizer, init_lr=first, max_lr=max_lr, lr_warmup_steps=max(0, warmup - 1), **settings)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "begins_at_zero": self._begins_at_zero}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        # A checkpoint of an earlier commit does not say.
+        self._begins_at_zero = bool(state_dict.get("begins_at_zero", True))
+        if self._begins_at_zero:
+            self.lr_warmup_steps, self.init_lr = self._warmup, self._init_lr
+        super().load_state_dict(state_dict)
+
+
+def build_scheduler(config: Config, optimizer: MegatronOptimizer, train_iters: int) -> Schedule:
     """Build the learning-rate schedule, which counts in steps.
 
     Raises:
-        ConfigError: the warm-up is not shorter than the decay, or a WSD decay is longer than the schedule.
+        ConfigError: the warm-up or a WSD decay is longer than the schedule.
     """
     check_schedule(config, train_iters)
     optimizer_config = config.optimizer
     decay = optimizer_config.lr_decay_iters or train_iters
-    warmup = warmup_iters(config, train_iters)
-    return OptimizerParamScheduler(
+    return Schedule(
         optimizer,
+        warmup=warmup_iters(config, train_iters),
         init_lr=optimizer_config.lr_warmup_init,
         max_lr=optimizer_config.lr,
         min_lr=optimizer_config.min_lr,
-        lr_warmup_steps=warmup,
         lr_decay_steps=decay,
         lr_decay_style=optimizer_config.lr_decay_style,
         start_wd=optimizer_config.weight_decay,

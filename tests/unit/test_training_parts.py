@@ -46,15 +46,51 @@ def _rates(train_iters: int, **values: Any) -> list[float]:
 
 def test_schedules_by_hand() -> None:
     cosine = _rates(10, lr_decay_style="cosine", lr_warmup_fraction=0.2)
-    assert cosine[:3] == pytest.approx([0.0, 0.5, 1.0])
-    assert cosine[6] == pytest.approx(0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * 0.5)))
-    assert _rates(10, lr_decay_style="linear", lr_warmup_iters=2)[6] == pytest.approx(0.1 + 0.9 * 0.5)
+    # Two warm-up steps, then nine intervals of decay from the second step on, of which the seventh step is the fifth.
+    assert cosine[:2] == pytest.approx([0.5, 1.0])
+    assert cosine[6] == pytest.approx(0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * 5 / 9)))
+    assert _rates(10, lr_decay_style="linear", lr_warmup_iters=2)[6] == pytest.approx(0.1 + 0.9 * 4 / 9)
     assert _rates(5, lr_decay_style="constant") == pytest.approx([1.0] * 5)
     wsd = _rates(10, lr_decay_style="WSD", lr_wsd_decay_iters=4, lr_warmup_iters=1)
-    assert wsd[1:7] == pytest.approx([1.0] * 6)
+    assert wsd[:7] == pytest.approx([1.0] * 7)
     assert wsd[8] == pytest.approx(0.1 + 0.9 * 0.5)
-    with pytest.raises(ConfigError, match="warm-up of 10 steps"):
-        _rates(10, lr_warmup_iters=10)
+    with pytest.raises(ConfigError, match="warm-up of 11 steps"):
+        _rates(10, lr_warmup_iters=11)
+
+
+def test_a_warm_up_step_k_of_w_has_k_over_w_of_the_rate() -> None:
+    assert _rates(6, lr_warmup_iters=1, lr_decay_style="constant") == pytest.approx([1.0] * 6)
+    assert _rates(6, lr_warmup_iters=4, lr_decay_style="constant") == pytest.approx([0.25, 0.5, 0.75, 1, 1, 1])
+    assert _rates(3, lr_warmup_iters=3) == pytest.approx([1 / 3, 2 / 3, 1])
+    assert _rates(1, lr_warmup_fraction=0.1) == pytest.approx([1.0])
+    # From 0.2 on, five steps of 0.16 each.
+    above = _rates(5, lr_warmup_iters=5, lr_warmup_init=0.2, min_lr=0.0)
+    assert above == pytest.approx([0.36, 0.52, 0.68, 0.84, 1.0])
+
+
+def test_a_run_keeps_the_schedule_that_it_began_with() -> None:
+    config = from_dict({"optimizer": {"lr": 1.0, "lr_warmup_iters": 4, "lr_decay_style": "linear"}}, "test")
+
+    def resumed(state: dict[str, Any]) -> list[float]:
+        optimizer = _Optimizer()
+        scheduler = build_scheduler(config, optimizer, 8)  # type: ignore[arg-type]
+        scheduler.load_state_dict(state)
+        rates = []
+        for _ in range(int(state["num_steps"]), 8):
+            rates.append(optimizer.param_groups[0]["lr"])
+            scheduler.step(increment=1)
+        again = build_scheduler(config, _Optimizer(), 8)  # type: ignore[arg-type]
+        again.load_state_dict({**scheduler.state_dict(), "num_steps": 2})
+        assert again.optimizer.param_groups[0]["lr"] == rates[0], "also after a second resume"
+        return rates  # type: ignore[return-value]
+
+    now = build_scheduler(config, _Optimizer(), 8)  # type: ignore[arg-type]
+    now.step(increment=2)
+    # Step 3 of 4, the peak, then four of five intervals down to 0.
+    assert resumed(now.state_dict()) == pytest.approx([0.75, 1.0, 0.8, 0.6, 0.4, 0.2])
+    # Checkpoints of earlier commits have no such key: there step k of w has (k - 1)/w.
+    before = {name: value for name, value in now.state_dict().items() if name != "begins_at_zero"}
+    assert resumed(before) == pytest.approx([0.5, 0.75, 1.0, 0.75, 0.5, 0.25])
 
 
 def test_rmsprop_is_torchs() -> None:

@@ -163,7 +163,7 @@ class TrainingConfig:
     micro_batch_size: Count = 1
     """Samples that each data-parallel rank processes at once."""
     global_batch_size: Count = 8
-    """Samples per optimizer step (paper: 8)."""
+    """Samples per optimizer step (paper: 8). Data with fewer samples are used whole in each step, each sample once."""
     train_iters: Count | None = None
     """Optimizer steps. Default: train_epochs over the data."""
     train_epochs: PositiveFloat = 1.0

@@ -1,4 +1,5 @@
 """Indexed binaries: PREFIX.bin and PREFIX.idx as megatron-core's IndexedDataset reads them, and the manifest PREFIX.json.
+If any sample has another weight than 1, PREFIX.weights.npy holds the weights, [samples] in fp64.
 
 A document of the index is a sample, a sequence of it a piece, and the sequence's mode the role of the piece. The writer can be
 killed at any moment and resumes after its last commit. The reader refuses files that do not fit their manifest, and names them.
@@ -8,10 +9,12 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import io
 import json
 import os
 import shutil
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -20,7 +23,7 @@ import numpy as np
 from megatron.core.datasets.indexed_dataset import DType, IndexedDataset
 
 from megatron_longpo.data.preference import KNOWN_MODES, Mode, Sample
-from megatron_longpo.errors import DataError
+from megatron_longpo.errors import DataError, one_line
 from megatron_longpo.runtime.files import link_atomically, open_regular, sha256_of, write_atomically
 from megatron_longpo.runtime.reading import read_json
 from megatron_longpo.schema import convert_fields
@@ -43,7 +46,7 @@ _HISTOGRAM_FIRST = 9
 _IN_FILES = {"skip_reasons": "rejected"}
 _IN_PYTHON = {in_file: name for name, in_file in _IN_FILES.items()}
 # Fields that version 0.1 did not write; a manifest may lack them.
-_ADDED_LATER = frozenset({"chat_template", "answer_end_ids"})
+_ADDED_LATER = frozenset({"chat_template", "answer_end_ids", "weights_sha256"})
 
 
 @dataclass
@@ -62,6 +65,7 @@ class Manifest:
         source: input files with their sizes and hashes.
         settings: settings that the input was processed with.
         bin_bytes, bin_sha256, idx_sha256: size and checksums of the binaries.
+        weights_sha256: checksum of PREFIX.weights.npy; empty if all weights are 1 and there is no such file.
         schema_version: version of this format.
         chat_template: source of the chat template that the rows were rendered with; None if the input was already tokenised, or
             in files of version 0.1.
@@ -87,6 +91,7 @@ class Manifest:
     bin_bytes: int = 0
     bin_sha256: str = ""
     idx_sha256: str = ""
+    weights_sha256: str = ""
     schema_version: int = SCHEMA_VERSION
     chat_template: str | None = None
     answer_end_ids: list[int] = field(default_factory=list)
@@ -167,7 +172,7 @@ class SampleWriter:
         self.resumed = False
         if restart:
             shutil.rmtree(self.folder, ignore_errors=True)
-            for suffix in ("json", "bin", "idx", "rejects.jsonl"):
+            for suffix in ("json", "bin", "idx", "weights.npy", "rejects.jsonl"):
                 path_of(prefix, suffix).unlink(missing_ok=True)
         if not (self.folder / "progress.json").exists():
             # Nothing was committed, or these are the remains of a finished output. They are removed, not truncated: a finished
@@ -179,8 +184,11 @@ class SampleWriter:
             )
         self.folder.mkdir(parents=True, exist_ok=True)
         self._read_progress()
-        self._files = {name: self._open(name) for name in ("bin", "lengths", "modes", "documents", "rejects")}
+        names = ("bin", "lengths", "modes", "documents", "weights", "rejects")
+        self._files = {name: self._open(name) for name in names}
         self._pieces = self._size("lengths") // 4
+        # A partial output of an earlier commit has no weights yet.
+        self._write_weights([1.0] * (self.manifest.samples - self._size("weights") // 8))
 
     def _size(self, name: str) -> int:
         return self._files[name].tell()
@@ -227,7 +235,11 @@ class SampleWriter:
         self._files["modes"].write(np.array([int(p.mode) for p in sample.pieces], np.int8).tobytes())
         self._pieces += len(sample.pieces)
         self._files["documents"].write(struct.pack("<q", self._pieces))
+        self._write_weights([sample.weight])
         self.manifest.count(sample)
+
+    def _write_weights(self, weights: Sequence[float]) -> None:
+        self._files["weights"].write(np.array(weights, "<f8").tobytes())
 
     def skip(self, reason: str, record: dict[str, Any]) -> None:
         """Count an input line, or a turn of one, as skipped, and write down why."""
@@ -276,8 +288,14 @@ class SampleWriter:
         self.manifest.bin_bytes = (self.folder / "bin").stat().st_size
         self.manifest.bin_sha256 = sha256_of(self.folder / "bin")
         self.manifest.idx_sha256 = sha256_of(self.folder / "idx")
+        weights = np.fromfile(self.folder / "weights", "<f8")
+        files = [("bin", "bin"), ("idx", "idx"), ("rejects", "rejects.jsonl")]
+        if (weights != 1).any():
+            np.save(self.folder / "weights.npy", weights)
+            self.manifest.weights_sha256 = sha256_of(self.folder / "weights.npy")
+            files.append(("weights.npy", "weights.npy"))
         # Hard links, so that an interrupted finish can start over from the partial folder.
-        for name, suffix in (("bin", "bin"), ("idx", "idx"), ("rejects", "rejects.jsonl")):
+        for name, suffix in files:
             link_atomically(self.folder / name, path_of(self.prefix, suffix))
         write_atomically(path_of(self.prefix, "json"), self.manifest.as_json())
         shutil.rmtree(self.folder)
@@ -420,6 +438,9 @@ class PreferenceData:
         prefix: path prefix of the files.
         verify: check the checksum of PREFIX.bin, which reads the whole file. The checksum of PREFIX.idx is always checked.
 
+    Attributes:
+        weights: weight of each sample, [samples] in fp64.
+
     Raises:
         DataError: a file is missing, truncated, corrupted, or does not fit the manifest.
     """
@@ -445,8 +466,31 @@ class PreferenceData:
         if verify and sha256_of(bin_) != self.manifest.bin_sha256:
             raise DataError(f"{bin_}: does not have the checksum of its manifest; copy it again or preprocess again")
         self._check_index(idx, size)
+        self.weights = self._read_weights()
         self._dataset = IndexedDataset(self.prefix, multimodal=True)
         self._ends = self._dataset.document_indices
+
+    def _read_weights(self) -> np.ndarray:
+        samples = self.manifest.samples
+        if not self.manifest.weights_sha256:
+            return np.ones(samples)
+        path = path_of(self.prefix, "weights.npy")
+        try:
+            with open_regular(path) as stream:
+                content = stream.read()
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read ({error}); copy it again or preprocess again") from None
+        if hashlib.sha256(content).hexdigest() != self.manifest.weights_sha256:
+            raise DataError(f"{path}: does not have the checksum of its manifest; copy it again or preprocess again")
+        try:
+            weights = np.load(io.BytesIO(content), allow_pickle=False)
+        except Exception as error:  # numpy raises a dozen kinds for a file that is not one of its own
+            raise DataError(f"{path}: cannot be read ({one_line(error)}); preprocess the data again") from None
+        if not isinstance(weights, np.ndarray) or weights.dtype != np.float64 or weights.shape != (samples,):
+            raise DataError(f"{path}: does not hold {samples} weights in fp64; preprocess the data again")
+        if not (np.isfinite(weights) & (weights >= 0)).all():
+            raise DataError(f"{path}: holds a weight that is negative or not finite; preprocess the data again")
+        return weights
 
     def _check_index(self, path: Path, bin_bytes: int) -> None:
         """Check the structure of the index. Its checksum fits already; this catches indices that other programs wrote."""
@@ -489,7 +533,7 @@ class PreferenceData:
                     f"{path_of(self.prefix, 'bin')}: sample {index} holds an id outside 0..{self.manifest.vocab_size - 1}; "
                     "preprocess the data again"
                 )
-        return Sample.from_arrays(tokens, modes)
+        return dataclasses.replace(Sample.from_arrays(tokens, modes), weight=float(self.weights[index]))
 
     def long_lengths(self) -> np.ndarray:
         """Number of tokens in the longer chained row of each sample, read from the index only."""

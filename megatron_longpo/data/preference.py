@@ -14,7 +14,8 @@ Shape legend: L = tokens of one row.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntFlag
 from typing import Literal
@@ -101,9 +102,15 @@ class Piece:
 
 @dataclass(frozen=True)
 class Sample:
-    """The pieces of one document, in storage order."""
+    """The pieces of one document, in storage order.
+
+    Attributes:
+        pieces: the pieces.
+        weight: factor of the sample's loss.
+    """
 
     pieces: tuple[Piece, ...]
+    weight: float = 1.0
 
     @classmethod
     def from_arrays(cls, tokens: Sequence[np.ndarray], modes: Sequence[int]) -> Sample:
@@ -264,6 +271,20 @@ class BadRow(ValueError):
     def __init__(self, reason: str, detail: str) -> None:
         super().__init__(detail)
         self.reason = reason
+
+
+def weight_of(row: Mapping[str, object]) -> float:
+    """Weight of an input row's loss: its key ``weight``, or 1.
+
+    Raises:
+        BadRow: it is not a finite number of at least 0.
+    """
+    weight = row.get("weight")
+    if weight is None:
+        return 1.0
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < math.inf:
+        raise BadRow("bad_weight", f"weight={weight!r} is not a finite number of at least 0")
+    return float(weight)
 
 
 def from_tokenised(row: dict[str, object], vocab_size: int) -> Sample:

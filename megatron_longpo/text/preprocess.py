@@ -23,7 +23,7 @@ import pyarrow.ipc
 import pyarrow.parquet
 
 from megatron_longpo.data.indexed import Manifest, SampleWriter, path_of, read_manifest, token_dtype
-from megatron_longpo.data.preference import TOKENISED_COLUMNS, BadRow, Mode, Sample, from_tokenised
+from megatron_longpo.data.preference import TOKENISED_COLUMNS, BadRow, Mode, Sample, from_tokenised, weight_of
 from megatron_longpo.errors import DataError, one_line
 from megatron_longpo.runtime.files import open_regular, sha256_of
 from megatron_longpo.runtime.log import log
@@ -292,6 +292,7 @@ def _sample_of(
     if sample is not None:
         sample.check()
         _check_lengths(sample, settings)
+        sample = dataclasses.replace(sample, weight=weight_of(value))
     return sample
 
 

@@ -143,21 +143,24 @@ def response_sums(logps_N: Tensor, batch: MicroBatch, parallel: Parallel) -> Res
 
 
 def known_nll_grad(
-    batch: MicroBatch, *, objective: ObjectiveConfig, parallel: Parallel, num_microbatches: int
+    batch: PolicyBatch, *, objective: ObjectiveConfig, parallel: Parallel, num_microbatches: int
 ) -> Tensor | None:
     """Gradients of this rank's log-probs that are known before the forward: [N] in fp32, NaN where they are not.
 
-    A token that contributes only to an NLL gets -1 / (NLL tokens of its sample), divided by the samples of the micro batch
-    and by the micro batches of the step, times the context-parallel size (megatron-core's schedule; docs/loss.md). A token
-    that contributes to the preference term gets NaN.
+    A token that contributes only to an NLL gets -1 / (NLL tokens of its sample) times the sample's weight and factor, divided
+    by the samples of the micro batch and by the micro batches of the step, times the context-parallel size (megatron-core's
+    schedule; docs/loss.md). A token that contributes to the preference term gets NaN.
 
     Returns:
         The gradients, or None if no gradient is known.
     """
-    s, spec = batch.shard, OBJECTIVES[objective.objective]
+    micro_batch = batch.micro_batch
+    s, spec = micro_batch.shard, OBJECTIVES[objective.objective]
     if not spec.uses_nll or not len(s.loss_places_N):
         return None
-    each_B = parallel.context_size / (np.maximum(batch.layout.nll_tokens, 1) * batch.num_samples * num_microbatches)
+    tokens_B = np.maximum(micro_batch.layout.nll_tokens, 1)
+    each_B = parallel.context_size / (tokens_B * micro_batch.num_samples * num_microbatches)
+    each_B = each_B * batch.weights_B * batch.factors_B
     expected = np.zeros(len(s.loss_places_N))
     np.subtract.at(expected, s.nll_index, each_B[s.nll_slots])
     if spec.uses_preference:
@@ -174,12 +177,16 @@ class PolicyBatch:
         chosen_tokens: length of each sample's long chosen row in tokens.
         micro_batch: their long rows as this rank computes them.
         reference_B2: [B, 2] reference log-probs of the chosen and the rejected responses; None without a reference.
+        weights_B: [B] weights of the samples in fp64, as the data have them.
+        factors_B: [B] factors in fp64 that make the mean over the places of a filled-up batch the mean over its samples.
     """
 
     places: Sequence[int]
     chosen_tokens: Sequence[int]
     micro_batch: MicroBatch
     reference_B2: np.ndarray | None
+    weights_B: np.ndarray
+    factors_B: np.ndarray
 
 
 def policy_batch(
@@ -187,6 +194,7 @@ def policy_batch(
     places: Sequence[int],
     reference_B2: np.ndarray | None,
     *,
+    factors_B: np.ndarray,
     data: DataConfig,
     objective: ObjectiveConfig,
     parallel: Parallel,
@@ -198,6 +206,7 @@ def policy_batch(
         samples: samples of the micro batch.
         places: their places in the global batch.
         reference_B2: [B, 2] log-probs of the reference, or None.
+        factors_B: [B] factors of the places (``PolicyBatch``).
         data: how turns are arranged and prefixes shared.
         objective: which rows the policy computes.
         parallel: degrees and groups.
@@ -216,6 +225,8 @@ def policy_batch(
         chosen_tokens=[sample.length(Mode.CHOSEN) for sample in samples],
         micro_batch=micro_batch,
         reference_B2=reference_B2,
+        weights_B=np.array([sample.weight for sample in samples]),
+        factors_B=factors_B,
     )
 
 
@@ -282,6 +293,8 @@ def batch_loss(
         loss_B = total_loss(objective.objective, terms.loss_B, nll_B, objective.preference_weight)
         preference_B, reward_chosen_B, reward_rejected_B = terms.loss_B, terms.reward_chosen_B, terms.reward_rejected_B
         rejected_B = sums.rejected_B
+    weights_B, factors_B = (torch.from_numpy(values).to(device) for values in (batch.weights_B, batch.factors_B))
+    loss_B = weights_B * loss_B
     margins_B = reward_chosen_B - reward_rejected_B
     metrics = {
         "loss": loss_B,
@@ -299,4 +312,4 @@ def batch_loss(
         "response_tokens/chosen": response_tokens[:, 0],
         "response_tokens/rejected": response_tokens[:, 1],
     }
-    return loss_B.mean(), {name: value.detach().double() for name, value in metrics.items()}
+    return (factors_B * loss_B).mean(), {name: value.detach().double() for name, value in metrics.items()}

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from megatron_longpo.data.sampler import assign_batch
 from megatron_longpo.model.rotary import rotary_of
+from megatron_longpo.runtime.balance import round_up
 from megatron_longpo.runtime.process_groups import Parallel
 from megatron_longpo.training.batch import PolicyBatch, batch_loss, known_nll_grad, policy_batch
 from megatron_longpo.training.data_set import DataSet
@@ -45,7 +46,7 @@ class BatchRunner:
         Args:
             model: this pipeline rank's chunks, wrapped by DDP unless ``forward_only``.
             data: data set of the samples.
-            numbers: numbers of the samples of the global batch, in order.
+            numbers: numbers of the samples of the global batch, in order; any count of at least 1.
             reference: [global batch, 2] log-probs of the reference, or None.
             forward_only: take no gradients.
 
@@ -77,24 +78,37 @@ class BatchRunner:
                 micro_batch_size=1,
                 forward_only=forward_only,
             )
-        return found
+        # Places that fill the batch up hold no sample.
+        return [metrics.before(len(numbers)) for metrics in found]
 
     def _lay_out(self, data: DataSet, numbers: Sequence[int], reference: np.ndarray | None) -> list[PolicyBatch]:
-        """The micro batches of this data-parallel rank."""
-        config = self.plan.config
+        """The micro batches of this data-parallel rank.
+
+        A batch that cannot be divided evenly is filled up with copies of its cheapest sample, whose loss does not count.
+        """
+        config, parallel = self.plan.config, self.parallel
+        micro_batch_size, count = config.training.micro_batch_size, len(numbers)
+        # Interleaved schedules need a multiple of the pipeline size.
+        stages = parallel.pipeline_size if parallel.virtual_stages else 1
+        filled = round_up(count, micro_batch_size * parallel.data_size * stages)
+        cheapest = min(range(count), key=lambda place: data.costs[numbers[place]])
+        source = np.array([*range(count), *[cheapest] * (filled - count)])
+        # The loss is a mean over all places: (1 / filled) * sum of (filled / count) * loss.
+        factors = np.where(np.arange(filled) < count, filled / count, 0.0)
         places_of_batches = assign_batch(
-            [data.costs[number] for number in numbers],
-            data_size=self.parallel.data_size,
-            micro_batch_size=config.training.micro_batch_size,
-        )[self.parallel.data_rank]
+            [data.costs[numbers[place]] for place in source],
+            data_size=parallel.data_size,
+            micro_batch_size=micro_batch_size,
+        )[parallel.data_rank]
         return [
             policy_batch(
-                data.samples([numbers[place] for place in places]),
+                data.samples([numbers[place] for place in source[places]]),
                 places,
-                None if reference is None else reference[places],
+                None if reference is None else reference[source[places]],
+                factors_B=factors[places],
                 data=config.data,
                 objective=config.objective,
-                parallel=self.parallel,
+                parallel=parallel,
                 window=self.plan.shape.window_size,
             )
             for places in places_of_batches
@@ -102,7 +116,7 @@ class BatchRunner:
 
     def _known_nll_grad(self, batch: PolicyBatch, *, num_microbatches: int) -> Tensor | None:
         return known_nll_grad(
-            batch.micro_batch,
+            batch,
             objective=self.plan.config.objective,
             parallel=self.parallel,
             num_microbatches=num_microbatches,

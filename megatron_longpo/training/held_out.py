@@ -125,7 +125,7 @@ class HeldOut:
         ) as progress:
             for start in range(0, len(left), size):
                 numbers = left[start : start + size]
-                found = self._evaluate_batch(data, numbers, size)
+                found = self._evaluate_batch(data, numbers)
                 for name, values in found.items():
                     table[name][numbers] = values
                 if keep is not None:
@@ -133,13 +133,11 @@ class HeldOut:
                 progress.add(len(numbers), tokens=int(found["tokens"].sum()))
         return table
 
-    def _evaluate_batch(self, data: DataSet, numbers: list[int], size: int) -> Table:
-        # The last batch is filled up with copies of its last sample, whose metrics are dropped.
-        padded = numbers + [numbers[-1]] * (size - len(numbers))
-        reference = self.reference.logps(data, padded)
-        found = self.runner.forward_backward(self.chunks, data, padded, reference, forward_only=True)
-        gathered = gather_samples(found, METRICS, size, self.parallel)
-        return {name: values[: len(numbers)].cpu().numpy() for name, values in gathered.items()}
+    def _evaluate_batch(self, data: DataSet, numbers: list[int]) -> Table:
+        reference = self.reference.logps(data, numbers)
+        found = self.runner.forward_backward(self.chunks, data, numbers, reference, forward_only=True)
+        gathered = gather_samples(found, METRICS, len(numbers), self.parallel)
+        return {name: values.cpu().numpy() for name, values in gathered.items()}
 
     def summary(self) -> dict[str, Any]:
         """Evaluate, and summarise; collective."""

@@ -53,6 +53,13 @@ class SampleMetrics:
     places: Sequence[int]
     values: Mapping[str, Tensor]
 
+    def before(self, count: int) -> SampleMetrics:
+        """Only those whose place is less than ``count``."""
+        kept = [index for index, place in enumerate(self.places) if place < count]
+        if len(kept) == len(self.places):
+            return self
+        return SampleMetrics([self.places[i] for i in kept], {name: v[kept] for name, v in self.values.items()})
+
 
 def reduce_samples(found: Sequence[SampleMetrics], batch_size: int, parallel: Parallel) -> dict[str, float]:
     """Means over the global batch (of ``tokens`` the sum), identical on every rank and for every layout; collective.

@@ -58,6 +58,11 @@ class RunPlan:
         return OBJECTIVES[self.config.objective.objective]
 
     @property
+    def samples_per_step(self) -> int:
+        """Samples of an optimizer step: the global batch, or all samples if there are fewer, so that none comes twice."""
+        return min(self.config.training.global_batch_size, self.manifest.samples)
+
+    @property
     def reference_rotary_base(self) -> float:
         return self.config.reference.reference_rotary_base or self.reference_shape.rotary_base
 
@@ -130,9 +135,8 @@ def make_plan(config: Config, world_size: int) -> RunPlan:
         valid_manifest = read_manifest(config.data.valid_data_path)
         _check_data(config, config.data.valid_data_path, valid_manifest, shape)
     training = config.training
-    train_iters = training.train_iters or max(
-        1, math.floor(training.train_epochs * manifest.samples / training.global_batch_size)
-    )
+    per_step = min(training.global_batch_size, manifest.samples)
+    train_iters = training.train_iters or max(1, math.floor(training.train_epochs * manifest.samples / per_step))
     check_schedule(config, train_iters)
     return RunPlan(
         config=config,

@@ -77,8 +77,17 @@ def _log_plan(plan: RunPlan, parallel: Parallel) -> None:
         f"model: {shape.family}, {shape.num_layers} layers, hidden {shape.hidden_size}, vocabulary {shape.vocab_size}, rotary "
         f"base {plan.policy_shape.rotary_base:g} (reference {plan.reference_rotary_base:g})",
         f"data: {data.samples} samples, {data.turns} turns, {data.tokens:,} tokens, longest row {data.longest}; "
-        f"{plan.train_iters} steps of {plan.config.training.global_batch_size} samples",
+        f"{plan.train_iters} steps of {plan.samples_per_step} samples",
     ]
+    batch, used = plan.config.training.global_batch_size, plan.train_iters * plan.samples_per_step
+    if data.samples < batch:
+        lines.append(
+            f"data: {data.samples} samples are fewer than global_batch_size={batch}; each step takes all of them, each once"
+        )
+    elif used < data.samples:
+        lines.append(
+            f"data: {data.samples - used} of {data.samples} samples are not used, since only whole batches are"
+        )
     if parallel.context_size > 1:
         lines.insert(1, f"context parallelism: cp_comm_type={plan.comm_type} ({plan.comm_reason})")
     for line in lines:

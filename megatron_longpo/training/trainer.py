@@ -57,7 +57,7 @@ class Trainer:
         self.state = TrainState(chunks=self.chunks, optimizer=self.optimizer, scheduler=self.scheduler)
         self.sampler = BatchSampler(
             len(session.data.train),
-            config.training.global_batch_size,
+            plan.samples_per_step,
             shuffle=config.data.shuffle,
             seed=config.training.seed,
         )

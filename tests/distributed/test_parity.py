@@ -76,20 +76,27 @@ _HUGGING_FACE = [
     ("one-dpo", "dpo", {}),
     ("one-sft", "sft", {}),
     ("one-response-ipo", "longpo", {"response_nll": True, "loss_type": "ipo"}),
+    ("one-few", "longpo", {}),
 ]
+
+
+def _case(name: str) -> Case:
+    return next(case for case in CASES if case.name == name)
 
 
 @pytest.mark.parametrize(
     ("family", "name", "kind", "options"),
-    [(f, *c) for f in FAMILIES for c in _HUGGING_FACE] + [(f, *_HUGGING_FACE[0]) for f in VARIANTS],
+    [(f, *c) for f in FAMILIES for c in _HUGGING_FACE if f in _case(c[0]).families]
+    + [(f, *_HUGGING_FACE[0]) for f in VARIANTS],
     ids=lambda x: x if isinstance(x, str) else "",
 )
 def test_one_process_agrees_with_hugging_face(
     results: dict[str, Any], parity_folder: Path, family: str, name: str, kind: str, options: dict[str, Any]
 ) -> None:
     settings = base_settings(parity_folder, family)
-    batch = BatchSampler(8, settings["training"]["global_batch_size"], shuffle=True, seed=settings["training"]["seed"])
-    data = PreferenceData(parity_folder / "data")
+    data = PreferenceData(parity_folder / _case(name).settings.get("data", {}).get("data_path", "data"))
+    size = min(len(data), settings["training"]["global_batch_size"])
+    batch = BatchSampler(len(data), size, shuffle=True, seed=settings["training"]["seed"])
     answer = objective(
         load(parity_folder / family, settings["model"]["rotary_base"]),
         load(parity_folder / family, None),

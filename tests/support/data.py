@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -67,11 +68,13 @@ def write_data(prefix: Path, samples: Sequence[Sample], vocab_size: int = VOCABU
     return prefix
 
 
-def make_data(prefix: Path, samples: int, seed: int = 0, longest: int = 150) -> Path:
+def make_data(
+    prefix: Path, samples: int, seed: int = 0, longest: int = 150, weights: Sequence[float] | None = None
+) -> Path:
     """Write random samples of one to three turns and unequal lengths."""
     rng = np.random.default_rng(seed)
     made = [random_sample(rng, 1 + i % 3, context=int(rng.integers(40, longest))) for i in range(samples)]
-    return write_data(prefix, made)
+    return write_data(prefix, [replace(s, weight=w) for s, w in zip(made, weights or [1.0] * samples, strict=True)])
 
 
 def tokenised_row() -> dict[str, object]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 import shutil
@@ -29,10 +30,12 @@ from megatron_longpo.data.preference import (
     from_tokenised,
     long_rows,
     short_rows,
+    weight_of,
 )
 from megatron_longpo.data.sampler import BatchSampler, assign_batch
 from megatron_longpo.errors import DataError
-from tests.support.data import make_data, random_sample, tokenised_row
+from megatron_longpo.runtime.files import sha256_of
+from tests.support.data import make_data, random_sample, tokenised_row, write_data
 
 
 def _piece(mode: Mode, *tokens: int) -> Piece:
@@ -202,6 +205,53 @@ def test_a_writer_broken_off_goes_on(tmp_path_factory: pytest.TempPathFactory, d
     for suffix in ("bin", "idx", "json", "rejects.jsonl"):
         assert path_of(folder / "whole", suffix).read_bytes() == path_of(folder / "broken", suffix).read_bytes()
     assert not path_of(folder / "broken", "partial").exists()
+
+
+def test_weights_travel_beside_the_binaries(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    weights = [1.0, 0.0, 2.5]
+    samples = [dataclasses.replace(random_sample(rng, 1, context=30), weight=w) for w in weights]
+    write_data(tmp_path / "weighted", samples)
+    data = PreferenceData(tmp_path / "weighted")
+    assert data.weights.tolist() == weights and [data[i].weight for i in range(3)] == weights
+    assert data.manifest.weights_sha256 == sha256_of(tmp_path / "weighted.weights.npy")
+    np.save(tmp_path / "weighted.weights.npy", np.ones(3))
+    with pytest.raises(DataError, match=r"weighted\.weights\.npy: does not have the checksum"):
+        PreferenceData(tmp_path / "weighted")
+    (tmp_path / "weighted.weights.npy").unlink()
+    with pytest.raises(DataError, match=r"weighted\.weights\.npy: cannot be read"):
+        PreferenceData(tmp_path / "weighted")
+    # All of them 1: no file.
+    write_data(tmp_path / "plain", [dataclasses.replace(sample, weight=1.0) for sample in samples])
+    assert not (tmp_path / "plain.weights.npy").exists()
+    assert read_manifest(tmp_path / "plain").weights_sha256 == ""
+    assert PreferenceData(tmp_path / "plain")[2].weight == 1
+
+
+def test_a_partial_output_without_weights_goes_on(tmp_path: Path) -> None:
+    """As an earlier commit left it."""
+    rng = np.random.default_rng(0)
+    samples = [random_sample(rng, 1, context=30) for _ in range(3)]
+    writer = SampleWriter(tmp_path / "d", Manifest(101, "uint16", None, None, None), "one")
+    writer.add(samples[0])
+    writer.commit({"rows": 1})
+    writer.close()
+    progress = json.loads((tmp_path / "d.partial" / "progress.json").read_bytes())
+    del progress["sizes"]["weights"]
+    (tmp_path / "d.partial" / "progress.json").write_text(json.dumps(progress))
+    (tmp_path / "d.partial" / "weights").unlink()
+    writer = SampleWriter(tmp_path / "d", Manifest(101, "uint16", None, None, None), "one")
+    writer.add(dataclasses.replace(samples[1], weight=0.5))
+    writer.add(samples[2])
+    writer.finish()
+    assert PreferenceData(tmp_path / "d").weights.tolist() == [1, 0.5, 1]
+
+
+@pytest.mark.parametrize("weight", [-1, True, "2", float("nan"), float("inf"), [1]])
+def test_a_weight_is_a_finite_number(weight: object) -> None:
+    assert (weight_of({}), weight_of({"weight": None}), weight_of({"weight": 2})) == (1.0, 1.0, 2.0)
+    with pytest.raises(BadRow, match="finite number of at least 0"):
+        weight_of({"weight": weight})
 
 
 def test_a_partial_output_of_other_settings_is_refused(tmp_path: Path) -> None:

@@ -72,6 +72,18 @@ def test_bad_lines_are_kept_aside_with_their_numbers(tmp_path: Path, tokenizer_f
     assert len(PreferenceData(tmp_path / "out")[1].turn_pieces()) == 1
 
 
+def test_weights_of_rows(tmp_path: Path, tokenizer_folder: Path) -> None:
+    rows = [text_row(0), text_row(1, weight=0.25), text_row(2, weight=-1), text_row(3, weight=3)]
+    path = write_lines(tmp_path / "pairs.jsonl", [json.dumps(row) for row in rows])
+    manifest = preprocess([str(path)], tmp_path / "out", Settings(tokenizer=str(tokenizer_folder)))
+    assert (manifest.samples, manifest.skip_reasons) == (3, {"bad_weight": 1})
+    assert PreferenceData(tmp_path / "out").weights.tolist() == [1, 0.25, 3]
+    row = {**tokenised_row(), "weight": 2}
+    path = write_lines(tmp_path / "tokenised.jsonl", [json.dumps(row)])
+    preprocess([str(path)], tmp_path / "ids", Settings(vocab_size=101))
+    assert PreferenceData(tmp_path / "ids").weights.tolist() == [2]
+
+
 def test_a_lone_surrogate_is_kept_aside(tokenizer: ChatTokenizer) -> None:
     row = text_row(context=TEXT + "\ud800")
     result = process_row(RawRow(1, json.dumps(row)), Settings(tokenizer="t"), tokenizer)

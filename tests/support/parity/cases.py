@@ -45,6 +45,7 @@ _MLP = {"recompute_granularity": "selective", "recompute_modules": ("mlp",)}
 _UP = {"recompute_granularity": "selective", "recompute_modules": ("mlp_up",)}
 _NOT_SHARED = {"prefix_sharing": False}
 _INDEPENDENT = {"turns": "independent"}
+_FEW = {"data_path": "few"}
 
 _BASE = (
     # One process: what may not change the numbers, and the oracles of other objectives.
@@ -75,6 +76,17 @@ _BASE = (
         "one-response-ipo", 1, {"objective": {"nll_scope": "response", "loss_type": "ipo"}}, oracle="one-response-ipo"
     ),
     Case("one-rmsprop", 1, {"optimizer": {"optimizer": "rmsprop", "rmsprop_eps": 1e-4}}, oracle="one-rmsprop"),
+    # Three samples for a batch of four, with weights: the batch is filled up where it has to be divided.
+    Case("one-few", 1, {"data": _FEW}, oracle="one-few-not-shared", families=("qwen2",)),
+    Case("one-few-not-shared", 1, {"data": {**_FEW, **_NOT_SHARED}}, oracle="one-few-not-shared", families=("qwen2",)),
+    Case("dp2-few", 2, {"data": _FEW}, oracle="one-few-not-shared", families=("qwen2",)),
+    Case(
+        "pp2-vpp2-few",
+        2,
+        {"data": _FEW, "parallel": _layout(pp=2, num_layers_per_virtual_pipeline_stage=1)},
+        oracle="one-few-not-shared",
+        families=("qwen2",),
+    ),
     # Two processes.
     Case("tp2", 2, {"parallel": _layout(tp=2)}),
     Case("tp2-sp", 2, {"parallel": _layout(tp=2, sequence_parallel=True)}),

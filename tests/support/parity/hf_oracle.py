@@ -127,6 +127,7 @@ def objective(
                 assert loss_type == "sigmoid"
                 preference = -F.logsigmoid(beta * ((chosen - ref_chosen) - (rejected - ref_rejected)))
             loss = preference if kind == "dpo" else weight * preference + nll
+        loss = sample.weight * loss
         losses.append(loss)
         rows.append([v.item() for v in (loss, nll, preference, chosen, rejected, ref_chosen, ref_rejected)])
     total = torch.stack(losses).mean()

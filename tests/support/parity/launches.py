@@ -21,6 +21,7 @@ def make_inputs(folder: Path) -> None:
         make_model(family, folder / family)
         import_hf(folder / family, folder / f"{family}.ckpt")
     make_data(folder / "data", 8)
+    make_data(folder / "few", 3, seed=6, weights=[2.0, 0.5, 1.0])
     make_data(folder / "held_out", 7, seed=5)
 
 

@@ -32,7 +32,7 @@ EVALUATED = "qwen2"
 def base_settings(folder: Path, family: str) -> dict[str, dict[str, Any]]:
     """What all cases have in common: beta and weight are large enough for every term to show in the gradients."""
     return {
-        "data": {"data_path": str(folder / "data")},
+        "data": {"data_path": "data"},
         "objective": {"beta": 0.2, "preference_weight": 0.5},
         "model": {"rotary_base": 40000.0, "make_vocab_size_divisible_by": 8},
         "training": {"global_batch_size": 4, "train_iters": STEPS, "seed": 7},
@@ -46,6 +46,7 @@ def settings_of(case: Case, folder: Path, family: str) -> Config:
     settings = base_settings(folder, family)
     for section, values in case.settings.items():
         settings[section] = {**settings.get(section, {}), **values}
+    settings["data"]["data_path"] = str(folder / settings["data"]["data_path"])
     # Caches are shared by fingerprint; with a folder per case each layout has to compute the reference itself.
     settings["reference"] = {
         "reference_cache": str(folder / "references" / family / case.name),

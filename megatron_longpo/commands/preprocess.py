@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,7 +28,13 @@ class PreprocessOptions:
     tokenizer: str | None = None
     """Tokenizer folder or SentencePiece .model file. Text input needs it."""
     chat_template: str | None = None
-    """Template file, or one of mistral, mistral-v3, llama-2, chatml, plain. Default: the tokenizer's own."""
+    """Template file, or one of mistral, mistral-v3, llama-2, chatml, plain, text, or a name among the tokenizer's own. Default:
+    the tokenizer's own."""
+    chat_template_kwargs: str | None = None
+    """Arguments of the chat template as JSON, such as '{"enable_thinking": false}'."""
+    template_date: str | None = None
+    """Date (YYYY-MM-DD) for a chat template that asks for the current one. Default: that of the output which is resumed, or
+    today's in UTC."""
     vocab_size: int | None = None
     """Vocabulary size of rows that are already tokenised."""
     seq_length: int | None = None
@@ -56,6 +63,7 @@ def preprocess(arguments: Sequence[str], *, prog: str) -> None:
     # Not before the flags are read: it imports torch and megatron-core.
     from megatron_longpo.data.indexed import path_of
     from megatron_longpo.text import preprocess as text
+    from megatron_longpo.text.template_kwargs import parse_template_kwargs
 
     manifest = text.preprocess(
         list(options.input),
@@ -67,6 +75,8 @@ def preprocess(arguments: Sequence[str], *, prog: str) -> None:
             seq_length=options.seq_length,
             short_seq_length=options.short_seq_length,
             max_turns=options.max_turns,
+            chat_template_kwargs=parse_template_kwargs(options.chat_template_kwargs),
+            template_date=_date_of(options.template_date),
             template_seconds=options.template_seconds,
             trust_remote_code=options.trust_remote_code,
             reading=options.reading,
@@ -81,3 +91,11 @@ def preprocess(arguments: Sequence[str], *, prog: str) -> None:
     Console().print(table)
     if manifest.skip_reasons:
         log(f"skipped rows, with line numbers: {path_of(options.output_prefix, 'rejects.jsonl')}")
+
+
+def _date_of(text: str | None) -> datetime.date | None:
+    """The value of ``--template-date``."""
+    try:
+        return None if text is None else datetime.date.fromisoformat(text)
+    except ValueError:
+        raise ConfigError(f"template_date={text!r} is not a date; write it as YYYY-MM-DD") from None

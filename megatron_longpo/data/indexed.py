@@ -46,7 +46,19 @@ _HISTOGRAM_FIRST = 9
 _IN_FILES = {"skip_reasons": "rejected"}
 _IN_PYTHON = {in_file: name for name, in_file in _IN_FILES.items()}
 # Fields that version 0.1 did not write; a manifest may lack them.
-_ADDED_LATER = frozenset({"chat_template", "answer_end_ids", "weights_sha256"})
+_ADDED_LATER = frozenset(
+    (
+        *(
+            "chat_template",
+            "chat_template_kwargs",
+            "template_date",
+            "system_prompt",
+            "special_tokens",
+            "answer_end_ids",
+        ),
+        *("rows", "samples_without_short", "weights_sha256"),
+    )
+)
 
 
 @dataclass
@@ -71,6 +83,12 @@ class Manifest:
             in files of version 0.1.
         answer_end_ids: ids of the special tokens that the template puts directly after an answer, by which a model trained on
             the data ends its answers.
+        chat_template_kwargs: arguments that every rendering passed to the template.
+        template_date: the date that the template was told (YYYY-MM-DD); None if it asks for none.
+        system_prompt: system message of the rows without one of their own, or None.
+        special_tokens: text -> id of the tokenizer's special tokens.
+        rows: rows of the input; each is a sample or was skipped as a whole. None in files of version 0.1.
+        samples_without_short: samples without short rows, which objectives whose reference scores short rows cannot use.
     """
 
     vocab_size: int
@@ -95,6 +113,12 @@ class Manifest:
     schema_version: int = SCHEMA_VERSION
     chat_template: str | None = None
     answer_end_ids: list[int] = field(default_factory=list)
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    template_date: str | None = None
+    system_prompt: str | None = None
+    special_tokens: dict[str, int] = field(default_factory=dict)
+    rows: int | None = None
+    samples_without_short: int = 0
 
     def as_dict(self) -> dict[str, Any]:
         """All fields by the names that they have in files."""
@@ -124,6 +148,7 @@ class Manifest:
         """Add one sample to the counts."""
         long = sample.long_length
         self.samples += 1
+        self.samples_without_short += not any(p.mode.short for p in sample.pieces)
         self.turns += sample.turns
         self.tokens += sum(len(p.tokens) for p in sample.pieces)
         self.longest = max(self.longest, long)
@@ -372,8 +397,17 @@ def read_manifest(prefix: str | Path) -> Manifest:
 
 def _problem(manifest: Manifest) -> str | None:
     """What no manifest can say, or None."""
-    for name in ("samples", "turns", "tokens", "longest", "longest_short", "bin_bytes"):
-        if getattr(manifest, name) < 0:
+    for name in (
+        "samples",
+        "turns",
+        "tokens",
+        "longest",
+        "longest_short",
+        "bin_bytes",
+        "rows",
+        "samples_without_short",
+    ):
+        if (getattr(manifest, name) or 0) < 0:
             return f"{name}={getattr(manifest, name)} is negative"
     if not 0 < manifest.vocab_size <= _MOST_IDS:
         return f"vocab_size={manifest.vocab_size} is not between 1 and {_MOST_IDS}"

@@ -7,6 +7,7 @@ SentencePiece tokenizer puts a space before the first word of a text, and must n
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 import re
 from abc import ABC, abstractmethod
@@ -18,6 +19,7 @@ from types import MappingProxyType
 from typing import Any
 
 import numpy as np
+from jinja2 import TemplateError
 
 from megatron_longpo.data.preference import (
     CHOSEN_RESPONSE,
@@ -38,8 +40,10 @@ from megatron_longpo.errors import DataError, one_line
 from megatron_longpo.runtime.reading import read_bytes
 from megatron_longpo.text.template_guard import TEMPLATE_SECONDS, TemplateLimitError, refuse_powers, render_bounded
 from megatron_longpo.text.template_kwargs import check_template_reads
+from megatron_longpo.text.templates import asks_for_date, compiled, marks_answers, render_marked
 
-Message = dict[str, str]
+Message = dict[str, Any]
+Tools = Sequence[Mapping[str, Any]]
 
 BUILT_IN_TEMPLATES = {
     # Mistral v0.1 and v0.2: the tokenizer's .model file has no template. Source: mistral-common's v1 format.
@@ -62,6 +66,11 @@ BUILT_IN_TEMPLATES = {
     ),
     # No template: the bare text, for base models.
     "plain": "{{ bos_token }}{% for message in messages %}{{ message['content'] }}{% endfor %}",
+    # The bare text with an end after each answer, as TRL lays out rows of plain text.
+    "text": (
+        "{{ bos_token }}{% for message in messages %}{{ message['content'] }}{% if message['role'] == 'assistant' %}"
+        "{{ eos_token }}{% endif %}{% endfor %}"
+    ),
     # ChatML, for tokenizers that have its two special tokens.
     "chatml": (
         "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + "
@@ -78,10 +87,10 @@ class ChatTokenizer(ABC):
         vocab_size: upper bound of the ids, exclusive.
         template: the template's source.
         vocabulary_hash, template_hash: what manifests and stages identify it by.
-        special_ids: ids of special tokens; one of them ends every answer.
-        special_texts: texts of the special tokens.
+        special_tokens: text -> id of the special tokens.
         template_seconds: longest time that the template may take to render a conversation.
         template_kwargs: arguments that every rendering passes to the template, such as ``enable_thinking``.
+        template_date: the date that the template is told, if it asks for one.
     """
 
     name: str
@@ -89,10 +98,30 @@ class ChatTokenizer(ABC):
     template: str
     vocabulary_hash: str
     template_hash: str
-    special_ids: frozenset[int]
-    special_texts: tuple[str, ...]
+    special_tokens: dict[str, int]
     template_seconds: float = TEMPLATE_SECONDS
     template_kwargs: Mapping[str, Any] = MappingProxyType({})
+    template_date: datetime.date
+
+    @cached_property
+    def asks_for_date(self) -> bool:
+        """Whether what the template renders depends on the date."""
+        return asks_for_date(self.template)
+
+    @cached_property
+    def marks_answers(self) -> bool:
+        """Whether the template marks what the model writes."""
+        return marks_answers(self.template)
+
+    @property
+    def special_ids(self) -> frozenset[int]:
+        """Ids of the special tokens; one of them ends every answer."""
+        return frozenset(self.special_tokens.values())
+
+    @property
+    def special_texts(self) -> tuple[str, ...]:
+        """Texts of the special tokens."""
+        return tuple(self.special_tokens)
 
     def encode_after(self, before: str, text: str) -> list[int]:
         """Token ids of ``text`` where it follows ``before``."""
@@ -112,30 +141,88 @@ class ChatTokenizer(ABC):
         """
 
     def answer_ends(self) -> frozenset[int]:
-        """Ids of the special tokens that the template puts directly after an answer."""
+        """Ids of the special tokens that the template puts after an answer."""
+        return frozenset(self.end_of_turn().values())
+
+    def end_of_turn(self) -> dict[str, int]:
+        """Text -> id of the special token that the template puts after an answer; empty if there is none.
+
+        Some templates (GLM-4) end an answer only by the token of the next speaker, so a dialogue that goes on is looked at too.
+        """
         answer = "ANSWER"
         messages: list[Message] = [{"role": "user", "content": "QUESTION"}, {"role": "assistant", "content": answer}]
-        after = self.render(messages, add_generation_prompt=False).rpartition(answer)[2].lstrip()
-        ends = [t for t in self.special_texts if t and after.startswith(t)]
-        return frozenset(self.encode(max(ends, key=len), continues=False)) & self.special_ids if ends else frozenset()
+        for following in ([], [{"role": "user", "content": "NEXT"}]):
+            try:
+                text = self.render([*messages, *following], add_generation_prompt=False)
+            except TemplateError:
+                if not following:
+                    raise
+                # It is made for single questions.
+                break
+            after = text.rpartition(answer)[2]
+            # The first; of two at the same place the longer.
+            found = [(after.find(t), -len(t), t) for t in self.special_tokens if t and t in after]
+            if found:
+                end = min(found)[2]
+                return {end: self.special_tokens[end]}
+        return {}
 
     def count(self, texts: Sequence[str]) -> list[int]:
         """Number of tokens of each text by itself."""
         return [len(self.encode(text, continues=False)) for text in texts]
 
-    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
+    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool, tools: Tools | None = None) -> str:
         """Render a conversation as text.
+
+        Args:
+            messages: the conversation.
+            add_generation_prompt: whether the text ends where the model answers.
+            tools: tools that the model may call, as JSON schemas.
 
         Raises:
             TemplateLimitError: the template takes too much time or memory.
         """
+        more = {} if tools is None else {"tools": tools}
         return render_bounded(
-            lambda: self._render(messages, add_generation_prompt=add_generation_prompt), self.template_seconds
+            lambda: self._render(messages, add_generation_prompt=add_generation_prompt, **more), self.template_seconds
         )
 
+    def render_marked(
+        self, messages: Sequence[Message], *, add_generation_prompt: bool, tools: Tools | None = None
+    ) -> tuple[str, list[tuple[int, int]]]:
+        """Render a conversation as text, and find the answers that the template marks.
+
+        Args:
+            messages, add_generation_prompt, tools: as for ``render``.
+
+        Returns:
+            The text, and first and last place (exclusive) of each marked part.
+
+        Raises:
+            TemplateLimitError: the template takes too much time or memory.
+        """
+        places: list[tuple[int, int]] = []
+
+        def marked() -> str:
+            text, found = render_marked(
+                compiled(self.template, self.template_date),
+                messages,
+                add_generation_prompt=add_generation_prompt,
+                tools=tools,
+                arguments={**self._special_variables(), **self.template_kwargs},
+            )
+            places.extend(found)
+            return text
+
+        return render_bounded(marked, self.template_seconds), places
+
     @abstractmethod
-    def _render(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
+    def _render(self, messages: Sequence[Message], *, add_generation_prompt: bool, tools: Tools | None = None) -> str:
         """Render a conversation as text, without limits."""
+
+    @abstractmethod
+    def _special_variables(self) -> dict[str, str]:
+        """Special tokens by the names that templates know them by."""
 
     @abstractmethod
     def decode(self, ids: Sequence[int]) -> str:
@@ -158,12 +245,15 @@ class FastChatTokenizer(ChatTokenizer):
         path: tokenizer folder.
         template: Jinja template; None keeps the tokenizer's own.
         trust_remote_code: run code from the folder.
+        name: name of one of the tokenizer's own templates, where it has several; by default ``default``.
 
     Raises:
-        DataError: transformers cannot load it, or there is no template.
+        DataError: transformers cannot load it, or there is no template, or several and none is the default.
     """
 
-    def __init__(self, path: Path, template: str | None, trust_remote_code: bool = False) -> None:
+    def __init__(
+        self, path: Path, template: str | None, trust_remote_code: bool = False, *, name: str | None = None
+    ) -> None:
         from transformers import AutoTokenizer
 
         try:
@@ -176,6 +266,8 @@ class FastChatTokenizer(ChatTokenizer):
             ) from None
         if template is not None:
             self._tokenizer.chat_template = template
+        elif name is not None or isinstance(self._tokenizer.chat_template, dict):
+            self._tokenizer.chat_template = _own_template(path, self._tokenizer.chat_template, name)
         if self._tokenizer.chat_template is None:
             raise DataError(
                 f"--tokenizer {path}: has no chat template; name one with --chat-template (a file, or one of "
@@ -189,10 +281,13 @@ class FastChatTokenizer(ChatTokenizer):
         self.template = str(self._tokenizer.chat_template)
         self.template_hash = hashlib.sha256(self.template.encode()).hexdigest()
         added = self._tokenizer.added_tokens_decoder
-        self.special_ids = frozenset(self._tokenizer.all_special_ids) | {i for i, t in added.items() if t.special}
-        self.special_texts = tuple(self._tokenizer.convert_ids_to_tokens(sorted(self.special_ids)))
+        ids = sorted({*self._tokenizer.all_special_ids, *(i for i, t in added.items() if t.special)})
+        self.special_tokens = dict(zip(self._tokenizer.convert_ids_to_tokens(ids), ids, strict=True))
         # Set if the first word of a text gets a space, which it must not get in the middle of a text.
         self._anchor = "\n" if self._ids("\nx") != self._ids("\n") + self._ids("x") else None
+
+    def _special_variables(self) -> dict[str, str]:
+        return {key: str(value) for key, value in self._tokenizer.special_tokens_map.items() if isinstance(value, str)}
 
     def _ids(self, text: str) -> list[int]:
         return list(self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
@@ -214,10 +309,13 @@ class FastChatTokenizer(ChatTokenizer):
             return []
         return [len(ids) for ids in self._tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]]
 
-    def _render(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
+    def _render(self, messages: Sequence[Message], *, add_generation_prompt: bool, tools: Tools | None = None) -> str:
+        if self.asks_for_date:
+            compiled(self.template, self.template_date)
         return str(
             self._tokenizer.apply_chat_template(
                 list(messages),
+                tools=None if tools is None else list(tools),
                 tokenize=False,
                 add_generation_prompt=add_generation_prompt,
                 **self.template_kwargs,
@@ -240,7 +338,6 @@ class SentencePieceChatTokenizer(ChatTokenizer):
     """
 
     def __init__(self, path: Path, template: str) -> None:
-        import jinja2.sandbox
         import sentencepiece
 
         try:
@@ -250,7 +347,6 @@ class SentencePieceChatTokenizer(ChatTokenizer):
                 f"--tokenizer {path}: is not a SentencePiece model ({error}); give a tokenizer folder or a .model file"
             ) from None
         self.template = template
-        self._environment = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
         sp = self._processor
         self.name = path.name
         self.vocab_size = int(sp.vocab_size())
@@ -258,26 +354,19 @@ class SentencePieceChatTokenizer(ChatTokenizer):
         self.template_hash = hashlib.sha256(template.encode()).hexdigest()
         control = {sp.id_to_piece(i): i for i in range(self.vocab_size) if sp.is_control(i)}
         # Newer models have control tokens beyond the three of SentencePiece.
-        self._special = control
-        self.special_ids = frozenset(control.values())
-        self.special_texts = tuple(control)
+        self.special_tokens = control
         self._bos, self._eos = sp.id_to_piece(sp.bos_id()), sp.id_to_piece(sp.eos_id())
         self._split = re.compile("(" + "|".join(map(re.escape, sorted(control, key=len, reverse=True))) + ")")
 
     def encode(self, text: str, *, continues: bool) -> list[int]:
         ids: list[int] = []
         for part in self._split.split(text):
-            if part in self._special:
-                ids.append(self._special[part])
+            if part in self.special_tokens:
+                ids.append(self.special_tokens[part])
                 continues = False
             elif part:
                 ids += self._encode_plain(part, continues)
         return ids
-
-    @cached_property
-    def _compiled(self) -> Any:
-        # Not in the constructor, so that an error of syntax is reported like the others.
-        return self._environment.from_string(self.template)
 
     def _encode_plain(self, text: str, continues: bool) -> list[int]:
         if not continues:
@@ -288,13 +377,17 @@ class SentencePieceChatTokenizer(ChatTokenizer):
                 return list(whole[len(head) :])
         return list(self._processor.encode(text))
 
-    def _render(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
+    def _special_variables(self) -> dict[str, str]:
+        return {"bos_token": self._bos, "eos_token": self._eos}
+
+    def _render(self, messages: Sequence[Message], *, add_generation_prompt: bool, tools: Tools | None = None) -> str:
         return str(
-            self._compiled.render(
+            compiled(self.template, self.template_date).render(
                 messages=list(messages),
+                tools=tools,
+                documents=None,
                 add_generation_prompt=add_generation_prompt,
-                bos_token=self._bos,
-                eos_token=self._eos,
+                **self._special_variables(),
                 **self.template_kwargs,
             )
         )
@@ -310,26 +403,33 @@ def load_tokenizer(
     trust_remote_code: bool = False,
     template_seconds: float = TEMPLATE_SECONDS,
     template_kwargs: Mapping[str, Any] | None = None,
+    template_date: datetime.date | None = None,
 ) -> ChatTokenizer:
     """Load a tokenizer with its chat template, and try the template on a short conversation.
 
     Args:
         path: folder that transformers loads, or a SentencePiece ``.model`` file.
-        chat_template: name of a built-in template, or a file with a Jinja template; None keeps the tokenizer's own.
+        chat_template: name of a built-in template, of a file with a Jinja template, or of one of the tokenizer's own; None keeps
+            the tokenizer's own.
         trust_remote_code: run code from the tokenizer's folder.
         template_seconds: longest time that the template may take to render a conversation.
         template_kwargs: arguments of the template, as ``parse_template_kwargs`` reads them.
+        template_date: the date that the template is told, if it asks for one; by default today's in UTC. It does not change while
+            the tokenizer is in use.
 
     Raises:
         DataError: there is no tokenizer, or no template, or the template does not work.
     """
     path = Path(path)
-    template = None if chat_template is None else _template_named(chat_template)
+    # Neither built in nor a file: perhaps one of the tokenizer's own.
+    is_own = path.is_dir() and chat_template not in BUILT_IN_TEMPLATES and not Path(chat_template or "").exists()
+    name = chat_template if is_own else None
+    template = None if chat_template is None or is_own else _template_named(chat_template)
     where = f"--tokenizer {path}: its chat template" if chat_template is None else f"--chat-template {chat_template}"
     if not path.exists():
         raise DataError(f"--tokenizer {path}: no such file or folder; give a tokenizer folder or a .model file")
     if path.is_dir():
-        tokenizer: ChatTokenizer = FastChatTokenizer(path, template, trust_remote_code)
+        tokenizer: ChatTokenizer = FastChatTokenizer(path, template, trust_remote_code, name=name)
     elif template is None:
         raise DataError(
             f"--tokenizer {path}: a SentencePiece model has no chat template; name one with --chat-template (a file, "
@@ -339,6 +439,7 @@ def load_tokenizer(
         tokenizer = SentencePieceChatTokenizer(path, template)
     tokenizer.template_seconds = template_seconds
     tokenizer.template_kwargs = template_kwargs or {}
+    tokenizer.template_date = template_date or datetime.datetime.now(datetime.timezone.utc).date()
     _try_template(tokenizer, where)
     return tokenizer
 
@@ -360,6 +461,27 @@ def _template_named(name: str) -> str:
 
 
 _TEMPLATE_BYTES = 2**20
+
+
+def _own_template(path: Path, templates: str | Mapping[str, str] | None, name: str | None) -> str:
+    """One of a tokenizer's own templates.
+
+    Args:
+        path: tokenizer folder.
+        templates: the templates by name, or a single one without a name.
+        name: name of the template; None: the default.
+    """
+    named = templates if isinstance(templates, Mapping) else {}
+    if (name or "default") in named:
+        return named[name or "default"]
+    if name is None:
+        raise DataError(
+            f"--tokenizer {path}: has chat templates named {', '.join(sorted(named))} and no default; choose one with "
+            "--chat-template NAME"
+        )
+    raise DataError(
+        f"--chat-template {name}: no such file; name a file, or one of {', '.join([*BUILT_IN_TEMPLATES, *sorted(named)])}"
+    )
 
 
 def _try_template(tokenizer: ChatTokenizer, where: str) -> None:

@@ -7,11 +7,12 @@ does not depend on the number of workers. All output files are committed togethe
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import hashlib
 import json
 import multiprocessing
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
@@ -35,6 +36,7 @@ from megatron_longpo.runtime.reading import (
     check_expansion,
     opened,
     parse_json,
+    read_json,
     read_lines,
 )
 from megatron_longpo.text.chat import ChatTokenizer, Turn, encode_sample, load_tokenizer, turn_of
@@ -65,6 +67,9 @@ class Settings:
         seq_length: longest long row in tokens; longer samples are skipped. None sets no limit.
         short_seq_length: longest short row in tokens (paper: 32768); turns with a longer one are skipped.
         max_turns: most turns of a row; a row with more is skipped.
+        chat_template_kwargs: arguments of the chat template.
+        template_date: the date that the chat template is told, if it asks for one; None: that of the output that is resumed, or
+            today's in UTC.
         template_seconds: longest time that the chat template may take.
         trust_remote_code: run code from the tokenizer's folder.
         reading: what is too large to be read.
@@ -76,6 +81,8 @@ class Settings:
     seq_length: int | None = None
     short_seq_length: int = 32768
     max_turns: int = MAX_TURNS
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    template_date: datetime.date | None = None
     template_seconds: float = TEMPLATE_SECONDS
     trust_remote_code: bool = False
     reading: ReadingConfig = field(default_factory=ReadingConfig)
@@ -373,6 +380,8 @@ def _tokenizer_of(settings: Settings) -> ChatTokenizer | None:
         settings.chat_template,
         trust_remote_code=settings.trust_remote_code,
         template_seconds=settings.template_seconds,
+        template_kwargs=settings.chat_template_kwargs,
+        template_date=settings.template_date,
     )
 
 
@@ -404,7 +413,12 @@ def preprocess(
     if settings.vocab_size is not None and settings.vocab_size < 1:
         raise DataError(f"--vocab-size {settings.vocab_size} must be positive; give the model's vocabulary size")
     files = input_files(inputs, settings.reading)
+    if settings.template_date is None and not restart:
+        settings = dataclasses.replace(settings, template_date=_recorded_date(prefix))
     tokenizer = _tokenizer_of(settings)
+    if tokenizer is not None:
+        # The workers' clocks may be past midnight.
+        settings = dataclasses.replace(settings, template_date=tokenizer.template_date)
     vocab_size = tokenizer.vocab_size if tokenizer else int(settings.vocab_size or 0)
     _check_schema(files, tokenizer is not None, settings.reading)
     source = [{"name": p.name, "bytes": p.stat().st_size, "sha256": sha256_of(p)} for p in files]
@@ -413,17 +427,26 @@ def preprocess(
         for k in ("seq_length", "short_seq_length", "vocab_size")
         if getattr(settings, k) is not None
     }
+    # What is not used leaves no trace, so that output of earlier versions is recognised.
+    if settings.chat_template_kwargs:
+        described["chat_template_kwargs"] = dict(settings.chat_template_kwargs)
+    date = tokenizer.template_date.isoformat() if tokenizer is not None and tokenizer.asks_for_date else None
+    if date is not None:
+        described["template_date"] = date
     manifest = Manifest(
         vocab_size=vocab_size,
         dtype=token_dtype(vocab_size),
         tokenizer=tokenizer.name if tokenizer else None,
         tokenizer_hash=tokenizer.vocabulary_hash if tokenizer else None,
         template_hash=tokenizer.template_hash if tokenizer else None,
-        chat_template=tokenizer.template if tokenizer else None,
         answer_end_ids=sorted(tokenizer.answer_ends()) if tokenizer else [],
         independent_turns=tokenizer is not None,
         source=source,
         settings=described,
+        chat_template=tokenizer.template if tokenizer else None,
+        chat_template_kwargs=dict(settings.chat_template_kwargs),
+        template_date=date,
+        special_tokens=dict(tokenizer.special_tokens) if tokenizer else {},
     )
     identity = [source, described, manifest.tokenizer_hash, manifest.template_hash, manifest.dtype]
     fingerprint = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
@@ -447,12 +470,27 @@ def preprocess(
                     writer.commit({"rows": rows_done})
                     progress.add(rows_done - progress.done, tokens=writer.manifest.tokens - tokens_done)
                     tokens_done = writer.manifest.tokens
+            writer.manifest.rows = rows_done
             writer.commit({"rows": rows_done})
             progress.add(rows_done - progress.done, tokens=writer.manifest.tokens - tokens_done)
     except BaseException:
         writer.close()
         raise
     return writer.finish()
+
+
+def _recorded_date(prefix: str | Path) -> datetime.date | None:
+    """The date that the templates of an output were told, finished or broken off; None: there is none."""
+    for path, keys in ((path_of(prefix, "partial") / "progress.json", ("manifest",)), (path_of(prefix, "json"), ())):
+        try:
+            content = read_json(path)
+            for key in keys:
+                content = content[key]
+            return datetime.date.fromisoformat(content["template_date"])
+        except (OSError, ValueError, KeyError, TypeError):
+            # Whoever resumes the output reports what is wrong with it.
+            continue
+    return None
 
 
 def _add(writer: SampleWriter, result: Result) -> None:

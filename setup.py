@@ -83,6 +83,8 @@ setup(
             "openai>=1.60",
             "pre-commit>=3.5",
             "codespell>=2.3",
+            # Its losses are what ours are compared with.
+            "trl>=1.16",
         ],
         "docs": ["mkdocs>=1.6", "mkdocs-material>=9.5", "mkdocstrings[python]>=0.27"],
     },

@@ -53,17 +53,21 @@ class ObjectiveConfig:
 
     objective: Literal["longpo", "dpo", "sft"] = "longpo"
     """longpo: preference_weight times the preference loss against the short-context reference, plus NLL; dpo: preference loss
-    against the reference on the long rows; sft: NLL of the chosen rows."""
+    only, against the reference on the long rows; sft: NLL of the chosen rows."""
     beta: Annotated[float, Range(gt=0, fix="the paper uses 0.1")] = 0.1
     """Strength of the constraint to the reference (0.1 in the paper, 0.01 in the released script)."""
     preference_weight: Annotated[float, Range(ge=0, le=LARGEST, fix="the paper uses 0.01")] = 0.01
     """Weight of the preference term in longpo, the paper's lambda (0.01 in the paper and the released script)."""
     nll_scope: Literal["sequence", "response"] = "sequence"
     """sequence: NLL is the mean over the whole long chosen sequence, document included; response: over its responses only."""
-    loss_type: Literal["sigmoid", "ipo", "hinge"] = "sigmoid"
-    """Form of the preference loss."""
+    loss_type: Literal["sigmoid", "sigmoid_norm", "robust", "ipo", "hinge", "simpo", "orpo"] = "sigmoid"
+    """Form of the preference loss. simpo and orpo need no reference: none is loaded, scored or cached."""
     label_smoothing: Annotated[float, Range(ge=0, lt=0.5, fix="0 turns it off")] = 0.0
-    """Probability that the two answers of a pair are swapped (loss_type=sigmoid only)."""
+    """Probability that the two answers of a pair are swapped (loss_type=sigmoid, sigmoid_norm, robust or simpo)."""
+    simpo_gamma: Annotated[float, Range(ge=0, le=LARGEST, fix="the paper uses 0.3 to 1.6")] = 0.5
+    """Margin between the rewards of the two answers (loss_type=simpo only)."""
+    rpo_alpha: Annotated[float, Range(ge=0, le=LARGEST, fix="0 turns it off; the paper uses 1")] = 0.0
+    """Weight of the NLL per token of the chosen answers, which is added to the loss of longpo or dpo (RPO)."""
 
 
 @dataclass(frozen=True)
@@ -391,13 +395,27 @@ def check(config: Config) -> None:
         )
 
 
+# Losses that label smoothing is defined for.
+_SMOOTHED = ("sigmoid", "sigmoid_norm", "robust", "simpo")
+
+
 def _check_objective(config: Config) -> None:
     """Rules of the loss and its reference."""
     loss, reference = config.objective, config.reference
-    if loss.label_smoothing and loss.loss_type != "sigmoid":
+    if loss.label_smoothing and loss.loss_type not in _SMOOTHED:
         raise ConfigError(
-            f"label_smoothing={loss.label_smoothing} is defined for loss_type=sigmoid, not for {loss.loss_type}; set "
-            "label_smoothing to 0 or loss_type to sigmoid"
+            f"label_smoothing={loss.label_smoothing} is defined for loss_type={', '.join(_SMOOTHED)}, not for {loss.loss_type}; "
+            "set label_smoothing to 0 or another loss_type"
+        )
+    if loss.objective == "sft" and loss.rpo_alpha:
+        raise ConfigError(
+            f"rpo_alpha={loss.rpo_alpha} adds an NLL to a preference loss, which objective=sft has not; leave it out, and set "
+            "nll_scope=response for the NLL of the answers"
+        )
+    if loss.objective == "dpo" and loss.loss_type == "orpo" and not loss.rpo_alpha:
+        raise ConfigError(
+            "loss_type=orpo is a term beside an NLL, which objective=dpo has not; set rpo_alpha=1 (the paper's ORPO), or "
+            "objective=longpo"
         )
     if loss.objective != "longpo" and config.data.turns == "independent":
         raise ConfigError(f"turns=independent is LongPO's Eq. 13; objective={loss.objective} takes turns=chained")

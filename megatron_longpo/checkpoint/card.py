@@ -155,6 +155,9 @@ def _objective(objective: dict[str, Any]) -> str:
     text = f"{kind}, beta {objective['beta']:g}, {objective['loss_type']}"
     if kind == "longpo":
         text += f", preference weight {objective['preference_weight']:g}, NLL over the {objective['nll_scope']}"
+    # A run of an earlier commit has no such key.
+    if objective.get("rpo_alpha"):
+        text += f", {objective['rpo_alpha']:g} times the NLL per token of the chosen answers"
     return text
 
 

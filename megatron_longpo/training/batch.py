@@ -19,7 +19,7 @@ from megatron_longpo.model.attention import AttentionPlan
 from megatron_longpo.model.inputs import ModelInputs
 from megatron_longpo.runtime import platform
 from megatron_longpo.runtime.process_groups import Parallel, sum_over_group
-from megatron_longpo.training.objective import OBJECTIVES, preference_loss, total_loss
+from megatron_longpo.training.objective import preference_loss, response_nll, spec_of, total_loss
 
 # Tiles per rank with cp_comm_type=allgather. Two balance a plain causal sequence (zigzag); branches need more.
 _TILES = 4
@@ -155,7 +155,7 @@ def known_nll_grad(
         The gradients, or None if no gradient is known.
     """
     micro_batch = batch.micro_batch
-    s, spec = micro_batch.shard, OBJECTIVES[objective.objective]
+    s, spec = micro_batch.shard, spec_of(objective.objective, objective.loss_type)
     if not spec.uses_nll or not len(s.loss_places_N):
         return None
     tokens_B = np.maximum(micro_batch.layout.nll_tokens, 1)
@@ -241,8 +241,8 @@ def policy_layout(samples: Sequence[Sample], *, data: DataConfig, objective: Obj
 
 
 def _policy_rows(samples: Sequence[Sample], *, data: DataConfig, objective: ObjectiveConfig) -> list[Row]:
-    needs_rejected = OBJECTIVES[objective.objective].needs_rejected
-    sides = (Mode.CHOSEN, Mode.REJECTED) if needs_rejected else (Mode.CHOSEN,)
+    uses_preference = spec_of(objective.objective, objective.loss_type).uses_preference
+    sides = (Mode.CHOSEN, Mode.REJECTED) if uses_preference else (Mode.CHOSEN,)
     return [
         row
         for slot, sample in enumerate(samples)
@@ -271,14 +271,16 @@ def batch_loss(
     response_tokens = torch.from_numpy(layout.response_tokens).to(device).view(-1, 2)
     nll_B = sums.nll_sum_B / nll_tokens
     zeros = torch.zeros_like(nll_B)
-    if batch.reference_B2 is None:
+    ref_chosen_B = ref_rejected_B = None
+    if batch.reference_B2 is not None:
+        reference_B2 = torch.from_numpy(batch.reference_B2).to(device=device, dtype=torch.float64)
+        ref_chosen_B, ref_rejected_B = reference_B2[:, 0], reference_B2[:, 1]
+    if not spec_of(objective.objective, objective.loss_type).uses_preference:
         loss_B = total_loss(objective.objective, None, nll_B, objective.preference_weight)
-        preference_B = ref_chosen_B = ref_rejected_B = reward_chosen_B = reward_rejected_B = zeros
+        preference_B = reward_chosen_B = reward_rejected_B = zeros
         # The rejected rows are not computed.
         rejected_B = zeros
     else:
-        reference_B2 = torch.from_numpy(batch.reference_B2).to(device=device, dtype=torch.float64)
-        ref_chosen_B, ref_rejected_B = reference_B2[:, 0], reference_B2[:, 1]
         terms = preference_loss(
             sums.chosen_B,
             sums.rejected_B,
@@ -287,10 +289,18 @@ def batch_loss(
             beta=objective.beta,
             loss_type=objective.loss_type,
             label_smoothing=objective.label_smoothing,
+            simpo_gamma=objective.simpo_gamma,
             chosen_tokens_B=response_tokens[:, 0],
             rejected_tokens_B=response_tokens[:, 1],
         )
-        loss_B = total_loss(objective.objective, terms.loss_B, nll_B, objective.preference_weight)
+        loss_B = total_loss(
+            objective.objective,
+            terms.loss_B,
+            nll_B,
+            objective.preference_weight,
+            response_nll_B=response_nll(sums.chosen_B, response_tokens[:, 0]),
+            rpo_alpha=objective.rpo_alpha,
+        )
         preference_B, reward_chosen_B, reward_rejected_B = terms.loss_B, terms.reward_chosen_B, terms.reward_rejected_B
         rejected_B = sums.rejected_B
     weights_B, factors_B = (torch.from_numpy(values).to(device) for values in (batch.weights_B, batch.factors_B))
@@ -302,8 +312,8 @@ def batch_loss(
         "preference": preference_B,
         "logps/chosen": sums.chosen_B,
         "logps/rejected": rejected_B,
-        "ref/chosen": ref_chosen_B,
-        "ref/rejected": ref_rejected_B,
+        "ref/chosen": zeros if ref_chosen_B is None else ref_chosen_B,
+        "ref/rejected": zeros if ref_rejected_B is None else ref_rejected_B,
         "rewards/chosen": reward_chosen_B,
         "rewards/rejected": reward_rejected_B,
         "rewards/margins": margins_B,

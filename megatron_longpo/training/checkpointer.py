@@ -66,6 +66,7 @@ def run_identity(plan: RunPlan, reference_weights: str) -> dict[str, Any]:
     return {
         "reference_weights": reference_weights,
         "data_sha256": plan.manifest.bin_sha256,
+        "weights_sha256": plan.manifest.weights_sha256,
         "turns": data.turns,
         "shuffle": data.shuffle,
         "seed": training.seed,
@@ -81,7 +82,14 @@ def run_identity(plan: RunPlan, reference_weights: str) -> dict[str, Any]:
         "nll_scope": objective.nll_scope,
         "loss_type": objective.loss_type,
         "label_smoothing": objective.label_smoothing,
+        "simpo_gamma": objective.simpo_gamma,
+        "rpo_alpha": objective.rpo_alpha,
     }
+
+
+# Values of settings that runs had before they could be set; otherwise a run saved before a setting was recorded is taken to have
+# the present value.
+_BEFORE = {"weights_sha256": "", "rpo_alpha": 0.0}
 
 
 def check_same_run(progress: RunProgress, identity: dict[str, Any], folder: Path) -> None:
@@ -91,8 +99,7 @@ def check_same_run(progress: RunProgress, identity: dict[str, Any], folder: Path
         CheckpointError: the first setting that differs.
     """
     for name, value in identity.items():
-        # A run saved before a setting was recorded is taken to have the present value.
-        before = progress.identity.get(name, value)
+        before = progress.identity.get(name, _BEFORE.get(name, value))
         if before != value:
             raise CheckpointError(
                 f"{folder}: the run in this folder has {name}={before}, but now it is {value}; use the same value to "

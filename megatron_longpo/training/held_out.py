@@ -41,8 +41,9 @@ REPORTED = (
     *("loss", "nll", "preference", "logps/chosen", "logps/rejected", "rewards/chosen", "rewards/rejected"),
     *("rewards/margins", "rewards/accuracies", "kl/chosen", "kl/rejected"),
 )
-# Those of them that objectives without a reference have.
-REPORTED_WITHOUT_REFERENCE = ("loss", "nll", "logps/chosen")
+# Those of them that there are without a reference, and those without a preference term.
+REPORTED_WITHOUT_REFERENCE = tuple(name for name in REPORTED if not name.startswith("kl/"))
+REPORTED_WITHOUT_PREFERENCE = ("loss", "nll", "logps/chosen")
 
 # Files keep the metrics of a sample as a list of numbers, in this order. It belongs to the format: only append to it.
 _ORDER_IN_FILES = (
@@ -141,7 +142,10 @@ class HeldOut:
 
     def summary(self) -> dict[str, Any]:
         """Evaluate, and summarise; collective."""
-        return summary(self.evaluate(), has_reference=self.plan.objective.uses_preference)
+        spec = self.plan.objective
+        if not spec.uses_preference:
+            return summary(self.evaluate(), REPORTED_WITHOUT_PREFERENCE)
+        return summary(self.evaluate(), REPORTED_WITHOUT_REFERENCE if spec.reference_rows is None else REPORTED)
 
 
 def metrics_of(table: Table) -> Table:
@@ -165,15 +169,14 @@ def length_bin(tokens: float) -> int:
     return 1 << max(0, int(tokens) - 1).bit_length()
 
 
-def summary(table: Table, *, has_reference: bool = True) -> dict[str, Any]:
+def summary(table: Table, names: Sequence[str] = REPORTED) -> dict[str, Any]:
     """Means over all samples and, under ``by_length``, over the samples of each power-of-two bin of the chosen row's length.
 
     Args:
         table: what ``HeldOut.evaluate`` returns.
-        has_reference: whether there was a reference; without one only the NLL is reported.
+        names: metrics that are reported.
     """
     metrics = metrics_of(table)
-    names = REPORTED if has_reference else REPORTED_WITHOUT_REFERENCE
     bins = np.array([length_bin(n) for n in metrics["tokens"]])
 
     def means(chosen: np.ndarray) -> dict[str, float]:

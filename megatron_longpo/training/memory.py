@@ -30,7 +30,7 @@ from megatron_longpo.runtime.log import log
 from megatron_longpo.runtime.process_groups import Parallel
 from megatron_longpo.training.batch import policy_layout
 from megatron_longpo.training.data_set import DataSet
-from megatron_longpo.training.objective import OBJECTIVES
+from megatron_longpo.training.objective import spec_of
 from megatron_longpo.training.plan import RunPlan
 
 # What the estimate leaves out: the interpreter and its libraries, communication buffers, fragmentation.
@@ -237,9 +237,8 @@ def static_bytes(shape: ModelShape, config: Config, parallel: Parallel, stage: i
     if config.parallel.use_distributed_optimizer:
         states //= parallel.dp_cp_size
     # An online reference takes the place of the policy's weights, of which a copy waits, or is a second model.
-    copies = (
-        2 if config.reference.reference == "online" and OBJECTIVES[config.objective.objective].uses_preference else 1
-    )
+    has_reference = spec_of(config.objective.objective, config.objective.loss_type).reference_rows is not None
+    copies = 2 if config.reference.reference == "online" and has_reference else 1
     weights = (2 if bf16 else 4) * parameters * copies
     return weights + 4 * parameters + states
 

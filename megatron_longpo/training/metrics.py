@@ -258,6 +258,7 @@ def validation_line(r: dict[str, Any]) -> str:
     parts = [f"held-out loss {r['loss']:.4f}", f"nll {r['nll']:.4f}"]
     if "rewards/margins" in r:
         parts += [f"margin {r['rewards/margins']:+.4f}", f"acc {r['rewards/accuracies']:.2f}"]
+    if "kl/rejected" in r:
         parts += [f"kl per token {r['kl/rejected']:+.4f} (chosen {r['kl/chosen']:+.4f})"]
     return " | ".join([*parts, f"{r['samples']} samples"])
 

@@ -9,14 +9,16 @@ Shape legend: B = samples.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-LOSS_TYPES = ("sigmoid", "ipo", "hinge")
+LOSS_TYPES = ("sigmoid", "sigmoid_norm", "robust", "ipo", "hinge", "simpo", "orpo")
+# Losses of the policy's log-probs only: no reference is needed.
+REFERENCE_FREE = frozenset({"simpo", "orpo"})
 
 # Which rows of a sample the reference scores: the answers on their short chunks, or on the whole document.
 ReferenceRows = Literal["short", "long"]
@@ -27,33 +29,40 @@ class ObjectiveSpec:
     """What an objective consists of.
 
     Attributes:
-        reference_rows: rows that the reference scores; None: the objective has no preference term, and so no reference.
-        needs_rejected: whether the policy computes the rejected rows.
+        reference_rows: rows that the reference scores; None: there is no reference.
+        uses_preference: whether the preference loss is part of the loss; if not, the policy computes no rejected rows.
         uses_nll: whether the NLL of the chosen rows is part of the loss.
     """
 
     reference_rows: ReferenceRows | None
-    needs_rejected: bool
+    uses_preference: bool
     uses_nll: bool
-
-    @property
-    def uses_preference(self) -> bool:
-        """Whether the preference loss is part of the loss."""
-        return self.reference_rows is not None
 
 
 OBJECTIVES = {
-    "longpo": ObjectiveSpec(reference_rows="short", needs_rejected=True, uses_nll=True),
-    "dpo": ObjectiveSpec(reference_rows="long", needs_rejected=True, uses_nll=False),
-    "sft": ObjectiveSpec(reference_rows=None, needs_rejected=False, uses_nll=True),
+    "longpo": ObjectiveSpec(reference_rows="short", uses_preference=True, uses_nll=True),
+    "dpo": ObjectiveSpec(reference_rows="long", uses_preference=True, uses_nll=False),
+    "sft": ObjectiveSpec(reference_rows=None, uses_preference=False, uses_nll=True),
 }
+
+
+def spec_of(objective: str, loss_type: str) -> ObjectiveSpec:
+    """What an objective consists of with a preference loss, which may need no reference.
+
+    Args:
+        objective: key of OBJECTIVES.
+        loss_type: one of LOSS_TYPES.
+    """
+    spec = OBJECTIVES[objective]
+    return replace(spec, reference_rows=None) if loss_type in REFERENCE_FREE else spec
 
 
 @dataclass(frozen=True)
 class PreferenceTerms:
     """Preference loss of each sample and what is reported with it; every tensor has shape [B].
 
-    Rewards are defined as in TRL: ``beta * (policy log-prob - reference log-prob)`` of a whole response.
+    Rewards are defined as in TRL: ``beta * (policy log-prob - reference log-prob)`` of a whole response, and, for losses
+    without a reference, ``beta * mean log-prob per token``.
     """
 
     loss_B: Tensor
@@ -64,12 +73,13 @@ class PreferenceTerms:
 def preference_loss(
     policy_chosen_B: Tensor,
     policy_rejected_B: Tensor,
-    reference_chosen_B: Tensor,
-    reference_rejected_B: Tensor,
+    reference_chosen_B: Tensor | None,
+    reference_rejected_B: Tensor | None,
     *,
     beta: float,
     loss_type: str = "sigmoid",
     label_smoothing: float = 0.0,
+    simpo_gamma: float = 0.0,
     chosen_tokens_B: Tensor | None = None,
     rejected_tokens_B: Tensor | None = None,
 ) -> PreferenceTerms:
@@ -77,56 +87,121 @@ def preference_loss(
 
     With ``policy_*`` = log pi_theta(y | x_L), ``reference_*`` = log pi_S(y | x_S) and the sigmoid form, this is the LongPO
     loss (paper, Eq. 9 and, with log-probs first summed over the turns of a sample, Eq. 13). With the reference
-    conditioned on x_L it is the loss of DPO (arXiv 2305.18290, Eq. 7). With label smoothing
-    e the sigmoid loss is that of conservative DPO, the expected loss if a label is flipped with probability e::
+    conditioned on x_L it is the loss of DPO (arXiv 2305.18290, Eq. 7).
 
-        L = -(1 - e) * log sigmoid(m) - e * log sigmoid(-m)        m = beta * (chosen ratio - rejected ratio)
+    Write ``c`` and ``r`` for the ratios ``policy - reference`` of the chosen and the rejected response, ``|c|`` and ``|r|`` for
+    their lengths in tokens, ``p`` and ``q`` for the policy's mean log-probs per token, and ``e`` for label smoothing.
 
-    TRL's ``sigmoid`` computes the same up to 0.24 and ignores the option in 1.16. Its ``robust`` is another loss, the unbiased
-    ``(-(1 - e) * log sigmoid(m) + e * log sigmoid(-m)) / (1 - 2e)``, which is not offered here.
+    ============  =================================================================  =====================
+    loss_type     loss                                                               source
+    ============  =================================================================  =====================
+    sigmoid       smoothed(beta * (c - r))                                           arXiv 2305.18290
+    sigmoid_norm  smoothed(beta * (c / |c| - r / |r|))                               TRL's ``sigmoid_norm``
+    robust        ((1 - e) * s(m) - e * s(-m)) / (1 - 2e),  m = beta * (c - r)       arXiv 2403.00409
+    ipo           (c / |c| - r / |r| - 1 / (2 beta)) ** 2                            arXiv 2310.12036, Eq. 17
+    hinge         max(0, 1 - beta * (c - r))                                         arXiv 2305.10425
+    simpo         smoothed(beta * (p - q) - simpo_gamma)                             arXiv 2405.14734, Eq. 6
+    orpo          beta * s(logit(p) - logit(q)),  logit(p) = p - log(1 - exp(p))     arXiv 2403.07691, Eq. 7
+    ============  =================================================================  =====================
 
-    ``hinge`` is SLiC's loss (arXiv 2305.10425), and ``ipo`` is Eq. 17 of arXiv 2310.12036 on the mean log-prob per token, as its
-    authors advise for responses of unequal length.
+    where ``s(m) = -log sigmoid(m)`` and ``smoothed(m) = (1 - e) * s(m) + e * s(-m)``, the expected loss if a label is flipped
+    with probability e (conservative DPO). TRL's ``sigmoid`` computes the same up to 0.24 and ignores the option in 1.16. ``ipo``
+    is on the mean log-prob per token, as its authors advise for responses of unequal length. In ``orpo``, beta is the paper's
+    lambda, as in TRL.
 
     Args:
         policy_chosen_B, policy_rejected_B: [B], with gradient.
-        reference_chosen_B, reference_rejected_B: [B], without gradient.
+        reference_chosen_B, reference_rejected_B: [B], without gradient; None for ``simpo`` and ``orpo``.
         beta: strength of the constraint, > 0.
-        loss_type: ``sigmoid``, ``ipo`` or ``hinge``.
-        label_smoothing: probability that a preference label is flipped, in [0, 0.5); ``sigmoid`` only.
-        chosen_tokens_B, rejected_tokens_B: response lengths in tokens; required by ``ipo``.
+        loss_type: one of LOSS_TYPES.
+        label_smoothing: probability that a preference label is flipped, in [0, 0.5).
+        simpo_gamma: margin between the rewards of the two responses.
+        chosen_tokens_B, rejected_tokens_B: response lengths in tokens; required by losses of means per token.
 
     Raises:
-        ValueError: unknown ``loss_type``, or ``ipo`` without response lengths.
+        ValueError: unknown ``loss_type``, or its response lengths or reference are not given.
     """
-    chosen_ratio_B = policy_chosen_B - reference_chosen_B
-    rejected_ratio_B = policy_rejected_B - reference_rejected_B
-    if loss_type == "sigmoid":
-        margin_B = beta * (chosen_ratio_B - rejected_ratio_B)
-        loss_B = -(1.0 - label_smoothing) * F.logsigmoid(margin_B) - label_smoothing * F.logsigmoid(-margin_B)
-    elif loss_type == "hinge":
-        loss_B = torch.relu(1.0 - beta * (chosen_ratio_B - rejected_ratio_B))
-    elif loss_type == "ipo":
-        if chosen_tokens_B is None or rejected_tokens_B is None:
-            raise ValueError("loss_type=ipo averages over tokens; pass chosen_tokens_B and rejected_tokens_B")
-        mean_ratio_B = chosen_ratio_B / chosen_tokens_B.clamp(min=1) - rejected_ratio_B / rejected_tokens_B.clamp(min=1)
-        loss_B = (mean_ratio_B - 1.0 / (2.0 * beta)) ** 2
-    else:
+    if loss_type not in LOSS_TYPES:
         raise ValueError(f"loss_type={loss_type} is unknown; use one of {', '.join(LOSS_TYPES)}")
+    if loss_type in REFERENCE_FREE:
+        chosen_B, rejected_B = policy_chosen_B, policy_rejected_B
+    elif reference_chosen_B is None or reference_rejected_B is None:
+        raise ValueError(
+            f"loss_type={loss_type} compares with a reference; pass reference_chosen_B and reference_rejected_B"
+        )
+    else:
+        chosen_B, rejected_B = policy_chosen_B - reference_chosen_B, policy_rejected_B - reference_rejected_B
+    reward_chosen_B, reward_rejected_B = chosen_B, rejected_B
+    if loss_type in _PER_TOKEN:
+        if chosen_tokens_B is None or rejected_tokens_B is None:
+            raise ValueError(f"loss_type={loss_type} averages over tokens; pass chosen_tokens_B and rejected_tokens_B")
+        chosen_B, rejected_B = chosen_B / chosen_tokens_B.clamp(min=1), rejected_B / rejected_tokens_B.clamp(min=1)
+    if loss_type in REFERENCE_FREE:
+        reward_chosen_B, reward_rejected_B = chosen_B, rejected_B
+    margin_B = beta * (chosen_B - rejected_B)
+    if loss_type in ("sigmoid", "sigmoid_norm"):
+        loss_B = _smoothed(margin_B, label_smoothing)
+    elif loss_type == "robust":
+        loss_B = -(1.0 - label_smoothing) * F.logsigmoid(margin_B) + label_smoothing * F.logsigmoid(-margin_B)
+        loss_B = loss_B / (1.0 - 2.0 * label_smoothing)
+    elif loss_type == "ipo":
+        loss_B = (chosen_B - rejected_B - 1.0 / (2.0 * beta)) ** 2
+    elif loss_type == "hinge":
+        loss_B = torch.relu(1.0 - margin_B)
+    elif loss_type == "simpo":
+        loss_B = _smoothed(margin_B - simpo_gamma, label_smoothing)
+    else:
+        loss_B = -beta * F.logsigmoid(_log_odds(chosen_B) - _log_odds(rejected_B))
     return PreferenceTerms(
         loss_B=loss_B,
-        reward_chosen_B=(beta * chosen_ratio_B).detach(),
-        reward_rejected_B=(beta * rejected_ratio_B).detach(),
+        reward_chosen_B=(beta * reward_chosen_B).detach(),
+        reward_rejected_B=(beta * reward_rejected_B).detach(),
     )
 
 
-def total_loss(objective: str, preference_B: Tensor | None, nll_B: Tensor, preference_weight: float) -> Tensor:
+# Losses of means per token.
+_PER_TOKEN = frozenset({"sigmoid_norm", "ipo", "simpo", "orpo"})
+# Largest mean log-prob whose odds are taken: those of probability 1 are infinite.
+_LARGEST_LOGP = -1e-12
+
+
+def _smoothed(margin_B: Tensor, label_smoothing: float) -> Tensor:
+    """Expected ``-log sigmoid(margin)`` if the sign of the margin is wrong with a probability."""
+    return -(1.0 - label_smoothing) * F.logsigmoid(margin_B) - label_smoothing * F.logsigmoid(-margin_B)
+
+
+def _log_odds(logp_B: Tensor) -> Tensor:
+    """``log(p / (1 - p))`` of probabilities that are given as logarithms."""
+    logp_B = logp_B.clamp(max=_LARGEST_LOGP)
+    return logp_B - torch.log(-torch.expm1(logp_B))
+
+
+def response_nll(policy_chosen_B: Tensor, chosen_tokens_B: Tensor) -> Tensor:
+    """NLL of the chosen responses per token, [B]: the term that RPO adds (arXiv 2404.19733, Eq. 1).
+
+    Args:
+        policy_chosen_B: [B] summed log-probs of the chosen responses.
+        chosen_tokens_B: [B] their lengths in tokens.
+    """
+    return -policy_chosen_B / chosen_tokens_B.clamp(min=1)
+
+
+def total_loss(
+    objective: str,
+    preference_B: Tensor | None,
+    nll_B: Tensor,
+    preference_weight: float,
+    *,
+    response_nll_B: Tensor | None = None,
+    rpo_alpha: float = 0.0,
+) -> Tensor:
     """Loss of each sample, shape [B].
 
-    ``longpo``: ``preference_weight * L_pref + L_NLL`` (paper, Eq. 10); ``dpo``: ``L_pref`` only; ``sft``: ``L_NLL`` only.
+    ``longpo``: ``preference_weight * L_pref + L_NLL`` (paper, Eq. 10); ``dpo``: ``L_pref`` only; ``sft``: ``L_NLL`` only. To the
+    first two, ``rpo_alpha`` times the NLL of the chosen responses is added.
 
     Raises:
-        ValueError: unknown objective, or a preference objective without its preference term.
+        ValueError: unknown objective, or one without a term that it needs.
     """
     if objective not in OBJECTIVES:
         raise ValueError(f"objective={objective} is unknown; use one of {', '.join(OBJECTIVES)}")
@@ -135,4 +210,11 @@ def total_loss(objective: str, preference_B: Tensor | None, nll_B: Tensor, prefe
         return nll_B
     if preference_B is None:
         raise ValueError(f"objective={objective} needs the preference term; pass preference_B")
-    return preference_weight * preference_B + nll_B if spec.uses_nll else preference_B
+    loss_B = preference_weight * preference_B + nll_B if spec.uses_nll else preference_B
+    if not rpo_alpha:
+        return loss_B
+    if response_nll_B is None:
+        raise ValueError(
+            f"objective={objective} with rpo_alpha={rpo_alpha} needs the responses' NLL; pass response_nll_B"
+        )
+    return loss_B + rpo_alpha * response_nll_B

@@ -17,7 +17,7 @@ from megatron_longpo.model.rotary import changed_scaling
 from megatron_longpo.model.shape import ModelShape
 from megatron_longpo.runtime import process_groups
 from megatron_longpo.runtime.process_groups import Parallel
-from megatron_longpo.training.objective import OBJECTIVES, ObjectiveSpec
+from megatron_longpo.training.objective import ObjectiveSpec, spec_of
 from megatron_longpo.training.optimization import check_schedule
 
 
@@ -55,7 +55,7 @@ class RunPlan:
 
     @property
     def objective(self) -> ObjectiveSpec:
-        return OBJECTIVES[self.config.objective.objective]
+        return spec_of(self.config.objective.objective, self.config.objective.loss_type)
 
     @property
     def samples_per_step(self) -> int:

@@ -91,7 +91,7 @@ def make_reference(plan: RunPlan, chunks: Sequence[PolicyModel], parallel: Paral
 
 
 class NoReference:
-    """For objectives without a preference term."""
+    """For objectives without a preference term, and losses that need no reference."""
 
     weights = ""
 

@@ -77,6 +77,12 @@ _HUGGING_FACE = [
     ("one-sft", "sft", {}),
     ("one-response-ipo", "longpo", {"response_nll": True, "loss_type": "ipo"}),
     ("one-few", "longpo", {}),
+    ("one-norm", "longpo", {"loss_type": "sigmoid_norm", "label_smoothing": 0.1}),
+    ("one-robust", "longpo", {"loss_type": "robust", "label_smoothing": 0.1}),
+    ("one-hinge", "longpo", {"loss_type": "hinge"}),
+    ("one-simpo", "longpo", {"loss_type": "simpo", "beta": 2.0}),
+    ("one-rpo", "dpo", {"rpo_alpha": 0.7}),
+    ("one-orpo", "dpo", {"loss_type": "orpo", "rpo_alpha": 1.0, "response_nll": True}),
 ]
 
 
@@ -102,9 +108,7 @@ def test_one_process_agrees_with_hugging_face(
         load(parity_folder / family, None),
         [data[i] for i in batch.batch(0)],
         kind=kind,
-        beta=settings["objective"]["beta"],
-        weight=settings["objective"]["preference_weight"],
-        **options,
+        **{"beta": settings["objective"]["beta"], "weight": settings["objective"]["preference_weight"], **options},
     )
     found = results[family][name]
     _assert_metrics({k: found["metrics"][k] for k in answer.metrics}, answer.metrics, HF_BOUND)
@@ -175,6 +179,13 @@ def test_bf16_is_as_near_to_fp32_as_plain_bf16(results: dict[str, Any], family: 
     assert abs(found["metrics"]["loss"] - loss) <= max(
         BF16_BOUND * abs(plain["metrics"]["loss"] - loss), 2**-8 * abs(loss)
     )
+
+
+@pytest.mark.parametrize("name", ["one", "one-simpo", "one-orpo"])
+def test_losses_without_a_reference_have_none(results: dict[str, Any], parity_folder: Path, name: str) -> None:
+    has_reference = name == "one"
+    assert (results["qwen2"][name]["reference"] is not None) == has_reference
+    assert (parity_folder / "references" / "qwen2" / name).exists() == has_reference
 
 
 def test_gradients_are_not_zero(results: dict[str, Any]) -> None:

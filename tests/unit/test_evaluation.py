@@ -27,6 +27,7 @@ from megatron_longpo.evaluation.settings import EvaluationConfig, check
 from megatron_longpo.evaluation.suites.base import Cell, SuiteResult
 from megatron_longpo.runtime.share import Share
 from megatron_longpo.training import held_out
+from megatron_longpo.training.metrics import validation_line
 
 
 def _rows(batch: SampleBatch, done: set[str]) -> Any:
@@ -245,6 +246,21 @@ def test_intervals_cover_as_the_normal_ones_do(n: int, p: float, seed: int) -> N
     half = 1.96 * np.sqrt(a.var() / n + b.var() / n)
     assert found.low < found.other_mean - found.first_mean < found.high
     assert (found.high - found.low) / 2 == pytest.approx(half, rel=0.2)
+
+
+@pytest.mark.parametrize(
+    ("names", "shown"),
+    [
+        (held_out.REPORTED, "acc 0.50 | kl per token +0.0000"),
+        (held_out.REPORTED_WITHOUT_REFERENCE, "acc 0.50 | 2 samples"),
+        (held_out.REPORTED_WITHOUT_PREFERENCE, "nll 1.0000 | 2 samples"),
+    ],
+)
+def test_a_summary_has_what_the_objective_has(names: tuple[str, ...], shown: str) -> None:
+    table = {name: np.ones(2) for name in held_out.METRICS} | {"rewards/accuracies": np.array([0.0, 1.0])}
+    found = held_out.summary(table, names)
+    assert set(found) == {"samples", "by_length", *names} and set(found["by_length"]["1"]) == {"samples", *names}
+    assert shown in validation_line(found)
 
 
 def test_preference_summary_by_hand() -> None:

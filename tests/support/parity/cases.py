@@ -47,6 +47,21 @@ _NOT_SHARED = {"prefix_sharing": False}
 _INDEPENDENT = {"turns": "independent"}
 _FEW = {"data_path": "few"}
 
+_LOSSES: tuple[tuple[str, dict[str, Any], str, int, dict[str, Any]], ...] = (
+    ("norm", {"loss_type": "sigmoid_norm", "label_smoothing": 0.1}, "cp2", 2, _layout(cp=2)),
+    ("robust", {"loss_type": "robust", "label_smoothing": 0.1}, "tp2", 2, _layout(tp=2)),
+    ("hinge", {"loss_type": "hinge"}, "dp2", 2, _layout()),
+    ("simpo", {"loss_type": "simpo", "beta": 2.0}, "pp2", 2, _layout(pp=2)),
+    ("rpo", {"objective": "dpo", "rpo_alpha": 0.7}, "tp2-sp", 2, _layout(tp=2, sequence_parallel=True)),
+    (
+        "orpo",
+        {"objective": "dpo", "loss_type": "orpo", "rpo_alpha": 1.0, "nll_scope": "response"},
+        "cp2-allgather",
+        2,
+        _layout(cp=2, cp_comm_type="allgather"),
+    ),
+)
+
 _BASE = (
     # One process: what may not change the numbers, and the oracles of other objectives.
     Case("one", 1),
@@ -86,6 +101,12 @@ _BASE = (
         {"data": _FEW, "parallel": _layout(pp=2, num_layers_per_virtual_pipeline_stage=1)},
         oracle="one-few-not-shared",
         families=("qwen2",),
+    ),
+    # Other losses, each in one process and in another layout.
+    *(
+        Case(f"{layout}-{name}", processes, {"objective": values, **more}, oracle=f"one-{name}", families=("qwen2",))
+        for name, values, split, size, parallel in _LOSSES
+        for layout, processes, more in (("one", 1, {}), (split, size, {"parallel": parallel}))
     ),
     # Two processes.
     Case("tp2", 2, {"parallel": _layout(tp=2)}),

@@ -71,6 +71,8 @@ def objective(
     turns: str = "chained",
     response_nll: bool = False,
     loss_type: str = "sigmoid",
+    label_smoothing: float = 0.0,
+    rpo_alpha: float = 0.0,
 ) -> Answer:
     """Mean loss of samples and its gradients."""
     losses, rows = [], []
@@ -112,21 +114,38 @@ def objective(
         else:
             rejected = sum((_answer_logp(policy, *row) for row in long[Mode.REJECTED]), torch.zeros(()))
             with torch.no_grad():
-                if kind == "dpo":
+                if loss_type in ("simpo", "orpo"):
+                    pass
+                elif kind == "dpo":
                     ref_chosen, ref_rejected = (_answer_logp(reference, *long[s][0]) for s in sides)
                 else:
                     ref_chosen, ref_rejected = (
                         sum(_answer_logp(reference, *_row(_of(sample, s, turn))) for turn in range(count))
                         for s in (Mode.SHORT_CHOSEN, Mode.SHORT_REJECTED)
                     )
+            lengths = [sum(sum(answer) for _, answer in long[s]) for s in sides]
+            margin = (chosen - ref_chosen) - (rejected - ref_rejected)
+            mean_margin = (chosen - ref_chosen) / lengths[0] - (rejected - ref_rejected) / lengths[1]
+            right, wrong = (-F.logsigmoid(sign * beta * margin) for sign in (1, -1))
             if loss_type == "ipo":
-                lengths = [sum(sum(answer) for _, answer in long[s]) for s in sides]
-                margin = (chosen - ref_chosen) / lengths[0] - (rejected - ref_rejected) / lengths[1]
-                preference = (margin - 1 / (2 * beta)) ** 2
+                preference = (mean_margin - 1 / (2 * beta)) ** 2
+            elif loss_type == "sigmoid_norm":
+                right, wrong = (-F.logsigmoid(sign * beta * mean_margin) for sign in (1, -1))
+                preference = (1 - label_smoothing) * right + label_smoothing * wrong
+            elif loss_type == "robust":
+                preference = ((1 - label_smoothing) * right - label_smoothing * wrong) / (1 - 2 * label_smoothing)
+            elif loss_type == "hinge":
+                preference = torch.clamp(1 - beta * margin, min=0)
+            elif loss_type == "simpo":
+                preference = -F.logsigmoid(beta * mean_margin - 0.5)
+            elif loss_type == "orpo":
+                odds = [p / (1 - p) for p in (torch.exp(chosen / lengths[0]), torch.exp(rejected / lengths[1]))]
+                preference = -beta * F.logsigmoid(torch.log(odds[0] / odds[1]))
             else:
                 assert loss_type == "sigmoid"
-                preference = -F.logsigmoid(beta * ((chosen - ref_chosen) - (rejected - ref_rejected)))
+                preference = right
             loss = preference if kind == "dpo" else weight * preference + nll
+            loss = loss - rpo_alpha * chosen / lengths[0]
         loss = sample.weight * loss
         losses.append(loss)
         rows.append([v.item() for v in (loss, nll, preference, chosen, rejected, ref_chosen, ref_rejected)])

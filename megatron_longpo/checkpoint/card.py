@@ -73,6 +73,23 @@ def _means(records: list[dict[str, Any]]) -> dict[str, float]:
     return {key: sum(found) / len(found) for key, found in values.items()}
 
 
+def read_record(checkpoint: Path) -> dict[str, Any] | None:
+    """What ``training_record`` gave a training checkpoint; None for a checkpoint that was only converted.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    path = checkpoint / RECORD
+    if not path.is_file():
+        return None
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        assert isinstance(record, dict) and isinstance(record["data"], dict)
+    except (OSError, ValueError, KeyError, AssertionError, RecursionError) as error:
+        raise CheckpointError(f"{path}: cannot be read ({error}); remove the file to export without a card") from None
+    return record
+
+
 def write_card(checkpoint: Path, output: Path, shape: ModelShape, dtype: str) -> None:
     """Write OUTPUT/README.md for a trained checkpoint. A checkpoint that was only converted keeps its model's own.
 
@@ -87,11 +104,11 @@ def write_card(checkpoint: Path, output: Path, shape: ModelShape, dtype: str) ->
     Raises:
         CheckpointError: the record of the training checkpoint cannot be read.
     """
-    path = checkpoint / RECORD
-    if not path.is_file():
+    record = read_record(checkpoint)
+    if record is None:
         return
+    path = checkpoint / RECORD
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
         config = yaml.safe_load((checkpoint / RUN_CONFIG).read_text(encoding="utf-8"))
         text = card(shape, dtype, record, config)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
@@ -134,7 +151,7 @@ def _training(
     optimizer, training = config["optimizer"], config["training"]
     scaling = shape.rope_scaling or {"rope_type": "default"}
     return [
-        ("base model", shape.base_model or "unknown"),
+        ("base model", (shape.base_model or "unknown") + (f" at {shape.base_revision}" if shape.base_revision else "")),
         ("objective", _objective(config["objective"])),
         ("optimizer steps", f"{record['step']} of {record['train_iters']}"),
         ("global batch size", f"{training['global_batch_size']} samples"),
@@ -171,6 +188,8 @@ def _data(manifest: dict[str, Any], config: dict[str, Any]) -> list[tuple[str, o
         ("skipped input", skipped or "none"),
         ("turns of a sample", config["data"]["turns"]),
         ("tokenizer", manifest["tokenizer"] or "none; the data came tokenised"),
+        ("chat template", f"SHA-256 `{manifest['template_hash']}`" if manifest.get("template_hash") else "unknown"),
+        ("preprocessing", ", ".join(f"{k} {v}" for k, v in manifest.get("settings", {}).items()) or "no settings"),
         ("SHA-256 of the data", f"`{manifest['bin_sha256']}`"),
     ]
 

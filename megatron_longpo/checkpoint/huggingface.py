@@ -22,7 +22,13 @@ from megatron_longpo.errors import CheckpointError, one_line
 from megatron_longpo.model.families import check_numbers
 from megatron_longpo.runtime.reading import read_json
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+DTYPES = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    # Not offered to cast to, but kept where a model has it.
+    "float64": torch.float64,
+}
 _SAFETENSORS_NAMES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -127,7 +133,7 @@ class HuggingFaceWeights:
 
     Raises:
         CheckpointError: the folder has no weights; a shard named by the index is missing, truncated or not a file of weights; a
-            tensor is not in the shard that the index names.
+            tensor is not in the shard that the index names; there is a single file beside the index of others.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -146,6 +152,12 @@ class HuggingFaceWeights:
             )
         self._is_pickle = suffix == ".bin"
         self._tensors = self._find_indexed(index) if index.is_file() else self._describe(single)
+        if index.is_file() and single.is_file() and {info.file for info in self._tensors.values()} != {single}:
+            # transformers reads the single file, vLLM the shards.
+            raise CheckpointError(
+                f"{folder}: contains {single.name} beside {index.name}, which names other files; remove the weights that are not "
+                "the model's"
+            )
 
     def _find_indexed(self, index: Path) -> dict[str, _TensorInfo]:
         try:

@@ -111,10 +111,14 @@ class ImportOptions:
     output: Folder
     """New folder of the checkpoint."""
     changes: RopeChanges
+    comparison: ComparisonOptions
     dtype: Dtype | None = None
     """Cast the weights to this type. Default: keep theirs."""
     name: str | None = None
-    """Name of the base model in the model cards of what is trained from it. Default: the folder's."""
+    """Name of the base model in the model cards of what is trained from it. Default: that of its place in the hub's cache, what
+    its config.json says, or the folder's."""
+    verify: bool = True
+    """Compare what was written with the model folder before the checkpoint gets its name."""
 
 
 @dataclass(frozen=True)
@@ -148,13 +152,20 @@ class VerifyOptions:
 
 
 def import_(arguments: Sequence[str], *, prog: str) -> None:
-    """Convert a Hugging Face folder to a distributed checkpoint that any parallel layout can load. Launched with torchrun, the
-    processes share the work."""
+    """Convert a Hugging Face folder to a distributed checkpoint that any parallel layout can load, compared with the folder
+    before it gets its name. Launched with torchrun, the processes share the work."""
     options = _parse(ImportOptions, arguments, prog, import_)
+    options.comparison.check()
     # Not before the flags are read: it imports torch and megatron-core.
     from megatron_longpo.conversion.import_hf import import_hf
 
     with _processes() as first:
+
+        def check(written: Path, hf: Path) -> None:
+            progress.stop()
+            if options.verify:
+                _verify(written, hf, options.changes, options.comparison)
+
         with _progress("import", first) as progress:
             result = import_hf(
                 options.hf,
@@ -162,6 +173,7 @@ def import_(arguments: Sequence[str], *, prog: str) -> None:
                 changes=_changes(options.changes),
                 dtype=options.dtype,
                 name=options.name,
+                check=check,
                 progress=progress.add,
             )
         _report(progress, result, options.output)

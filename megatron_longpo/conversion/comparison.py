@@ -25,7 +25,7 @@ from megatron_longpo.runtime.progress import OnProgress, ignore_progress
 
 # Fields in which two checkpoints of the same tensors may differ.
 _SETTINGS = frozenset({"rotary_base", "rope_scaling", "max_position_embeddings", "layernorm_epsilon", "window_size"})
-_NOT_COMPARED = frozenset({"dtype", "tokenizer_hash", "weights_hash", "base_model", "init_method_std"})
+_NOT_COMPARED = frozenset({"dtype", "tokenizer_hash", "weights_hash", "base_model", "base_revision", "init_method_std"})
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 

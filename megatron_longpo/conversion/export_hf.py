@@ -29,12 +29,14 @@ from megatron_longpo.checkpoint.huggingface import (
     write_shard,
 )
 from megatron_longpo.checkpoint.prefetch import Prefetcher
+from megatron_longpo.conversion.carried import carry_training, describe
 from megatron_longpo.conversion.changes import NO_CHANGES, Changes, Conversion
 from megatron_longpo.conversion.fused import FusedTensor, check_finite, check_stored, fused_tensors
 from megatron_longpo.conversion.output import check_new, copy_assets, remove_auto_map, staging_folder
 from megatron_longpo.model.families import config_for_export
 from megatron_longpo.model.shape import ModelShape
 from megatron_longpo.runtime.collectives import my_share, raise_on_all_ranks, rank
+from megatron_longpo.runtime.log import log
 from megatron_longpo.runtime.progress import OnProgress, ignore_progress
 
 
@@ -81,14 +83,19 @@ def export_hf(
                     write_shard(staging / shard_name(number, len(shards)), shard, values)
             if rank() == 0:
                 write_index(staging, shards)
-                copy_assets(assets, staging)
+                left_out = copy_assets(assets, staging)
                 exported = config_for_export(config, shape, written_dtype, str(assets / "config.json"))
                 (staging / "config.json").write_text(json.dumps(exported, indent=2) + "\n", encoding="utf-8")
                 remove_auto_map(staging)
                 _raise_model_max_length(staging / "tokenizer_config.json", shape.max_position_embeddings)
+                carried = carry_training(folder, staging)
                 write_card(folder, staging, shape, written_dtype)
+                lines = [*carried, *describe(staging, shape, written_dtype, left_out)]
         if check is not None:
             check(folder, staging)
+    if rank() == 0:
+        for line in lines:
+            log(f"export: {line}")
     return Conversion(len(exporter.tensors), exporter.total, shape)
 
 

@@ -6,10 +6,11 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from megatron_longpo.checkpoint.distributed import DistributedReader
-from megatron_longpo.checkpoint.huggingface import HuggingFaceWeights, is_finite
+from megatron_longpo.checkpoint.huggingface import BLOCK_ELEMENTS, HuggingFaceWeights, is_finite
 from megatron_longpo.errors import CheckpointError
 from megatron_longpo.model.entries import Entry
 from megatron_longpo.model.families import entries_of
@@ -18,6 +19,7 @@ from megatron_longpo.model.shape import FILE_NAME, ModelShape
 # Buffers that old versions of transformers saved; they are computed from the configuration.
 _IGNORED_SUFFIX = "rotary_emb.inv_freq"
 _STACKED_PREFIX = "decoder.layers."
+_HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,10 +97,11 @@ def fused_tensors(shape: ModelShape) -> list[FusedTensor]:
 
 
 def check_names(source: HuggingFaceWeights, shape: ModelShape) -> None:
-    """Check that a model folder has exactly the tensors of a model, with their shapes.
+    """Check that a model folder has exactly the tensors of a model, with their shapes and floating-point values.
 
     Raises:
-        CheckpointError: a tensor is missing or unknown, or has another shape.
+        CheckpointError: a tensor is missing or unknown, has another shape or no floating-point values, or an output layer that
+            config.json ties to the embedding is another one.
     """
     expected = {
         name: sizes
@@ -106,14 +109,15 @@ def check_names(source: HuggingFaceWeights, shape: ModelShape) -> None:
         for name, sizes in zip(fused.names, fused.entry.their_shapes(shape), strict=True)
     }
     present = {name for name in source.names() if not name.endswith(_IGNORED_SUFFIX)}
-    if not shape.untie_embeddings_and_output_weights:
-        # A tied output weight is a copy of the embedding.
-        present.discard("lm_head.weight")
+    has_own_head = not shape.untie_embeddings_and_output_weights and _HEAD in present
+    if has_own_head:
+        # A copy of the embedding, which is checked below.
+        present.discard(_HEAD)
     missing, unknown = sorted(set(expected) - present), sorted(present - set(expected))
     if missing or unknown:
         raise CheckpointError(
             f"{source.folder}: its tensors do not fit its config.json: missing {missing[:3] or 'none'} ({len(missing)}), "
-            f"unknown {unknown[:3] or 'none'} ({len(unknown)}); download the model again, or fix config.json"
+            f"unknown {unknown[:3] or 'none'} ({len(unknown)}); {_fix_of(missing)}"
         )
     for name, sizes in expected.items():
         if source.shape(name) != sizes:
@@ -121,6 +125,34 @@ def check_names(source: HuggingFaceWeights, shape: ModelShape) -> None:
                 f"{source.folder}: {name} has shape {list(source.shape(name))}, but config.json says {list(sizes)}, so they "
                 "belong to different models; download the model again"
             )
+        source.dtype(name)
+    if has_own_head:
+        _check_tied(source)
+
+
+def _fix_of(missing: list[str]) -> str:
+    if missing == [_HEAD]:
+        return "set tie_word_embeddings to true in config.json if the output layer is the embedding, or download the model again"
+    return "download the model again, or fix config.json"
+
+
+def _check_tied(source: HuggingFaceWeights) -> None:
+    """Check that an output layer in a file, which config.json ties to the embedding, is that embedding.
+
+    transformers 5 uses an output layer of its own in spite of the flag, while transformers 4 and vLLM drop it.
+    """
+    is_copy = source.shape(_HEAD) == source.shape(_EMBEDDING) and source.dtype(_HEAD) == source.dtype(_EMBEDDING)
+    rows, columns = source.shape(_EMBEDDING)
+    step = max(1, BLOCK_ELEMENTS // columns)
+    for start in range(0, rows if is_copy else 0, step):
+        ends = start, min(start + step, rows)
+        is_copy = is_copy and torch.equal(source.read_rows(_HEAD, *ends), source.read_rows(_EMBEDDING, *ends))
+    if not is_copy:
+        raise CheckpointError(
+            f"{source.folder}: tie_word_embeddings is true in config.json, but {_HEAD} is not {_EMBEDDING}; set "
+            f"tie_word_embeddings to false to keep {_HEAD}, as transformers 5 does, or remove the tensor to tie it, as "
+            "transformers 4 and vLLM do"
+        )
 
 
 def check_stored(reader: DistributedReader, fused: FusedTensor) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from megatron_longpo.checkpoint.huggingface import DTYPES, HuggingFaceWeights, d
 from megatron_longpo.conversion.changes import NO_CHANGES, Changes, Conversion
 from megatron_longpo.conversion.fused import FusedTensor, check_finite, check_names, fused_tensors
 from megatron_longpo.conversion.output import check_new, copy_assets, staging_folder
+from megatron_longpo.conversion.source import check_plain, name_of
 from megatron_longpo.data.vocabulary import folder_vocabulary_hash
 from megatron_longpo.errors import CheckpointError
 from megatron_longpo.model.families import shape_from_hf
@@ -34,6 +35,7 @@ def import_hf(
     changes: Changes = NO_CHANGES,
     dtype: str | None = None,
     name: str | None = None,
+    check: Callable[[Path, Path], None] | None = None,
     progress: OnProgress = ignore_progress,
 ) -> Conversion:
     """Convert a Hugging Face model folder into a distributed checkpoint; collective.
@@ -45,8 +47,9 @@ def import_hf(
         output: new folder of the checkpoint; it appears when it is complete.
         changes: changes to RoPE and the longest context.
         dtype: dtype to cast the weights to, ``float32``, ``float16`` or ``bfloat16``. Default: keep theirs.
-        name: name of the base model in the cards of models trained from it. Default: what its config.json says, or the folder's
-            name.
+        name: name of the base model in the cards of models trained from it. Default: that of its place in the hub's cache, what
+            its config.json says, or the folder's name.
+        check: called with the written folder and the model folder before the former gets its name; what it raises prevents that.
         progress: called with the bytes that this process has converted since the last call, and the total of all processes.
 
     Raises:
@@ -56,10 +59,9 @@ def import_hf(
     hf, output = Path(hf), Path(os.path.abspath(output))
     check_new(output)
     config = read_hf_config(hf)
-    shape, written_name = (
-        changes.apply(shape_from_hf(config, str(hf / "config.json")), "import"),
-        config.get("_name_or_path"),
-    )
+    check_plain(hf, config)
+    shape = changes.apply(shape_from_hf(config, str(hf / "config.json")), "import")
+    model = name_of(hf, config)
     source = HuggingFaceWeights(hf)
     check_names(source, shape)
     every = fused_tensors(shape)
@@ -74,13 +76,15 @@ def import_hf(
                 dtype=dtype_name(importer.dtypes[_EMBEDDING]),
                 tokenizer_hash=folder_vocabulary_hash(hf),
                 weights_hash=weights_hash,
-                base_model=name
-                or (written_name if isinstance(written_name, str) and written_name else hf.resolve().name),
+                base_model=name or model.name,
+                base_revision=model.revision,
             )
             if rank() == 0:
                 shape.write(staging)
                 copy_assets(hf, staging / ASSETS)
                 write_checksums(staging)
+        if check is not None:
+            check(staging, hf)
     return Conversion(sum(len(fused.names) for fused in every), importer.total, shape)
 
 

@@ -18,9 +18,18 @@ from megatron_longpo.runtime.files import FolderLock
 _SPACE_PER_BYTE = 1.01
 _STAGING_PREFIX, _STAGING_SUFFIX = ".", ".writing"
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
-_INDEX_SUFFIXES = (".safetensors.index.json", ".bin.index.json")
+_INDEX_SUFFIXES = (".index.json",)
 # An exported model must not pass on code, or pickles, that came with the imported one.
 _CODE_SUFFIXES = (".py", ".pyc", ".so", ".pkl", ".pickle", ".ckpt", ".npy", ".npz")
+# Files that make loaders look for something else than this model: PEFT's adapters (transformers), quantised weights (GPTQ, AWQ,
+# ModelOpt; vLLM), Mistral's own format (vLLM), the modules of an embedding model (sentence-transformers).
+_LOADER_FILES = frozenset(
+    {
+        *("adapter_config.json", "quantize_config.json", "quant_config.json", "hf_quant_config.json", "params.json"),
+        *("modules.json", "config_sentence_transformers.json", "trainer_state.json"),
+    }
+)
+_TEMPLATES = "additional_chat_templates"
 
 
 def check_new(output: Path) -> None:
@@ -96,13 +105,27 @@ def _check_space(staging: Path, output: Path, size: int) -> None:
         )
 
 
-def copy_assets(source: Path, target: Path) -> None:
-    """Copy the files of a model folder except weights, code and hidden files: tokenizer, configuration, texts."""
+def copy_assets(source: Path, target: Path) -> list[str]:
+    """Copy the files of a model folder that a model needs beside its weights: tokenizer, chat templates, configuration, texts.
+
+    Weights, code, hidden files and whatever makes a loader look for another model stay behind.
+
+    Returns:
+        Names of the files that were left out, except weights, their indices and hidden files.
+    """
     target.mkdir(exist_ok=True)
-    left_out = (*_WEIGHT_SUFFIXES, *_INDEX_SUFFIXES, *_CODE_SUFFIXES)
+    left_out = []
     for path in sorted(source.iterdir()):
-        if path.is_file() and not path.name.startswith(".") and not path.name.endswith(left_out):
+        if not path.is_file() or path.name.startswith(".") or path.name.endswith((*_WEIGHT_SUFFIXES, *_INDEX_SUFFIXES)):
+            continue
+        if path.name.endswith(_CODE_SUFFIXES) or path.name in _LOADER_FILES:
+            left_out.append(path.name)
+        else:
             shutil.copyfile(path, target / path.name)
+    for path in sorted((source / _TEMPLATES).glob("*.jinja")):
+        (target / _TEMPLATES).mkdir(exist_ok=True)
+        shutil.copyfile(path, target / _TEMPLATES / path.name)
+    return left_out
 
 
 def remove_auto_map(folder: Path) -> None:

@@ -36,6 +36,8 @@ class Family:
         window_key: config.json's key for the sliding window, if the family has one.
         understood: config.json keys that change the arithmetic, each with the values that are supported (the first is the
             default). Any other value is refused.
+        defaults: what transformers' configuration class of the family takes for keys that config.json lacks, where it is not
+            what ``_DEFAULTS`` says. A key that is null is not lacking.
     """
 
     architecture: str
@@ -47,6 +49,26 @@ class Family:
     rotary_interleaved: bool = False
     window_key: str | None = None
     understood: tuple[tuple[str, tuple[Any, ...]], ...] = ()
+    defaults: tuple[tuple[str, Any], ...] = ()
+
+    def default(self, key: str) -> Any:
+        """What a config.json of this family means that lacks a key; None: nothing, or a value that follows from others."""
+        return {**_DEFAULTS, **dict(self.defaults)}.get(key)
+
+
+# Those of transformers 5.23 and 4.57. num_key_value_heads and head_dim follow from other keys where no family says otherwise;
+# a model without the sizes themselves is refused.
+_DEFAULTS: dict[str, Any] = {
+    "rms_norm_eps": 1e-6,
+    "initializer_range": 0.02,
+    "tie_word_embeddings": False,
+    "rope_theta": 10000.0,
+}
+# Keys whose family defaults export writes out, so that no reader's own defaults matter.
+_WRITTEN_OUT = (
+    *("num_key_value_heads", "head_dim", "rms_norm_eps", "max_position_embeddings", "tie_word_embeddings"),
+    "sliding_window",
+)
 
 
 _ATTENTION = (
@@ -101,9 +123,16 @@ FAMILIES: dict[str, Family] = {
         "llama",
         entries=_COMMON,
         understood=(("attention_bias", (False, None)), ("mlp_bias", (False, None)), ("pretraining_tp", (1, None))),
+        defaults=(("max_position_embeddings", 2048),),
     ),
     # v0.1 with its sliding window, v0.2, v0.3, YaRN-Mistral.
-    "mistral": Family("MistralForCausalLM", "mistral", entries=_COMMON, window_key="sliding_window"),
+    "mistral": Family(
+        "MistralForCausalLM",
+        "mistral",
+        entries=_COMMON,
+        window_key="sliding_window",
+        defaults=(("num_key_value_heads", 8), ("max_position_embeddings", 131072), ("sliding_window", 4096)),
+    ),
     # Qwen2 and Qwen2.5.
     "qwen2": Family(
         "Qwen2ForCausalLM",
@@ -111,6 +140,7 @@ FAMILIES: dict[str, Family] = {
         entries=_COMMON + _QKV_BIAS,
         qkv_bias=True,
         understood=(("use_sliding_window", (False, None)),),
+        defaults=(("num_key_value_heads", 32), ("max_position_embeddings", 32768)),
     ),
     "qwen3": Family(
         "Qwen3ForCausalLM",
@@ -118,6 +148,7 @@ FAMILIES: dict[str, Family] = {
         entries=_COMMON + _HEAD_NORMS,
         qk_layernorm=True,
         understood=(("use_sliding_window", (False, None)), ("attention_bias", (False, None))),
+        defaults=(("num_key_value_heads", 32), ("head_dim", 128), ("max_position_embeddings", 32768)),
     ),
     # GLM-4-9B and its 1M version, in the form that transformers supports natively.
     "glm": Family(
@@ -128,6 +159,12 @@ FAMILIES: dict[str, Family] = {
         rotary_percent=0.5,
         rotary_interleaved=True,
         understood=(("attention_bias", (True,)),),
+        defaults=(
+            ("num_key_value_heads", 2),
+            ("head_dim", 128),
+            ("max_position_embeddings", 131072),
+            ("rms_norm_eps", 1.5625e-07),
+        ),
     ),
 }
 
@@ -196,15 +233,20 @@ def shape_from_hf(config: dict[str, Any], source: str) -> ModelShape:
                 f"{', '.join(map(repr, values))}"
             )
     check_numbers(config, source)
+    _check_layer_types(config, source)
+    _check_quantization(config, source)
     theta, scaling, percent = _rope(config, family, source)
-    window = config.get(family.window_key) if family.window_key else None
+    window = config.get(family.window_key, family.default(family.window_key)) if family.window_key else None
     if window is not None and (isinstance(window, bool) or not isinstance(window, int) or window < 1):
         raise CheckpointError(f"{source}: {family.window_key}={window!r} must be a whole number of tokens, or null")
+    is_tied = config.get("tie_word_embeddings", family.default("tie_word_embeddings"))
+    if not isinstance(is_tied, bool):
+        raise CheckpointError(f"{source}: tie_word_embeddings={one_line(repr(is_tied), 40)} must be true or false")
 
-    def number(key: str, default: Any = None) -> Any:
-        value = config.get(key)
+    def number(key: str, derived: Any = None) -> Any:
+        value = config.get(key, family.default(key))
         if value is None:
-            value = default
+            value = derived
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < math.inf:
             raise CheckpointError(
                 f"{source}: {key}={one_line(repr(value), 40)} must be a number; is this the model's config.json?"
@@ -222,12 +264,12 @@ def shape_from_hf(config: dict[str, Any], source: str) -> ModelShape:
         num_query_groups=int(number("num_key_value_heads", heads)),
         kv_channels=int(number("head_dim", hidden // heads)),
         vocab_size=int(number("vocab_size")),
-        layernorm_epsilon=float(number("rms_norm_eps", 1e-6)),
+        layernorm_epsilon=float(number("rms_norm_eps")),
         add_qkv_bias=family.qkv_bias,
-        untie_embeddings_and_output_weights=not config.get("tie_word_embeddings", False),
+        untie_embeddings_and_output_weights=not is_tied,
         rotary_base=theta,
         max_position_embeddings=int(number("max_position_embeddings")),
-        init_method_std=float(number("initializer_range", 0.02)),
+        init_method_std=float(number("initializer_range")),
         qk_layernorm=family.qk_layernorm,
         window_size=window,
         rotary_percent=percent,
@@ -238,30 +280,90 @@ def shape_from_hf(config: dict[str, Any], source: str) -> ModelShape:
     return shape
 
 
+def _check_layer_types(config: dict[str, Any], source: str) -> None:
+    """Refuse layers with a window of their own: transformers' Qwen classes take them from ``layer_types``."""
+    kinds = config.get("layer_types") or ()
+    other = [kind for kind in kinds if kind != "full_attention"] if isinstance(kinds, list) else [kinds] * bool(kinds)
+    if other:
+        raise CheckpointError(
+            f"{source}: layer_types has {one_line(repr(other[0]), 40)}, but only full_attention is supported in every layer; "
+            "use a model without it"
+        )
+
+
+def _check_quantization(config: dict[str, Any], source: str) -> None:
+    """Refuse a model whose weights are to be dequantised: what its tensors mean is in that section."""
+    for key in QUANTIZATION_KEYS:
+        if config.get(key):
+            raise CheckpointError(
+                f"{source}: has a {key}, so its weights are not plain numbers; use the model from before quantisation, or "
+                f"remove {key} if the weights were dequantised already"
+            )
+
+
+# Sections of config.json that make loaders take plain weights for quantised ones.
+QUANTIZATION_KEYS = ("quantization_config", "compression_config")
+
+
 def _rope(config: dict[str, Any], family: Family, source: str) -> tuple[float, dict[str, Any] | None, float]:
     """Read RoPE theta, scaling and the fraction of rotated channels.
 
     transformers 5 stores them in ``rope_parameters``, and 4 in ``rope_theta``, ``rope_scaling`` and ``partial_rotary_factor``.
+    Both may be there; where they disagree, readers would make different models of them.
+
+    Raises:
+        CheckpointError: a value is of another type or out of its range, or the two forms disagree.
     """
     for key in ("rope_parameters", "rope_scaling"):
         if config.get(key) is not None and not isinstance(config[key], dict):
             raise CheckpointError(f"{source}: {key}={config[key]!r} must be a mapping, or null")
-    parameters = config.get("rope_parameters") or {}
-    scaling = {**(config.get("rope_scaling") or {}), **parameters}
-    theta = parameters.get("rope_theta", config.get("rope_theta", 10000.0))
-    percent = parameters.get("partial_rotary_factor", config.get("partial_rotary_factor", family.rotary_percent))
-    for key, value in (("rope_theta", theta), ("partial_rotary_factor", percent)):
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
-            raise CheckpointError(f"{source}: {key}={value!r} must be a number above 0")
+    forms = {key: config[key] for key in ("rope_parameters", "rope_scaling") if config.get(key)}
+    theta = _agreed("rope_theta", config, forms, family.default("rope_theta"), source)
+    percent = _agreed("partial_rotary_factor", config, forms, family.rotary_percent, source)
+    if percent != family.rotary_percent == 1:
+        # transformers 5 ignores it in these families, and 4 fails.
+        raise CheckpointError(f"{source}: partial_rotary_factor={percent:g} is not supported for {family.architecture}")
     # If a file does not name the original context, it means the longest one that it claims.
-    scaling.setdefault("original_max_position_embeddings", config.get("max_position_embeddings"))
-    return float(theta), check_scaling(scaling, source), float(percent)
+    longest = config.get("max_position_embeddings", family.default("max_position_embeddings"))
+    original = config.get("original_max_position_embeddings")
+    scalings = {}
+    for key, form in forms.items():
+        found = check_scaling({"original_max_position_embeddings": original or longest, **form}, source)
+        named = (found or {}).get("original_max_position_embeddings")
+        if original is not None and named not in (None, original):
+            raise CheckpointError(
+                f"{source}: original_max_position_embeddings is {original}, but {named} in {key}; which one counts depends on "
+                "the reader, so leave one of them"
+            )
+        scalings[key] = found
+    scaling, *others = scalings.values() or (None,)
+    if any(other != scaling for other in others):
+        raise CheckpointError(
+            f"{source}: rope_parameters means {scaling or 'no scaling'}, but rope_scaling {others[0] or 'none'}; which one "
+            "counts depends on the reader, so leave one of them"
+        )
+    return float(theta), scaling, float(percent)
+
+
+def _agreed(key: str, config: dict[str, Any], forms: dict[str, dict[str, Any]], default: Any, source: str) -> Any:
+    """A number that may stand in either form of RoPE, or beside them."""
+    found = {f"{key} in {name}": form[key] for name, form in forms.items() if key in form}
+    if key in config:
+        found[key] = config[key]
+    for name, value in found.items():
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+            raise CheckpointError(f"{source}: {name}={value!r} must be a number above 0")
+    if len(set(found.values())) > 1:
+        values = ", but ".join(f"{name} is {value:g}" for name, value in found.items())
+        raise CheckpointError(f"{source}: {values}; which one counts depends on the reader, so leave one of them")
+    return next(iter(found.values()), default)
 
 
 def config_for_export(config: dict[str, Any], shape: ModelShape, dtype: str, source: str) -> dict[str, Any]:
     """Make the exported model's config.json: the source's, with its own RoPE, longest context and dtype.
 
-    RoPE is written the way the source does it: ``rope_parameters`` (transformers 5), or ``rope_theta`` and ``rope_scaling``.
+    RoPE is written in both forms, ``rope_parameters`` (transformers 5) and ``rope_theta`` with ``rope_scaling`` (transformers 4),
+    and family defaults that the source leaves out are written out, so that every reader makes the same model of it.
 
     Args:
         config: config.json of the imported model.
@@ -269,31 +371,50 @@ def config_for_export(config: dict[str, Any], shape: ModelShape, dtype: str, sou
         dtype: dtype of the exported weights.
         source: name of the imported model, for errors.
     """
-    exported = _with_rope(config, shape, with_scaling=False)
-    if not _means(exported, shape, source):
-        exported = _with_rope(config, shape, with_scaling=True)
-        assert _means(exported, shape, source)
-    exported["dtype" if "dtype" in config else "torch_dtype"] = dtype
+    config = {key: value for key, value in config.items() if key not in _LEFT_OUT}
+    family = FAMILIES[shape.family]
+    for key in _WRITTEN_OUT:
+        if key not in config and family.default(key) is not None:
+            config[key] = family.default(key)
+    if family.window_key is not None:
+        config[family.window_key] = shape.window_size
+    config["max_position_embeddings"] = shape.max_position_embeddings
+    exported = _with_rope(config, shape)
+    # transformers before 4.56 knows only the second name.
+    exported |= {"dtype": dtype, "torch_dtype": dtype}
+    found = shape_from_hf(exported, source)
+    assert found.rotary_base == shape.rotary_base and found.rope_scaling == shape.rope_scaling
     return exported
 
 
-def _means(config: dict[str, Any], shape: ModelShape, source: str) -> bool:
-    found = shape_from_hf(config, source)
-    return found.rotary_base == shape.rotary_base and found.rope_scaling == shape.rope_scaling
+# Keys of config.json that do not hold for plain weights in files of their own: they name code, quantisation or another file.
+_LEFT_OUT = frozenset({"auto_map", "transformers_weights", *QUANTIZATION_KEYS})
 
 
-def _with_rope(config: dict[str, Any], shape: ModelShape, *, with_scaling: bool) -> dict[str, Any]:
-    config = dict(config)
-    scaling = {"rope_type": "default", **(shape.rope_scaling or {})} if with_scaling else None
-    if isinstance(config.get("rope_parameters"), dict):
-        kept = {k: v for k, v in config["rope_parameters"].items() if scaling is None or k not in SCALING_KEYS}
-        config["rope_parameters"] = {**kept, "rope_theta": shape.rotary_base, **(scaling or {})}
-        if scaling is not None:
-            config.pop("rope_scaling", None)
-    elif scaling is not None:
+def _with_rope(config: dict[str, Any], shape: ModelShape) -> dict[str, Any]:
+    own_percent = FAMILIES[shape.family].rotary_percent
+    has_percent = shape.rotary_percent != 1 or own_percent != 1
+    percent = {"partial_rotary_factor": shape.rotary_percent} if has_percent else {}
+    # What else the source says there has no meaning for us, but perhaps for others.
+    forms = [config.get(key) or {} for key in ("rope_scaling", "rope_parameters")]
+    kept = {
+        key: value
+        for form in forms
+        for key, value in form.items()
+        if key not in SCALING_KEYS and key not in ("rope_theta", "partial_rotary_factor")
+    }
+    scaling = shape.rope_scaling
+    return {
+        **{k: v for k, v in config.items() if k != "original_max_position_embeddings"},
+        **percent,
+        "rope_theta": shape.rotary_base,
         # transformers before 4.43 calls it `type`.
-        config["rope_scaling"] = {**scaling, "type": scaling["rope_type"]} if shape.rope_scaling else None
-    if "rope_theta" in config or not isinstance(config.get("rope_parameters"), dict):
-        config["rope_theta"] = shape.rotary_base
-    config["max_position_embeddings"] = shape.max_position_embeddings
-    return config
+        "rope_scaling": {**kept, **scaling, "type": scaling["rope_type"]} if scaling else None,
+        "rope_parameters": {
+            **kept,
+            "rope_type": "default",
+            **(scaling or {}),
+            "rope_theta": shape.rotary_base,
+            **percent,
+        },
+    }

@@ -52,6 +52,7 @@ class ModelShape:
         tokenizer_hash: hash of the tokenizer's vocabulary; None if the checkpoint came without a tokenizer.
         weights_hash: hash of all weights in file order, taken at import; None for a trained checkpoint.
         base_model: name of the imported model.
+        base_revision: its revision on the hub; None if the imported folder did not tell.
         dtype: dtype of the imported weights; export writes the same unless told otherwise.
     """
 
@@ -78,6 +79,7 @@ class ModelShape:
     tokenizer_hash: str | None = None
     weights_hash: str | None = None
     base_model: str | None = None
+    base_revision: str | None = None
 
     @property
     def query_width(self) -> int:

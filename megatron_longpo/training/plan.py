@@ -160,6 +160,7 @@ def _check_same_architecture(shape: ModelShape, reference: ModelShape, config: C
         "dtype": "",
         "rope_scaling": None,
         "base_model": None,
+        "base_revision": None,
     }
     if shape.replace(**ignored) != reference.replace(**ignored):
         raise ConfigError(

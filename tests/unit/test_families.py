@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from megatron_longpo.errors import CheckpointError
-from megatron_longpo.model.families import config_for_export, entries_of, shape_from_hf
+from megatron_longpo.model.families import FAMILIES, config_for_export, entries_of, shape_from_hf
 from megatron_longpo.model.rotary import changed_scaling
 
 _LLAMA = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "rms_norm_eps": 1e-5}
@@ -191,14 +192,31 @@ def test_published_rope() -> None:
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_export_of_an_unchanged_model_keeps_its_config(name: str) -> None:
+    """Every key keeps its value; what is added is RoPE's other form, the other name of the dtype, and family defaults."""
     config = {**PUBLISHED[name][0], "torch_dtype": "bfloat16"}
     config.setdefault("rope_theta", 10000.0)
-    assert config_for_export(config, shape_from_hf(config, name), "bfloat16", name) == config
+    exported = config_for_export(config, shape_from_hf(config, name), "bfloat16", name)
+    # The scaling's type is written under both of its names.
+    scaling = {**(config.get("rope_scaling") or {})}
+    kind = scaling.get("rope_type", scaling.get("type"))
+    if scaling:
+        assert exported["rope_scaling"] == {**scaling, "type": kind, "rope_type": kind}
+    assert {key: value for key, value in exported.items() if key in config and key != "rope_scaling"} == {
+        key: value for key, value in config.items() if key != "rope_scaling"
+    }
+    added = set(exported) - set(config)
+    assert added <= {
+        *("rope_parameters", "rope_scaling", "dtype", "partial_rotary_factor", "tie_word_embeddings", "sliding_window"),
+        *("num_key_value_heads", "head_dim", "rms_norm_eps", "max_position_embeddings"),
+    }
+    assert shape_from_hf(exported, name) == shape_from_hf(config, name)
+    again = config_for_export(exported, shape_from_hf(config, name), "bfloat16", name)
+    assert again == exported
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
 @pytest.mark.parametrize("style", ["rope_scaling", "rope_parameters"])
-def test_changed_rope_is_exported_in_the_sources_form(name: str, style: str) -> None:
+def test_changed_rope_is_exported_in_both_forms(name: str, style: str) -> None:
     config = dict(PUBLISHED[name][0])
     if style == "rope_parameters":
         scaling = config.pop("rope_scaling", {"rope_type": "default"})
@@ -207,9 +225,12 @@ def test_changed_rope_is_exported_in_the_sources_form(name: str, style: str) -> 
     scaling = changed_scaling(before, "yarn", {"factor": 4.0, "beta_fast": 24.0}, "test")
     changed = before.replace(rotary_base=1e7, rope_scaling=scaling, max_position_embeddings=2_000_000)
     exported = config_for_export(config, changed, "bfloat16", name)
-    assert ("rope_parameters" in exported) == (style == "rope_parameters")
     after = shape_from_hf(exported, name)
     assert after == changed
+    # Each form by itself says the same: what transformers 4 reads, and what transformers 5 does.
+    old = {key: value for key, value in exported.items() if key != "rope_parameters"}
+    new = {key: value for key, value in exported.items() if key not in ("rope_theta", "rope_scaling")}
+    assert shape_from_hf(old, name) == shape_from_hf(new, name) == changed
     # And none at all.
     plain = config_for_export(config, before.replace(rope_scaling=None), "bfloat16", name)
     assert shape_from_hf(plain, name).rope_scaling is None
@@ -222,6 +243,113 @@ def test_a_longer_claim_does_not_stretch_the_scaling() -> None:
     assert before.rope_scaling is not None and before.rope_scaling["original_max_position_embeddings"] == 32768
     exported = config_for_export(config, before.replace(max_position_embeddings=65536), "float32", "test")
     assert shape_from_hf(exported, "test").rope_scaling == before.rope_scaling
+
+
+@pytest.mark.parametrize("style", ["rope_scaling", "rope_parameters"])
+@pytest.mark.parametrize("name", ["Llama-3.1-8B", "Qwen2.5-7B", "GLM-4-9B-1M", "Yarn-Mistral-7B-128k"])
+def test_transformers_reads_exported_rope_as_we_do(name: str, style: str) -> None:
+    from transformers import AutoConfig
+
+    config = dict(PUBLISHED[name][0])
+    if style == "rope_parameters":
+        scaling = config.pop("rope_scaling", {"rope_type": "default"})
+        config["rope_parameters"] = {"rope_theta": config.pop("rope_theta", 10000.0), **scaling}
+    changed = shape_from_hf(config, name).replace(rotary_base=1e7)
+    exported = config_for_export(config, changed, "bfloat16", name)
+    read = AutoConfig.for_model(**copy.deepcopy(exported)).to_dict()
+    assert shape_from_hf({**read, "architectures": config["architectures"]}, name) == changed
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"rope_theta": 1e6, "rope_parameters": {"rope_theta": 1e7}},
+            "rope_theta in rope_parameters is 1e.07, but rope_theta is",
+        ),
+        (
+            {
+                "rope_scaling": {"rope_type": "linear", "factor": 2.0},
+                "rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e6},
+            },
+            "which one counts depends on the reader",
+        ),
+        (
+            {
+                "original_max_position_embeddings": 4096,
+                "rope_scaling": {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 8192},
+            },
+            "original_max_position_embeddings is 4096, but 8192 in rope_scaling",
+        ),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5 is not supported"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types has 'sliding_attention'"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "has a quantization_config"),
+        ({"compression_config": {"format": "pack-quantized"}}, "has a compression_config"),
+        ({"tie_word_embeddings": "false"}, "tie_word_embeddings='false' must be true or false"),
+    ],
+)
+def test_configurations_that_readers_understand_differently_are_refused(changes: dict[str, Any], message: str) -> None:
+    config = {**PUBLISHED["Qwen2.5-7B"][0], **changes}
+    with pytest.raises(CheckpointError, match=message):
+        shape_from_hf(config, "test")
+
+
+def test_a_context_beside_the_scaling_is_its_original_one() -> None:
+    """transformers 5 reads it from there; so does vLLM."""
+    config = {
+        **PUBLISHED["Qwen2.5-7B"][0],
+        "original_max_position_embeddings": 4096,
+        "rope_scaling": {"rope_type": "yarn", "factor": 2.0},
+    }
+    scaling = shape_from_hf(config, "test").rope_scaling
+    assert scaling == {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 4096}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_keys_that_are_missing_mean_what_transformers_takes_them_for(family: str) -> None:
+    """Each key of a whole config.json is left out, then set to null: the shape is that of transformers' own configuration."""
+    from transformers import AutoConfig
+
+    sizes = {
+        **_sizes(256, 96, 2, 32, 16, 101, 512),
+        "head_dim": 16,
+        "rms_norm_eps": 1e-5,
+        "initializer_range": 0.01,
+        "hidden_act": "silu",
+        **({"sliding_window": 24} if family == "mistral" else {}),
+    }
+    model_type = FAMILIES[family].model_type
+    whole = AutoConfig.for_model(model_type, **sizes, rope_theta=5e5, tie_word_embeddings=True).to_dict()
+    whole["architectures"] = [FAMILIES[family].architecture]
+    refused = set()
+    for key in whole:
+        for lacking in ({k: v for k, v in whole.items() if k != key}, {**whole, key: None}):
+            try:
+                theirs = AutoConfig.for_model(**{**copy.deepcopy(lacking), "model_type": model_type}).to_dict()
+            except Exception:
+                # transformers refuses it, so there is nothing to agree with.
+                continue
+            expected = shape_from_hf({**theirs, "architectures": whole["architectures"]}, "transformers'")
+            try:
+                ours = shape_from_hf(lacking, "ours")
+            except CheckpointError as error:
+                assert key in str(error)
+                refused.add(key)
+                continue
+            assert ours == expected, f"{key}: {lacking.get(key, 'left out')}"
+    # A model whose sizes are not given is refused rather than taken for transformers' example of 7 billion weights.
+    sizes_of_a_model = {"hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size"}
+    assert refused <= {*sizes_of_a_model, "attention_bias", "hidden_act", "initializer_range", "tie_word_embeddings"}
+
+
+def test_an_export_leaves_no_default_to_its_reader() -> None:
+    """A Mistral without sliding_window has 4096; one imported as having none is exported so."""
+    config = {key: value for key, value in PUBLISHED["Mistral-7B-v0.1"][0].items() if key != "sliding_window"}
+    shape = shape_from_hf(config, "test")
+    assert shape.window_size == 4096
+    assert config_for_export(config, shape, "bfloat16", "test")["sliding_window"] == 4096
+    without = config_for_export(config, shape.replace(window_size=None), "bfloat16", "test")
+    assert without["sliding_window"] is None and shape_from_hf(without, "test").window_size is None
 
 
 def test_scalings_that_make_no_sense_are_refused() -> None:

@@ -53,7 +53,7 @@ class BatchRunner:
         Returns:
             Metrics of the samples of this data-parallel rank, on the last pipeline stage; nothing on the others.
         """
-        batches = self._lay_out(data, numbers, reference)
+        batches = self.lay_out(data, numbers, reference)
         found: list[SampleMetrics] = []
 
         def forward_step(iterator: Iterator[PolicyBatch], chunk: torch.nn.Module) -> tuple[Tensor, Callable[..., Any]]:
@@ -81,7 +81,7 @@ class BatchRunner:
         # Places that fill the batch up hold no sample.
         return [metrics.before(len(numbers)) for metrics in found]
 
-    def _lay_out(self, data: DataSet, numbers: Sequence[int], reference: np.ndarray | None) -> list[PolicyBatch]:
+    def lay_out(self, data: DataSet, numbers: Sequence[int], reference: np.ndarray | None) -> list[PolicyBatch]:
         """The micro batches of this data-parallel rank.
 
         A batch that cannot be divided evenly is filled up with copies of its cheapest sample, whose loss does not count.

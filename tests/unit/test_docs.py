@@ -19,6 +19,7 @@ import tyro
 
 from megatron_longpo.commands.convert import ExportOptions, ImportOptions, VerifyOptions
 from megatron_longpo.commands.preprocess import PreprocessOptions
+from megatron_longpo.commands.simulate import SimulateOptions
 from megatron_longpo.config import Config
 from megatron_longpo.evaluation.settings import EvaluationConfig
 from megatron_longpo.generation.settings import GenerationConfig
@@ -73,6 +74,7 @@ PROGRAMS = {
     "generate": "generate",
     "generate_preference_data": "generate",
     "evaluate": "evaluate",
+    "simulate": "simulate",
     "train": "train",
     "megatron_longpo.train": "train",
 }
@@ -176,7 +178,10 @@ def test_options_that_are_not_in_sections_are_one_table() -> None:
     assert tables == [*HEAD, "| `path` | text | required | Where. |", *SECTION_ROWS]
 
 
-OPTIONS = [Config, GenerationConfig, EvaluationConfig, PreprocessOptions, ImportOptions, ExportOptions, VerifyOptions]
+OPTIONS = [
+    *(Config, GenerationConfig, EvaluationConfig, PreprocessOptions, SimulateOptions),
+    *(ImportOptions, ExportOptions, VerifyOptions),
+]
 
 
 @pytest.mark.parametrize("root", OPTIONS, ids=lambda root: root.__name__)

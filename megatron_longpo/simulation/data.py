@@ -1,0 +1,154 @@
+"""The run that is simulated: a checkpoint of which only the shape is there, and samples of the wanted length."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+
+from megatron_longpo.checkpoint.folders import resolve
+from megatron_longpo.config import Config, data_parallel_size, from_dict, virtual_pipeline_size
+from megatron_longpo.data import preference as p
+from megatron_longpo.data.indexed import Manifest, PreferenceData, SampleWriter, token_dtype
+from megatron_longpo.errors import ConfigError
+from megatron_longpo.model.families import shape_from_hf
+from megatron_longpo.model.shape import FILE_NAME, MAX_BYTES, ModelShape
+from megatron_longpo.runtime.reading import read_json
+from megatron_longpo.simulation.request import Request
+from megatron_longpo.training.plan import RunPlan, make_plan
+
+_QUESTION = 16
+_SHORT = 1024
+
+
+def plan_of(request: Request, folder: Path) -> RunPlan:
+    """Make the trainer's plan for a request.
+
+    Args:
+        request: what is simulated.
+        folder: temporary folder for the checkpoint's shape and the samples.
+
+    Raises:
+        LongPOError: as for ``make_plan``.
+    """
+    config: Config = from_dict(request.config, "simulation")
+    shape = _shape(request, config)
+    samples = _samples(request, config, shape)
+    checkpoint = folder / "checkpoint"
+    checkpoint.mkdir()
+    shape.write(checkpoint)
+    # What tells a checkpoint from another folder.
+    (checkpoint / ".metadata").touch()
+    batch = _batch_size(request, config, shape)
+    _write(samples, shape, folder / "samples", count=batch)
+    config = dataclasses.replace(
+        config,
+        data=dataclasses.replace(
+            config.data, data_path=str(folder / "samples"), valid_data_path=None, shuffle=False, verify_data=False
+        ),
+        checkpoint=dataclasses.replace(config.checkpoint, load=str(checkpoint), save=None),
+        reference=dataclasses.replace(config.reference, reference_load=None),
+        training=dataclasses.replace(
+            config.training, global_batch_size=batch, train_iters=config.training.train_iters or 1000
+        ),
+    )
+    return make_plan(config, request.world_size)
+
+
+def _shape(request: Request, config: Config) -> ModelShape:
+    shape = ModelShape(**request.shape) if request.shape is not None else _read_shape(request.model, config)
+    # In place of the hash of weights that are not there.
+    return shape.replace(weights_hash="simulated")
+
+
+def _read_shape(model: str | None, config: Config) -> ModelShape:
+    if model is None:
+        if config.checkpoint.load is None:
+            raise ConfigError("neither a model nor load is given; name one with --model DIR or --load CKPT")
+        return ModelShape.read(resolve(config.checkpoint.load))
+    path = Path(model)
+    names = (FILE_NAME, "config.json")
+    file = next((path / name for name in names if (path / name).is_file()), path)
+    if not file.is_file():
+        raise ConfigError(
+            f"model={model} has neither {FILE_NAME} nor config.json; name a folder or a file with the shape of a model"
+        )
+    if file.name == FILE_NAME:
+        return ModelShape.read(file.parent)
+    return shape_from_hf(read_json(file, MAX_BYTES), str(file))
+
+
+def _samples(request: Request, config: Config, shape: ModelShape) -> list[p.Sample]:
+    """The longest micro batch that there could be."""
+    if request.tokens is not None:
+        return [
+            made_up_sample(
+                request.tokens, answer=request.answer_tokens, turns=request.turns, vocab_size=shape.vocab_size
+            )
+        ]
+    if config.data.data_path is None:
+        raise ConfigError(
+            "neither tokens nor data_path is given; give the length of a row with --tokens, or --data-path"
+        )
+    data = PreferenceData(config.data.data_path, verify=False)
+    return [data[int(np.argmax(data.long_lengths()))]]
+
+
+def _batch_size(request: Request, config: Config, shape: ModelShape) -> int:
+    """Samples of a global batch that has only as many micro batches as the peak needs."""
+    data_size = data_parallel_size(config, request.world_size)
+    each = config.training.micro_batch_size * data_size
+    stages = config.parallel.pipeline_model_parallel_size
+    # One; with a pipeline, as many as fill it on every stage.
+    needed = 1 if stages == 1 else stages * (2 if virtual_pipeline_size(config.parallel, shape.num_layers) else 1)
+    count = request.micro_batches or min(config.training.global_batch_size // each, needed)
+    return each * count
+
+
+def made_up_sample(tokens: int, *, answer: int, turns: int, vocab_size: int) -> p.Sample:
+    """A sample whose chosen row has ``tokens`` tokens.
+
+    Raises:
+        ConfigError: there is no room for a document.
+    """
+    shortest = turns * (_QUESTION + answer) + 1
+    if tokens < shortest:
+        raise ConfigError(
+            f"tokens={tokens} must be at least {shortest} for {turns} turn(s) with answers of {answer} tokens; raise it, or "
+            "lower --answer-tokens"
+        )
+    rng = np.random.default_rng(0)
+
+    def run(n: int) -> np.ndarray:
+        return rng.integers(0, vocab_size, n).astype(np.int64)
+
+    document = run(tokens - turns * (_QUESTION + answer))
+    pieces = [p.Piece(document, p.CONTEXT)]
+    for turn in range(turns):
+        question, chosen, rejected = run(_QUESTION), run(answer), run(max(1, answer * 3 // 4))
+        pieces.append(p.Piece(question, p.PROMPT))
+        if turn:
+            pieces.append(p.Piece(question, p.Mode.OWN_PROMPT))
+        pieces += [
+            p.Piece(chosen, p.CHOSEN_RESPONSE),
+            p.Piece(rejected, p.REJECTED_RESPONSE),
+            p.Piece(np.concatenate([document[:_SHORT], question]), p.SHORT_PROMPT),
+            p.Piece(chosen, p.SHORT_CHOSEN_RESPONSE),
+            p.Piece(rejected, p.SHORT_REJECTED_RESPONSE),
+        ]
+    return p.Sample(tuple(pieces))
+
+
+def _write(samples: list[p.Sample], shape: ModelShape, prefix: Path, *, count: int) -> None:
+    manifest = Manifest(
+        vocab_size=shape.vocab_size,
+        dtype=token_dtype(shape.vocab_size),
+        tokenizer=None,
+        tokenizer_hash=None,
+        template_hash=None,
+    )
+    writer = SampleWriter(prefix, manifest, "simulation")
+    for number in range(count):
+        writer.add(samples[number % len(samples)])
+    writer.finish()

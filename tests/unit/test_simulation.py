@@ -1,0 +1,231 @@
+"""Steps on simulated GPUs: bytes and operations by hand, every layout, what kernels are given, host waits with their lines."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_longpo.commands.simulate import simulate as command
+from megatron_longpo.errors import ConfigError, PlatformError
+from megatron_longpo.model import contracts
+from megatron_longpo.model.kernels import _shared, rows_of_groups
+from megatron_longpo.simulation import shim
+from megatron_longpo.simulation.request import Report, Request
+from megatron_longpo.simulation.start import simulate
+from tests.support.parity.cases import CASES
+
+SHAPE = {
+    "family": "qwen2",
+    "num_layers": 2,
+    "hidden_size": 48,
+    "ffn_hidden_size": 96,
+    "num_attention_heads": 8,
+    "num_query_groups": 4,
+    "kv_channels": 16,
+    "vocab_size": 256,
+    "layernorm_epsilon": 1e-5,
+    "add_qkv_bias": True,
+    "untie_embeddings_and_output_weights": True,
+    "rotary_base": 1e4,
+    "max_position_embeddings": 4096,
+}
+TOKENS, ANSWER = 300, 40
+
+
+def _layouts() -> dict[str, Request]:
+    """The last rank of each layout of the parity matrix; of pipelines the first as well."""
+    found: dict[str, Request] = {}
+    seen = set()
+    for case in CASES:
+        parallel = {**case.settings.get("parallel", {}), "use_distributed_optimizer": True}
+        if repr(sorted(parallel.items())) in seen or (case.processes == 1 and found):
+            continue
+        seen.add(repr(sorted(parallel.items())))
+        config = {
+            "parallel": parallel,
+            "training": {"bf16": True, "recompute_granularity": "none", "global_batch_size": 4},
+            "optimizer": {"optimizer": "rmsprop"},
+        }
+        virtual = any("virtual" in key for key in parallel)
+        shape = {**SHAPE, "num_layers": 4 if virtual else 2}
+        for rank in {case.processes - 1, *([0] if case.name in ("pp2", "pp2-vpp2") else [])}:
+            found[f"{case.name} rank {rank}"] = Request(
+                config, case.processes, rank, shape, tokens=TOKENS, answer_tokens=ANSWER
+            )
+    return found
+
+
+LAYOUTS = _layouts()
+
+
+@pytest.fixture(scope="module")
+def reports() -> dict[str, Report]:
+    return dict(zip(LAYOUTS, simulate(list(LAYOUTS.values()), quiet=True), strict=True))
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_kernels_and_collectives_are_given_what_they_take(name: str, reports: dict[str, Report]) -> None:
+    report = reports[name]
+    assert report.violations == []
+    # The last stage computes log-probs; every stage computes attention.
+    assert {"attention", "linear layers"} <= set(report.flops)
+    assert any(row["operator"].endswith("attention_backward") for row in report.kernels)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_host_waits_have_their_lines_and_no_tensor_is_computed_on_the_host(
+    name: str, reports: dict[str, Report]
+) -> None:
+    report = reports[name]
+    assert report.waits
+    for row in report.waits:
+        assert re.fullmatch(r"(megatron_longpo|megatron/core)/[\w/]+\.py:\d+ \w+", row["place"]), row
+    # Lengths of a call with several runs, and megatron-core's comparison of random states.
+    allowed = ("model/kernels.py", "tensor_parallel/random.py")
+    assert [place for place in report.host_work if not any(name in place for name in allowed)] == []
+
+
+def test_bytes_and_operations_of_one_process_are_those_counted_by_hand(reports: dict[str, Report]) -> None:
+    report = reports["one rank 0"]
+    # The prompt without its last token, and that token with an answer that lacks its last, for answers of 40 and 30 tokens.
+    trunk, chosen, rejected = TOKENS - ANSWER - 1, ANSWER, 30
+    places = trunk + chosen + rejected
+    assert report.tokens == places == 329
+    layer = 48 * (128 + 64 + 64) + 128 * 48 + 3 * 48 * 96
+    parameters = 2 * (layer + 2 * 48 + 128 + 64 + 64) + 2 * 256 * 48 + 48
+    size = sum(report.kinds[kind] for kind in ("weights", "gradients", "optimizer"))
+    # Two bytes of weights, four of gradients, four of master weights, four of RMSProp's state; buffers are padded and blocks
+    # rounded up.
+    assert 0 <= size / ((2 + 4 + 4 + 4) * parameters) - 1 < 0.03
+    # A product forward and two backward for each matrix.
+    assert report.flops["linear layers"] == 3 * 2 * places * 2 * layer
+    # The same for the logits of all places, and a second time those whose gradient is not known in the forward.
+    assert report.flops["log-probs"] == 2 * 256 * 48 * (3 * places + chosen + rejected)
+    pairs = sum(n * (n + 1) // 2 for n in (trunk, chosen, rejected)) + trunk * (chosen + rejected)
+    # Two products per pair and channel forward, five backward.
+    assert report.flops["attention"] == (2 + 5) * 2 * 2 * 128 * pairs
+
+
+def test_exchanges_are_counted_by_group(reports: dict[str, Report]) -> None:
+    sent = {(row["collective"], row["group"]): row for row in reports["cp2 rank 1"].exchanges}
+    # Queries, keys, values and output of a layer forward, their gradients backward: 16 KiB per place of 330 in bf16 with 128 +
+    # 2 * 64 + 128 channels; half of what a rank holds, half of the places, goes to the other rank.
+    assert sent["all_to_all", "cp"]["bytes"] >= 2 * 2 * 2 * 165 * (128 + 64 + 64 + 128) // 2
+    assert sent["reduce_scatter", "dp_cp"]["calls"] == 1
+    assert ("all_to_all", "cp") not in {(r["collective"], r["group"]) for r in reports["tp2-sp rank 1"].exchanges}
+    assert {row["group"] for row in reports["tp2-sp rank 1"].exchanges} >= {"tp"}
+    assert any(row["collective"] == "send" for row in reports["pp2 rank 0"].exchanges)
+
+
+def test_stages_of_a_pipeline_hold_what_they_should(reports: dict[str, Report]) -> None:
+    first, last = reports["pp2 rank 0"], reports["pp2 rank 1"]
+    assert "log-probs" in last.flops and "log-probs" not in first.flops
+    # The first stage holds the hidden states of two micro batches, the last of one.
+    assert first.kinds["queries, keys, values"] > 1.5 * last.kinds["queries, keys, values"]
+
+
+# --------------------------------------------------------------------------------------------------
+# Contracts
+# --------------------------------------------------------------------------------------------------
+
+
+def _backward_call(out_KGnD: torch.Tensor) -> contracts.Call:
+    """The memory-efficient backward, given an output in some layout; the other tensors are right."""
+    kv_heads, groups, n, size = out_KGnD.shape
+    q = torch.empty(kv_heads, groups, n, size, dtype=torch.bfloat16)
+    k = _shared(torch.empty(n, kv_heads, size, dtype=torch.bfloat16), kv_heads * groups)
+    lse = torch.empty(kv_heads, groups, -(-n // 32) * 32)
+    names = {"grad_out_": torch.empty_like(q), "query": q, "key": k, "value": k, "out": out_KGnD, "logsumexp": lse}
+    return contracts.Call({**names, "is_causal": True})
+
+
+def _beyond_device(call: contracts.Call) -> list[str]:
+    found = contracts.violations("aten::_scaled_dot_product_efficient_attention_backward", call)
+    return [line for line in found if "must be on the GPU" not in line]
+
+
+def test_the_output_handed_over_as_a_view_breaks_the_contract_of_the_memory_efficient_backward() -> None:
+    """As version 0.1.0 did it: a view of [n, 32, 128], whose rows lie 32 * 128 elements apart, where the kernel reads them
+    4 * 128 apart, since it sees the 4 query heads of one of 8 key-value heads. Gradients were wrong, the loss was not."""
+    out = torch.empty(70, 32, 128, dtype=torch.bfloat16)
+    old = out.transpose(0, 1).unflatten(0, (8, -1))
+    assert _beyond_device(_backward_call(old)) == [
+        "out: rows 4096 elements apart, but the kernel reads them 512 apart (heads x channels)"
+    ]
+    assert _beyond_device(_backward_call(rows_of_groups(out, 8))) == []
+    # With one key-value head the two layouts are one, which is why a2a over as many ranks as there are heads was right.
+    alone = torch.empty(70, 4, 128, dtype=torch.bfloat16)
+    assert _beyond_device(_backward_call(alone.transpose(0, 1).unflatten(0, (1, -1)))) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        (
+            {"query": torch.empty(8, 16, 4, dtype=torch.bfloat16).transpose(1, 2)},
+            "query: stride 4 in the last dimension",
+        ),
+        ({"key": torch.empty(8, 2, 17, dtype=torch.bfloat16)[..., :16]}, "key: rows 34 elements apart"),
+        ({"query": torch.empty(8, 4, 16)}, "query: torch.float32, must be"),
+        ({"cum_seq_q": torch.tensor([0, 3, 8])}, "cum_seq_q: torch.int64"),
+        ({"cum_seq_q": torch.tensor([0, 3, 9], dtype=torch.int32)}, "cum_seq_q: [0, 3, 9]..., must rise"),
+        ({"max_q": 4}, "max_q=4, must be at least the longest run, 5"),
+    ],
+)
+def test_flash_takes_aligned_rows_of_16_bits_and_runs_that_fit(change: dict[str, Any], found: str) -> None:
+    runs = torch.tensor([0, 3, 8], dtype=torch.int32)
+    arguments = {
+        "query": torch.empty(8, 4, 16, dtype=torch.bfloat16),
+        "key": torch.empty(8, 2, 16, dtype=torch.bfloat16),
+        "value": torch.empty(8, 2, 16, dtype=torch.bfloat16),
+        "cum_seq_q": runs,
+        "cum_seq_k": runs,
+        "max_q": 5,
+        "max_k": 5,
+        "is_causal": True,
+    }
+
+    def lines(call: dict[str, Any]) -> list[str]:
+        all_lines = contracts.violations("aten::_flash_attention_forward", contracts.Call(call, lambda x: x))
+        return [line for line in all_lines if "must be on the GPU" not in line]
+
+    assert lines(arguments) == []
+    assert any(line.startswith(found) for line in lines({**arguments, **change}))
+
+
+# --------------------------------------------------------------------------------------------------
+# The command
+# --------------------------------------------------------------------------------------------------
+
+
+def test_the_command_writes_what_it_found_and_draws_it(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "model.json").write_text(json.dumps({"schema_version": 1, **SHAPE}))
+    found, picture = tmp_path / "found.json", tmp_path / "bytes.svg"
+    line = f"--model {tmp_path} --tokens 300 --answer-tokens 40 --world-size 4 --rank 2"
+    line += " --context-parallel-size 2 --bf16 --global-batch-size 2"
+    command([*line.split(), "--json", str(found), "--plot", str(picture)], prog="simulate")
+    report = Report.from_json(found.read_text())
+    assert report.layout.endswith("CP 2 a2a, DP 2") and max(report.curve["live"]) <= report.peak_bytes
+    assert sum(report.kinds.values()) == report.peak_bytes
+    assert "<svg" in picture.read_text()
+    assert "every kernel and every collective is given what it takes" in capfd.readouterr().out
+
+
+def test_what_cannot_be_simulated_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"rank=4 must be from 0 to world_size - 1 = 3"):
+        simulate([Request({}, 4, 4, SHAPE, tokens=100)])
+    with pytest.raises(ConfigError, match=r"has no suffix that is known; use \.png"):
+        command(["--plot", "bytes.txt"], prog="simulate")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    with pytest.raises(PlatformError, match=r"no C\+\+ compiler .*; install one to simulate"):
+        shim.build()
+    monkeypatch.setenv("CXX", "/bin/false")
+    with pytest.raises(PlatformError, match=r"/bin/false cannot compile against torch"):
+        shim.build()

@@ -101,10 +101,16 @@ def _render_watched(render: Callable[[], str], seconds: float) -> str:
     try:
         return render()
     finally:
-        ended.set()
-        with lock:
-            # What was raised and has not arrived yet is withdrawn.
-            raise_in_thread(thread, None)
+        while True:
+            try:
+                ended.set()
+                with lock:
+                    # What was raised and has not arrived yet is withdrawn.
+                    raise_in_thread(thread, None)
+                break
+            except _Expired:
+                # It arrived just now. Left as it is, the watcher would raise it again and again, long after the rendering.
+                continue
 
 
 def _limit_memory() -> tuple[int, int] | None:

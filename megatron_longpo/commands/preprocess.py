@@ -6,6 +6,7 @@ import datetime
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from rich.console import Console
 from rich.table import Table
@@ -35,6 +36,12 @@ class PreprocessOptions:
     template_date: str | None = None
     """Date (YYYY-MM-DD) for a chat template that asks for the current one. Default: that of the output which is resumed, or
     today's in UTC."""
+    system_prompt: str | None = None
+    """System message of the rows that have none of their own (key system)."""
+    earlier_answers: Literal["finished", "as_answered"] = "finished"
+    """Answers of earlier turns, where the chat template renders the last answer differently. finished: as in the finished
+    dialogue, without thinking that the template drops from there; as_answered: each as the last of its dialogue, as the model
+    wrote it."""
     vocab_size: int | None = None
     """Vocabulary size of rows that are already tokenised."""
     seq_length: int | None = None
@@ -77,6 +84,8 @@ def preprocess(arguments: Sequence[str], *, prog: str) -> None:
             max_turns=options.max_turns,
             chat_template_kwargs=parse_template_kwargs(options.chat_template_kwargs),
             template_date=_date_of(options.template_date),
+            system_prompt=options.system_prompt,
+            earlier_answers=options.earlier_answers,
             template_seconds=options.template_seconds,
             trust_remote_code=options.trust_remote_code,
             reading=options.reading,

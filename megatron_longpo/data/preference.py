@@ -220,8 +220,8 @@ def _independent(sample: Sample, side: Mode) -> list[list[Piece]]:
     rows = []
     for turn in turns:
         own = [p for p in turn if not p.mode.long and not p.mode.short]
-        prompts = own or [p for p in turn if p.mode & side and not p.mode & Mode.RESPONSE]
-        rows.append([*context, *prompts, *(p for p in turn if p.mode & side and p.mode & Mode.RESPONSE)])
+        # The chained prompt gives way to the turn's own. What else has no loss (empty thinking, results of tools) stays in place.
+        rows.append([*context, *own, *(p for p in turn if p.mode & side and not (own and p.mode & Mode.TURN))])
     return rows
 
 

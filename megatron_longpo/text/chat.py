@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from jinja2 import TemplateError
@@ -34,10 +34,10 @@ from megatron_longpo.data.preference import (
     Piece,
     Sample,
 )
-from megatron_longpo.data.sequence import IntArray
 from megatron_longpo.data.vocabulary import folder_vocabulary_hash, sentencepiece_vocabulary, vocabulary_hash
 from megatron_longpo.errors import DataError, one_line
 from megatron_longpo.runtime.reading import read_bytes
+from megatron_longpo.text.dialogue import Answer, Dialogue, TurnEnd, common_beginning
 from megatron_longpo.text.template_guard import TEMPLATE_SECONDS, TemplateLimitError, refuse_powers, render_bounded
 from megatron_longpo.text.template_kwargs import check_template_reads
 from megatron_longpo.text.templates import asks_for_date, compiled, marks_answers, render_marked
@@ -142,30 +142,50 @@ class ChatTokenizer(ABC):
 
     def answer_ends(self) -> frozenset[int]:
         """Ids of the special tokens that the template puts after an answer."""
-        return frozenset(self.end_of_turn().values())
+        return frozenset(() if self.turn_end is None else (self.turn_end.token,))
 
-    def end_of_turn(self) -> dict[str, int]:
-        """Text -> id of the special token that the template puts after an answer; empty if there is none.
+    @cached_property
+    def turn_end(self) -> TurnEnd | None:
+        """The special token that the template puts after an answer, or None.
 
-        Some templates (GLM-4) end an answer only by the token of the next speaker, so a dialogue that goes on is looked at too.
+        It is the last special token of what follows an answer whether or not the dialogue goes on: some templates put one more at
+        the end of a dialogue. Others (GLM-4) end an answer only by the token of the next speaker.
         """
         answer = "ANSWER"
         messages: list[Message] = [{"role": "user", "content": "QUESTION"}, {"role": "assistant", "content": answer}]
-        for following in ([], [{"role": "user", "content": "NEXT"}]):
+        closed = self.render(messages, add_generation_prompt=False).rpartition(answer)[2]
+        try:
+            more = [*messages, {"role": "user", "content": "NEXT"}]
+            going_on = self.render(more, add_generation_prompt=False).rpartition(answer)[2]
+        except TemplateError:
+            # The template is made for single questions.
+            going_on = closed
+        always = common_beginning(closed, going_on)
+        # Of two that end at the same place the longer.
+        ends = [(always.rfind(t) + len(t), len(t), t) for t in self.special_tokens if t and t in always]
+        if ends:
+            text = max(ends)[2]
+        else:
+            following = closed if any(t and t in closed for t in self.special_tokens) else going_on
+            starts = [(following.find(t), -len(t), t) for t in self.special_tokens if t and t in following]
+            if not starts:
+                return None
+            text = min(starts)[2]
+        return TurnEnd(text=text, token=self.special_tokens[text], is_rendered=text in closed)
+
+    @cached_property
+    def renders_system(self) -> bool:
+        """Whether the template has system messages. Some refuse them, leave them out, or take them for answers."""
+        question: Message = {"role": "user", "content": "QUESTION"}
+
+        def rendered(role: str) -> str:
             try:
-                text = self.render([*messages, *following], add_generation_prompt=False)
+                return self.render([{"role": role, "content": "SYSTEM"}, question], add_generation_prompt=True)
             except TemplateError:
-                if not following:
-                    raise
-                # It is made for single questions.
-                break
-            after = text.rpartition(answer)[2]
-            # The first; of two at the same place the longer.
-            found = [(after.find(t), -len(t), t) for t in self.special_tokens if t and t in after]
-            if found:
-                end = min(found)[2]
-                return {end: self.special_tokens[end]}
-        return {}
+                return ""
+
+        as_system = rendered("system")
+        return "SYSTEM" in as_system and as_system != rendered("assistant")
 
     def count(self, texts: Sequence[str]) -> list[int]:
         """Number of tokens of each text by itself."""
@@ -535,13 +555,27 @@ _CUT_CHARACTERS = 256
 _MOST_TURNS_RENDERED_WHOLE = 400
 
 
-def encode_sample(tokenizer: ChatTokenizer, context: str, turns: Sequence[Turn]) -> Sample:
+EarlierAnswers = Literal["finished", "as_answered"]
+
+
+def encode_sample(
+    tokenizer: ChatTokenizer,
+    context: str,
+    turns: Sequence[Turn],
+    *,
+    system: str | None = None,
+    earlier_answers: EarlierAnswers = "finished",
+) -> Sample:
     """Tokenise a document with its turns.
 
     Args:
         tokenizer: tokenizer with its chat template.
         context: the document.
         turns: its turns, at least one.
+        system: system message that long and short rows begin with.
+        earlier_answers: how answers that are not the last are laid out, where the template renders the last one differently.
+            ``finished``: as the template renders them in the finished dialogue, without thinking that it drops from there;
+            ``as_answered``: each as the last one of its dialogue, as the model wrote it.
 
     Returns:
         The sample's pieces.
@@ -549,9 +583,11 @@ def encode_sample(tokenizer: ChatTokenizer, context: str, turns: Sequence[Turn])
     Raises:
         BadRow: the template does not render prompts followed by answers, or puts no special token after an answer.
     """
+    if system is not None and not tokenizer.renders_system:
+        raise BadRow("template", "the chat template has no system messages; leave the system message out")
     if len(turns) > _TURNS_RENDERED_WHOLE:
         try:
-            sample = _encode_sample(_Encoder(tokenizer, recent=_RECENT_MESSAGES), context, turns)
+            sample = _encode_sample(_Encoder(tokenizer, system=system, recent=_RECENT_MESSAGES), context, turns)
         except TemplateLimitError:
             raise
         except Exception:
@@ -565,19 +601,31 @@ def encode_sample(tokenizer: ChatTokenizer, context: str, turns: Sequence[Turn])
                 f"the row has {len(turns)} turns, and the chat template renders a turn by more than the one before it; such "
                 f"rows may have {_MOST_TURNS_RENDERED_WHOLE}",
             )
-    sample = _encode_sample(_Encoder(tokenizer), context, turns)
-    assert sample is not None
-    return sample
+    encoder = _Encoder(tokenizer, system=system)
+    try:
+        sample = _encode_sample(encoder, context, turns)
+        assert sample is not None
+        return sample
+    except BadRow as error:
+        if error.reason != "template" or len(turns) == 1:
+            raise
+    # The template renders answers of earlier turns differently once the dialogue goes on.
+    located = _finished_turns if earlier_answers == "finished" else _turns_as_answered
+    return _encode_located(encoder, context, turns, located(encoder, context, turns))
 
 
 def _encode_sample(encoder: _Encoder, context: str, turns: Sequence[Turn]) -> Sample | None:
-    """The sample; None if its turns, rendered one by one, are not the dialogue that is rendered as a whole."""
+    """The sample, if each prompt continues what was rendered before it.
+
+    Returns:
+        None if the turns, rendered one by one, are not the dialogue that is rendered as a whole.
+    """
     head, tail = encoder.first_prompt(context, turns[0].instruction)
     pieces = [encoder.piece("", head, CONTEXT)]
     # Text before the next prompt, and the prompt.
     before, prompt = head, tail
     history: dict[Mode, list[Message]] = {
-        side: [user_message(context, turns[0].instruction)] for side in (Mode.CHOSEN, Mode.REJECTED)
+        side: encoder.opening(context, turns[0].instruction) for side in (Mode.CHOSEN, Mode.REJECTED)
     }
     texts = {side: [head, tail] for side in history}
     for number, turn in enumerate(turns):
@@ -590,24 +638,23 @@ def _encode_sample(encoder: _Encoder, context: str, turns: Sequence[Turn]) -> Sa
             (Mode.CHOSEN, turn.chosen, CHOSEN_RESPONSE),
             (Mode.REJECTED, turn.rejected, REJECTED_RESPONSE),
         ):
-            encoded = encoder.answer(history[side], answer)
-            pieces.append(Piece(encoded.tokens, mode))
-            texts[side] += [encoded.text, encoded.rest]
+            located = encoder.answer(history[side], answer)
+            if len(turns) > 1 and not located.continues_prompt:
+                raise BadRow("template", "the chat template does not render an answer after its prompt")
+            pieces += encoder.answer_pieces(located, mode)
+            texts[side] += [located.lead, located.text, located.rest]
             history[side].append({"role": "assistant", "content": answer})
             if number + 1 < len(turns):
                 history[side].append({"role": "user", "content": turns[number + 1].instruction})
                 next_prompt = encoder.next_prompt(history[side])
                 texts[side].append(next_prompt)
-                following.append((encoded.end, encoded.rest + next_prompt))
+                following.append((located.end, located.rest + next_prompt))
         if following:
             if following[0] != following[1]:
                 # Only with a template that writes answers into later prompts.
                 raise BadRow("template", "the template renders a turn's prompt differently after another answer")
             before, prompt = following[0]
-        short = [user_message(turn.short_context, turn.instruction)]
-        pieces.append(encoder.piece("", encoder.render(short, add_generation_prompt=True), SHORT_PROMPT))
-        for answer, mode in ((turn.chosen, SHORT_CHOSEN_RESPONSE), (turn.rejected, SHORT_REJECTED_RESPONSE)):
-            pieces.append(Piece(encoder.answer(short, answer).tokens, mode))
+        pieces += encoder.short_pieces(turn, turn.chosen, turn.rejected)
     for side in history if encoder.renders_recent else ():
         if encoder.render(history[side], add_generation_prompt=False) != "".join(texts[side]):
             return None
@@ -615,20 +662,93 @@ def _encode_sample(encoder: _Encoder, context: str, turns: Sequence[Turn]) -> Sa
 
 
 @dataclass(frozen=True)
-class _EncodedAnswer:
-    """An answer in tokens.
+class _LocatedTurn:
+    """A turn of a dialogue as text.
 
     Attributes:
-        tokens: token ids, the end-of-turn token included.
-        text: their text.
-        end: text of the end-of-turn token.
-        rest: text that the template puts after it.
+        before: end of the text before its prompt.
+        prompt: its prompt, from the end of the turn before.
+        chosen, rejected: its answers.
     """
 
-    tokens: IntArray
-    text: str
-    end: str
-    rest: str
+    before: str
+    prompt: str
+    chosen: Answer
+    rejected: Answer
+
+
+def _finished_turns(encoder: _Encoder, context: str, turns: Sequence[Turn]) -> list[_LocatedTurn]:
+    """Turns as the template renders them in the finished dialogue."""
+    sides = []
+    for answers in ([t.chosen for t in turns], [t.rejected for t in turns]):
+        history = encoder.opening(context, turns[0].instruction)
+        for answer, turn in zip(answers, turns[1:], strict=False):
+            history += [{"role": "assistant", "content": answer}, {"role": "user", "content": turn.instruction}]
+        prompts, earlier = encoder.dialogue.earlier_answers(history)
+        last = encoder.answer(history, answers[-1])
+        # What a template marks may begin behind a header of its own.
+        prompts[-1] += last.prompt[len(encoder.render(history, add_generation_prompt=True)) :]
+        sides.append((prompts, [*earlier, last]))
+    (prompts, chosen), (others, rejected) = sides
+    if prompts != others:
+        raise BadRow("template", "the template renders a turn's prompt differently after another answer")
+    return [
+        _LocatedTurn(
+            before=chosen[number - 1].end if number else "",
+            prompt=prompt,
+            chosen=chosen[number],
+            rejected=rejected[number],
+        )
+        for number, prompt in enumerate(prompts)
+    ]
+
+
+def _turns_as_answered(encoder: _Encoder, context: str, turns: Sequence[Turn]) -> list[_LocatedTurn]:
+    """Turns whose answers are each rendered as the last of the dialogue up to there."""
+    located: list[_LocatedTurn] = []
+    history: dict[bool, list[Message]] = {
+        side: encoder.opening(context, turns[0].instruction) for side in (True, False)
+    }
+    before, prompt = "", encoder.render(history[True], add_generation_prompt=True)
+    for number, turn in enumerate(turns):
+        chosen = encoder.answer(history[True], turn.chosen)
+        rejected = encoder.answer(history[False], turn.rejected)
+        located.append(_LocatedTurn(before=before, prompt=prompt, chosen=chosen, rejected=rejected))
+        if number + 1 == len(turns):
+            break
+        following: Message = {"role": "user", "content": turns[number + 1].instruction}
+        prompts = {encoder.dialogue.after_answer(history[side], [following]) for side in history}
+        if len(prompts) > 1:
+            raise BadRow("template", "the template renders a turn's prompt differently after another answer")
+        before, prompt = chosen.end, prompts.pop()
+        for side, answer in ((True, turn.chosen), (False, turn.rejected)):
+            history[side] += [{"role": "assistant", "content": answer}, following]
+    return located
+
+
+def _encode_located(encoder: _Encoder, context: str, turns: Sequence[Turn], located: Sequence[_LocatedTurn]) -> Sample:
+    """The sample of turns that were located in the rendered dialogue."""
+    head, tail = encoder.cut_prompt(located[0].prompt, turns[0].instruction)
+    pieces = [encoder.piece("", head, CONTEXT)]
+    for number, (turn, text) in enumerate(zip(turns, located, strict=True)):
+        prompt = text.prompt if number else tail
+        pieces.append(encoder.piece(text.before if number else head, prompt, PROMPT))
+        # An answer that is not the last may have lost its thinking, which the short rows then leave out too.
+        answers = [
+            answer if answer.strip() in found.text else found.content
+            for answer, found in ((turn.chosen, text.chosen), (turn.rejected, text.rejected))
+        ]
+        leads = {found.lead for found in encoder.short_answers(turn, *answers)}
+        own_head, own = encoder.first_prompt(context, turn.instruction)
+        if len(leads) == 1 and not text.chosen.lead and not text.rejected.lead:
+            # Alone behind the document, the answer is a last one.
+            own += leads.pop()
+        if number or (own_head, own) != (head, tail):
+            pieces.append(encoder.piece(own_head, own, Mode.OWN_PROMPT))
+        pieces += encoder.answer_pieces(text.chosen, CHOSEN_RESPONSE)
+        pieces += encoder.answer_pieces(text.rejected, REJECTED_RESPONSE)
+        pieces += encoder.short_pieces(turn, *answers)
+    return Sample(tuple(pieces))
 
 
 class _Encoder:
@@ -636,20 +756,27 @@ class _Encoder:
 
     Args:
         tokenizer: tokenizer with its chat template.
+        system: system message that every conversation begins with, or None.
         recent: last messages of a conversation that are rendered, an odd number so that a user's is the first; None renders all.
     """
 
-    def __init__(self, tokenizer: ChatTokenizer, *, recent: int | None = None) -> None:
+    def __init__(self, tokenizer: ChatTokenizer, *, system: str | None = None, recent: int | None = None) -> None:
         self._tokenizer = tokenizer
+        self._system: list[Message] = [] if system is None else [{"role": "system", "content": system}]
         self._recent = recent
+        self.dialogue = Dialogue(tokenizer)
 
     @property
     def renders_recent(self) -> bool:
         return self._recent is not None
 
+    def opening(self, context: str, instruction: str) -> list[Message]:
+        """The messages that a conversation begins with."""
+        return [*self._system, user_message(context, instruction)]
+
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
         """Render a whole conversation."""
-        return self._tokenizer.render(messages, add_generation_prompt=add_generation_prompt)
+        return self.dialogue.render(messages, add_generation_prompt=add_generation_prompt)
 
     def piece(self, before: str, text: str, mode: Mode) -> Piece:
         """Piece of a text that follows ``before``."""
@@ -657,17 +784,21 @@ class _Encoder:
 
     def first_prompt(self, context: str, instruction: str) -> tuple[str, str]:
         """The first prompt as text, cut in two where the document ends."""
-        text = self._tokenizer.render([user_message(context, instruction)], add_generation_prompt=True)
+        text = self.render(self.opening(context, instruction), add_generation_prompt=True)
+        return self.cut_prompt(text, instruction)
+
+    def cut_prompt(self, text: str, instruction: str) -> tuple[str, str]:
+        """A first prompt, cut in two where the document ends."""
         end = text.rfind(QUESTION_SEPARATOR + instruction)
         if end < 0:
             # The template may have trimmed the message; the cut is then before the bare instruction.
             end = text.rfind(instruction.strip())
         if end < 0:
             raise BadRow("template", "the chat template does not render the instruction")
-        end = self._end_of_document(text[:end])
+        end = self.end_of_document(text[:end])
         return text[:end], text[end:]
 
-    def _end_of_document(self, head: str) -> int:
+    def end_of_document(self, head: str) -> int:
         """Where to cut a text that ends with the document, so that both sides tokenised alone have the tokens of the whole.
 
         Tokenizers join white space with the white space that follows, and some join a full stop with it. So a document that ends
@@ -688,31 +819,52 @@ class _Encoder:
                 return first + cut
         return len(head)
 
-    def answer(self, history: Sequence[Message], answer: str) -> _EncodedAnswer:
-        """Tokenise an answer that follows ``history``."""
-        tokenizer = self._tokenizer
-        history = history[-self._recent :] if self._recent else history
-        prompt = tokenizer.render(history, add_generation_prompt=True)
-        whole = tokenizer.render([*history, {"role": "assistant", "content": answer}], add_generation_prompt=False)
-        if not whole.startswith(prompt):
-            raise BadRow("template", "the chat template does not render an answer after its prompt")
-        text = whole[len(prompt) :]
-        ends = [(text.rfind(t) + len(t), t) for t in tokenizer.special_texts if t in text]
-        if not ends:
-            raise BadRow("no_end_of_turn", "the chat template ends an answer with no special token")
-        # The model does not write what follows the end-of-turn token (in ChatML, a line feed).
-        cut, end = max(ends)
-        tokens = np.array(tokenizer.encode_after(prompt, text[:cut]), np.int64)
-        return _EncodedAnswer(tokens=tokens, text=text[:cut], end=end, rest=text[cut:])
+    def answer(self, history: Sequence[Message], answer: str) -> Answer:
+        """Locate an answer that follows ``history``."""
+        return self.dialogue.last_answer(self._window(history), {"role": "assistant", "content": answer})
+
+    def answer_pieces(self, answer: Answer, mode: Mode) -> list[Piece]:
+        """Pieces of an answer: empty thinking in front of it, which has no loss, and the answer with its end of turn."""
+        whole = self._tokenizer.encode_after(answer.prompt, answer.lead + answer.text)
+        if not answer.lead:
+            return [Piece(np.array(whole, np.int64), mode)]
+        # Where the answer begins with white space, that may be joined with the lead's.
+        for lead in (answer.lead, answer.lead.rstrip()):
+            ids = self._tokenizer.encode_after(answer.prompt, lead)
+            if whole[: len(ids)] == ids:
+                break
+        return [
+            Piece(np.array(whole[: len(ids)], np.int64), mode & ~Mode.RESPONSE),
+            Piece(np.array(whole[len(ids) :], np.int64), mode),
+        ]
+
+    def short_answers(self, turn: Turn, chosen: str, rejected: str) -> list[Answer]:
+        """Locate the answers of a turn that see only its chunk."""
+        history = self.opening(turn.short_context, turn.instruction)
+        return [self.answer(history, answer) for answer in (chosen, rejected)]
+
+    def short_pieces(self, turn: Turn, chosen: str, rejected: str) -> list[Piece]:
+        """Pieces of a turn's short rows."""
+        found = self.short_answers(turn, chosen, rejected)
+        pieces = [self.piece("", found[0].prompt, SHORT_PROMPT)]
+        for answer, mode in zip(found, (SHORT_CHOSEN_RESPONSE, SHORT_REJECTED_RESPONSE), strict=True):
+            pieces += self.answer_pieces(answer, mode)
+        return pieces
 
     def next_prompt(self, history: Sequence[Message]) -> str:
         """Text between an answer and the next one: the user's message and what surrounds it."""
-        history = history[-self._recent :] if self._recent else history
+        history = self._window(history)
         before = self._tokenizer.render(history[:-1], add_generation_prompt=False)
         whole = self._tokenizer.render(history, add_generation_prompt=True)
         if not whole.startswith(before):
             raise BadRow("template", "the chat template does not render a turn after the one before")
         return whole[len(before) :]
+
+    def _window(self, history: Sequence[Message]) -> Sequence[Message]:
+        """The messages that are rendered."""
+        if self._recent is None or len(history) <= self._recent + len(self._system):
+            return history
+        return [*self._system, *history[-self._recent :]]
 
 
 def turn_of(value: Any, context: str) -> Turn:

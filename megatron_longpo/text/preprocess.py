@@ -39,7 +39,7 @@ from megatron_longpo.runtime.reading import (
     read_json,
     read_lines,
 )
-from megatron_longpo.text.chat import ChatTokenizer, Turn, encode_sample, load_tokenizer, turn_of
+from megatron_longpo.text.chat import ChatTokenizer, EarlierAnswers, Turn, encode_sample, load_tokenizer, turn_of
 from megatron_longpo.text.documents import files_inside
 from megatron_longpo.text.template_guard import TEMPLATE_SECONDS, TemplateLimitError
 
@@ -70,6 +70,8 @@ class Settings:
         chat_template_kwargs: arguments of the chat template.
         template_date: the date that the chat template is told, if it asks for one; None: that of the output that is resumed, or
             today's in UTC.
+        system_prompt: system message of rows without one of their own, or None.
+        earlier_answers: how answers that are not the last are laid out (``encode_sample``).
         template_seconds: longest time that the chat template may take.
         trust_remote_code: run code from the tokenizer's folder.
         reading: what is too large to be read.
@@ -83,6 +85,8 @@ class Settings:
     max_turns: int = MAX_TURNS
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     template_date: datetime.date | None = None
+    system_prompt: str | None = None
+    earlier_answers: EarlierAnswers = "finished"
     template_seconds: float = TEMPLATE_SECONDS
     trust_remote_code: bool = False
     reading: ReadingConfig = field(default_factory=ReadingConfig)
@@ -312,13 +316,14 @@ def _text_sample(
     if not isinstance(turns, list) or not turns:
         raise BadRow("no_turn", "turns is missing, empty or not a list")
     _check_special(tokenizer, context)
+    system = _system_of(value, settings, tokenizer)
     good: list[Turn] = []
     for number, turn in enumerate(turns):
         try:
             parsed = turn_of(turn, context)
             for part in (parsed.instruction, parsed.chosen, parsed.rejected):
                 _check_special(tokenizer, part)
-            short = encode_sample(tokenizer, parsed.short_context, [parsed])
+            short = encode_sample(tokenizer, parsed.short_context, [parsed], system=system)
             longest = max(short.length(Mode.SHORT_CHOSEN), short.length(Mode.SHORT_REJECTED))
             if longest > settings.short_seq_length:
                 raise BadRow(
@@ -328,7 +333,20 @@ def _text_sample(
             good.append(parsed)
         except BadRow as error:
             skipped.append(SkippedRow(error.reason, str(error), turn=number))
-    return encode_sample(tokenizer, context, good) if good else None
+    if not good:
+        return None
+    return encode_sample(tokenizer, context, good, system=system, earlier_answers=settings.earlier_answers)
+
+
+def _system_of(value: dict[str, Any], settings: Settings, tokenizer: ChatTokenizer) -> str | None:
+    """System message of a row: its own, or that of all rows."""
+    system = value.get("system")
+    if system is None:
+        return settings.system_prompt
+    if not isinstance(system, str):
+        raise BadRow("wrong_type", "system is not text")
+    _check_special(tokenizer, system)
+    return system
 
 
 def _check_special(tokenizer: ChatTokenizer, text: str) -> None:
@@ -419,6 +437,11 @@ def preprocess(
     if tokenizer is not None:
         # The workers' clocks may be past midnight.
         settings = dataclasses.replace(settings, template_date=tokenizer.template_date)
+        if settings.system_prompt is not None and not tokenizer.renders_system:
+            raise DataError(
+                f"--system-prompt {settings.system_prompt!r}: the chat template has no system messages; leave the prompt out, or "
+                "choose another --chat-template"
+            )
     vocab_size = tokenizer.vocab_size if tokenizer else int(settings.vocab_size or 0)
     _check_schema(files, tokenizer is not None, settings.reading)
     source = [{"name": p.name, "bytes": p.stat().st_size, "sha256": sha256_of(p)} for p in files]
@@ -430,6 +453,10 @@ def preprocess(
     # What is not used leaves no trace, so that output of earlier versions is recognised.
     if settings.chat_template_kwargs:
         described["chat_template_kwargs"] = dict(settings.chat_template_kwargs)
+    if settings.system_prompt is not None:
+        described["system_prompt"] = settings.system_prompt
+    if settings.earlier_answers != Settings.earlier_answers:
+        described["earlier_answers"] = settings.earlier_answers
     date = tokenizer.template_date.isoformat() if tokenizer is not None and tokenizer.asks_for_date else None
     if date is not None:
         described["template_date"] = date
@@ -446,6 +473,7 @@ def preprocess(
         chat_template=tokenizer.template if tokenizer else None,
         chat_template_kwargs=dict(settings.chat_template_kwargs),
         template_date=date,
+        system_prompt=settings.system_prompt,
         special_tokens=dict(tokenizer.special_tokens) if tokenizer else {},
     )
     identity = [source, described, manifest.tokenizer_hash, manifest.template_hash, manifest.dtype]

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from megatron_longpo.data.indexed import path_of, read_manifest
+from megatron_longpo.data.indexed import PreferenceData, path_of, read_manifest
+from megatron_longpo.data.preference import long_rows, short_rows
 from megatron_longpo.errors import DataError
 from megatron_longpo.text.chat import BUILT_IN_TEMPLATES, load_tokenizer
-from megatron_longpo.text.preprocess import Settings, preprocess
+from megatron_longpo.text.preprocess import RawRow, Settings, preprocess, process_row
 from tests.support.data import text_row, write_lines
 from tests.support.tokenizers import make_fast_tokenizer, make_sentencepiece
 
@@ -111,3 +112,32 @@ def test_named_templates(folder: Path, tmp_path: Path, chosen: str | None) -> No
     with pytest.raises(DataError) as caught:
         load_tokenizer(tmp_path / "named", chosen)
     assert "rag, tool_use" in str(caught.value)
+
+
+def test_a_system_key_is_used(folder: Path, pairs: Path, tmp_path: Path) -> None:
+    rows = [
+        text_row(0, system="You are a pirate."),
+        text_row(1),
+        text_row(2, system=7),
+        text_row(3, system="<|im_end|>"),
+    ]
+    path = write_lines(tmp_path / "rows.jsonl", [json.dumps(row) for row in rows])
+    settings = Settings(tokenizer=str(folder), system_prompt="Be brief.")
+    manifest = preprocess([str(path)], tmp_path / "out", settings)
+    assert manifest.skip_reasons == {"wrong_type": 1, "special_token_in_text": 1}
+    assert manifest.system_prompt == "Be brief." == manifest.settings["system_prompt"]
+    data, tokenizer = PreferenceData(tmp_path / "out"), load_tokenizer(folder)
+    for sample, said in zip((data[0], data[1]), ("You are a pirate.", "Be brief."), strict=True):
+        for row in [*long_rows(sample, slot=0, turns="chained", nll_scope="sequence"), *short_rows(sample, slot=0)]:
+            assert tokenizer.decode(row.tokens_L.tolist()).startswith(f"system\n{said}\nuser\n")
+
+
+def test_a_template_without_system_messages_is_named(folder: Path, tmp_path: Path) -> None:
+    row = RawRow(line=1, text=json.dumps(text_row(0, system="You are a pirate.")))
+    plain = load_tokenizer(folder, "mistral")
+    (skipped,) = process_row(row, Settings(), plain).skipped[:1]
+    assert skipped.reason == "template" and "no system messages" in skipped.detail
+    path = write_lines(tmp_path / "rows.jsonl", [json.dumps(text_row())])
+    settings = Settings(tokenizer=str(folder), chat_template="mistral", system_prompt="Be brief.")
+    with pytest.raises(DataError, match=r"--system-prompt 'Be brief\.': the chat template has no system messages"):
+        preprocess([str(path)], tmp_path / "out", settings)

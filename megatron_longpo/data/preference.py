@@ -6,7 +6,8 @@ belongs to, so that the tokens of a document are stored once however many rows c
     context, then for each turn:  prompt, [own prompt], chosen, rejected, short prompt, short chosen, short rejected
 
 ``own prompt`` is the turn's question directly after the document, for rows of independent turns (paper, Eq. 13); it is stored
-from the second turn on. The long rows of data that was already tokenised are cut into runs in the same way.
+from the second turn on, and for the first where it differs. What is in an answer and has no loss (empty thinking, results of
+tools) is a piece of its side without ``RESPONSE``. The long rows of data that was already tokenised are cut into runs likewise.
 
 Shape legend: L = tokens of one row.
 """

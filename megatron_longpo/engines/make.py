@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from megatron_longpo.engines.base import Engine
 from megatron_longpo.engines.settings import EngineConfig
+from megatron_longpo.text.template_kwargs import parse_template_kwargs
 
 
 def make_engine(config: EngineConfig, seq_length: int, *, keep_prefix: bool = False) -> Engine:
@@ -38,5 +39,7 @@ def make_engine(config: EngineConfig, seq_length: int, *, keep_prefix: bool = Fa
         documents_at_once=config.documents_at_once,
         chat_template=config.chat_template,
         template_seconds=config.template_seconds,
+        template_kwargs=parse_template_kwargs(config.chat_template_kwargs),
+        thinking=config.thinking,
         keep_prefix=keep_prefix,
     )

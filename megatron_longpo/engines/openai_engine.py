@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 from megatron_longpo.engines.base import MODEL_ROPE, Engine, EngineError, Prompt, Reply, Rope, Sampling
@@ -20,6 +21,7 @@ from megatron_longpo.errors import ConfigError
 from megatron_longpo.runtime.log import log
 from megatron_longpo.runtime.reading import parse_json
 from megatron_longpo.text.chat import load_tokenizer
+from megatron_longpo.text.template_kwargs import parse_template_kwargs
 
 # Temporary failures: too many requests, or a server that is starting, overloaded or briefly gone.
 _TEMPORARY = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
@@ -59,8 +61,12 @@ class OpenAIEngine(Engine):
     def __init__(self, config: EngineConfig) -> None:
         assert config.model is not None and config.tokenizer is not None
         self.tokenizer = load_tokenizer(
-            config.tokenizer, config.chat_template, template_seconds=config.template_seconds
+            config.tokenizer,
+            config.chat_template,
+            template_seconds=config.template_seconds,
+            template_kwargs=parse_template_kwargs(config.chat_template_kwargs),
         )
+        self.thinking = config.thinking
         self.groups_at_once = config.concurrency
         self.retried = 0
         self._config = config
@@ -94,6 +100,7 @@ class OpenAIEngine(Engine):
             "base_url": self._config.base_url,
             "model": self._config.model,
             "template": self.tokenizer.template_hash,
+            **self.given_settings,
         }
 
     def answer(
@@ -113,19 +120,19 @@ class OpenAIEngine(Engine):
             raise
 
     def _ask(self, prompt: Prompt, sampling: Sampling) -> Reply:
-        messages = list(prompt.messages)
-        if prompt.prefix:
-            # The interface cannot begin an answer, so the prefix ends the question, as in RULER.
-            messages[-1] = {**messages[-1], "content": messages[-1]["content"] + prompt.prefix}
-        body = {
+        body: dict[str, Any] = {
             "model": self._config.model,
-            "messages": messages,
-            "max_tokens": sampling.max_tokens,
+            # The interface cannot begin an answer.
+            "messages": list(prompt.with_prefix_in_question.messages),
+            "max_tokens": self.token_limit(sampling),
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
             "seed": prompt.seed,
             "stream": False,
         }
+        if self.tokenizer.template_kwargs:
+            # As vLLM and SGLang take them.
+            body["chat_template_kwargs"] = dict(self.tokenizer.template_kwargs)
         problem = ""
         for attempt in range(self._config.retries + 1):
             if attempt:
@@ -137,7 +144,7 @@ class OpenAIEngine(Engine):
             while (pause := self._not_before - time.monotonic()) > 0:
                 # Checked again after the pause: another thread may have been told to wait longer.
                 time.sleep(pause)
-            reply, problem = self._try(body)
+            reply, problem = self._try(body, sampling)
             if reply is not None:
                 return reply
         raise EngineError(
@@ -145,7 +152,7 @@ class OpenAIEngine(Engine):
             "retries. Answers so far are kept: rerun the same command to resume"
         )
 
-    def _try(self, body: dict[str, Any]) -> tuple[Reply | None, str]:
+    def _try(self, body: dict[str, Any], sampling: Sampling) -> tuple[Reply | None, str]:
         """Send one request: a reply, or None and the problem if that may pass."""
         try:
             answer = self._client.post(body)
@@ -159,7 +166,7 @@ class OpenAIEngine(Engine):
         if answer.status != _OK:
             return self._refusal(answer.status, answer.text), ""
         try:
-            return self._parse(parse_json(answer.text), body), ""
+            return self._parse(parse_json(answer.text), body, sampling), ""
         except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
             return None, f"a body that is not a completion ({type(error).__name__})"
 
@@ -178,25 +185,38 @@ class OpenAIEngine(Engine):
             fix = "check base_url and model; base_url usually ends with /v1"
         raise EngineError(f"{self._url}: status {status} ({detail}); {fix}")
 
-    def _parse(self, content: Any, body: dict[str, Any]) -> Reply:
+    def _parse(self, content: Any, body: dict[str, Any], sampling: Sampling) -> Reply:
         choice = content["choices"][0]
-        words = choice["message"]["content"]
-        if not isinstance(words, str):
-            words = ""
-        words = self._client.scrub(words)
+        message, reason = choice["message"], choice.get("finish_reason")
+        # Null where the model wrote nothing, called a tool, or was cut while it thought.
+        words = self._client.scrub(_text(message["content"]))
+        # Thinking, where the server parts it from the answer itself; newer versions of vLLM call it "reasoning".
+        apart = self._client.scrub(_text(message.get("reasoning_content")) or _text(message.get("reasoning")))
         usage = content.get("usage") or {}
         prompt_tokens, new_tokens = (_tokens(usage.get(name)) for name in ("prompt_tokens", "completion_tokens"))
         if prompt_tokens is None or new_tokens is None:
             # This server does not count, or not in earnest, and the length limit of short rows needs the numbers.
             prompt_tokens = len(self.tokenizer.prompt(body["messages"]))
-            (new_tokens,) = self.tokenizer.count([words])
-        return Reply(
-            text=words.strip(),
-            # Other reasons, such as "length" and "content_filter", mean that the answer was cut.
-            finished=choice.get("finish_reason") in (None, "stop"),
+            new_tokens = sum(self.tokenizer.count([apart + words]))
+        # Other reasons, such as "length" and "content_filter", mean that the answer was cut.
+        finished = reason in (None, "stop")
+        reply = self.reply(
+            words,
+            sampling,
+            finished=finished,
             prompt_tokens=prompt_tokens,
             new_tokens=new_tokens,
+            # What is finished without a closing mark is an answer: the server may keep thinking to itself.
+            opened=self.opens_thinking and not apart and not finished,
         )
+        if apart:
+            reply = replace(reply, thinking_tokens=sum(self.tokenizer.count([apart])))
+        elif not reply.thinking_tokens and isinstance(details := usage.get("completion_tokens_details"), dict):
+            reply = replace(reply, thinking_tokens=_tokens(details.get("reasoning_tokens")) or 0)
+        refusal = _text(message.get("refusal"))
+        if reason == "content_filter" or refusal:
+            reply = replace(reply, declined=self._client.shown(refusal) or "content filter")
+        return reply
 
     def _heed(self, retry_after: str | None) -> None:
         """Hold back all requests for as long as the server asks: seconds or a date."""
@@ -221,6 +241,11 @@ class OpenAIEngine(Engine):
                 )
                 log(f"{self._url}: the server asks to wait {asked} (Retry-After)")
             self._not_before = max(self._not_before, until)
+
+
+def _text(value: Any) -> str:
+    """A text that a server may leave out."""
+    return value if isinstance(value, str) else ""
 
 
 def _tokens(value: Any) -> int | None:

@@ -6,8 +6,10 @@ import math
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
+from megatron_longpo.engines.thinking import Thinking
 from megatron_longpo.errors import ConfigError
 from megatron_longpo.schema import Count, NaturalNumber, PositiveFiniteFloat, Range, check_ranges
+from megatron_longpo.text.template_kwargs import parse_template_kwargs
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,12 @@ class EngineConfig:
     """Tokenizer folder. Needed where the model is not a folder (openai)."""
     chat_template: str | None = None
     """Template file, or one of mistral, mistral-v3, llama-2, chatml, plain (no template). Default: the tokenizer's own."""
+    chat_template_kwargs: str | None = None
+    """Arguments of the chat template as a JSON object, such as '{"enable_thinking": false}'; a server gets them, too."""
+    thinking_tokens: NaturalNumber = 0
+    """Tokens that the model may spend on thinking before an answer, beside the answer's own. Thinking is taken off the answer."""
+    thinking_marks: tuple[str, ...] = ("<think>", "</think>")
+    """The marks before and after thinking."""
     template_seconds: PositiveFiniteFloat = 10.0
     """Longest time that the chat template may take to render a conversation."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -51,6 +59,12 @@ class EngineConfig:
     retries: NaturalNumber = 8
     """openai: retries of a request that failed for a temporary reason, with growing pauses."""
 
+    @property
+    def thinking(self) -> Thinking:
+        """How thinking is told from answers."""
+        opening, closing = self.thinking_marks
+        return Thinking(self.thinking_tokens, opening, closing)
+
 
 def check_engine(engine: EngineConfig) -> None:
     """Check an engine's options.
@@ -61,6 +75,13 @@ def check_engine(engine: EngineConfig) -> None:
     check_ranges(engine)
     if engine.model is None:
         raise ConfigError("model is not given; name a model folder (or, for openai, the server's model) with --model")
+    parse_template_kwargs(engine.chat_template_kwargs)
+    marks = [mark.strip() for mark in engine.thinking_marks]
+    if len(marks) != 2 or not all(marks) or marks[0] == marks[1]:
+        raise ConfigError(
+            f"thinking_marks={' '.join(engine.thinking_marks)!r} must be two different texts, the one before and the one after "
+            "thinking; give both, such as <think> </think>"
+        )
     if not engine.base_url.startswith(("http://", "https://")):
         raise ConfigError(f"base_url={engine.base_url} must begin with http:// or https://; add one of them")
     if "@" in engine.base_url:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from megatron_longpo.engines.cached_attention import roomy_cache, use_cached_att
 from megatron_longpo.engines.decoding import Answer, Decoder, Packed, Padded, Row, Stacked
 from megatron_longpo.engines.loading import load_model
 from megatron_longpo.engines.reading import PromptReader, crop
+from megatron_longpo.engines.thinking import NO_THINKING, Thinking
 from megatron_longpo.errors import DataError
 from megatron_longpo.model.families import config_for_export, shape_from_hf
 from megatron_longpo.model.rotary import changed_scaling
@@ -43,6 +45,8 @@ class TransformersEngine(Engine):
         batch_size, prefill_tokens, documents_at_once: see ``EngineConfig``.
         chat_template: used instead of the tokenizer's own.
         template_seconds: longest time that the template may take.
+        template_kwargs: arguments of the template.
+        thinking: how thinking is told from answers.
         keep_prefix: keep what was read last, and read of the next prompt only what differs. Replies may then depend in their
             last bits on earlier prompts.
 
@@ -60,13 +64,18 @@ class TransformersEngine(Engine):
         documents_at_once: int = 1,
         chat_template: str | None = None,
         template_seconds: float = TEMPLATE_SECONDS,
+        template_kwargs: Mapping[str, Any] | None = None,
+        thinking: Thinking = NO_THINKING,
         keep_prefix: bool = False,
     ) -> None:
         self._path = Path(path)
         if not self._path.is_dir():
             raise DataError(f"--model {path}: no such folder; give a model folder")
         check_model_folder(self._path)
-        self.tokenizer = load_tokenizer(path, chat_template, template_seconds=template_seconds)
+        self.tokenizer = load_tokenizer(
+            path, chat_template, template_seconds=template_seconds, template_kwargs=template_kwargs
+        )
+        self.thinking = thinking
         self.model: Any = load_model(self._path, dtype)
         if not platform.CURRENT.is_cuda:
             use_cached_attention(self.model)
@@ -97,6 +106,7 @@ class TransformersEngine(Engine):
             "prefill_tokens": self.prefill_tokens,
             "documents_at_once": self.document_batch,
             "template": self.tokenizer.template_hash,
+            **self.given_settings,
         }
 
     def answer(
@@ -106,7 +116,7 @@ class TransformersEngine(Engine):
         rope: Rope = MODEL_ROPE,
     ) -> list[list[Reply]]:
         self._set_rope(rope)
-        decoder = Decoder(self.model, sampling, self._ends)
+        decoder = Decoder(self.model, replace(sampling, max_tokens=self.token_limit(sampling)), self._ends)
         rows = [
             [Row(ids, prompt.seed) for ids, prompt in zip(tokens, group, strict=True)]
             for tokens, group in zip(self.token_rows(groups), groups, strict=True)
@@ -121,16 +131,18 @@ class TransformersEngine(Engine):
                 flat = iter(self._decode_group(decoder, [row for group in rows for row in group]))
                 answers = [[next(flat) for _ in group] for group in rows]
         return [
-            [self._reply(row, answer) for row, answer in zip(*pair, strict=True)]
+            [self._reply(row, answer, sampling) for row, answer in zip(*pair, strict=True)]
             for pair in zip(rows, answers, strict=True)
         ]
 
-    def _reply(self, row: Row, answer: Answer) -> Reply:
-        return Reply(
-            text=self.tokenizer.decode(answer.ids).strip(),
+    def _reply(self, row: Row, answer: Answer, sampling: Sampling) -> Reply:
+        return self.reply(
+            self.decode(answer.ids),
+            sampling,
             finished=answer.finished,
             prompt_tokens=len(row.ids),
             new_tokens=len(answer.ids),
+            opened=self.opens_thinking,
         )
 
     def _set_rope(self, rope: Rope) -> None:

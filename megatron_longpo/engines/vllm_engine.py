@@ -12,6 +12,7 @@ from megatron_longpo.engines.base import MODEL_ROPE, Engine, Prompt, Reply, Rope
 from megatron_longpo.engines.settings import EngineConfig
 from megatron_longpo.errors import ConfigError
 from megatron_longpo.text.chat import load_tokenizer
+from megatron_longpo.text.template_kwargs import parse_template_kwargs
 
 
 class VLLMEngine(Engine):
@@ -34,7 +35,13 @@ class VLLMEngine(Engine):
             ) from None
         assert config.model is not None
         check_model_folder(Path(config.model))
-        self.tokenizer = load_tokenizer(config.model, config.chat_template, template_seconds=config.template_seconds)
+        self.tokenizer = load_tokenizer(
+            config.model,
+            config.chat_template,
+            template_seconds=config.template_seconds,
+            template_kwargs=parse_template_kwargs(config.chat_template_kwargs),
+        )
+        self.thinking = config.thinking
         self.groups_at_once = config.concurrency
         self._config, self._longest = config, longest
         self._make_llm: Callable[..., Any] = LLM
@@ -50,6 +57,7 @@ class VLLMEngine(Engine):
             "model": model_identity(Path(self._config.model)),
             "dtype": self._config.dtype,
             "template": self.tokenizer.template_hash,
+            **self.given_settings,
         }
 
     def answer(
@@ -71,7 +79,7 @@ class VLLMEngine(Engine):
                 prompts.append({"prompt_token_ids": ids})
                 parameters.append(
                     SamplingParams(
-                        max_tokens=sampling.max_tokens,
+                        max_tokens=self.token_limit(sampling),
                         temperature=sampling.temperature,
                         top_p=sampling.top_p,
                         seed=prompt.seed,
@@ -80,7 +88,10 @@ class VLLMEngine(Engine):
                     )
                 )
         outputs = iter(llm.generate(prompts, parameters, use_tqdm=False))
-        return [[_too_long(ids, limit) if len(ids) >= limit else _reply(next(outputs)) for ids in row] for row in rows]
+        return [
+            [_too_long(ids, limit) if len(ids) >= limit else self._reply(next(outputs), sampling) for ids in row]
+            for row in rows
+        ]
 
     def _load(self, rope: Rope) -> Any:
         """The model with this RoPE, reloaded if it is another than before."""
@@ -108,15 +119,17 @@ class VLLMEngine(Engine):
         self._rope = rope
         return self._llm
 
-
-def _reply(output: Any) -> Reply:
-    completion = output.outputs[0]
-    return Reply(
-        text=completion.text.strip(),
-        finished=completion.finish_reason == "stop",
-        prompt_tokens=len(output.prompt_token_ids),
-        new_tokens=len(completion.token_ids),
-    )
+    def _reply(self, output: Any, sampling: Sampling) -> Reply:
+        completion = output.outputs[0]
+        return self.reply(
+            # vLLM's text has no special tokens, which marks of thinking may be.
+            self.decode(completion.token_ids) if self.special_marks else completion.text,
+            sampling,
+            finished=completion.finish_reason == "stop",
+            prompt_tokens=len(output.prompt_token_ids),
+            new_tokens=len(completion.token_ids),
+            opened=self.opens_thinking,
+        )
 
 
 def _too_long(ids: list[int], limit: int) -> Reply:

@@ -21,6 +21,7 @@ from megatron_longpo.evaluation.folder import read_rows
 from megatron_longpo.evaluation.registry import suite_of
 from megatron_longpo.evaluation.report import load_pyplot, save_figure
 from megatron_longpo.evaluation.results import read_results
+from megatron_longpo.evaluation.samples import why_no_answer
 from megatron_longpo.evaluation.suites.base import Cell
 from megatron_longpo.runtime.files import sha256_of, write_atomically
 from megatron_longpo.runtime.tables import Table
@@ -30,14 +31,17 @@ INTERVAL_PERCENT = (2.5, 97.5)
 # Drawn at a time: MMLU has fourteen thousand questions, so all draws at once would take gigabytes.
 _DRAWS_AT_ONCE = 100
 _HEAD = ("what", "tokens", "against", "first", "other", "change", "95 % interval", "kind", "questions")
+# A further column where questions have no answer.
+_NO_ANSWER = "no answer: first, other"
 
 
 @dataclass(frozen=True)
 class QuestionScore:
-    """A question's score, and the digest of the question."""
+    """A question's score, the digest of the question, and why it has no answer, if it has none."""
 
     score: float
     digest: str
+    no_answer: str | None = None
 
 
 # Key -> score.
@@ -70,6 +74,7 @@ class Difference:
         low, high: 95 % interval of other - first.
         paired: whether both answered the same questions.
         samples: number of questions of the first.
+        first_no_answer, other_no_answer: number of those questions that have no answer, and so count as wrong.
     """
 
     suite: str
@@ -82,6 +87,8 @@ class Difference:
     high: float
     paired: bool
     samples: int
+    first_no_answer: int = 0
+    other_no_answer: int = 0
 
     @property
     def change(self) -> float:
@@ -115,7 +122,7 @@ def read_evaluation(folder: Path) -> Evaluation:
                 continue
             cell = Cell(row["task"], str(row["length"]) if row["length"] else "-")
             of_cell = scores.setdefault(suite, {}).setdefault(cell, {})
-            of_cell[row["key"]] = QuestionScore(float(row["score"]), str(row.get("digest")))
+            of_cell[row["key"]] = QuestionScore(float(row["score"]), str(row.get("digest")), why_no_answer(row))
         if damaged:
             raise ConfigError(f"{path}: {damaged[0]}; evaluate {suite} again")
         if suite not in scores:
@@ -160,11 +167,25 @@ class Stratum:
         first: [questions] scores of the first evaluation.
         other: [questions] scores of the other one.
         paired: whether both arrays are about the same questions, in the same order.
+        first_no_answer, other_no_answer: number of questions without an answer.
     """
 
     first: np.ndarray
     other: np.ndarray
     paired: bool
+    first_no_answer: int = 0
+    other_no_answer: int = 0
+
+    @classmethod
+    def of(cls, first: Sequence[QuestionScore], other: Sequence[QuestionScore], *, paired: bool) -> Stratum:
+        """The stratum of some answers."""
+        return cls(
+            first=np.array([question.score for question in first]),
+            other=np.array([question.score for question in other]),
+            paired=paired,
+            first_no_answer=sum(question.no_answer is not None for question in first),
+            other_no_answer=sum(question.no_answer is not None for question in other),
+        )
 
 
 @dataclass(frozen=True)
@@ -232,6 +253,8 @@ def compare(evaluations: Sequence[Evaluation], seed: int = 1234) -> list[Differe
                         high=found.high,
                         paired=all(part.paired for part in parts),
                         samples=sum(len(part.first) for part in parts),
+                        first_no_answer=sum(part.first_no_answer for part in parts),
+                        other_no_answer=sum(part.other_no_answer for part in parts),
                     )
                 )
     return differences
@@ -241,14 +264,8 @@ def _stratum(first: Mapping[str, QuestionScore], other: Mapping[str, QuestionSco
     same = [key for key in first if key in other and first[key].digest == other[key].digest]
     if len(same) == min(len(first), len(other)):
         # One side was asked all of these. Further questions of the other side say nothing about the difference.
-        return Stratum(
-            np.array([first[key].score for key in same]), np.array([other[key].score for key in same]), paired=True
-        )
-    return Stratum(
-        np.array([question.score for question in first.values()]),
-        np.array([question.score for question in other.values()]),
-        paired=False,
-    )
+        return Stratum.of([first[key] for key in same], [other[key] for key in same], paired=True)
+    return Stratum.of(list(first.values()), list(other.values()), paired=False)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -291,14 +308,15 @@ def write_comparison(folders: Sequence[Path], output: Path, seed: int = 1234) ->
         "differences": [{**dataclasses.asdict(d), "is_clear": d.is_clear} for d in differences],
     }
     write_atomically(output / "comparison.json", (json.dumps(content, indent=2) + "\n").encode())
-    table = Table(f"{first} (first) against the others", _HEAD, [_row(d) for d in differences])
+    table = _table(f"{first} (first) against the others", differences)
     text = [
         f"# {first} against {others}",
         "",
         *table.markdown(),
         "",
         "\\* the interval leaves out zero. Shares in percent; intervals by bootstrap, "
-        "paired where both answered the same questions. Many lines: one in twenty is marked by chance.",
+        "paired where both answered the same questions. Many lines: one in twenty is marked by chance."
+        + (" Questions without an answer count as wrong." if _NO_ANSWER in table.head else ""),
         "",
         "![comparison](comparison.png)",
         "",
@@ -307,6 +325,14 @@ def write_comparison(folders: Sequence[Path], output: Path, seed: int = 1234) ->
     _draw(differences, first, output / "comparison.png")
     table.print()
     return differences
+
+
+def _table(title: str, differences: Sequence[Difference]) -> Table:
+    rows = [_row(d) for d in differences]
+    if not any(d.first_no_answer or d.other_no_answer for d in differences):
+        return Table(title, _HEAD, rows)
+    counts = [f"{d.first_no_answer}, {d.other_no_answer}" for d in differences]
+    return Table(title, (*_HEAD, _NO_ANSWER), [[*row, count] for row, count in zip(rows, counts, strict=True)])
 
 
 def _row(d: Difference) -> list[str]:

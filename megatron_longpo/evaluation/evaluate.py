@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron_longpo.engines.make import make_engine
-from megatron_longpo.errors import ConfigError
+from megatron_longpo.errors import ConfigError, LongPOError
+from megatron_longpo.evaluation.metrics import in_words, missing_answers
 from megatron_longpo.evaluation.registry import SUITES
 from megatron_longpo.evaluation.report import print_result, remove_from_report, write_report
 from megatron_longpo.evaluation.sections import SuiteConfig
@@ -47,6 +49,7 @@ def evaluate(config: SuiteConfig, *, restart: bool = False) -> None:
     ready = begin_all(launch, suites, inputs)
     del inputs
     reported = False
+    unanswered: dict[str, Counter[str]] = {}
     while ready:
         # Removed from the list before it runs: it may hold a model, and the next one may load another.
         suite, next_ready = suites.pop(0), ready.pop(0)
@@ -58,8 +61,30 @@ def evaluate(config: SuiteConfig, *, restart: bool = False) -> None:
             write_report(config.output, suite.name, result)
             print_result(suite.name, result)
             reported = True
+            cells = suite.cells(result.metrics).values()
+            missing = missing_answers(cells)
+            if missing and missing.total() == sum(cell["samples"] for cell in cells):
+                unanswered[suite.name] = missing
     if reported:
         log(f"{config.output}: report.md, results.json")
+    for name, missing in unanswered.items():
+        raise NoAnswers(
+            f"{name}: no sample has an answer ({in_words(missing)}); {FIXES[max(missing, key=missing.__getitem__)]}"
+        )
+
+
+class NoAnswers(LongPOError):
+    """A suite has been evaluated, and not one of its samples has an answer."""
+
+
+# What to do about samples without an answer, by reason.
+FIXES = {
+    "refused": "see refused in samples.jsonl, and lower lengths or change the engine",
+    "declined": "check the server's filters and the model",
+    "empty": "check that the model and its chat template belong together",
+    "only_thinking": "raise thinking_tokens, or turn thinking off with --chat-template-kwargs",
+    "not_finite": "evaluate in another dtype",
+}
 
 
 def order_of_run(names: list[str]) -> list[Suite[Any]]:

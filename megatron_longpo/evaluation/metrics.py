@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TypedDict, TypeVar
 
 import numpy as np
 
-from megatron_longpo.evaluation.samples import AnswerRow, cell_name
+from megatron_longpo.evaluation.samples import AnswerRow, cell_name, why_no_answer
 
 Group = TypeVar("Group")
 # Task -> length in tokens, as text -> score.
@@ -23,11 +24,15 @@ class _CellScore(TypedDict):
 class CellScore(_CellScore, total=False):
     """Mean score of some rows.
 
-    ``stderr`` is the standard error of the mean, None for a single row. ``refused`` counts the answers that the engine refused
-    to give, if there are any.
+    ``stderr`` is the standard error of the mean, None for a single row. ``unfinished`` counts the answers that were cut at their
+    limit of tokens and scored as far as they went. Where some rows are no answers, and count as wrong, ``no_answer`` has their
+    number by reason, ``refused`` that of this reason, and ``score_of_answers`` the mean over the other rows.
     """
 
+    unfinished: int
+    no_answer: dict[str, int]
     refused: int
+    score_of_answers: float | None
 
 
 def score_of(rows: Sequence[AnswerRow]) -> CellScore:
@@ -35,9 +40,39 @@ def score_of(rows: Sequence[AnswerRow]) -> CellScore:
     scores = np.array([row["score"] for row in rows], dtype=float)
     error = float(scores.std(ddof=1) / np.sqrt(len(scores))) if len(scores) > 1 else None
     result: CellScore = {"score": float(scores.mean()), "stderr": error, "samples": len(rows)}
-    if refused := sum(bool(row.get("refused")) for row in rows):
-        result["refused"] = refused
+    reasons = [why_no_answer(row) for row in rows]
+    if unfinished := sum(not row.get("finished", True) and not why for row, why in zip(rows, reasons, strict=True)):
+        result["unfinished"] = unfinished
+    if missing := Counter(why for why in reasons if why):
+        result["no_answer"] = dict(missing)
+        answers = [row["score"] for row, why in zip(rows, reasons, strict=True) if not why]
+        result["score_of_answers"] = float(np.mean(answers)) if answers else None
+        if refused := missing["refused"]:
+            result["refused"] = refused
     return result
+
+
+def missing_answers(cells: Iterable[CellScore]) -> Counter[str]:
+    """Number of samples without an answer, by reason."""
+    counts: Counter[str] = Counter()
+    for cell in cells:
+        # Version 0.1 counted only what was refused.
+        counts.update(cell.get("no_answer", {"refused": cell.get("refused", 0)}))
+    return +counts
+
+
+_REASONS = {
+    "refused": "refused by the engine",
+    "declined": "declined by the server or the model",
+    "empty": "empty",
+    "only_thinking": "only thinking",
+    "not_finite": "without finite log-probs",
+}
+
+
+def in_words(missing: Mapping[str, int]) -> str:
+    """Counts of samples without an answer, such as "2 empty, 1 only thinking"."""
+    return ", ".join(f"{count} {_REASONS.get(reason, reason)}" for reason, count in missing.items())
 
 
 def group_by(rows: Iterable[AnswerRow], key: Callable[[AnswerRow], Group]) -> dict[Group, list[AnswerRow]]:

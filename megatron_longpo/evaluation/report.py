@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from megatron_longpo.evaluation.metrics import CellScore, in_words, missing_answers
 from megatron_longpo.evaluation.registry import suite_of
 from megatron_longpo.evaluation.results import read_or_begin, with_result, without_suites, write_results
-from megatron_longpo.evaluation.suites.base import HeatMap, SuiteResult
+from megatron_longpo.evaluation.suites.base import Cell, HeatMap, SuiteResult, percent
 from megatron_longpo.runtime.files import FolderLock, sha256_of, write_atomically
+from megatron_longpo.runtime.log import log
+from megatron_longpo.runtime.tables import Table
 
 
 def write_report(output: Path, suite: str, result: SuiteResult) -> None:
@@ -48,8 +51,11 @@ def remove_from_report(output: Path, suites: Collection[str]) -> None:
 
 
 def print_result(suite: str, result: SuiteResult) -> None:
-    """Print the first table of a suite to the terminal."""
-    suite_of(suite, "results").tables(result.metrics)[0].print()
+    """Print the first table of a suite to the terminal, and what has no answer."""
+    reported = suite_of(suite, "results")
+    reported.tables(result.metrics)[0].print()
+    if missing := missing_answers(reported.cells(result.metrics).values()):
+        log(f"{suite}: {missing.total()} samples have no answer and count as wrong: {in_words(missing)}")
 
 
 def _write(output: Path, content: dict[str, Any]) -> None:
@@ -72,8 +78,12 @@ def markdown(content: dict[str, Any]) -> str:
         suite, metrics = suite_of(name, "results.json"), result["metrics"]
         for table in suite.tables(metrics):
             lines += [f"## {table.title}", "", *table.markdown(), ""]
-        if refused := suite.refused(metrics):
-            lines += [f"{refused} answer(s) were refused by the engine and count as wrong.", ""]
+        cells = suite.cells(metrics)
+        if missing := missing_answers(cells.values()):
+            lines += [f"{missing.total()} samples have no answer and count as wrong: {in_words(missing)}.", ""]
+            lines += [*_without_answers(cells).markdown(), ""]
+        if unfinished := sum(cell.get("unfinished", 0) for cell in cells.values()):
+            lines += [f"{unfinished} answers were cut at their limit of tokens and scored as far as they went.", ""]
         if suite.heat_map(metrics) is not None:
             lines += [f"![{name}]({name}.png)", ""]
         if measured := suite.measured(result["settings"]):
@@ -81,6 +91,17 @@ def markdown(content: dict[str, Any]) -> str:
         settings = json.dumps(result["settings"], ensure_ascii=False)
         lines += [f"Settings: `{settings}`", ""]
     return "\n".join(lines)
+
+
+def _without_answers(cells: Mapping[Cell, CellScore]) -> Table:
+    """Cells that have samples without an answer."""
+    rows = [
+        [cell.task, cell.length, str(score["samples"]), str(missing.total()), *map(percent, means)]
+        for cell, score in cells.items()
+        if (missing := missing_answers([score]))
+        for means in [(score["score"], score.get("score_of_answers"))]
+    ]
+    return Table("Samples without an answer", ["task", "tokens", "samples", "no answer", "score", "of answers"], rows)
 
 
 # --------------------------------------------------------------------------------------------------

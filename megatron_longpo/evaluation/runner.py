@@ -131,7 +131,7 @@ def row_of(sample: EvalSample, reply: Reply, seconds: float) -> AnswerRow:
 
     Args:
         sample: the question.
-        reply: its answer; a refused one scores 0.
+        reply: its answer; what is no answer counts as wrong.
         seconds: time it took.
     """
     row: AnswerRow = {
@@ -139,7 +139,7 @@ def row_of(sample: EvalSample, reply: Reply, seconds: float) -> AnswerRow:
         "task": sample.task,
         "length": sample.length,
         "index": sample.index,
-        "score": 0.0 if reply.refused else SCORERS[sample.scorer](reply.text, sample.references),
+        "score": 0.0 if reply.no_answer else SCORERS[sample.scorer](reply.text, sample.references),
         "answer": reply.text,
         "references": list(sample.references),
         "digest": sample.digest,
@@ -147,8 +147,11 @@ def row_of(sample: EvalSample, reply: Reply, seconds: float) -> AnswerRow:
         "new_tokens": reply.new_tokens,
         "finished": reply.finished,
         "refused": reply.refused,
+        "no_answer": reply.no_answer,
         "seconds": round(seconds, 3),
     }
+    if reply.thinking_tokens:
+        row["thinking_tokens"] = reply.thinking_tokens
     return cast(AnswerRow, {**row, **sample.details})
 
 

@@ -74,6 +74,7 @@ class AnswerRow(_ScoredRow, total=False):
     """One answer, as a line of ``answers.jsonl`` and ``samples.jsonl``.
 
     Every row has a key and a score, and nearly all have the fields below; ``EvalSample.details`` and suites add their own.
+    ``no_answer`` says why there is no answer (``engines.base.NoAnswer``), ``refused`` what the engine had against the prompt.
     """
 
     task: str
@@ -86,7 +87,15 @@ class AnswerRow(_ScoredRow, total=False):
     new_tokens: int
     finished: bool
     refused: str | None
+    no_answer: str | None
+    thinking_tokens: int
     seconds: float
+
+
+def why_no_answer(row: AnswerRow) -> str | None:
+    """Why a row is no answer, or None if it is one."""
+    # Version 0.1 recorded only what the engine refused.
+    return row.get("no_answer") or ("refused" if row.get("refused") else "empty" if row.get("answer") == "" else None)
 
 
 def sample_key(suite: str, task: str, length: int, index: int) -> str:

@@ -41,6 +41,7 @@ from megatron_longpo.runtime.json_lines import decode_line
 from megatron_longpo.runtime.progress import Progress
 from megatron_longpo.text.chat import load_tokenizer, user_message
 from megatron_longpo.text.documents import MOST_BROKEN, RawDocument, find_files, read_documents
+from megatron_longpo.text.template_kwargs import parse_template_kwargs
 
 # Characters of a text that are kept to show why something was skipped.
 DETAIL_CHARACTERS = 300
@@ -66,7 +67,10 @@ class Cutter:
         path = config.engine.tokenizer or config.engine.model
         assert path is not None
         self.tokenizer = load_tokenizer(
-            path, config.engine.chat_template, template_seconds=config.engine.template_seconds
+            path,
+            config.engine.chat_template,
+            template_seconds=config.engine.template_seconds,
+            template_kwargs=parse_template_kwargs(config.engine.chat_template_kwargs),
         )
         self._specials = [t for t in self.tokenizer.special_texts if t]
 
@@ -282,8 +286,8 @@ def ask(config: GenerationConfig, engine: Engine, lines: Sequence[Line]) -> list
 def _turn(reply: Reply, config: GenerationConfig, instruction: str, rng: np.random.Generator) -> Line:
     """A turn with one of the reply's questions, or the reason why not."""
     questions = config.questions
-    if reply.refused:
-        return {"reason": "prompt_refused", "detail": reply.refused}
+    if reply.no_answer:
+        return _unanswered(reply, "questions")
     found = questions_in(reply.text, questions.question_pattern)
     if len(found) != questions.questions_per_chunk:
         return {"reason": "wrong_number_of_questions", "detail": f"{len(found)}: {reply.text[:DETAIL_CHARACTERS]}"}
@@ -392,9 +396,11 @@ def _answered(reply: Reply, config: GenerationConfig, stage: Literal["short", "l
     """An answered turn, with the reason if it is already known that it will not be kept."""
     side = "chosen" if stage == "short" else "rejected"
     filters = config.filters
-    line: Line = {"text": reply.text, "prompt_tokens": reply.prompt_tokens, "new_tokens": reply.new_tokens}
-    if reply.refused:
-        return {**line, "reason": "prompt_refused", "detail": reply.refused}
+    # Thinking is no part of the row.
+    new_tokens = reply.new_tokens - reply.thinking_tokens
+    line: Line = {"text": reply.text, "prompt_tokens": reply.prompt_tokens, "new_tokens": new_tokens}
+    if reply.no_answer not in (None, "empty"):
+        return {**line, **_unanswered(reply, side)}
     if not reply.finished and not filters.keep_truncated:
         return {**line, "reason": f"truncated_{side}", "detail": reply.text[:DETAIL_CHARACTERS]}
     if stage == "short":
@@ -403,9 +409,16 @@ def _answered(reply: Reply, config: GenerationConfig, stage: Literal["short", "l
             return {**line, "reason": "empty_chosen"}
         if is_refusal(reply.text, filters):
             return {**line, "reason": "refusal_chosen", "detail": reply.text[:DETAIL_CHARACTERS]}
-        if reply.prompt_tokens + reply.new_tokens > filters.short_seq_length:
-            return {**line, "reason": "short_row_too_long", "detail": str(reply.prompt_tokens + reply.new_tokens)}
+        if reply.prompt_tokens + new_tokens > filters.short_seq_length:
+            return {**line, "reason": "short_row_too_long", "detail": str(reply.prompt_tokens + new_tokens)}
     return line
+
+
+def _unanswered(reply: Reply, what: str) -> Line:
+    """Reason and detail for a reply that is no answer; ``what`` it should have been."""
+    if reply.no_answer == "refused":
+        return {"reason": "prompt_refused", "detail": reply.refused}
+    return {"reason": f"{reply.no_answer}_{what}", "detail": reply.declined or ""}
 
 
 @dataclass

@@ -114,8 +114,17 @@ def test_a_new_suite_is_prepared_answered_reported_and_compared(
 
     # Another model, half of whose long prompts are refused; then asked again with more memory.
     weak = run(configuration(recall, tmp_path / "weak"), ReadingEngine(reach=40, longest=500), monkeypatch)
-    assert weak["metrics"]["tasks"]["word"]["1024"] == {"score": 0, "stderr": 0, "samples": 6, "refused": 6}
-    assert "6 answer(s) were refused" in (tmp_path / "weak" / "report.md").read_text()
+    assert weak["metrics"]["tasks"]["word"]["1024"] == {
+        "score": 0,
+        "stderr": 0,
+        "samples": 6,
+        "refused": 6,
+        "no_answer": {"refused": 6},
+        "score_of_answers": None,
+    }
+    report = (tmp_path / "weak" / "report.md").read_text()
+    assert "6 samples have no answer and count as wrong: 6 refused by the engine." in report
+    assert "| word | 1024 | 6 | 6 | 0.0 | - |" in report
     more_memory = ReadingEngine(reach=40)
     weak = run(configuration(recall, tmp_path / "weak"), more_memory, monkeypatch)
     assert more_memory.asked == 6 and "refused" not in weak["metrics"]["tasks"]["word"]["1024"]

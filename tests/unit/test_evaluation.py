@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,18 +12,23 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_longpo.engines.base import Reply
 from megatron_longpo.errors import ConfigError, DataError
 from megatron_longpo.evaluation import compare, report
 from megatron_longpo.evaluation.folder import SuiteFolder, read_rows
+from megatron_longpo.evaluation.metrics import missing_answers, score_of
+from megatron_longpo.evaluation.registry import SUITES
 from megatron_longpo.evaluation.results import read_results
 from megatron_longpo.evaluation.runner import (
     Answered,
     SampleBatch,
     assign_batches,
+    row_of,
     run,
     sample_batches,
     samples_per_batch,
 )
+from megatron_longpo.evaluation.samples import EvalSample
 from megatron_longpo.evaluation.settings import EvaluationConfig, check
 from megatron_longpo.evaluation.suites.base import Cell, SuiteResult
 from megatron_longpo.runtime.share import Share
@@ -235,6 +241,81 @@ def test_comparison_pairs_what_is_the_same() -> None:
     assert not single.is_clear
     (same,) = [d for d in compare.compare([_evaluation("a", hard), _evaluation("b", hard)]) if d.name == "vt"]
     assert same.low == same.high == 0 and not same.is_clear
+
+
+# --------------------------------------------------------------------------------------------------
+# Samples without an answer
+# --------------------------------------------------------------------------------------------------
+
+REPLIES = [
+    Reply("Ann", True, 5, 1),
+    Reply("Bob", False, 5, 1),
+    Reply("", False, 5, 0, refused="too long"),
+    Reply("", True, 5, 0),
+    Reply("", False, 5, 9, thinking_tokens=9),
+    Reply("Ann", False, 5, 1, declined="content filter"),
+]
+
+
+def _answered(replies: Sequence[Reply], folder: Path) -> SuiteResult:
+    """Results of RULER's vt with these replies, the answer being Ann."""
+    samples = [
+        EvalSample(
+            suite="ruler",
+            task="vt",
+            length=1024,
+            index=i,
+            message=str(i),
+            prefix="",
+            references=("Ann",),
+            scorer="string_match_all",
+            max_tokens=9,
+        )
+        for i in range(len(replies))
+    ]
+    rows = [row_of(sample, reply, 0.1) for sample, reply in zip(samples, replies, strict=True)]
+    suite_folder = SuiteFolder(folder / "ruler", {}, Share())
+    suite_folder.add(rows)
+    suite_folder.write_samples([row["key"] for row in rows])
+    suite_folder.close()
+    result = SuiteResult({}, {"ruler/vt/1024": len(rows)}, SUITES["ruler"].metrics(rows))  # type: ignore[attr-defined]
+    report.write_report(folder, "ruler", result)
+    return result
+
+
+def test_what_is_no_answer_is_counted_and_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Six samples: one right and one wrong answer, four that are none."""
+    result = _answered(REPLIES, tmp_path / "a")
+    cell = result.metrics["tasks"]["vt"]["1024"]
+    assert cell["score"] == pytest.approx(1 / 6) and cell["score_of_answers"] == 0.5
+    assert cell["no_answer"] == {"refused": 1, "empty": 1, "only_thinking": 1, "declined": 1} and cell["refused"] == 1
+    # The one answer that was cut; thinking and refusals are counted above.
+    assert cell["unfinished"] == 1
+    written = (tmp_path / "a" / "report.md").read_text()
+    words = "1 refused by the engine, 1 empty, 1 only thinking, 1 declined by the server or the model"
+    assert f"4 samples have no answer and count as wrong: {words}." in written
+    assert "| vt | 1024 | 6 | 4 | 16.7 | 50.0 |" in written
+    assert "1 answers were cut at their limit of tokens and scored as far as they went." in written
+    report.print_result("ruler", result)
+    assert f"ruler: 4 samples have no answer and count as wrong: {words}" in " ".join(capsys.readouterr().out.split())
+    rows = list(read_rows(tmp_path / "a" / "ruler" / "samples.jsonl"))
+    assert [row.get("no_answer") for row in rows] == [None, None, "refused", "empty", "only_thinking", "declined"]
+    assert [row["score"] for row in rows] == [1, 0, 0, 0, 0, 0] and rows[4]["thinking_tokens"] == 9
+    # Compared with an evaluation in which all samples have answers.
+    _answered([Reply("Ann", True, 5, 1)] * 6, tmp_path / "b")
+    (line, *_) = compare.write_comparison([tmp_path / "a", tmp_path / "b"], tmp_path / "c")
+    assert (line.first_no_answer, line.other_no_answer) == (4, 0)
+    table = (tmp_path / "c" / "comparison.md").read_text()
+    assert "| no answer: first, other |" in table and "| 4, 0 |" in table
+    assert "Questions without an answer count as wrong." in table
+    compare.write_comparison([tmp_path / "b", tmp_path / "b"], tmp_path / "d")
+    assert "no answer" not in (tmp_path / "d" / "comparison.md").read_text()
+
+
+def test_rows_of_version_0_1_say_what_was_no_answer() -> None:
+    row = {"key": "k", "score": 0.0, "answer": "", "refused": "too long", "finished": False}
+    assert score_of([{**row}, {**row, "refused": None}])["no_answer"] == {"refused": 1, "empty": 1}  # type: ignore[list-item]
+    assert missing_answers([{"score": 0, "stderr": None, "samples": 9, "refused": 2}]) == {"refused": 2}
 
 
 @settings(deadline=None, max_examples=20)

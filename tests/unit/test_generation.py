@@ -43,6 +43,7 @@ from megatron_longpo.generation.settings import (
 from megatron_longpo.generation.stages import DocumentLines, Line, Stage, read_lines
 from megatron_longpo.runtime import platform
 from megatron_longpo.runtime.share import Share, share_of_process
+from megatron_longpo.text.chat import BUILT_IN_TEMPLATES
 from megatron_longpo.text.documents import DOMAINS, RawDocument, find_files
 from tests.support.launch import ROOT
 from tests.support.models import make_chat_model
@@ -514,6 +515,69 @@ def test_what_passes_is_tried_again_and_what_does_not_is_not(scripted: Any, monk
     engine, times = scripted(lambda n, b: (500, b"", {}), retries=2)
     with pytest.raises(EngineError, match=r"no answer after 3 tries \(the last: status 500\)"):
         engine.answer([_prompts("d", "one")], Sampling(5))
+
+
+def _message(content: Any, reason: str = "stop", usage: Any = None, **more: Any) -> bytes:
+    choice = {"message": {"role": "assistant", "content": content, **more}, "finish_reason": reason}
+    return json.dumps({"choices": [choice], "usage": usage or {"prompt_tokens": 7, "completion_tokens": 9}}).encode()
+
+
+HIDDEN = {"prompt_tokens": 7, "completion_tokens": 9, "completion_tokens_details": {"reasoning_tokens": 8}}
+
+
+@pytest.mark.parametrize(
+    ("body", "text", "no_answer", "thought"),
+    [
+        (_message("Paris."), "Paris.", None, False),
+        (_message(None), "", "empty", False),
+        (_message(""), "", "empty", False),
+        (_message(None, tool_calls=[{"id": "1"}]), "", "empty", False),
+        (_message("<think>a</think>Paris."), "Paris.", None, True),
+        (_message("a</think>Paris."), "Paris.", None, True),
+        (_message("<think>a", "length"), "", "only_thinking", True),
+        # Servers that part thinking themselves: vLLM, SGLang and others; and those that only count it.
+        (_message("Paris.", reasoning_content="Hm."), "Paris.", None, True),
+        (_message(None, "length", reasoning_content="Hm."), "", "only_thinking", True),
+        (_message(None, "length", reasoning="Hm."), "", "only_thinking", True),
+        (_message("", "length", usage=HIDDEN), "", "only_thinking", True),
+        (_message("Par", "content_filter"), "Par", "declined", False),
+        (_message(None, refusal="I will not."), "", "declined", False),
+    ],
+)
+def test_what_is_no_answer_is_told_apart(
+    scripted: Any, body: bytes, text: str, no_answer: str | None, thought: bool
+) -> None:
+    engine, _ = scripted(lambda n, b: (200, body, {}))
+    ((reply,),) = engine.answer([_prompts("d", "one")], Sampling(5))
+    assert (reply.text, reply.no_answer, reply.thinking_tokens > 0) == (text, no_answer, thought)
+
+
+def test_a_server_gets_the_template_s_arguments_and_tokens_for_thinking(scripted: Any, tmp_path: Path) -> None:
+    bodies: list[dict[str, Any]] = []
+
+    def script(number: int, body: dict[str, Any]) -> Any:
+        bodies.append(body)
+        return 200, _completion("yes"), {}
+
+    template = tmp_path / "template"
+    template.write_text(BUILT_IN_TEMPLATES["chatml"] + "{% if enable_thinking %}{% endif %}")
+    more = {"chat_template": str(template), "chat_template_kwargs": '{"enable_thinking": false}', "thinking_tokens": 90}
+    for settings_ in ({}, more):
+        engine, _ = scripted(script, **settings_)
+        engine.answer([_prompts("d", "one")], Sampling(5))
+    assert "chat_template_kwargs" not in bodies[0] and bodies[0]["max_tokens"] == 5
+    assert bodies[1]["chat_template_kwargs"] == {"enable_thinking": False} and bodies[1]["max_tokens"] == 95
+    assert engine.identity["thinking"]["tokens"] == 90
+
+
+def test_a_server_may_keep_thinking_to_itself(scripted: Any, tmp_path: Path) -> None:
+    """Where the template opens thinking: what is finished is an answer, what is cut without a mark is thinking."""
+    (tmp_path / "t").write_text(BUILT_IN_TEMPLATES["chatml"].removesuffix("{% endif %}") + "<think>\n{% endif %}")
+    bodies = [_message("Paris."), _message("It may be", "length"), _message("Par", "length", reasoning_content="Hm.")]
+    engine, _ = scripted(lambda n, b: (200, bodies[n], {}), chat_template=str(tmp_path / "t"), concurrency=1)
+    (replies,) = engine.answer([_prompts("d", "one", "two", "three")], Sampling(5))
+    assert [reply.text for reply in replies] == ["Paris.", "", "Par"]
+    assert [reply.no_answer for reply in replies] == [None, "only_thinking", None]
 
 
 def test_a_slurm_array_is_a_split(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,10 +23,10 @@ from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
 from typing_extensions import override
 
-from megatron_longpo.engines.base import Engine
+from megatron_longpo.engines.base import Engine, Prompt
 from megatron_longpo.errors import ConfigError
 from megatron_longpo.evaluation.folder import SuiteFolder
-from megatron_longpo.evaluation.metrics import count_cells, lengths_of, mean_over_tasks, scores_by_cell
+from megatron_longpo.evaluation.metrics import CellScore, count_cells, lengths_of, mean_over_tasks, scores_by_cell
 from megatron_longpo.evaluation.runner import (
     Answer,
     SampleBatch,
@@ -206,9 +206,9 @@ class Suite(ABC, Generic[Inputs]):
         """A sentence for the report on how the suite was measured, from its settings in results.json."""
         return None
 
-    def refused(self, metrics: Metrics) -> int:  # noqa: ARG002 - by default nothing can be refused
-        """Number of answers that the engine refused to give, which count as wrong."""
-        return 0
+    def cells(self, metrics: Metrics) -> Mapping[Cell, CellScore]:  # noqa: ARG002 - by default there are none
+        """The scores that all others are made of, which count what is no answer."""
+        return {}
 
     # ---------------------------------------------------------------------------------- comparing
 
@@ -365,13 +365,14 @@ class EngineSuite(BatchSuite[Inputs]):
         return task
 
     @override
-    def refused(self, metrics: Metrics) -> int:
-        return sum(cell.get("refused", 0) for by_length in metrics["tasks"].values() for cell in by_length.values())
+    def cells(self, metrics: Metrics) -> Mapping[Cell, CellScore]:
+        return {Cell(task, n): cell for task, by_length in metrics["tasks"].items() for n, cell in by_length.items()}
 
 
 def count_prompt(engine: Engine, message: str, prefix: str) -> int:
     """Tokens of the prompt for a user message and the beginning of its answer."""
-    return len(engine.tokenizer.prompt([{"role": "user", "content": message}], prefix))
+    ((ids,),) = engine.token_rows([[Prompt(({"role": "user", "content": message},), prefix=prefix)]])
+    return len(ids)
 
 
 def percent(value: float | None) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import bisect
 import itertools
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, cast
@@ -20,7 +20,7 @@ from typing_extensions import override
 from megatron_longpo.engines.base import Engine
 from megatron_longpo.errors import DataError
 from megatron_longpo.evaluation.materials import Materials, random_number, read_materials, repeated, sentences_of
-from megatron_longpo.evaluation.metrics import group_by, lengths_of, score_of
+from megatron_longpo.evaluation.metrics import CellScore, group_by, lengths_of, score_of
 from megatron_longpo.evaluation.runner import SampleBatch, SampleGroups
 from megatron_longpo.evaluation.samples import AnswerRow, CountPrompt, EvalSample, largest_fit, sample_key
 from megatron_longpo.evaluation.sections import SuiteConfig
@@ -144,8 +144,8 @@ class NeedleSuite(EngineSuite[Materials]):
         )
 
     @override
-    def refused(self, metrics: Metrics) -> int:
-        return int(metrics["average"].get("refused", 0))
+    def cells(self, metrics: Metrics) -> Mapping[Cell, CellScore]:
+        return {Cell(f"{d} %", n): cell for d, cells in metrics["depths"].items() for n, cell in cells.items()}
 
     @override
     def comparison_lines(self, cells: Sequence[Cell]) -> list[ComparisonLine]:

@@ -6,8 +6,9 @@ import hashlib
 import itertools
 import json
 import logging
+import math
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -19,12 +20,13 @@ from typing_extensions import override
 
 from megatron_longpo.engines.base import Engine, model_identity
 from megatron_longpo.errors import ConfigError, DataError, one_line
-from megatron_longpo.evaluation.metrics import group_by, score_of
+from megatron_longpo.evaluation.metrics import CellScore, group_by, score_of
 from megatron_longpo.evaluation.runner import Answered, SampleBatch
 from megatron_longpo.evaluation.samples import AnswerRow, json_digest, sample_key
 from megatron_longpo.evaluation.sections import SuiteConfig, check_names, names
 from megatron_longpo.evaluation.suites.base import (
     BatchSuite,
+    Cell,
     Launch,
     Metrics,
     ReadyBatches,
@@ -162,12 +164,13 @@ class Questions:
 class ShortRow(AnswerRow, total=False):
     """An answer to a multiple-choice question.
 
-    ``subtask`` is the harness's task, ``acc`` the plain accuracy, ``log_probs`` those of the options, ``target`` the right one.
+    ``subtask`` is the harness's task, ``acc`` the plain accuracy, ``log_probs`` those of the options (null where the model gives
+    no finite number), ``target`` the right one.
     """
 
     subtask: str
     acc: float
-    log_probs: list[float]
+    log_probs: list[float | None]
     target: str
 
 
@@ -217,6 +220,10 @@ class ShortContextSuite(BatchSuite[list[LoadedTask]]):
         """Per task over all its questions (so that MMLU's subjects count by size, as in the harness); the mean of the tasks."""
         tasks = {task: score_of(group) for task, group in group_by(rows, lambda row: row["task"]).items()}
         return {"tasks": tasks, "average": float(np.mean([cell["score"] for cell in tasks.values()]))}
+
+    @override
+    def cells(self, metrics: Metrics) -> Mapping[Cell, CellScore]:
+        return {Cell(SHORT[task].title, "-"): cell for task, cell in metrics["tasks"].items()}
 
     @override
     def tables(self, metrics: Metrics) -> list[Table]:
@@ -487,17 +494,21 @@ def answer_questions(questions: Questions, model: Any) -> list[AnswerRow]:
     for number in numbers:
         requests = task.requests[number]
         results = [next(replies) for _ in requests]
+        log_probs = [float(log_prob) for log_prob, _ in results]
+        # Weights that overflow in their dtype give no numbers, and a comparison of them would be a verdict.
+        finite = all(map(math.isfinite, log_probs))
         scores = task.harness.process_results(requests[0].doc, results)
         row: ShortRow = {
             "key": key_of(task, number),
             "task": task.task,
             "length": 0,
             "index": number,
-            "score": float(scores[SHORT[task.task].metric]),
+            "score": float(scores[SHORT[task.task].metric]) if finite else 0.0,
+            "no_answer": None if finite else "not_finite",
             "subtask": task.name,
             "digest": json_digest([request.args for request in requests]),
-            "acc": float(scores["acc"]),
-            "log_probs": [round(float(log_prob), 4) for log_prob, _ in results],
+            "acc": float(scores["acc"]) if finite else 0.0,
+            "log_probs": [round(x, 4) if math.isfinite(x) else None for x in log_probs],
             "target": str(task.harness.doc_to_target(requests[0].doc)),
         }
         rows.append(cast(AnswerRow, row))

@@ -135,7 +135,7 @@ def set_up(
         virtual_pipeline_model_parallel_size=virtual,
         context_parallel_size=context,
         distributed_timeout_minutes=timeout_minutes,
-        create_gloo_process_groups=platform.CURRENT.is_cuda,
+        create_gloo_process_groups=False,
     )
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
     world = dist.get_world_size()

@@ -9,9 +9,8 @@ import logging
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +18,12 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject
-from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_longpo.checkpoint.card import RECORD, RUN_CONFIG, training_record
-from megatron_longpo.checkpoint.checksums import hash_own_files, verified, write_checksums
+from megatron_longpo.checkpoint.checksums import verified, write_checksums
 from megatron_longpo.checkpoint.distributed import DistributedReader
 from megatron_longpo.checkpoint.folders import (
     ASSETS,
@@ -36,6 +34,7 @@ from megatron_longpo.checkpoint.folders import (
     read_progress,
     whole_steps,
 )
+from megatron_longpo.checkpoint.saving import Save, start_save
 from megatron_longpo.errors import CheckpointError, DamagedError
 from megatron_longpo.model.gpt import PolicyModel
 from megatron_longpo.runtime import platform
@@ -43,16 +42,10 @@ from megatron_longpo.runtime.collectives import all_gather_objects, on_rank0, ra
 from megatron_longpo.runtime.files import FolderLock, write_atomically
 from megatron_longpo.runtime.log import log
 from megatron_longpo.runtime.process_groups import Parallel
-from megatron_longpo.training.optimization import counts_in_state, follow_config, inner_optimizers
+from megatron_longpo.training.optimization import counts_in_state, follow_config, inner_optimizers, state_names
+from megatron_longpo.training.optimizer_state import load_optimizer, optimizer_content
 from megatron_longpo.training.plan import RunPlan
 from megatron_longpo.training.plausibility import first_not_finite
-
-_OPTIMIZER_METADATA = {
-    "distrib_optim_sharding_type": "fully_reshardable",
-    "chained_optim_avoid_prefix": True,
-    # Gather through host memory: whole fp32 states do not fit a GPU beside weights and gradients.
-    "distrib_optim_fully_reshardable_mem_efficient": platform.CURRENT.is_cuda,
-}
 
 
 def run_identity(plan: RunPlan, reference_weights: str) -> dict[str, Any]:
@@ -221,7 +214,8 @@ class Checkpointer:
         self._resume_steps = on_rank0(self._find_checkpoints)
         self.resume_step = self._resume_steps[0] if self._resume_steps else None
         self.good_step: int | None = None
-        self._queue = AsyncCallsQueue() if self.config.async_save else None
+        # The save that goes on in the background.
+        self._saving: Save | None = None
         self._saved_step: int | None = None
 
     def _find_checkpoints(self) -> list[int]:
@@ -268,15 +262,14 @@ class Checkpointer:
         """
         if self.output is None:
             return
-        if self._queue is not None and self._queue.get_num_unfinalized_calls():
-            self._finalize(self._queue, blocking=False)
+        if self._saving is not None and self._saving.is_written():
+            self._finish_saving(self.output)
         if self.is_due(step, last=last):
             self._save(self.output, step, state, records)
 
     def _save(self, output: Path, step: int, state: TrainState, records: Sequence[dict[str, Any]]) -> None:
-        if self._queue is not None:
-            # One at a time: another would need the memory of another copy.
-            self._finalize(self._queue, blocking=True)
+        # One at a time: another would need the memory of another copy.
+        self._finish_saving(output)
         self._saved_step = step
         writing = output / f".writing_{step:07d}"
         if self.parallel.rank == 0:
@@ -297,29 +290,28 @@ class Checkpointer:
             records=list(records),
         )
         content = self._content(step, state, is_loading=False, with_rng=True)
-        if self._queue is None:
-            with _explaining(output):
-                dist_checkpointing.save(content, str(writing))
-            with raise_on_all_ranks(output):
-                hash_own_files(writing, self.parallel.rank)
-            self._publish(output, writing, step, record)
-        else:
-            with _explaining(output):
-                request = dist_checkpointing.save(content, str(writing), async_sharded_save=True)
-            request = request._replace(async_fn=partial(_write_and_hash, request.async_fn, writing, self.parallel.rank))
-            request.add_finalize_fn(lambda: self._publish(output, writing, step, record))
-            self._queue.schedule_async_request(request)
+        with _explaining(output):
+            self._saving = start_save(
+                content,
+                writing,
+                lambda: self._publish(output, writing, step, record),
+                group=self.parallel.dp_cp_group,
+                staged=self.config.async_save,
+            )
+        if not self.config.async_save:
+            self._finish_saving(output)
 
-    def _finalize(self, queue: AsyncCallsQueue, *, blocking: bool) -> None:
-        assert self.output is not None
-        with _explaining(self.output):
-            queue.maybe_finalize_async_calls(blocking=blocking)
+    def _finish_saving(self, output: Path) -> None:
+        """Wait for a save in the background, if there is one, and publish its checkpoint; collective."""
+        saving, self._saving = self._saving, None
+        if saving is not None:
+            with _explaining(output):
+                saving.finish()
 
     def close(self) -> None:
         """Wait for a background save, and give the output folder up."""
-        if self._queue is not None:
-            self._finalize(self._queue, blocking=True)
-            self._queue.close()
+        if self.output is not None:
+            self._finish_saving(self.output)
         if self._folder_lock is not None:
             self._folder_lock.release()
 
@@ -367,9 +359,7 @@ class Checkpointer:
             return content
         # The optimizer looks its parameters up by their position in one dictionary of all chunks.
         flat = weights["model0"] if len(state.chunks) == 1 else weights
-        content["optimizer"] = state.optimizer.sharded_state_dict(
-            flat, is_loading=is_loading, metadata=_OPTIMIZER_METADATA
-        )
+        content["optimizer"] = optimizer_content(state.optimizer, flat, is_loading=is_loading)
         content["scheduler"] = state.scheduler.state_dict()
         if with_rng:
             content["rng"] = ShardedObject(
@@ -436,7 +426,7 @@ class Checkpointer:
         with verified(folder, state_only=True):
             loaded = _load(content, folder)
         _set_weights(loaded, state.chunks)
-        state.optimizer.load_state_dict(loaded["optimizer"])
+        load_optimizer(state.optimizer, loaded["optimizer"])
         follow_config(state.optimizer, self.plan.config)
         for inner in inner_optimizers(state.optimizer):
             _separate_steps(inner, progress.step)
@@ -475,13 +465,13 @@ def _explaining(output: Path) -> Iterator[None]:
 
 
 def _make_states(optimizer: torch.optim.Optimizer) -> None:
-    """Create Adam's states as they are before the first step: loading needs tensors to load into."""
+    """Create the states as they are before the first step: loading needs tensors to load into."""
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             state = optimizer.state[parameter]
-            if "exp_avg" not in state:
-                state["exp_avg"] = torch.zeros_like(parameter)
-                state["exp_avg_sq"] = torch.zeros_like(parameter)
+            for name in state_names(optimizer):
+                if name not in state:
+                    state[name] = torch.zeros_like(parameter)
             if counts_in_state(optimizer) and "step" not in state:
                 state["step"] = torch.zeros((), dtype=torch.float32)
 
@@ -497,12 +487,6 @@ def _separate_steps(optimizer: torch.optim.Optimizer, step: int) -> None:
             state = optimizer.state.get(parameter, {})
             if "step" in state:
                 state["step"] = torch.tensor(float(step), dtype=torch.float32)
-
-
-def _write_and_hash(write: Callable[..., None], folder: Path, rank: int, *args: Any, **kwargs: Any) -> None:
-    """Write a rank's files and hash them, in the process of a background save."""
-    write(*args, **kwargs)
-    hash_own_files(folder, rank)
 
 
 def _link_or_copy(source: str, target: str) -> None:

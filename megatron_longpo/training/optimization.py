@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import mmap
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +16,6 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron_longpo.config import Config
 from megatron_longpo.errors import ConfigError
 from megatron_longpo.model.gpt import PolicyModel
-from megatron_longpo.runtime import platform
 
 
 def wrap_for_training(chunks: list[PolicyModel], config: Config) -> list[DistributedDataParallel]:
@@ -62,8 +60,7 @@ def build_optimizer(config: Config, model: list[DistributedDataParallel]) -> Meg
             clip_grad=optimizer_config.clip_grad,
         ),
         model,
-        # On CUDA, checkpoints gather the optimizer states through host memory (training/checkpointer.py).
-        use_gloo_process_groups=platform.CURRENT.is_cuda,
+        use_gloo_process_groups=False,
     )
     if optimizer_config.optimizer == "rmsprop":
         for inner in inner_optimizers(optimizer):
@@ -71,25 +68,21 @@ def build_optimizer(config: Config, model: list[DistributedDataParallel]) -> Meg
     return optimizer
 
 
+def wrappers_of(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
+    """megatron-core's wrappers around torch optimizers; one, as long as all parameters are trained alike."""
+    return list(getattr(optimizer, "chained_optimizers", [optimizer]))
+
+
 def inner_optimizers(optimizer: MegatronOptimizer) -> list[torch.optim.Optimizer]:
     """The torch optimizers inside megatron-core's wrappers."""
-    chained = getattr(optimizer, "chained_optimizers", [optimizer])
-    return [wrapper.optimizer for wrapper in chained if getattr(wrapper, "optimizer", None) is not None]
-
-
-def _untouched_zeros(like: torch.Tensor) -> torch.Tensor:
-    """Zeros in host memory that take no memory until they are written. torch.zeros would write them, so they are mapped."""
-    if like.dtype != torch.float32 or like.numel() * 4 < mmap.PAGESIZE:
-        return torch.zeros_like(like, device="cpu")
-    return torch.frombuffer(mmap.mmap(-1, like.numel() * 4), dtype=torch.float32).view(like.shape)
+    return [w.optimizer for w in wrappers_of(optimizer) if getattr(w, "optimizer", None) is not None]
 
 
 class _RMSPropStep:
-    """RMSProp's update with Adam's states.
+    """RMSProp's update, as a class to put before Adam's: megatron-core's distributed optimizer builds only Adam.
 
-    megatron-core's distributed optimizer builds only Adam and expects its state names, so RMSProp keeps both states:
-    ``exp_avg_sq`` is its running mean of squares, and ``exp_avg`` stays zero. The update is that of torch.optim.RMSprop,
-    without momentum and not centred.
+    Its running mean of squares is ``exp_avg_sq``; it has no ``exp_avg``. The update is that of torch.optim.RMSprop, without
+    momentum and not centred.
     """
 
     rmsprop_alpha: float
@@ -109,9 +102,6 @@ class _RMSPropStep:
                 state = self.state[p]
                 if "exp_avg_sq" not in state:
                     state["exp_avg_sq"] = torch.zeros_like(p)
-                # Never read, but one of Adam's states in checkpoints. Loading puts it on the device of its parameter.
-                if "exp_avg" not in state or state["exp_avg"].device.type != "cpu":
-                    state["exp_avg"] = _untouched_zeros(p)
                 if self.counts_in_state:
                     state.setdefault("step", torch.zeros((), dtype=torch.float32))
                     state["step"] += 1
@@ -127,6 +117,11 @@ class _RMSPropStep:
 def _become_rmsprop(optimizer: torch.optim.Optimizer, alpha: float) -> None:
     attributes = {"rmsprop_alpha": alpha, "counts_in_state": counts_in_state(optimizer)}
     optimizer.__class__ = type("RMSProp", (_RMSPropStep, type(optimizer)), attributes)
+
+
+def state_names(optimizer: torch.optim.Optimizer) -> tuple[str, ...]:
+    """Names of the states that are as large as the parameters."""
+    return ("exp_avg_sq",) if hasattr(optimizer, "rmsprop_alpha") else ("exp_avg", "exp_avg_sq")
 
 
 def counts_in_state(optimizer: torch.optim.Optimizer) -> bool:

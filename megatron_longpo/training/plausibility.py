@@ -13,9 +13,6 @@ from megatron_longpo.model.gpt import PolicyModel
 from megatron_longpo.runtime import platform
 from megatron_longpo.runtime.collectives import all_gather_objects
 
-# RMSProp keeps Adam's first state, but never reads or writes it, so it takes no memory (training/optimization.py).
-_UNUSED_BY_RMSPROP = "exp_avg"
-
 
 @torch.no_grad()
 def first_not_finite(chunks: Sequence[PolicyModel], optimizers: Iterable[torch.optim.Optimizer] = ()) -> str | None:
@@ -55,13 +52,12 @@ class _Tensor:
 def _states(optimizers: Iterable[torch.optim.Optimizer], weights: set[int]) -> Iterator[_Tensor]:
     """Master weights and states of optimizers; not the parameters that are weights of the model themselves."""
     for optimizer in optimizers:
-        unused = _UNUSED_BY_RMSPROP if hasattr(optimizer, "rmsprop_alpha") else ""
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 if id(parameter) not in weights:
                     yield _Tensor(parameter, " (master weights)", parameter)
                 for key, value in optimizer.state.get(parameter, {}).items():
-                    if isinstance(value, Tensor) and key != unused:
+                    if isinstance(value, Tensor):
                         yield _Tensor(parameter, f" ({key} of the optimizer)", value)
 
 

@@ -213,7 +213,8 @@ def test_a_disk_that_takes_no_more_is_named(model: Path, tmp_path: Path, process
     done = meddle(model, output, "limit", *flags, rank=rank, processes=processes).wait(expect=None, timeout=90)
     assert done.returncode == (2 if processes == 1 else 1)
     line = error_of(done.stderr)
-    assert f"{output}: a write failed" in line and "free space" in line, line
+    # The system's own error on the rank that has it; its peers know only what torch's writer says.
+    assert f"{output}: {'file too large' if processes == 1 else 'a write failed'}" in line and "ulimit -f" in line, line
     assert latest_step(output) == 1
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -144,6 +145,14 @@ class ParallelConfig:
     """Layers per virtual stage; interleaves the pipeline."""
     virtual_pipeline_model_parallel_size: Count | None = None
     """Virtual stages per pipeline rank, instead of num_layers_per_virtual_pipeline_stage."""
+    decoder_first_pipeline_num_layers: Count | None = None
+    """Layers of the first pipeline rank. Default: as many as the others have."""
+    decoder_last_pipeline_num_layers: Count | None = None
+    """Layers of the last pipeline rank. Default: as many as the others have."""
+    account_for_embedding_in_pipeline_split: bool = False
+    """Count the embedding as a layer when layers are divided among pipeline ranks: the first rank has one layer less."""
+    account_for_loss_in_pipeline_split: bool = False
+    """Count the loss as a layer when layers are divided among pipeline ranks: the last rank has one layer less."""
     context_parallel_size: Count = 1
     """Ranks that share each sequence."""
     cp_comm_type: Literal["auto", "a2a", "allgather"] = "auto"
@@ -454,6 +463,10 @@ def _check_held_out(config: Config) -> None:
             )
 
 
+_STAGE_SIZES = ("decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers")
+_COUNTED = ("account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split")
+
+
 def _check_parallel(parallel: ParallelConfig) -> None:
     """Rules between the degrees of parallelism."""
     if parallel.num_layers_per_virtual_pipeline_stage and parallel.virtual_pipeline_model_parallel_size:
@@ -467,6 +480,25 @@ def _check_parallel(parallel: ParallelConfig) -> None:
         raise ConfigError(
             "a virtual pipeline needs pipeline_model_parallel_size of at least 2, not 1; raise it, or leave out "
             "num_layers_per_virtual_pipeline_stage and virtual_pipeline_model_parallel_size"
+        )
+    sizes = {name: getattr(parallel, name) for name in _STAGE_SIZES if getattr(parallel, name) is not None}
+    counted = {name: True for name in _COUNTED if getattr(parallel, name)}
+    for name, value in {**sizes, **counted}.items():
+        if parallel.pipeline_model_parallel_size == 1:
+            raise ConfigError(
+                f"{name}={value} divides layers among pipeline ranks, but pipeline_model_parallel_size=1; raise that or leave "
+                f"{name} out"
+            )
+    if sizes and counted:
+        raise ConfigError(
+            f"{next(iter(sizes))}={next(iter(sizes.values()))} and {next(iter(counted))} both set the sizes of the first and "
+            "last stages; give one of them"
+        )
+    if sizes and parallel.num_layers_per_virtual_pipeline_stage:
+        raise ConfigError(
+            f"num_layers_per_virtual_pipeline_stage={parallel.num_layers_per_virtual_pipeline_stage} is one number for all "
+            f"stages, but {next(iter(sizes))}={next(iter(sizes.values()))} makes them unequal; give "
+            "virtual_pipeline_model_parallel_size instead"
         )
     if parallel.sequence_parallel and parallel.tensor_model_parallel_size == 1:
         raise ConfigError(
@@ -504,33 +536,72 @@ def virtual_pipeline_size(config: ParallelConfig, num_layers: int) -> int | None
     """Virtual stages per pipeline rank; None without interleaving.
 
     Raises:
-        ConfigError: the layers cannot be divided evenly.
+        ConfigError: the layers cannot be divided so.
     """
-    stages = config.pipeline_model_parallel_size
-    if num_layers % stages:
-        raise ConfigError(
-            f"pipeline_model_parallel_size={stages} does not divide the {num_layers} layers; use one of "
-            f"{_divisors(num_layers)}"
-        )
-    per_rank = num_layers // stages
-    if config.num_layers_per_virtual_pipeline_stage:
-        per_stage = config.num_layers_per_virtual_pipeline_stage
-        if per_rank % per_stage:
-            raise ConfigError(
-                f"num_layers_per_virtual_pipeline_stage={per_stage} does not divide the {per_rank} layers of a "
-                f"pipeline rank; use one of {_divisors(per_rank)}"
-            )
-        virtual = per_rank // per_stage
-    elif config.virtual_pipeline_model_parallel_size:
-        virtual = config.virtual_pipeline_model_parallel_size
-        if per_rank % virtual:
-            raise ConfigError(
-                f"virtual_pipeline_model_parallel_size={virtual} does not divide the {per_rank} layers of a pipeline "
-                f"rank; use one of {_divisors(per_rank)}"
-            )
-    else:
-        return None
+    virtual = len(pipeline_split(config, num_layers)[0])
     return virtual if virtual > 1 else None
+
+
+def pipeline_split(config: ParallelConfig, num_layers: int) -> tuple[tuple[int, ...], ...]:
+    """Number of layers of each virtual stage of each pipeline rank: ``split[rank][virtual stage]``.
+
+    The model's layers run through all ranks' first virtual stages, then through all ranks' second ones, and so on.
+
+    Raises:
+        ConfigError: the layers cannot be divided so.
+    """
+    units = _units_per_rank(config, num_layers)
+    virtual = _virtual_stages(config, units)
+    split = [[n // virtual] * virtual for n in units]
+    # The embedding and the loss took the place of a layer.
+    split[0][0] -= config.account_for_embedding_in_pipeline_split
+    split[-1][-1] -= config.account_for_loss_in_pipeline_split
+    return tuple(map(tuple, split))
+
+
+def _units_per_rank(config: ParallelConfig, num_layers: int) -> list[int]:
+    """Layers per pipeline rank, those that stand for the embedding and the loss included."""
+    stages = config.pipeline_model_parallel_size
+    first, last = config.decoder_first_pipeline_num_layers, config.decoder_last_pipeline_num_layers
+    if first is None and last is None:
+        counted = [name for name in _COUNTED if getattr(config, name)]
+        units = num_layers + len(counted)
+        if units % stages:
+            what = f"the {num_layers} layers" + (
+                f" and {len(counted)} more for {', '.join(counted)}" if counted else ""
+            )
+            raise ConfigError(
+                f"pipeline_model_parallel_size={stages} does not divide {what}; use one of {_divisors(units)}, or give the first "
+                "or last stage another size with decoder_first_pipeline_num_layers or decoder_last_pipeline_num_layers"
+            )
+        return [units // stages] * stages
+    between, left = stages - (first is not None) - (last is not None), num_layers - (first or 0) - (last or 0)
+    given = ", ".join(f"{name}={getattr(config, name)}" for name in _STAGE_SIZES if getattr(config, name) is not None)
+    if left < between or (left % between if between else left):
+        others = f"{between} other pipeline ranks" if between else "no other pipeline rank"
+        raise ConfigError(
+            f"{given} leaves {left} of the {num_layers} layers for {others}; choose a size that leaves each of them the same "
+            "number of layers, at least one"
+        )
+    each = left // between if between else 0
+    return [*([first] if first is not None else []), *[each] * between, *([last] if last is not None else [])]
+
+
+def _virtual_stages(config: ParallelConfig, units: list[int]) -> int:
+    """Virtual stages per pipeline rank, at least 1."""
+    per_stage, virtual = config.num_layers_per_virtual_pipeline_stage, config.virtual_pipeline_model_parallel_size
+    for n in units:
+        if per_stage and n % per_stage:
+            raise ConfigError(
+                f"num_layers_per_virtual_pipeline_stage={per_stage} does not divide the {n} layers of a pipeline rank; use one "
+                f"of {_divisors(n)}"
+            )
+        if virtual and n % virtual:
+            raise ConfigError(
+                f"virtual_pipeline_model_parallel_size={virtual} does not divide the {n} layers of a pipeline rank; use one of "
+                f"{_divisors(math.gcd(*units))}"
+            )
+    return units[0] // per_stage if per_stage else virtual or 1
 
 
 def data_parallel_size(config: Config, world_size: int) -> int:
@@ -583,12 +654,13 @@ def check_against_model(
             f"pipeline_model_parallel_size={parallel.pipeline_model_parallel_size}; change global_batch_size"
         )
     if training.recompute_granularity == "full" and training.recompute_method == "uniform":
-        per_stage = num_layers // parallel.pipeline_model_parallel_size // (virtual or 1)
-        if per_stage % training.recompute_num_layers:
-            raise ConfigError(
-                f"recompute_num_layers={training.recompute_num_layers} does not divide the {per_stage} layers of a stage; "
-                f"use one of {_divisors(per_stage)}"
-            )
+        stages = [n for rank in pipeline_split(parallel, num_layers) for n in rank]
+        for per_stage in stages:
+            if per_stage % training.recompute_num_layers:
+                raise ConfigError(
+                    f"recompute_num_layers={training.recompute_num_layers} does not divide the {per_stage} layers of a stage; "
+                    f"use one of {_divisors(math.gcd(*stages))}"
+                )
 
 
 def _divisors(n: int) -> str:

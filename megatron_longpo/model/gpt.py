@@ -31,7 +31,7 @@ from megatron.core.transformer.transformer_layer import (
 )
 from torch import Tensor
 
-from megatron_longpo.config import Config, virtual_pipeline_size
+from megatron_longpo.config import Config, ParallelConfig, pipeline_split, virtual_pipeline_size
 from megatron_longpo.model.attention import AttentionPlan, BlockAttention
 from megatron_longpo.model.inputs import ModelInputs
 from megatron_longpo.model.kernels import kernels_for
@@ -119,6 +119,7 @@ def transformer_config(shape: ModelShape, config: Config, *, use_transformer_eng
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=virtual,
+        **_stage_sizes(parallel),
         context_parallel_size=parallel.context_parallel_size,
         sequence_parallel=parallel.sequence_parallel,
         # Every micro batch has its own length, which pipeline stages communicate.
@@ -135,6 +136,20 @@ def transformer_config(shape: ModelShape, config: Config, *, use_transformer_eng
         deallocate_pipeline_outputs=True,
         **recompute,
     )
+
+
+def _stage_sizes(parallel: ParallelConfig) -> dict[str, Any]:
+    """How megatron-core divides the layers among pipeline ranks; ``pipeline_split`` gives the result."""
+    first, last = parallel.decoder_first_pipeline_num_layers, parallel.decoder_last_pipeline_num_layers
+    if first is not None and parallel.pipeline_model_parallel_size == 2:
+        # The last rank has the rest. With both sizes, megatron-core (0.16.1) divides by the number of ranks between them.
+        last = None
+    return {
+        "num_layers_in_first_pipeline_stage": first,
+        "num_layers_in_last_pipeline_stage": last,
+        "account_for_embedding_in_pipeline_split": parallel.account_for_embedding_in_pipeline_split,
+        "account_for_loss_in_pipeline_split": parallel.account_for_loss_in_pipeline_split,
+    }
 
 
 class PolicyModel(GPTModel):
@@ -238,16 +253,18 @@ def build_model(
     spec = layer_spec(engine, shape.qk_layernorm)
     chunks = []
     virtual = parallel.virtual_stages or 1
+    split = pipeline_split(config.parallel, shape.num_layers)
     for stage in range(virtual):
         vp_stage = stage if parallel.virtual_stages else None
         first = parallel.pipeline_rank == 0 and stage == 0
         last = parallel.is_last_stage and stage == virtual - 1
-        layers = shape.num_layers // (parallel.pipeline_size * virtual)
+        layers = split[parallel.pipeline_rank][stage]
+        before = sum(sum(rank[:stage]) for rank in split) + sum(r[stage] for r in split[: parallel.pipeline_rank])
         block = TransformerBlockSubmodules(
             layer_specs=[spec] * layers,
             layer_norm=_norm(engine),
         )
-        assert get_transformer_layer_offset(megatron_config, vp_stage=vp_stage) % layers == 0
+        assert get_transformer_layer_offset(megatron_config, vp_stage=vp_stage) == before
         model = PolicyModel(
             config=megatron_config,
             shape=shape,

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from megatron_longpo.config import Config, TrainingConfig, virtual_pipeline_size
+from megatron_longpo.config import Config, TrainingConfig, pipeline_split
 from megatron_longpo.data.sequence import SequenceLayout
 from megatron_longpo.model.logprobs import default_chunk_bytes
 from megatron_longpo.model.shape import ModelShape
@@ -174,9 +174,10 @@ def choices(
         num_microbatches: micro batches per step.
         stage: pipeline rank.
     """
-    parallel_config = config.parallel
-    virtual = virtual_pipeline_size(parallel_config, shape.num_layers) or 1
-    chunk_layers = shape.num_layers // (parallel.pipeline_size * virtual)
+    split = pipeline_split(config.parallel, shape.num_layers)
+    virtual, largest = len(split[0]), max(n for rank in split for n in rank)
+    # The largest virtual stage of this rank stands for all of them.
+    chunk_layers = max(split[stage])
     local = math.ceil(tokens / parallel.context_size)
     in_flight = min(_chunks_in_flight(parallel.pipeline_size, virtual, stage), num_microbatches * virtual)
     width = 2 if config.training.bf16 else 4
@@ -196,9 +197,11 @@ def choices(
     found = [Choice("selective", ("mlp_up",), 0, base + in_flight * chunk_layers * without_mlp, up / step)]
     if up / step > CHEAP:
         found.append(Choice("none", (), 0, base + in_flight * chunk_layers * everything, 0.0))
-    for layers in range(1, chunk_layers + 1):
-        kept = layers * layer_input + (chunk_layers - layers) * without_mlp
-        share = layers / chunk_layers
+    # The same choices, in the same order, on all ranks, whatever their numbers of layers.
+    for layers in range(1, largest + 1):
+        recomputed = min(layers, chunk_layers)
+        kept = recomputed * layer_input + (chunk_layers - recomputed) * without_mlp
+        share = sum(min(layers, n) for rank in split for n in rank) / shape.num_layers
         extra = (share * (linear + attention) + (1 - share) * up) / step
         found.append(Choice("full", ("mlp_up",), layers, base + in_flight * kept, extra))
     return sorted(found, key=lambda c: c.extra)
@@ -228,7 +231,8 @@ def static_bytes(shape: ModelShape, config: Config, parallel: Parallel, stage: i
     vocabulary = shape.vocab_size * shape.hidden_size // parallel.tensor_size
     first, last = stage == 0, stage == parallel.pipeline_size - 1
     is_shared = first and last and not shape.untie_embeddings_and_output_weights
-    parameters = shape.num_layers // parallel.pipeline_size * layer + vocabulary * (first + last - is_shared)
+    num_layers = sum(pipeline_split(config.parallel, shape.num_layers)[stage])
+    parameters = num_layers * layer + vocabulary * (first + last - is_shared)
     bf16 = config.training.bf16
     # Two states each, and an fp32 master copy where the weights are not fp32. RMSProp never writes the second state; on CUDA it
     # is in host memory (optimization.py).

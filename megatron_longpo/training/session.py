@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megatron_longpo.config import Config
+from megatron_longpo.config import Config, pipeline_split
 from megatron_longpo.model.gpt import build_model
 from megatron_longpo.runtime import platform
 from megatron_longpo.runtime.log import log
@@ -88,6 +88,10 @@ def _log_plan(plan: RunPlan, parallel: Parallel) -> None:
         lines.append(
             f"data: {data.samples - used} of {data.samples} samples are not used, since only whole batches are"
         )
+    split = pipeline_split(plan.config.parallel, shape.num_layers)
+    if len({n for rank in split for n in rank}) > 1:
+        ranks = ", ".join("+".join(map(str, rank)) for rank in split)
+        lines.insert(1, f"pipeline: {ranks} layers on the ranks")
     if parallel.context_size > 1:
         lines.insert(1, f"context parallelism: cp_comm_type={plan.comm_type} ({plan.comm_reason})")
     for line in lines:

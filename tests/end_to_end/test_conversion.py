@@ -140,7 +140,7 @@ def test_any_layout_saves_what_was_imported(converted: Path, tmp_path: Path) -> 
     for processes in (1, 2, 4):
         run(torchrun(processes, "-m", "tests.support.layout_worker", str(converted), ",".join(ALL)))
     saved = sorted((converted / "saved").iterdir())
-    assert len(saved) == 5 * len(ALL)
+    assert len(saved) == 6 * len(ALL)
     for run_folder in saved:
         export_hf(run_folder, tmp_path / run_folder.name)
         assert_bit_identical(converted / run_folder.name.split("@")[0], tmp_path / run_folder.name)

@@ -152,12 +152,14 @@ def test_killed_at_random_moments_and_resumed(model: Path, tmp_path: Path, async
 
 
 def test_resumed_at_another_layout(model: Path, tmp_path: Path) -> None:
-    """Two steps on TP2 with sequence parallelism, two on CP2 with the distributed optimizer, two on PP2; against one."""
+    """Steps on TP2 with sequence parallelism, on PP2 with 3 and 1 layers, on CP2, and on PP2 with equal virtual stages;
+    against one process."""
     common = ["--train-iters", "6", "--lr-decay-style", "linear", "--lr-warmup-iters", "2"]
     run([PYTHON, *train(model, tmp_path / "one", *common)])
     output = tmp_path / "several"
     for step, flags in (
         (2, ["--tensor-model-parallel-size", "2", "--sequence-parallel"]),
+        (3, ["--pipeline-model-parallel-size", "2", "--decoder-first-pipeline-num-layers", "3"]),
         (4, ["--context-parallel-size", "2", "--cp-comm-type", "allgather"]),
         (6, ["--pipeline-model-parallel-size", "2", "--num-layers-per-virtual-pipeline-stage", "1"]),
     ):

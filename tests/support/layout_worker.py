@@ -23,6 +23,7 @@ LAYOUTS = {
     2: {
         "tp2-sp": {"tensor_model_parallel_size": 2, "sequence_parallel": True},
         "pp2-vpp2": {"pipeline_model_parallel_size": 2, "num_layers_per_virtual_pipeline_stage": 1},
+        "pp2-last1": {"pipeline_model_parallel_size": 2, "decoder_last_pipeline_num_layers": 1},
         "cp2-distopt": {"context_parallel_size": 2, "use_distributed_optimizer": True},
     },
     4: {"tp2-pp2": {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}},

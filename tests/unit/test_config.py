@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -16,6 +17,7 @@ from megatron_longpo.config import (
     data_parallel_size,
     from_dict,
     from_yaml,
+    pipeline_split,
     virtual_pipeline_size,
 )
 from megatron_longpo.errors import ConfigError
@@ -115,6 +117,46 @@ def test_degrees_against_world_and_model() -> None:
         )
     config = _parallel(pipeline_model_parallel_size=2, num_layers_per_virtual_pipeline_stage=2)
     assert virtual_pipeline_size(config.parallel, 8) == 2
+
+
+def _split(layers: int, stages: int, **settings: Any) -> Any:
+    config = _parallel(pipeline_model_parallel_size=stages, **settings)
+    check(config)
+    return pipeline_split(config.parallel, layers)
+
+
+def test_layers_are_divided_among_stages() -> None:
+    first, last = "decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers"
+    embedding, loss = "account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split"
+    virtual = "virtual_pipeline_model_parallel_size"
+    assert _split(8, 1) == ((8,),)
+    assert _split(8, 2, num_layers_per_virtual_pipeline_stage=2) == ((2, 2), (2, 2))
+    assert _split(8, 2, **{first: 3}) == ((3,), (5,))
+    assert _split(10, 4, **{first: 3, last: 1}) == ((3,), (3,), (3,), (1,))
+    assert _split(8, 2, **{first: 3, last: 5}) == ((3,), (5,))
+    assert _split(10, 3, **{last: 2, virtual: 2}) == ((2, 2), (2, 2), (1, 1))
+    assert _split(6, 2, **{embedding: True, loss: True}) == ((3,), (3,))
+    assert _split(7, 2, **{loss: True}) == ((4,), (3,))
+    assert _split(7, 2, **{loss: True, virtual: 2}) == ((2, 2), (2, 1))
+    assert _split(7, 2, **{embedding: True, "num_layers_per_virtual_pipeline_stage": 2}) == ((1, 2), (2, 2))
+    # 30 layers on 4 stages, as a user with tied weights would have them.
+    assert _split(30, 4, **{embedding: True, loss: True}) == ((7,), (8,), (8,), (7,))
+    for layers, stages, values, message in [
+        (8, 3, {}, "does not divide the 8 layers; use one of 1, 2, 4, 8, or give the first"),
+        (8, 3, {embedding: True, loss: True}, "the 8 layers and 2 more for account_for_embedding"),
+        (8, 3, {first: 3}, "leaves 5 of the 8 layers for 2 other pipeline ranks"),
+        (8, 2, {first: 8}, "leaves 0 of the 8 layers for 1 other"),
+        (8, 2, {first: 3, last: 4}, "leaves 1 of the 8 layers for no other"),
+        (8, 2, {first: 9}, "leaves -1 of the 8"),
+        (8, 2, {first: 3, virtual: 2}, "does not divide the 3 layers of a pipeline rank; use one of 1$"),
+        (8, 2, {first: 2, virtual: 4}, "does not divide the 2 layers of a pipeline rank; use one of 1, 2$"),
+        (8, 1, {first: 3}, "but pipeline_model_parallel_size=1"),
+        (8, 1, {loss: True}, "but pipeline_model_parallel_size=1"),
+        (8, 2, {first: 3, loss: True}, "decoder_first_pipeline_num_layers=3 and account_for_loss"),
+        (8, 2, {last: 2, "num_layers_per_virtual_pipeline_stage": 2}, "virtual_pipeline_model_parallel_size instead"),
+    ]:
+        with pytest.raises(ConfigError, match=message):
+            _split(layers, stages, **values)
 
 
 _scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)

@@ -180,6 +180,20 @@ def test_the_plan_holds_what_is_recomputed(monkeypatch: pytest.MonkeyPatch, caps
     assert "recompute: " in capsys.readouterr().out
 
 
+def test_unequal_stages_choose_among_the_same() -> None:
+    """They exchange in the same order, so a stage of one layer and one of three must number their choices alike."""
+    plan = _plan(parallel={"pipeline_model_parallel_size": 2, "decoder_first_pipeline_num_layers": 1})
+    parallel: Any = types.SimpleNamespace(**{**vars(_ONE), "pipeline_size": 2})
+    sizes: dict[str, Any] = {"tokens": 1000, "pairs": 500_000, "num_microbatches": 4}
+    first, last = (memory.choices(_SHAPE, plan.config, parallel, **sizes, stage=stage) for stage in (0, 1))
+    assert [(c.granularity, c.layers, c.extra) for c in first] == [(c.granularity, c.layers, c.extra) for c in last]
+    assert sorted(c.layers for c in first if c.granularity == "full") == [1, 2, 3]
+    # In fp32 a parameter takes 16 bytes with gradient and states; the embedding and the output are as large as each other.
+    layer = _SHAPE.layer_weights + 2 * 48
+    needs = [memory.static_bytes(_SHAPE, plan.config, parallel, stage) for stage in (0, 1)]
+    assert needs == [16 * (1 * layer + 101 * 48), 16 * (3 * layer + 101 * 48)]
+
+
 def test_a_layer_costs_what_its_matrices_and_pairs_cost() -> None:
     # Heads of 12: queries 48 wide, keys and values 24; 7 tokens, 7 * 7 / 2 causal pairs in two products.
     weights = 48 * (48 + 24 + 24) + 48 * 48 + 3 * 48 * 96

@@ -120,6 +120,21 @@ _BASE = (
     Case("tp2-sp-recompute-up", 2, {"parallel": _layout(tp=2, sequence_parallel=True), "training": _UP}),
     Case("pp2", 2, {"parallel": _layout(pp=2)}),
     Case("pp2-vpp2", 2, {"parallel": _layout(pp=2, num_layers_per_virtual_pipeline_stage=1)}),
+    # Stages of unequal sizes: 1 and 3 layers, and three virtual stages of which the outer two hold no layer.
+    Case("pp2-first1", 2, {"parallel": _layout(pp=2, decoder_first_pipeline_num_layers=1)}),
+    Case(
+        "pp2-vpp3-accounted",
+        2,
+        {
+            "parallel": _layout(
+                pp=2,
+                virtual_pipeline_model_parallel_size=3,
+                account_for_embedding_in_pipeline_split=True,
+                account_for_loss_in_pipeline_split=True,
+            )
+        },
+        families=("qwen2",),
+    ),
     Case("cp2", 2, {"parallel": _layout(cp=2)}),
     Case("cp2-allgather", 2, {"parallel": _layout(cp=2, cp_comm_type="allgather")}),
     Case(
@@ -150,6 +165,17 @@ _BASE = (
     Case("tp2-sp-online", 2, {"parallel": _layout(tp=2, sequence_parallel=True), "reference": {"reference": "online"}}),
     # Three processes: a context-parallel size that divides nothing.
     Case("cp3", 3, {"parallel": _layout(cp=3)}),
+    # And a pipeline that does not divide the layers: 1, 2 and 1.
+    Case(
+        "pp3-accounted",
+        3,
+        {
+            "parallel": _layout(
+                pp=3, account_for_embedding_in_pipeline_split=True, account_for_loss_in_pipeline_split=True
+            )
+        },
+        families=("qwen2",),
+    ),
     # Four processes.
     Case("tp2-pp2", 4, {"parallel": _layout(tp=2, pp=2)}),
     Case(

@@ -26,6 +26,8 @@ class PreprocessOptions:
     """Preference pairs: .jsonl, .jsonl.gz, .parquet, .arrow, or a folder that datasets saved."""
     output_prefix: str
     """Path prefix of the outputs: PREFIX.bin, PREFIX.idx, PREFIX.json, PREFIX.rejects.jsonl, PREFIX.lengths.png."""
+    split: str | None = None
+    """Split to read of a folder that has several, such as train; all: every one."""
     tokenizer: str | None = None
     """Tokenizer folder or SentencePiece .model file. Text input needs it."""
     chat_template: str | None = None
@@ -88,6 +90,7 @@ def preprocess(arguments: Sequence[str], *, prog: str) -> None:
             earlier_answers=options.earlier_answers,
             template_seconds=options.template_seconds,
             trust_remote_code=options.trust_remote_code,
+            split=options.split,
             reading=options.reading,
         ),
         workers=options.workers,

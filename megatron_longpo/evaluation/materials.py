@@ -17,8 +17,16 @@ from typing import Any
 from megatron_longpo.errors import ConfigError, DataError
 from megatron_longpo.evaluation.samples import json_digest
 from megatron_longpo.runtime.log import log
-from megatron_longpo.runtime.reading import DEFAULT_READING, ReadingConfig, opened, parse_json, read_bytes, read_lines
+from megatron_longpo.runtime.reading import (
+    DEFAULT_READING,
+    ReadingConfig,
+    opened,
+    parse_json,
+    read_bytes,
+    read_json_rows,
+)
 from megatron_longpo.text.documents import find_files, read_documents
+from megatron_longpo.text.inputs import ALL_SPLITS
 
 # Fewer words would make lists and keys of a few words only.
 MINIMUM_WORDS = 60
@@ -210,7 +218,7 @@ def read_essays(haystack: tuple[str, ...], limits: ReadingConfig = DEFAULT_READI
         DataError: no text in them.
     """
     texts = []
-    for document in read_documents(find_files(haystack, "other", limits), "text", limits):
+    for document in read_documents(find_files(haystack, "other", limits, split=ALL_SPLITS), "text", limits):
         if document.error is None:
             texts.append(document.text)
         else:
@@ -228,7 +236,7 @@ def read_words(path: str, limits: ReadingConfig = DEFAULT_READING) -> list[str]:
         DataError: it cannot be read.
     """
     try:
-        lines = read_bytes(Path(path), limits.max_json_bytes).decode("utf-8").split("\n")
+        lines = read_bytes(Path(path), limits.max_json_bytes).decode("utf-8-sig").split("\n")
     except (OSError, EOFError, zlib.error, ValueError) as error:
         raise DataError(f"--words {path}: cannot be read ({error}); name a text file with one word per line") from None
     return [line.strip() for line in lines if line.strip()]
@@ -373,7 +381,7 @@ def _read_json(path: Path, limits: ReadingConfig) -> Any:
 
 
 def _whole_json(path: Path, limits: ReadingConfig) -> Any:
-    text = read_bytes(path, limits.max_json_bytes).decode("utf-8")
+    text = read_bytes(path, limits.max_json_bytes).decode("utf-8-sig")
     try:
         return parse_json(text)
     except ValueError as error:
@@ -383,7 +391,7 @@ def _whole_json(path: Path, limits: ReadingConfig) -> Any:
 def _json_lines(path: Path, limits: ReadingConfig) -> list[Any]:
     rows = []
     with opened(path, limits) as stream:
-        for number, line in enumerate(read_lines(stream, limits), 1):
+        for number, line in enumerate(read_json_rows(stream, limits), 1):
             if line.too_long:
                 raise DataError(f"{path}, line {number}: {line.too_long}; remove the line, or raise the limit")
             text = line.raw.decode("utf-8")

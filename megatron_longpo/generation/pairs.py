@@ -165,7 +165,9 @@ def _own_documents(
     seen: set[bytes] = set()
     for raw in itertools.islice(
         read_documents(
-            find_files(documents.documents, documents.domain, config.reading), documents.text_column, config.reading
+            find_files(documents.documents, documents.domain, config.reading, split=documents.split),
+            documents.text_column,
+            config.reading,
         ),
         documents.max_documents,
     ):
@@ -481,7 +483,7 @@ def stage_identities(
         files: names, sizes and domains of the input files.
     """
     sections = config.as_dict()
-    own = {k: v for k, v in sections["documents"].items() if k not in ("documents", "workers")}
+    own = {k: v for k, v in sections["documents"].items() if k not in ("documents", "split", "workers")}
     engine = config.engine
     cut = {
         **own,
@@ -523,7 +525,9 @@ def make_part(config: GenerationConfig, engine: Engine, rank: int, world_size: i
             for path in folder.iterdir():
                 if path.name != HOLDER_FILE:
                     path.unlink()
-        inputs = find_files(config.documents.documents, config.documents.domain, config.reading)
+        inputs = find_files(
+            config.documents.documents, config.documents.domain, config.reading, split=config.documents.split
+        )
         files = [[path.name, path.stat().st_size, domain] for path, domain in inputs]
         # Raises where languages cannot be recognised; merging, hours later, would be too late.
         LanguageFilter(config.filters.languages, config.filters.min_language_probability)

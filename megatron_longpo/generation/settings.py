@@ -28,6 +28,8 @@ class DocumentsConfig:
     domain: Literal["auto", "book", "arxiv", "code", "other"] = "auto"
     """Units that documents are cut into. book and other: paragraphs; arxiv: LaTeX sections; code: files and definitions; auto:
     by the name of a folder if it is one of these, else by the type of file."""
+    split: str | None = None
+    """Split to read of a folder whose tables are of several, such as train; all: every one."""
     text_column: str = "text"
     """Column of the text in tables (.jsonl, .parquet)."""
     seq_length: Annotated[int, Range(ge=1, fix="the paper uses 131072")] = _PAPER_TARGET

@@ -10,6 +10,7 @@ import contextlib
 import gzip
 import io
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,6 +80,102 @@ def read_lines(stream: BinaryIO, limits: ReadingConfig = DEFAULT_READING) -> Ite
             piece = stream.readline(_BLOCK_BYTES)
             size += len(piece)
         yield Line(begin, f"the line has {size} bytes; max_row_bytes is {most}")
+
+
+class WrongFormat(ValueError):
+    """A file is not of the format that its name says."""
+
+
+_SPACE = re.compile(r"\s*")
+_UTF8_MARK = b"\xef\xbb\xbf"
+_UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
+
+
+def read_json_rows(stream: BinaryIO, limits: ReadingConfig = DEFAULT_READING) -> Iterator[Line]:
+    """Rows of JSON Lines; or of a JSON array or objects over several lines, which are read whole. A byte-order mark is dropped.
+
+    Args:
+        stream: binary stream.
+        limits: what is too long for a row, or too large to be read whole.
+
+    Raises:
+        WrongFormat: the file is in UTF-16, or JSON over several lines that is broken.
+        TooLarge: JSON over several lines is too large to be read whole.
+    """
+    lines = read_lines(stream, limits)
+    head: list[Line] = []
+    for line in lines:
+        if not head:
+            if line.raw.startswith(_UTF16_MARKS) and b"\0" in line.raw:
+                raise WrongFormat("it is in UTF-16; save it as UTF-8")
+            line = line._replace(raw=line.raw.removeprefix(_UTF8_MARK))
+        head.append(line)
+        if line.raw.strip():
+            break
+    if not head or not _spans_lines(head[-1]):
+        yield from head
+        yield from lines
+        return
+    most = limits.max_json_bytes
+    content = b"".join(line.raw for line in head)
+    content += stream.read(max(0, most + 1 - len(content)))
+    if len(content) > most:
+        raise TooLarge(
+            f"it is JSON over several lines of more than {most} bytes (max_json_bytes); write one row per line"
+        )
+    for value in _values(content):
+        raw = json.dumps(value).encode()
+        long = f"the row has {len(raw)} bytes; max_row_bytes is {limits.max_row_bytes}"
+        yield Line(raw[:_SHOWN_BYTES], long) if len(raw) > limits.max_row_bytes else Line(raw, None)
+
+
+def _spans_lines(line: Line) -> bool:
+    """Whether a file that begins with a line is a JSON array, or objects over several lines, and not JSON Lines."""
+    text = line.raw.strip()
+    if line.too_long:
+        if text.startswith(b"[{"):
+            raise WrongFormat(
+                f"it is a JSON array on one line ({line.too_long}); write one row per line, or raise the limit"
+            )
+        return False
+    if text == b"{":
+        return True
+    if not text.startswith(b"["):
+        return False
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        # The beginning of an array.
+        return text.startswith((b"[{", b"[ {")) or text == b"["
+    return isinstance(value, list) and bool(value) and all(isinstance(row, dict) for row in value)
+
+
+def _values(content: bytes) -> Iterator[Any]:
+    """Values of an array, or of objects one after the other."""
+    try:
+        text = content.decode("utf-8").strip()
+    except UnicodeDecodeError as error:
+        raise WrongFormat(f"it is not UTF-8 ({error}); save it as UTF-8") from None
+    if text.startswith("["):
+        try:
+            values = parse_json(text)
+        except ValueError as error:
+            raise WrongFormat(
+                f"it begins as a JSON array and is none ({error}); correct it, or write one row per line"
+            ) from None
+        yield from values
+        return
+    decoder, place = json.JSONDecoder(), 0
+    while place < len(text):
+        try:
+            _, end = decoder.raw_decode(text, place)
+        except (ValueError, RecursionError) as error:
+            raise WrongFormat(
+                f"it begins as JSON over several lines and is broken ({error}); correct it, or write one row per line"
+            ) from None
+        yield parse_json(text[place:end])
+        space = _SPACE.match(text, end)
+        place = space.end() if space else end
 
 
 @contextlib.contextmanager

@@ -19,11 +19,13 @@ from megatron_longpo.runtime.reading import (
     DEFAULT_READING,
     ReadingConfig,
     TooLarge,
+    WrongFormat,
     check_expansion,
     opened,
     parse_json,
-    read_lines,
+    read_json_rows,
 )
+from megatron_longpo.text.inputs import files_of_split, is_beside_data
 
 Domain = Literal["book", "arxiv", "code", "other"]
 DOMAINS: tuple[Domain, ...] = get_args(Domain)
@@ -69,7 +71,11 @@ class RawDocument:
 
 
 def find_files(
-    documents: Sequence[str], domain: str, limits: ReadingConfig = DEFAULT_READING
+    documents: Sequence[str],
+    domain: str,
+    limits: ReadingConfig = DEFAULT_READING,
+    *,
+    split: str | None = None,
 ) -> list[tuple[Path, Domain]]:
     """Find files in order, each once, with the domain of its documents.
 
@@ -77,9 +83,10 @@ def find_files(
         documents: files, folders or globs.
         domain: a domain for all files, or ``auto``: by a folder named like a domain, else by the file name's ending.
         limits: whether symbolic links are followed that lead out of a folder.
+        split: split to read of folders whose tables are of several; ``all`` reads all.
 
     Raises:
-        DataError: there is no such file, or one of an unknown kind.
+        DataError: there is no such file, or one of an unknown kind, or tables are of several splits and none is chosen.
     """
     found: dict[Path, Domain] = {}
     for name in documents:
@@ -87,8 +94,8 @@ def find_files(
             raise DataError("--documents '': is empty (an unset variable?); name files, folders or globs")
         path = Path(name)
         if path.is_dir():
-            files = sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith("."))
-            files = files_inside(path, (p for p in files if _is_read(p, domain)), limits)
+            files = sorted(p for p in path.rglob("*") if p.is_file() and not is_beside_data(p, path))
+            files = files_inside(path, _of_split(path, [p for p in files if _is_read(p, domain)], split), limits)
         elif path.is_file():
             if not _is_read(path, "code"):
                 raise DataError(
@@ -110,6 +117,13 @@ def find_files(
             "with --domain code or in a folder named code"
         )
     return list(found.items())
+
+
+def _of_split(folder: Path, files: list[Path], split: str | None) -> list[Path]:
+    """The files, of the tables among them only those of one split."""
+    tables = [p for p in files if p.name.lower().endswith(_TABLES)]
+    kept = set(files_of_split(folder, tables, f"--documents {folder}", split)) if tables else set()
+    return [p for p in files if p in kept or p not in tables]
 
 
 def _refuse_special(path: Path) -> None:
@@ -227,7 +241,7 @@ def _values_of(path: Path, column: str, limits: ReadingConfig) -> Iterator[_Valu
                 content = stream.read(limits.max_row_bytes + 1)
             is_large = len(content) > limits.max_row_bytes
             yield (path.name, b"", _TOO_LARGE) if is_large else (path.name, content, None)
-    except TooLarge as error:
+    except (TooLarge, WrongFormat) as error:
         raise DataError(f"--documents {path}: {error}") from None
     except (OSError, EOFError, UnicodeDecodeError, zlib.error, pyarrow.ArrowException) as error:
         raise DataError(f"--documents {path}: cannot be read ({one_line(error)}); give a whole file") from None
@@ -235,14 +249,13 @@ def _values_of(path: Path, column: str, limits: ReadingConfig) -> Iterator[_Valu
 
 def _rows_of_jsonl(path: Path, column: str, limits: ReadingConfig) -> Iterator[_Value]:
     with opened(path, limits) as stream:
-        for number, line in enumerate(read_lines(stream, limits), 1):
+        for number, line in enumerate(read_json_rows(stream, limits), 1):
             name = f"{path.name}:{number}"
             if line.too_long:
                 yield name, b"", _TOO_LARGE
                 continue
-            raw = line.raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else line.raw
             try:
-                row = parse_json(raw.decode("utf-8", errors="surrogateescape"))
+                row = parse_json(line.raw.decode("utf-8", errors="surrogateescape"))
             except ValueError:
                 yield name, b"", "not_json"
                 continue

@@ -33,14 +33,16 @@ from megatron_longpo.runtime.reading import (
     DEFAULT_READING,
     ReadingConfig,
     TooLarge,
+    WrongFormat,
     check_expansion,
     opened,
     parse_json,
     read_json,
-    read_lines,
+    read_json_rows,
 )
 from megatron_longpo.text.chat import ChatTokenizer, EarlierAnswers, Turn, encode_sample, load_tokenizer, turn_of
 from megatron_longpo.text.documents import files_inside
+from megatron_longpo.text.inputs import files_of_split, is_beside_data, log_left_out, refuse_versions, saved_datasets
 from megatron_longpo.text.template_guard import TEMPLATE_SECONDS, TemplateLimitError
 
 COMMIT_EVERY = 64
@@ -74,6 +76,7 @@ class Settings:
         earlier_answers: how answers that are not the last are laid out (``encode_sample``).
         template_seconds: longest time that the chat template may take.
         trust_remote_code: run code from the tokenizer's folder.
+        split: split to read of folders that have several; ``all`` reads all.
         reading: what is too large to be read.
     """
 
@@ -89,6 +92,7 @@ class Settings:
     earlier_answers: EarlierAnswers = "finished"
     template_seconds: float = TEMPLATE_SECONDS
     trust_remote_code: bool = False
+    split: str | None = None
     reading: ReadingConfig = field(default_factory=ReadingConfig)
 
 
@@ -146,32 +150,31 @@ class RawRow:
     skipped: SkippedRow | None = None
 
 
-def input_files(inputs: list[str], limits: ReadingConfig = DEFAULT_READING) -> list[Path]:
-    """Find the input files, in order; a folder stands for its arrow, parquet or JSONL files.
+_KINDS = (".jsonl", ".json", ".jsonl.gz", ".jsonl.zst", ".json.gz", ".parquet", ".arrow")
+
+
+def input_files(inputs: list[str], limits: ReadingConfig = DEFAULT_READING, *, split: str | None = None) -> list[Path]:
+    """Find the input files, in order; a folder stands for its arrow, parquet or JSON files.
 
     Args:
         inputs: files or folders.
         limits: whether symbolic links are followed that lead out of a folder.
+        split: name of the split to read of folders that have several; ``all`` reads all.
 
     Raises:
-        DataError: there is no such file, or one of an unknown kind.
+        DataError: there is no such file, or one of an unknown kind, or it is not clear which files of a folder are meant.
     """
     files: list[Path] = []
     for name in inputs:
         path = Path(name)
         if path.is_dir():
-            found = (
-                sorted(path.glob("**/*.arrow")) or sorted(path.glob("**/*.parquet")) or sorted(path.glob("*.jsonl*"))
-            )
-            if not found:
-                raise DataError(f"--input {path}: holds no .arrow, .parquet or .jsonl file; give a datasets folder")
-            files += files_inside(path, found, limits)
+            files += files_inside(path, _files_of_folder(path, split), limits)
         elif path.exists():
             files.append(path)
         else:
             raise DataError(f"--input {path}: no such file or folder; check the path")
     for path in files:
-        if not path.name.endswith((".jsonl", ".json", ".jsonl.gz", ".parquet", ".arrow")):
+        if not path.name.endswith(_KINDS):
             raise DataError(f"--input {path}: is of an unknown kind; use .jsonl, .jsonl.gz, .parquet or .arrow")
         try:
             open_regular(path).close()
@@ -179,6 +182,36 @@ def input_files(inputs: list[str], limits: ReadingConfig = DEFAULT_READING) -> l
             raise DataError(f"--input {path}: cannot be read ({error}); name files or folders") from None
     if not files:
         raise DataError(f"--input {' '.join(inputs)}: no file is left; name files or folders")
+    return files
+
+
+def _files_of_folder(folder: Path, split: str | None) -> list[Path]:
+    """The files of a folder that are its data."""
+    flag = f"--input {folder}"
+    saved = saved_datasets(folder, flag, split)
+    if saved is not None:
+        return saved
+    found = [p for p in sorted(folder.glob("**/*")) if p.name.endswith(_KINDS) and not is_beside_data(p, folder)]
+    by_kind = {
+        kind: [p for p in found if p.name.endswith(endings)]
+        for kind, endings in (
+            (".arrow", ".arrow"),
+            (".parquet", ".parquet"),
+            (".jsonl", (".jsonl", ".jsonl.gz", ".jsonl.zst")),
+        )
+    }
+    kinds = [kind for kind, files in by_kind.items() if files]
+    if len(kinds) > 1:
+        raise DataError(
+            f"{flag}: holds {' and '.join(kinds)} files, perhaps the same data; name the files that you mean"
+        )
+    files = by_kind[kinds[0]] if kinds else found
+    if not files:
+        raise DataError(f"{flag}: holds no .arrow, .parquet or .jsonl file; give a datasets folder")
+    # Settings and the like. Where there is nothing else, .json files may be arrays of rows.
+    log_left_out(folder, [p for p in found if p not in files])
+    files = files_of_split(folder, files, flag, split)
+    refuse_versions(folder, files, flag)
     return files
 
 
@@ -196,7 +229,7 @@ def _read_lines(path: Path, limits: ReadingConfig) -> Iterator[RawRow]:
     """Rows of a JSONL file, not numbered yet."""
     try:
         with opened(path, limits) as stream:
-            for line in read_lines(stream, limits):
+            for line in read_json_rows(stream, limits):
                 skipped = None if line.too_long is None else SkippedRow("row_too_large", line.too_long)
                 try:
                     text = line.raw.decode("utf-8")
@@ -204,7 +237,7 @@ def _read_lines(path: Path, limits: ReadingConfig) -> Iterator[RawRow]:
                     text = line.raw.decode("utf-8", errors="backslashreplace")
                     skipped = skipped or SkippedRow("not_utf8", str(error))
                 yield RawRow(line=0, text=text.rstrip("\r\n"), skipped=skipped)
-    except TooLarge as error:
+    except (TooLarge, WrongFormat) as error:
         raise DataError(f"--input {path}: {error}") from None
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"--input {path}: cannot be read ({error}); give a whole file") from None
@@ -430,7 +463,7 @@ def preprocess(
         raise DataError("give either --tokenizer (for text) or --vocab-size (for rows that are already tokenised)")
     if settings.vocab_size is not None and settings.vocab_size < 1:
         raise DataError(f"--vocab-size {settings.vocab_size} must be positive; give the model's vocabulary size")
-    files = input_files(inputs, settings.reading)
+    files = input_files(inputs, settings.reading, split=settings.split)
     if settings.template_date is None and not restart:
         settings = dataclasses.replace(settings, template_date=_recorded_date(prefix))
     tokenizer = _tokenizer_of(settings)

@@ -25,7 +25,15 @@ from megatron_longpo.evaluation.sections import SuiteConfig, check_names, names
 from megatron_longpo.evaluation.suites.base import EngineSuite, Launch, Metrics, count_prompt
 from megatron_longpo.runtime.files import write_atomically
 from megatron_longpo.runtime.log import log
-from megatron_longpo.runtime.reading import DEFAULT_READING, ReadingConfig, opened, parse_json, read_lines
+from megatron_longpo.runtime.reading import (
+    DEFAULT_READING,
+    ReadingConfig,
+    TooLarge,
+    WrongFormat,
+    opened,
+    parse_json,
+    read_json_rows,
+)
 from megatron_longpo.schema import Count
 
 if TYPE_CHECKING:
@@ -251,7 +259,7 @@ def read_task(folder: Path, task: str, limits: ReadingConfig = DEFAULT_READING) 
     skipped: list[SkippedLine] = []
     try:
         with opened(path, limits) as stream:
-            for number, line in enumerate(read_lines(stream, limits), 1):
+            for number, line in enumerate(read_json_rows(stream, limits), 1):
                 text = line.raw.decode("utf-8", errors="replace")
                 if not text.strip():
                     continue
@@ -262,6 +270,8 @@ def read_task(folder: Path, task: str, limits: ReadingConfig = DEFAULT_READING) 
                 except ValueError as error:
                     reason = one_line(error, _REASON_CHARACTERS)
                     skipped.append(SkippedLine(task, number, reason, text[:_SHOWN_CHARACTERS].rstrip("\n")))
+    except (TooLarge, WrongFormat) as error:
+        raise DataError(f"{path}: {error}") from None
     except OSError as error:
         raise DataError(
             f"{path}: cannot be read ({error.strerror or error}); name the folder of InfiniteBench's JSONL files"

@@ -37,6 +37,7 @@ from megatron_longpo.evaluation.suites.base import (
 from megatron_longpo.runtime.files import open_regular
 from megatron_longpo.runtime.tables import Table
 from megatron_longpo.schema import Count
+from megatron_longpo.text.inputs import is_beside_data, saved_datasets
 
 VERSION = 1
 
@@ -113,8 +114,6 @@ SHORT = {
 TASKS = tuple(SHORT)
 
 _KINDS = {".arrow": "arrow", ".parquet": "parquet", ".jsonl": "json", ".json": "json"}
-# Files that save_to_disk writes beside the data.
-_NOT_DATA = ("state.json", "dataset_info.json")
 # Questions of a batch, in batches of the harness.
 _BATCHES_AT_ONCE = 4
 
@@ -276,7 +275,10 @@ def local_data(folder: Path) -> LocalData | None:
         files = {}
         for split in _SPLITS:
             paths = [p for pattern in (f"{split}/*{suffix}", f"{split}*{suffix}") for p in folder.glob(pattern)]
-            files[split] = sorted(str(path) for path in paths if not path.name.endswith(_NOT_DATA))
+            saved = (
+                saved_datasets(folder / split, f"--short-data {folder / split}", None) if suffix == ".arrow" else None
+            )
+            files[split] = sorted(str(path) for path in saved or paths if not is_beside_data(path, folder))
         for path in itertools.chain(*files.values()):
             _refuse_special(path)
         if any(files.values()):

@@ -213,7 +213,7 @@ def test_wrong_inputs_are_refused(tmp_path: Path, tokenizer_folder: Path) -> Non
         ([str(tokenised)], with_tokenizer, "already tokenised"),
         ([str(junk)], with_tokenizer, "no sample is left"),
         ([str(tmp_path / "p.parquet")], Settings(vocab_size=64), "cannot be read"),
-        ([str(tmp_path)], Settings(vocab_size=64), "cannot be read"),
+        ([str(tmp_path)], Settings(vocab_size=64), "holds .parquet and .jsonl files"),
         ([str(tokenised)], Settings(vocab_size=0), "must be positive"),
     ]
     for number, (inputs, chosen, message) in enumerate(cases):

@@ -36,7 +36,7 @@ from megatron_longpo.model.attention import AttentionPlan, BlockAttention
 from megatron_longpo.model.inputs import ModelInputs
 from megatron_longpo.model.kernels import kernels_for
 from megatron_longpo.model.layers import GatedMLP, NormColumnParallelLinear, RMSNorm, set_recompute_up
-from megatron_longpo.model.logprobs import chunk_tokens, default_chunk_bytes, token_logprobs
+from megatron_longpo.model.logprobs import KnownGradients, chunk_tokens, default_chunk_bytes, token_logprobs
 from megatron_longpo.model.rotary import Rotary
 from megatron_longpo.model.shape import ModelShape
 from megatron_longpo.runtime import platform
@@ -172,14 +172,14 @@ class PolicyModel(GPTModel):
         self.logprob_chunk_bytes = logprob_chunk_bytes or default_chunk_bytes()
 
     def forward(  # type: ignore[override]
-        self, inputs: ModelInputs, rotary: Rotary, known_grad_N: Tensor | None = None
+        self, inputs: ModelInputs, rotary: Rotary, known: KnownGradients | None = None
     ) -> Tensor:
         """Run this stage.
 
         Args:
             inputs: the sequence.
             rotary: rotary embedding of the policy or of the reference.
-            known_grad_N: gradients that the log-probs will receive, [N], where they are known (see ``token_logprobs``).
+            known: gradients that the log-probs will receive, where they are known.
 
         Returns:
             Log-probs [N] in fp32 on the last stage, hidden states [s (/TP with sequence parallelism), 1, H] on the others.
@@ -188,24 +188,24 @@ class PolicyModel(GPTModel):
         if not self.post_process:
             return hidden
         group = self.pg_collection.tp
-        if self.config.sequence_parallel:
-            # All-gather in the forward; reduce-scatter in the backward, since each rank holds its vocabulary's part of the
-            # gradient.
-            hidden = tensor_parallel.gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True)
-        else:
-            # Identity in the forward; all-reduce in the backward, for the same reason.
+        if not self.config.sequence_parallel:
+            # Identity in the forward; all-reduce in the backward, since each rank holds its vocabulary's part of the gradient.
             hidden = tensor_parallel.copy_to_tensor_model_parallel_region(hidden)
         weight = self.shared_embedding_or_output_weight() if self._tied() else self.output_layer.weight
+        is_split = inputs.loss_counts is not None and len(inputs.loss_counts) > 1
         return token_logprobs(
-            hidden[:, 0].index_select(0, inputs.loss_places_N),
+            hidden[:, 0],
             weight,
             inputs.targets_N,
             vocab_size=self.shape.vocab_size,
             vocab_start=weight.shape[0] * dist.get_rank(group),
             group=group,
-            chunk=chunk_tokens(weight.shape[0], self.logprob_chunk_bytes, weight.dtype),
-            known_grad_N=known_grad_N,
+            chunk=chunk_tokens(weight.shape[0], self.logprob_chunk_bytes, weight.dtype, hidden.shape[2] * is_split),
+            known_grad_N=None if known is None else known.grad_N,
             dummy_gradient=self.overlap_grad_reduce,
+            order=None if known is None else known.order,
+            rows_N=inputs.loss_places_N,
+            counts=inputs.loss_counts,
         )
 
     def hidden_states(self, tokens_1s: Tensor, positions_1s: Tensor, plan: AttentionPlan, rotary: Rotary) -> Tensor:

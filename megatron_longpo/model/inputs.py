@@ -21,6 +21,8 @@ class ModelInputs:
         attention: which places see which, over the whole sequence.
         loss_places_N: [N] indices, among this rank's places, of those with a loss.
         targets_N: [N] token ids that these places predict.
+        loss_counts: with sequence parallelism, how many of these places each tensor-parallel rank holds; otherwise one number, N.
+            None: N.
     """
 
     tokens_1s: Tensor
@@ -28,3 +30,4 @@ class ModelInputs:
     attention: AttentionPlan
     loss_places_N: Tensor
     targets_N: Tensor
+    loss_counts: tuple[int, ...] | None = None

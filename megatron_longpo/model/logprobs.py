@@ -12,13 +12,21 @@ is the one that was known in advance.
 The weight may be a vocabulary shard (Megatron's vocabulary parallelism); the log-sum-exp is then taken over the group.
 Columns from ``vocab_size`` on are vocabulary padding and never take part.
 
-Shape legend: N = tokens, C = tokens of a chunk, H = hidden size, V = local vocabulary.
+With sequence parallelism each rank of the group holds the hidden states of its own places, and every rank needs those of all
+tokens. They are gathered chunk by chunk, and their gradient is reduce-scattered chunk by chunk, as many tokens of every rank at
+once, so that no rank ever holds the whole sequence. (Whole, they and their gradient took 4 GiB of a 7B model at 128K with TP 8.)
+
+Shape legend: N = tokens, C = tokens of a chunk, R = rows of the hidden states on this rank, H = hidden size, V = local
+vocabulary.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -39,17 +47,65 @@ def default_chunk_bytes() -> int:
     return (1024 if platform.CURRENT.is_cuda else 128) * 2**20
 
 
-def chunk_tokens(local_vocabulary: int, budget_bytes: int, dtype: torch.dtype = torch.float32) -> int:
+def chunk_tokens(
+    local_vocabulary: int, budget_bytes: int, dtype: torch.dtype = torch.float32, gathered_hidden: int = 0
+) -> int:
     """Number of tokens whose fp32 logits, plus a copy of them in a 16-bit ``dtype``, fit the budget.
 
     At least 16: with fewer the matmul is inefficient, and 16 x 152064 x 6 bytes are only 15 MB.
+
+    Args:
+        local_vocabulary: V.
+        budget_bytes: memory of a chunk.
+        dtype: type of hidden states and weight.
+        gathered_hidden: H if a chunk's hidden states are gathered, and their gradient reduced, over ranks; else 0.
     """
-    each = 4 if dtype == torch.float32 else 4 + dtype.itemsize
-    return max(16, budget_bytes // (each * max(1, local_vocabulary)))
+    each = (4 if dtype == torch.float32 else 4 + dtype.itemsize) * max(1, local_vocabulary)
+    return max(16, budget_bytes // (each + 2 * dtype.itemsize * gathered_hidden))
+
+
+@dataclass(frozen=True)
+class KnownGradients:
+    """Gradients of log-probs that are known before the forward.
+
+    Attributes:
+        grad_N: [N] in fp32, NaN where unknown.
+        order: which are known.
+    """
+
+    grad_N: Tensor
+    order: TokenOrder
+
+
+@dataclass(frozen=True)
+class TokenOrder:
+    """Which tokens have a gradient that is known in advance, and which ranks hold their hidden states.
+
+    Attributes:
+        now_N, later_N: indices of the tokens whose gradient is known, and of the others; ascending.
+        now_counts, later_counts: how many of each the ranks of the group hold, by rank: a rank holds consecutive tokens. One
+            number if every rank holds all of them.
+    """
+
+    now_N: Tensor
+    later_N: Tensor
+    now_counts: tuple[int, ...]
+    later_counts: tuple[int, ...]
+
+    @classmethod
+    def make(cls, known_N: np.ndarray, counts: Sequence[int], device: torch.device) -> TokenOrder:
+        """Order tokens, of which each rank holds ``counts``, by whether their gradient is known, [N]."""
+        ends = np.cumsum(counts)
+        now, later = np.flatnonzero(known_N), np.flatnonzero(~known_N)
+
+        def of_ranks(index: np.ndarray) -> tuple[int, ...]:
+            return tuple(np.diff(np.searchsorted(index, ends), prepend=0).tolist())
+
+        return cls(torch.from_numpy(now).to(device), torch.from_numpy(later).to(device), of_ranks(now), of_ranks(later))
 
 
 def token_logprobs(
-    hidden_NH: Tensor,
+    hidden_RH: Tensor,
     weight_VH: Tensor,
     target_N: Tensor,
     *,
@@ -59,11 +115,15 @@ def token_logprobs(
     chunk: int | None = None,
     known_grad_N: Tensor | None = None,
     dummy_gradient: bool = False,
+    order: TokenOrder | None = None,
+    rows_N: Tensor | None = None,
+    counts: tuple[int, ...] | None = None,
 ) -> Tensor:
     """log softmax(hidden @ weight.T)[target], one value per token.
 
     Args:
-        hidden_NH: hidden states, [N, H], the same on every rank of ``group``.
+        hidden_RH: hidden states, [R, H], the same on every rank of ``group``; or, if there are ``counts`` of several ranks, those
+            of this rank's places.
         weight_VH: this rank's rows of the output weight, [V, H].
         target_N: token ids in [0, vocab_size), [N].
         vocab_size: true vocabulary size; rows of the weight past it are padding.
@@ -74,11 +134,15 @@ def token_logprobs(
             the weight, into which the forward accumulates. Ignored without one, and if no gradient is recorded.
         dummy_gradient: return zeros instead of None as the gradient of a weight that has a ``main_grad``. Megatron's DDP wants
             one when it overlaps reductions. It is as large as the weight.
+        order: which gradients are known; by default it is read from ``known_grad_N``, for which the host waits.
+        rows_N: row of each token among the rows of all ranks, ascending; by default token i is row i.
+        counts: how many of the tokens each rank of ``group`` holds, if each has rows of its own, as many as the others.
 
     Returns:
-        Log-probs, [N] in fp32. The gradient of ``hidden_NH`` is only this rank's part, to be summed over the group by the
-        backward of Megatron's copy to, or gather from, the tensor-parallel region; the gradient of ``weight_VH`` is complete.
-        If the weight has a ``main_grad`` (Megatron's DDP), its gradient is accumulated there, in that buffer's precision.
+        Log-probs, [N] in fp32. The gradient of ``hidden_RH`` is only this rank's part, to be summed over the group by the
+        backward of Megatron's copy to the tensor-parallel region; with ``counts`` it is complete. The gradient of ``weight_VH``
+        is complete. If the weight has a ``main_grad`` (Megatron's DDP), its gradient is accumulated there, in that buffer's
+        precision.
 
     Raises:
         RuntimeError: in the backward, the gradient is not the one that was known in advance.
@@ -89,16 +153,105 @@ def token_logprobs(
     chunk = chunk or chunk_tokens(valid, default_chunk_bytes(), weight_VH.dtype)
     if not torch.is_grad_enabled() or getattr(weight_VH, "main_grad", None) is None or not weight_VH.requires_grad:
         known_grad_N = None
+    counts = counts or (target_N.shape[0],)
+    if known_grad_N is None:
+        every = torch.arange(target_N.shape[0], device=target_N.device)
+        order = TokenOrder(every[:0], every, (0,) * len(counts), counts)
+    elif order is None:
+        assert len(counts) == 1
+        unknown = torch.isnan(known_grad_N)
+        now_N, later_N = (~unknown).nonzero()[:, 0], unknown.nonzero()[:, 0]
+        order = TokenOrder(now_N, later_N, (len(now_N),), (len(later_N),))
+    rows = _Rows(rows_N, group if len(counts) > 1 else None, hidden_RH.shape[0])
     return _TokenLogprobs.apply(
-        hidden_NH, weight_VH, target_N, valid, vocab_start, group, chunk, known_grad_N, dummy_gradient
+        hidden_RH, weight_VH, target_N, valid, vocab_start, group, chunk, known_grad_N, dummy_gradient, rows, order
     )
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """A chunk of tokens.
+
+    Attributes:
+        index_C: the tokens, rank by rank.
+        lengths: how many each rank holds.
+        own: this rank's, as a slice of its tokens of the same set (now or later).
+    """
+
+    index_C: Tensor
+    lengths: tuple[int, ...]
+    own: slice
+
+
+class _Rows:
+    """Hidden states of tokens, and their gradients, wherever they are.
+
+    Args:
+        rows_N: row of each token among the rows of all ranks, or None: token i is row i.
+        group: ranks that hold rows of their own, or None: this rank holds all of them.
+        count: R.
+    """
+
+    def __init__(self, rows_N: Tensor | None, group: dist.ProcessGroup | None, count: int) -> None:
+        self.rows_N, self.group, self.count = rows_N, group, count
+        self.rank = 0 if group is None else dist.get_rank(group)
+        self.first = self.rank * count
+
+    def largest(self, chunk: int, order: TokenOrder, tokens: int, *, later_only: bool = False) -> int:
+        """Tokens of the largest chunk."""
+        ranks = len(order.later_counts)
+        tokens = sum(order.later_counts) if later_only else tokens
+        return min(max(chunk, ranks), max(1, tokens))
+
+    def pieces(self, index_N: Tensor, counts: tuple[int, ...], chunk: int) -> Iterator[_Piece]:
+        """Cut tokens into chunks that take as many of each rank as there are."""
+        each = max(1, chunk // len(counts))
+        begins = [sum(counts[:r]) for r in range(len(counts))]
+        for start in range(0, max(counts), each):
+            lengths = tuple(max(0, min(each, n - start)) for n in counts)
+            parts = [index_N[b + start : b + start + n] for b, n in zip(begins, lengths, strict=True) if n]
+            own = slice(start, start + lengths[self.rank])
+            yield _Piece(parts[0] if len(parts) == 1 else torch.cat(parts), lengths, own)
+
+    def own(self, index_N: Tensor, counts: tuple[int, ...]) -> Tensor:
+        """Rows, on this rank, of its tokens of a set, in their order."""
+        begin = sum(counts[: self.rank])
+        mine = index_N[begin : begin + counts[self.rank]]
+        if self.rows_N is None:
+            return mine
+        return self.rows_N.index_select(0, mine) - self.first
+
+    def gather(self, mine_cH: Tensor, lengths: tuple[int, ...]) -> Tensor:
+        """Hidden states of a chunk, [C, H], from those of this rank's tokens."""
+        if self.group is None:
+            return mine_cH
+        longest = max(lengths)
+        if mine_cH.shape[0] < longest:
+            mine_cH = torch.nn.functional.pad(mine_cH, (0, 0, 0, longest - mine_cH.shape[0]))
+        gathered = mine_cH.new_empty(longest * len(lengths), mine_cH.shape[1])
+        dist.all_gather_into_tensor(gathered, mine_cH.contiguous(), group=self.group)
+        if min(lengths) == longest:
+            return gathered
+        return torch.cat([gathered[r * longest : r * longest + n] for r, n in enumerate(lengths)])
+
+    def reduce(self, grad_CH: Tensor, lengths: tuple[int, ...]) -> Tensor:
+        """Gradient of this rank's tokens of a chunk, summed over the ranks' parts of the vocabulary."""
+        if self.group is None:
+            return grad_CH
+        longest = max(lengths)
+        if min(lengths) < longest:
+            parts = grad_CH.split(lengths)
+            grad_CH = torch.cat([torch.nn.functional.pad(x, (0, 0, 0, longest - x.shape[0])) for x in parts])
+        mine = grad_CH.new_empty(longest, grad_CH.shape[1])
+        dist.reduce_scatter_tensor(mine, grad_CH.contiguous(), group=self.group)
+        return mine[: lengths[self.rank]]
 
 
 class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        hidden_NH: Tensor,
+        hidden_RH: Tensor,
         weight_VH: Tensor,
         target_N: Tensor,
         valid: int,
@@ -107,23 +260,24 @@ class _TokenLogprobs(torch.autograd.Function):
         chunk: int,
         known_grad_N: Tensor | None,
         dummy_gradient: bool,
+        rows: _Rows,
+        order: TokenOrder,
     ) -> Tensor:
-        n = hidden_NH.shape[0]
-        logits = _Logits(weight_VH, valid, target_N - vocab_start, min(chunk, max(1, n)))
-        lse_N = torch.empty(n, dtype=torch.float32, device=hidden_NH.device)
-        target_logit_N = torch.zeros(n, dtype=torch.float32, device=hidden_NH.device)
-        now_N = torch.zeros(0, dtype=torch.int64, device=hidden_NH.device)
-        later_N = torch.arange(n, device=hidden_NH.device)
-        if known_grad_N is not None:
-            known = ~torch.isnan(known_grad_N)
-            now_N, later_N = known.nonzero()[:, 0], (~known).nonzero()[:, 0]
-        # For all tokens: the backward fills in the missing rows and returns this very tensor. Zeros, because a rank whose
+        n = target_N.shape[0]
+        logits = _Logits(weight_VH, valid, target_N - vocab_start, rows.largest(chunk, order, n))
+        lse_N = torch.empty(n, dtype=torch.float32, device=hidden_RH.device)
+        target_logit_N = torch.zeros(n, dtype=torch.float32, device=hidden_RH.device)
+        # For all rows: the backward fills in the missing ones and returns this very tensor. Zeros, because a rank whose
         # rows are all padding fills in nothing.
-        grad_hidden_NH = torch.zeros_like(hidden_NH) if len(now_N) else None
-        for index_N, take_gradient in ((now_N, True), (later_N, False)):
-            for start in range(0, len(index_N), chunk):
-                index_C = index_N[start : start + chunk]
-                hidden_CH = hidden_NH.index_select(0, index_C)
+        grad_hidden_RH = torch.zeros_like(hidden_RH) if any(order.now_counts) else None
+        for index_N, counts, take_gradient in (
+            (order.now_N, order.now_counts, True),
+            (order.later_N, order.later_counts, False),
+        ):
+            own = rows.own(index_N, counts)
+            for piece in rows.pieces(index_N, counts, chunk):
+                index_C = piece.index_C
+                hidden_CH = rows.gather(hidden_RH.index_select(0, own[piece.own]), piece.lengths)
                 logits_CV = logits.make(hidden_CH)
                 target_logit_N[index_C] = logits.at_target(logits_CV, index_C)
                 top_C, sum_C = _exponentials_(logits_CV)
@@ -132,7 +286,7 @@ class _TokenLogprobs(torch.autograd.Function):
                     lse_C = _over_group(lse_C, group)
                 lse_N[index_C] = lse_C
                 if take_gradient:
-                    assert known_grad_N is not None and grad_hidden_NH is not None
+                    assert known_grad_N is not None and grad_hidden_RH is not None
                     grad_C = known_grad_N[index_C]
                     # The buffer now holds exp(logit - top); softmax is that times exp(top - lse).
                     logits_CV.mul_((-grad_C * (top_C - lse_C).exp()).unsqueeze(1))
@@ -145,62 +299,64 @@ class _TokenLogprobs(torch.autograd.Function):
                         True,
                     )
                     assert grad_hidden_CH is not None
-                    grad_hidden_NH[index_C] = grad_hidden_CH
+                    grad_hidden_RH[own[piece.own]] = rows.reduce(grad_hidden_CH, piece.lengths)
         if group is not None:
             # One exchange for all chunks whose gradient was not taken.
-            lse_N[later_N] = _over_group(lse_N[later_N], group)
+            lse_N[order.later_N] = _over_group(lse_N[order.later_N], group)
             dist.all_reduce(target_logit_N, group=group)
-        ctx.save_for_backward(
-            hidden_NH.index_select(0, later_N) if len(now_N) else hidden_NH,
-            weight_VH,
-            target_N,
-            lse_N,
-            now_N,
-            later_N,
-            grad_hidden_NH,
-            known_grad_N,
-        )
+        # Of the later tokens only; without rows_N they are all there are, if none is known.
+        plain = rows.rows_N is None and not any(order.now_counts)
+        kept_LH = hidden_RH if plain else hidden_RH.index_select(0, rows.own(order.later_N, order.later_counts))
+        ctx.save_for_backward(kept_LH, weight_VH, target_N, lse_N, grad_hidden_RH, known_grad_N)
         ctx.valid, ctx.chunk, ctx.vocab_start, ctx.dummy_gradient = valid, chunk, vocab_start, dummy_gradient
+        ctx.rows, ctx.order = rows, order
         return target_logit_N - lse_N
 
     @staticmethod
     def backward(ctx: Any, grad_N: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        hidden_MH, weight_VH, target_N, lse_N, now_N, later_N, grad_hidden_NH, known_grad_N = ctx.saved_tensors
+        kept_LH, weight_VH, target_N, lse_N, grad_hidden_RH, known_grad_N = ctx.saved_tensors
         need_hidden, need_weight = ctx.needs_input_grad[:2]
+        rows: _Rows = ctx.rows
+        order: TokenOrder = ctx.order
         n = target_N.shape[0]
         if known_grad_N is not None:
-            came, told = grad_N[now_N], known_grad_N[now_N]
+            came, told = grad_N[order.now_N], known_grad_N[order.now_N]
             if not torch.allclose(came, told, rtol=1e-4, atol=0.0):
                 raise RuntimeError(
                     f"the gradient of the log-probs ({came[:3].tolist()}, ...) differs from the one known in advance "
                     f"({told[:3].tolist()}, ...), from which the output weight's gradient was computed; report this as a bug"
                 )
-        if grad_hidden_NH is None:
-            grad_hidden_NH = torch.zeros_like(hidden_MH)
+        if grad_hidden_RH is None:
+            grad_hidden_RH = kept_LH.new_zeros(rows.count, kept_LH.shape[1])
         main_grad = getattr(weight_VH, "main_grad", None) if need_weight else None
         grad_weight: Tensor | None = main_grad
         if need_weight and main_grad is None:
             # Always fp32, because thousands of chunks are accumulated.
             grad_weight = torch.zeros(weight_VH.shape, dtype=torch.float32, device=weight_VH.device)
-        logits = _Logits(weight_VH, ctx.valid, target_N - ctx.vocab_start, min(ctx.chunk, max(1, n)))
-        for start in range(0, len(later_N) if ctx.valid else 0, ctx.chunk):
-            index_C = later_N[start : start + ctx.chunk]
-            hidden_CH, grad_C = hidden_MH[start : start + ctx.chunk], grad_N[index_C]
+        logits = _Logits(
+            weight_VH, ctx.valid, target_N - ctx.vocab_start, rows.largest(ctx.chunk, order, n, later_only=True)
+        )
+        own = rows.own(order.later_N, order.later_counts)
+        # A rank without any part of the vocabulary has nothing to add, but others may need its rows.
+        has_part = ctx.valid or rows.group is not None
+        for piece in rows.pieces(order.later_N, order.later_counts, ctx.chunk) if has_part else ():
+            index_C = piece.index_C
+            hidden_CH, grad_C = rows.gather(kept_LH[piece.own], piece.lengths), grad_N[index_C]
             # d logp / d logits = onehot - softmax, with the softmax from the saved global log-sum-exp.
             logits_CV = logits.make(hidden_CH)
-            for rows in _cached(logits_CV):
-                block = logits_CV[rows]
-                block.sub_(lse_N[index_C[rows]].unsqueeze(1)).exp_().mul_(-grad_C[rows].unsqueeze(1))
-            grad_hidden = logits.gradient(logits_CV, grad_C, index_C, hidden_CH, grad_weight, need_hidden)
-            if grad_hidden is not None:
-                grad_hidden_NH[index_C] = grad_hidden
+            for block_rows in _cached(logits_CV):
+                block = logits_CV[block_rows]
+                block.sub_(lse_N[index_C[block_rows]].unsqueeze(1)).exp_().mul_(-grad_C[block_rows].unsqueeze(1))
+            grad_hidden_CH = logits.gradient(logits_CV, grad_C, index_C, hidden_CH, grad_weight, need_hidden)
+            if grad_hidden_CH is not None:
+                grad_hidden_RH[own[piece.own]] = rows.reduce(grad_hidden_CH, piece.lengths)
         if main_grad is not None:
             # Like Megatron's fused weight gradient, so that DDP does not add .grad a second time.
             weight_VH.grad_added_to_main_grad = True
             grad_weight = torch.zeros_like(weight_VH) if ctx.dummy_gradient else None
         elif grad_weight is not None:
             grad_weight = grad_weight.to(weight_VH.dtype)
-        return grad_hidden_NH if need_hidden else None, grad_weight, None, None, None, None, None, None, None
+        return grad_hidden_RH if need_hidden else None, grad_weight, *[None] * 9
 
 
 class _Logits:

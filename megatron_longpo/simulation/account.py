@@ -178,7 +178,7 @@ class Account(TorchDispatchMode):
                     self._blocks[key] = (size, new, where)
             self.kinds[new] += self.kinds.pop(old, 0)
 
-    def _measure(self, operator: str, workspace: int) -> None:
+    def measure(self, operator: str, workspace: int = 0) -> None:
         """Compare live bytes with the peak of the phase."""
         peak = self.peaks.setdefault(self.phase, Peak(phase=self.phase))
         live = self.live + workspace
@@ -232,7 +232,7 @@ class Account(TorchDispatchMode):
         for x in outputs:
             self.note(x)
         if not self._hidden:
-            self._measure(name, workspace)
+            self.measure(name, workspace)
         return out
 
     def _kernel(self, contract: Any, name: str, overload: str, func: Any, args: Any, kwargs: Any) -> int:

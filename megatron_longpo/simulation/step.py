@@ -68,6 +68,8 @@ class Simulator:
             for x in tree_iter(out):
                 if isinstance(x, torch.Tensor):
                     self.account.note(x)
+            # While inputs and results are there.
+            self.account.measure(f"compiled {plain.__name__}")
             return out
 
         return compiled

@@ -17,6 +17,7 @@ from megatron_longpo.data.preference import Mode, Sample, long_rows
 from megatron_longpo.data.sequence import Range, Row, SequenceLayout, Shard, assign_places, lay_out, local_spans, shard
 from megatron_longpo.model.attention import AttentionPlan
 from megatron_longpo.model.inputs import ModelInputs
+from megatron_longpo.model.logprobs import KnownGradients, TokenOrder
 from megatron_longpo.runtime import platform
 from megatron_longpo.runtime.process_groups import Parallel, sum_over_group
 from megatron_longpo.training.objective import preference_loss, response_nll, spec_of, total_loss
@@ -105,8 +106,15 @@ class MicroBatch:
             attention=attention,
             loss_places_N=torch.from_numpy(own.loss_places_N).to(device),
             targets_N=torch.from_numpy(own.targets_N).to(device),
+            loss_counts=_counts_by_rank(own, parallel.tensor_size if parallel.sequence_parallel else 1),
         )
         return cls(inputs=inputs, layout=layout, shard=own, num_samples=num_samples, context_parallel=context_parallel)
+
+
+def _counts_by_rank(own: Shard, ranks: int) -> tuple[int, ...]:
+    """How many of the places with a loss are in each of ``ranks`` equal parts of the shard."""
+    ends = np.arange(ranks + 1) * (len(own.tokens) // ranks)
+    return tuple(np.diff(np.searchsorted(own.loss_places_N, ends)).tolist())
 
 
 @dataclass(frozen=True)
@@ -144,8 +152,8 @@ def response_sums(logps_N: Tensor, batch: MicroBatch, parallel: Parallel) -> Res
 
 def known_nll_grad(
     batch: PolicyBatch, *, objective: ObjectiveConfig, parallel: Parallel, num_microbatches: int
-) -> Tensor | None:
-    """Gradients of this rank's log-probs that are known before the forward: [N] in fp32, NaN where they are not.
+) -> KnownGradients | None:
+    """Gradients of this rank's log-probs that are known before the forward.
 
     A token that contributes only to an NLL gets -1 / (NLL tokens of its sample) times the sample's weight and factor, divided
     by the samples of the micro batch and by the micro batches of the step, times the context-parallel size (megatron-core's
@@ -165,7 +173,11 @@ def known_nll_grad(
     np.subtract.at(expected, s.nll_index, each_B[s.nll_slots])
     if spec.uses_preference:
         expected[s.response_index_E] = np.nan
-    return torch.from_numpy(expected.astype(np.float32)).to(platform.CURRENT.device)
+    device, counts = platform.CURRENT.device, micro_batch.inputs.loss_counts
+    assert counts is not None
+    return KnownGradients(
+        torch.from_numpy(expected.astype(np.float32)).to(device), TokenOrder.make(~np.isnan(expected), counts, device)
+    )
 
 
 @dataclass(frozen=True)

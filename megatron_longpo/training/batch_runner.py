@@ -11,6 +11,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megatron_longpo.data.sampler import assign_batch
+from megatron_longpo.model.logprobs import KnownGradients
 from megatron_longpo.model.rotary import rotary_of
 from megatron_longpo.runtime.balance import round_up
 from megatron_longpo.runtime.process_groups import Parallel
@@ -64,8 +65,8 @@ class BatchRunner:
                 found.append(SampleMetrics(batch.places, values))
                 return loss, {}
 
-            known_grad_N = None if forward_only else self._known_nll_grad(batch, num_microbatches=len(batches))
-            return chunk(batch.micro_batch.inputs, self.rotary, known_grad_N), loss_func
+            known = None if forward_only else self._known_nll_grad(batch, num_microbatches=len(batches))
+            return chunk(batch.micro_batch.inputs, self.rotary, known), loss_func
 
         several = len(model) > 1
         with torch.set_grad_enabled(not forward_only):
@@ -114,7 +115,7 @@ class BatchRunner:
             for places in places_of_batches
         ]
 
-    def _known_nll_grad(self, batch: PolicyBatch, *, num_microbatches: int) -> Tensor | None:
+    def _known_nll_grad(self, batch: PolicyBatch, *, num_microbatches: int) -> KnownGradients | None:
         return known_nll_grad(
             batch,
             objective=self.plan.config.objective,

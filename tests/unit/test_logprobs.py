@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
-from megatron_longpo.model.logprobs import chunk_tokens, token_logprobs
+from megatron_longpo.model.logprobs import TokenOrder, _Rows, chunk_tokens, token_logprobs
 
 
 @pytest.mark.parametrize("chunk", [1, 5, 7, 64])
@@ -108,6 +109,41 @@ def test_gradients_known_in_advance_are_the_gradients(chunk: int) -> None:
             with pytest.raises(RuntimeError, match="differs from the one known in advance"):
                 (out * direction).sum().backward()
             return
+        (out * direction).sum().backward()
+        found.append((out.detach(), w.main_grad, h.grad))  # type: ignore[attr-defined]
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_chunks_take_as_many_tokens_of_each_rank() -> None:
+    """Three ranks hold tokens 0 to 3, 4 and 5 to 7; the gradients of all but tokens 1 and 6 are known."""
+    order = TokenOrder.make(np.array([1, 0, 1, 1, 1, 1, 0, 1], bool), (4, 1, 3), torch.device("cpu"))
+    assert order.now_N.tolist() == [0, 2, 3, 4, 5, 7] and order.now_counts == (3, 1, 2)
+    assert order.later_N.tolist() == [1, 6] and order.later_counts == (1, 0, 1)
+    rows = _Rows(torch.arange(8), None, 4)
+    # Chunks of at most 7 tokens: two of each rank, then what is left.
+    pieces = list(rows.pieces(order.now_N, order.now_counts, 7))
+    assert [p.index_C.tolist() for p in pieces] == [[0, 2, 4, 5, 7], [3]]
+    assert [p.lengths for p in pieces] == [(2, 1, 2), (1, 0, 0)]
+    # More ranks than tokens of a chunk: one of each.
+    assert [p.index_C.tolist() for p in rows.pieces(order.later_N, order.later_counts, 2)] == [[1, 6]]
+    assert list(rows.pieces(order.later_N[:0], (0, 0, 0), 7)) == []
+    assert rows.largest(2, order, 8) == 3 and rows.largest(7, order, 8, later_only=True) == 2
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_rows_are_taken_where_the_tokens_are(known: bool) -> None:
+    """The rows of some places only: values and gradients of selecting them first; the other rows get no gradient."""
+    torch.manual_seed(0)
+    weight, hidden, places = torch.randn(14, 8), torch.randn(9, 8), torch.tensor([0, 2, 3, 7])
+    target, direction = torch.tensor([5, 0, 10, 3]), torch.randn(4)
+    told = torch.where(torch.arange(4) % 2 == 0, direction, torch.nan) if known else None
+    found = []
+    for rows in (None, places):
+        w, h = weight.clone().requires_grad_(), hidden.clone().requires_grad_()
+        w.main_grad = torch.zeros_like(weight)  # type: ignore[attr-defined]
+        given = h if rows is not None else h[places]
+        out = token_logprobs(given, w, target, vocab_size=11, chunk=3, known_grad_N=told, rows_N=rows)
         (out * direction).sum().backward()
         found.append((out.detach(), w.main_grad, h.grad))  # type: ignore[attr-defined]
     for a, b in zip(*found, strict=True):

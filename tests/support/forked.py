@@ -32,7 +32,7 @@ def run_command(command: list[str], env: dict[str, str], folder: str, stdout: st
 
     assert os.getpid() != preloaded.IMPORTED_BY, "the server has imported nothing"
     assert preloaded.THREADS == 1, f"{preloaded.THREADS} threads in the server: a fork copies only one of them"
-    filesystem_async._get_write_results_queue = _forked_results_queue
+    fork_results_queue()
     os.environ.clear()
     os.environ.update(env)
     os.chdir(folder)
@@ -43,11 +43,16 @@ def run_command(command: list[str], env: dict[str, str], folder: str, stdout: st
         _run(arguments)
 
 
-def _forked_results_queue() -> Any:
-    """``_get_write_results_queue`` of megatron-core 0.16.1's checkpoint writer, with a manager that is forked.
+def fork_results_queue() -> None:
+    """Have megatron-core's checkpoint writer fork the manager of its queue.
 
     Its own spawns the manager: an interpreter that imports torch and megatron-core once more, per rank that saves.
     """
+    filesystem_async._get_write_results_queue = _forked_results_queue
+
+
+def _forked_results_queue() -> Any:
+    """``_get_write_results_queue`` of megatron-core 0.16.1's checkpoint writer, with a manager that is forked."""
     if filesystem_async._results_queue is None:
         filesystem_async._results_queue = multiprocessing.get_context("fork").Manager().Queue()
     return filesystem_async._results_queue

@@ -1,0 +1,1 @@
+"""Fuzzing of everything that the package reads: ``python -m tests.fuzz --help``."""

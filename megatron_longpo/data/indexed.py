@@ -14,6 +14,7 @@ import json
 import os
 import shutil
 import struct
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,6 +41,7 @@ _BYTES_PER_DOCUMENT = 8
 _MOST_IDS = 2**31
 _DTYPES = ("uint16", "int32")
 _BIN_DIGITS = 19
+_BLOCK_BYTES = 2**22
 # Lengths up to 2**9 share the first bin of the histogram.
 _HISTOGRAM_FIRST = 9
 # Names of fields in files, where they differ: in code "rejected" is the dispreferred answer only.
@@ -168,6 +170,10 @@ def _checksum(content: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
+def _progress_checksum(progress: dict[str, Any]) -> str:
+    return _checksum({key: value for key, value in progress.items() if key != "progress_sha256"})
+
+
 def path_of(prefix: str | Path, suffix: str) -> Path:
     """PREFIX.SUFFIX. ``Path.with_suffix`` would cut a prefix at its last dot."""
     return Path(f"{prefix}.{suffix}")
@@ -208,10 +214,17 @@ class SampleWriter:
                 f"{path_of(prefix, 'json')}: exists already; choose another --output-prefix, or --restart to replace it"
             )
         self.folder.mkdir(parents=True, exist_ok=True)
+        # CRC-32 of what was written to each file, which goes on where a killed writer stopped.
+        self._checksums: dict[str, int] = {}
         self._read_progress()
         names = ("bin", "lengths", "modes", "documents", "weights", "rejects")
         self._files = {name: self._open(name) for name in names}
         self._pieces = self._size("lengths") // 4
+        if self.manifest.samples != self._size("documents") // _BYTES_PER_DOCUMENT:
+            raise DataError(
+                f"{self.folder}: holds {self._size('documents') // _BYTES_PER_DOCUMENT} samples, but its progress.json says "
+                f"{self.manifest.samples}; start again with --restart"
+            )
         # A partial output of an earlier commit has no weights yet.
         self._write_weights([1.0] * (self.manifest.samples - self._size("weights") // 8))
 
@@ -226,10 +239,21 @@ class SampleWriter:
                 f"{path}: has {path.stat().st_size} bytes, but {size} were committed; start again with --restart"
             )
         stream = open(path, "r+b" if path.exists() else "w+b")  # noqa: SIM115
+        checksum, left = 0, size
+        while left and (block := stream.read(min(left, _BLOCK_BYTES))):
+            checksum, left = zlib.crc32(block, checksum), left - len(block)
+        # Version 0.1 recorded none.
+        if checksum != self._checksums.setdefault(name, checksum):
+            stream.close()
+            raise DataError(f"{path}: does not have its checksum, so it is damaged; start again with --restart")
         # What was written after the last commit will be written again.
         stream.truncate(size)
         stream.seek(size)
         return stream
+
+    def _write(self, name: str, raw: bytes) -> None:
+        self._files[name].write(raw)
+        self._checksums[name] = zlib.crc32(raw, self._checksums[name])
 
     def _read_progress(self) -> None:
         self._sizes: dict[str, int] = {}
@@ -239,10 +263,16 @@ class SampleWriter:
         try:
             progress = read_json(path)
             self._sizes = {str(k): int(v) for k, v in progress["sizes"].items()}
+            self._checksums = {str(k): int(v) for k, v in progress.get("crc32", {}).items()}
             self.position = {str(k): int(v) for k, v in progress["position"].items()}
             manifest = Manifest.from_dict(progress["manifest"], where=f"{path}: ", fix="start again with --restart")
             fingerprint = progress["fingerprint"]
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            if progress.get("progress_sha256") not in (None, _progress_checksum(progress)):
+                raise ValueError("its checksum differs")
+            problem = _problem(manifest) or ("a size is negative" if min(self._sizes.values(), default=0) < 0 else None)
+            if problem is not None:
+                raise ValueError(problem)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
             raise DataError(f"{path}: cannot be read ({error}); start again with --restart") from None
         if fingerprint != self.fingerprint:
             raise DataError(
@@ -255,22 +285,22 @@ class SampleWriter:
         """Append one sample."""
         dtype = np.dtype(self.manifest.dtype)
         for piece in sample.pieces:
-            self._files["bin"].write(piece.tokens.astype(dtype).tobytes())
-        self._files["lengths"].write(np.array([len(p.tokens) for p in sample.pieces], np.int32).tobytes())
-        self._files["modes"].write(np.array([int(p.mode) for p in sample.pieces], np.int8).tobytes())
+            self._write("bin", piece.tokens.astype(dtype).tobytes())
+        self._write("lengths", np.array([len(p.tokens) for p in sample.pieces], np.int32).tobytes())
+        self._write("modes", np.array([int(p.mode) for p in sample.pieces], np.int8).tobytes())
         self._pieces += len(sample.pieces)
-        self._files["documents"].write(struct.pack("<q", self._pieces))
+        self._write("documents", struct.pack("<q", self._pieces))
         self._write_weights([sample.weight])
         self.manifest.count(sample)
 
     def _write_weights(self, weights: Sequence[float]) -> None:
-        self._files["weights"].write(np.array(weights, "<f8").tobytes())
+        self._write("weights", np.array(weights, "<f8").tobytes())
 
     def skip(self, reason: str, record: dict[str, Any]) -> None:
         """Count an input line, or a turn of one, as skipped, and write down why."""
         self.manifest.skip_reasons[reason] = self.manifest.skip_reasons.get(reason, 0) + 1
         line = json.dumps({"reason": reason, **record}, ensure_ascii=False)
-        self._files["rejects"].write(line.encode("utf-8", errors="backslashreplace") + b"\n")
+        self._write("rejects", line.encode("utf-8", errors="backslashreplace") + b"\n")
 
     def commit(self, position: dict[str, int]) -> None:
         """Make everything written so far survive a kill.
@@ -286,8 +316,10 @@ class SampleWriter:
             "fingerprint": self.fingerprint,
             "position": position,
             "sizes": {name: stream.tell() for name, stream in self._files.items()},
+            "crc32": self._checksums,
             "manifest": self.manifest.as_dict(),
         }
+        progress["progress_sha256"] = _checksum(progress)
         write_atomically(self.folder / "progress.json", json.dumps(progress).encode())
 
     def finish(self) -> Manifest:

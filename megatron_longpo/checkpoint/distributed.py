@@ -22,6 +22,7 @@ from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.default_planner import create_default_global_save_plan
 from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
     ChunkStorageMetadata,
     Metadata,
     MetadataIndex,
@@ -40,6 +41,9 @@ from megatron_longpo.checkpoint.checksums import hash_own_files
 from megatron_longpo.checkpoint.prefetch import Prefetcher, flushing
 from megatron_longpo.errors import CheckpointError, one_line
 from megatron_longpo.runtime.collectives import rank
+
+# More elements than any tensor has, and more bytes than any file.
+_MOST_ELEMENTS = 2**62
 
 
 @dataclass(frozen=True)
@@ -172,6 +176,7 @@ class DistributedReader:
         self._reader = FileSystemReader(folder)
         try:
             self._metadata = self._reader.read_metadata()
+            _check_index(self._metadata)
         except Exception as error:
             raise CheckpointError(
                 f"{folder}: .metadata cannot be read ({one_line(error)}); convert or save the checkpoint again"
@@ -204,25 +209,30 @@ class DistributedReader:
             CheckpointError: the tensor is missing or incomplete, or its file is damaged.
         """
         self.shape(key)
-        result: Tensor | None = None
-        covered = 0
+        ends_of_slice = [a + n for a, n in zip(offsets, sizes, strict=True)]
+        # (chunk, starts and ends of its intersection with the slice)
+        found: list[tuple[ChunkStorageMetadata, list[int], list[int]]] = []
         for chunk in self._tensors[key].chunks:
-            # Intersection of the stored chunk and the slice.
             starts = [max(a, b) for a, b in zip(offsets, chunk.offsets, strict=True)]
             ends = [min(a + n, b + m) for a, n, b, m in zip(offsets, sizes, chunk.offsets, chunk.sizes, strict=True)]
-            if any(end <= start for start, end in zip(starts, ends, strict=True)):
-                continue
+            if all(end > start for start, end in zip(starts, ends, strict=True)):
+                found.append((chunk, starts, ends))
+        # Known before memory is taken: a damaged index may claim any size.
+        covered = sum(math.prod(b - a for a, b in zip(starts, ends, strict=True)) for _, starts, ends in found)
+        is_whole = any(starts == list(offsets) and ends == ends_of_slice for _, starts, ends in found)
+        if not is_whole and (not found or covered != math.prod(sizes)):
+            raise CheckpointError(
+                f"{self.folder}: {key} is incomplete, so the checkpoint is damaged; use another, or convert the model again"
+            )
+        result: Tensor | None = None
+        for chunk, starts, ends in found:
             part = _narrow(self._read_chunk(key, chunk), starts, ends, base=chunk.offsets)
             if tuple(part.shape) == tuple(sizes):
                 return part
             if result is None:
                 result = torch.empty(*sizes, dtype=self.dtype(key))
             _narrow(result, starts, ends, base=offsets).copy_(part)
-            covered += part.numel()
-        if result is None or covered != result.numel():
-            raise CheckpointError(
-                f"{self.folder}: {key} is incomplete, so the checkpoint is damaged; use another, or convert the model again"
-            )
+        assert result is not None
         return result
 
     def _read_chunk(self, key: str, chunk: ChunkStorageMetadata) -> Tensor:
@@ -234,12 +244,61 @@ class DistributedReader:
                 tensor: Tensor = torch.load(part, map_location="cpu", weights_only=True)
             if tensor.shape != chunk.sizes:
                 raise ValueError(f"{list(tensor.shape)} instead of {list(chunk.sizes)}")
+            if tensor.untyped_storage().nbytes() < tensor.numel() * tensor.itemsize:
+                raise ValueError("it repeats its elements, as no stored tensor does")
             return tensor
         except Exception as error:
             raise CheckpointError(
                 f"{self.folder}: {key} cannot be read ({one_line(error)}), so the checkpoint is damaged; use another, or "
                 "convert the model again"
             ) from None
+
+
+def _check_index(index: Metadata) -> None:
+    """Check that an index holds what torch.distributed.checkpoint writes, so that what is read by it needs no checks of its own.
+
+    Raises:
+        ValueError: it does not.
+    """
+
+    def is_size(value: Any, dimensions: int | None = None) -> bool:
+        return (
+            isinstance(value, torch.Size)
+            and all(type(n) is int and 0 <= n < _MOST_ELEMENTS for n in value)
+            and dimensions in (None, len(value))
+        )
+
+    for part in (index.state_dict_metadata, index.storage_data):
+        if not isinstance(part, dict):
+            raise ValueError("it has no table of tensors or places")
+    for key, entry in index.state_dict_metadata.items():
+        if not isinstance(key, str) or not isinstance(entry, TensorStorageMetadata | BytesStorageMetadata):
+            raise ValueError(f"{key!r:.100} is no entry")
+        if isinstance(entry, BytesStorageMetadata):
+            continue
+        size, properties = entry.size, entry.properties
+        if not is_size(size) or math.prod(size) >= _MOST_ELEMENTS or not isinstance(entry.chunks, list):
+            raise ValueError(f"the shape of {key:.100} is {size!r:.100}")
+        if not isinstance(properties, TensorProperties) or not isinstance(properties.dtype, torch.dtype):
+            raise ValueError(f"{key:.100} has no dtype")
+        for chunk in entry.chunks:
+            if not isinstance(chunk, ChunkStorageMetadata) or not all(
+                is_size(part, len(size)) for part in (chunk.offsets, chunk.sizes)
+            ):
+                raise ValueError(f"a part of {key:.100} has no place or no shape")
+            if any(start + n > m for start, n, m in zip(chunk.offsets, chunk.sizes, size, strict=True)):
+                raise ValueError(f"a part of {key:.100} is outside of it")
+    for place, stored in index.storage_data.items():
+        name = getattr(stored, "relative_path", None)
+        numbers = (getattr(stored, "offset", None), getattr(stored, "length", None))
+        if (
+            not isinstance(place, MetadataIndex)
+            or not isinstance(name, str)
+            or name in ("", ".", "..")
+            or os.path.basename(name) != name
+            or not all(type(n) is int and 0 <= n < _MOST_ELEMENTS for n in numbers)
+        ):
+            raise ValueError(f"{one_line(repr(stored), 200)} is not a place in a file of the folder")
 
 
 def _narrow(tensor: Tensor, starts: Sequence[int], ends: Sequence[int], *, base: Sequence[int]) -> Tensor:

@@ -223,6 +223,15 @@ class HuggingFaceWeights:
                 ) from None
             if not isinstance(content, dict) or not all(isinstance(v, Tensor) for v in content.values()):
                 raise CheckpointError(f"{path}: is not a state dict of tensors; save the model with save_pretrained")
+            for name, tensor in content.items():
+                # A tensor of a few bytes could otherwise claim any size.
+                if (
+                    tensor.layout != torch.strided
+                    or tensor.untyped_storage().nbytes() < tensor.numel() * tensor.itemsize
+                ):
+                    raise CheckpointError(
+                        f"{path}: {name} is not stored element by element; save the model with save_pretrained"
+                    )
             self._pickle = (path, content)
         return self._pickle[1]
 

@@ -21,9 +21,9 @@ from megatron_longpo.generation.stages import (
     Line,
     Stage,
     brief,
+    joined,
     part_folder,
     part_folders,
-    read_lines,
     read_stage_manifest,
     work_folder,
 )
@@ -80,7 +80,7 @@ def all_lines(output: Path) -> Iterator[DocumentLines]:
             manifest = read_stage_manifest(folder / f"{name}.manifest.json")
             # Raises where lines are missing.
             Stage(folder, name, manifest["identity"])
-        for lines in zip(*(read_lines(folder / f"{name}.jsonl") for name in STAGES), strict=True):
+        for lines in joined([folder / f"{name}.jsonl" for name in STAGES]):
             yield DocumentLines(*lines)
 
     parts = [lines_of(folder) for folder in parts_of(output)]

@@ -35,7 +35,7 @@ from megatron_longpo.errors import DataError
 from megatron_longpo.generation.chunks import Span, digest, group_units, take_units, units_of
 from megatron_longpo.generation.filters import LanguageFilter, is_refusal, questions_in, why_not_ask
 from megatron_longpo.generation.settings import GenerationConfig
-from megatron_longpo.generation.stages import STAGES, Line, Stage, part_folder, part_folders, read_lines, work_folder
+from megatron_longpo.generation.stages import STAGES, Line, Stage, joined, part_folder, part_folders, work_folder
 from megatron_longpo.runtime.files import HOLDER_FILE, FolderLock, write_atomically
 from megatron_longpo.runtime.json_lines import decode_line
 from megatron_longpo.runtime.progress import Progress
@@ -568,7 +568,7 @@ def _run(stages: dict[str, Stage], name: str, engine: Engine, work: Callable[[li
         return
     before = STAGES[: STAGES.index(name)]
     total = stages["documents"].records
-    rows: Iterable[tuple[Line, ...]] = zip(*(read_lines(stages[b].path) for b in before), strict=True)
+    rows: Iterable[tuple[Line, ...]] = joined([stages[b].path for b in before])
     if engine.document_batch == 1:
         batches = _batched(rows, engine.groups_at_once, skip=stage.records)
     else:

@@ -21,6 +21,8 @@ _SCHEMA_VERSION = 1
 # Lines between two syncs to the disk.
 _SYNC_EVERY = 256
 _BRIEF_CHARACTERS = 120
+# Larger counts are damage.
+_MOST = 2**53
 Line = dict[str, Any]
 
 
@@ -182,6 +184,95 @@ def read_lines(path: Path, skip: int = 0) -> Iterator[Line]:
                 yield decode_line(line.raw)
             except ValueError as error:
                 raise DataError(f"{path}: line {number + 1} is damaged ({error}); start again with --restart") from None
+
+
+def joined(paths: Sequence[Path]) -> Iterator[tuple[Line, ...]]:
+    """Lines of the first stages of a part, side by side.
+
+    Args:
+        paths: files of the stages, documents first; the others have a line for each of its lines.
+
+    Raises:
+        DataError: a line is damaged, is not what its stage writes, or does not fit those beside it.
+    """
+    readers = [read_lines(path) for path in paths]
+    for number, lines in enumerate(itertools.zip_longest(*readers), 1):
+        problem = _misfit(lines)
+        if problem is not None:
+            raise DataError(f"{paths[0].parent}: line {number} {problem}; start again with --restart")
+        yield lines
+
+
+def _misfit(lines: Sequence[Line | None]) -> str | None:
+    """What is wrong with the lines of one document in the first stages, or None."""
+    document, *others = lines
+    if document is None:
+        return f"is missing in {STAGES[0]}"
+    chunks = len(document.get("chunks", ()))
+    for name, line in zip(STAGES, lines, strict=False):
+        if line is None:
+            return f"is missing in {name}"
+        if problem := _document_problem(line) if name == "documents" else _turns_problem(line, name):
+            return f"of {name} {problem}"
+    for line in others:
+        assert line is not None
+        if (line["number"], line["part"]) != (document["number"], document["part"]) or len(line["turns"]) != chunks:
+            return "belongs to different documents"
+    return None
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < _MOST
+
+
+def _document_problem(line: Line) -> str | None:
+    if not all(_is_count(line.get(key)) for key in ("number", "part")) or not _is_count(line.get("broken", 0)):
+        return "has no number of its document"
+    if not isinstance(line.get("name"), str):
+        return "has no name"
+    if "reason" in line:
+        chunks = line.get("chunks", ())
+        return None if isinstance(line["reason"], str) and chunks in ((), []) else "has a reason that is no text"
+    text, chunks = line.get("text"), line.get("chunks")
+    if not all(isinstance(line.get(key), str) for key in ("id", "text", "domain")) or not _is_count(line.get("tokens")):
+        return "has no text"
+    assert isinstance(text, str)
+    if not isinstance(chunks, list) or not all(
+        isinstance(chunk, list) and len(chunk) == 3 and all(map(_is_count, chunk)) and chunk[0] <= chunk[1] <= len(text)
+        for chunk in chunks
+    ):
+        return "has chunks outside of its text"
+    return None
+
+
+# Keys of a turn that an engine has answered, by stage: texts, and counts.
+_TURN_KEYS = {
+    "questions": (("question", "instruction"), ()),
+    "short": (("text",), ("prompt_tokens", "new_tokens")),
+    "long": (("text",), ("prompt_tokens", "new_tokens")),
+}
+
+
+def _turns_problem(line: Line, stage: str) -> str | None:
+    seconds = line.get("seconds")
+    if not all(_is_count(line.get(key)) for key in ("number", "part", "prompt_tokens", "new_tokens")):
+        return "has no counts"
+    if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 <= seconds < _MOST:
+        return "has no seconds"
+    texts, counts = _TURN_KEYS[stage]
+    turns = line.get("turns")
+    if not isinstance(turns, list):
+        return "has no turns"
+    for turn in turns:
+        if not isinstance(turn, dict) or not isinstance(turn.get("reason", ""), str):
+            return "has a turn that is none"
+        if not isinstance(turn.get("detail", ""), str):
+            return "has a turn with a reason that is no text"
+        if "reason" not in turn and not (
+            all(isinstance(turn.get(key), str) for key in texts) and all(_is_count(turn.get(key)) for key in counts)
+        ):
+            return "has a turn without its text"
+    return None
 
 
 def brief(value: Any) -> str:

@@ -6,6 +6,8 @@ import hashlib
 import json
 from pathlib import Path
 
+from megatron_longpo.errors import DataError, one_line
+
 
 def vocabulary_hash(vocabulary: dict[str, int]) -> str:
     """Hash of a vocabulary: pieces and their ids."""
@@ -21,13 +23,22 @@ def sentencepiece_vocabulary(path: Path) -> dict[str, int]:
 
 
 def folder_vocabulary_hash(folder: Path) -> str | None:
-    """Hash of the tokenizer in a folder (tokenizer.json, else tokenizer.model), or None if it has neither."""
-    fast = folder / "tokenizer.json"
-    if fast.is_file():
-        from tokenizers import Tokenizer
+    """Hash of the tokenizer in a folder (tokenizer.json, else tokenizer.model), or None if it has neither.
 
-        return vocabulary_hash(Tokenizer.from_file(str(fast)).get_vocab(with_added_tokens=True))
-    model = folder / "tokenizer.model"
-    if model.is_file():
-        return vocabulary_hash(sentencepiece_vocabulary(model))
+    Raises:
+        DataError: it cannot be read.
+    """
+    for name, vocabulary_of in (("tokenizer.json", _fast_vocabulary), ("tokenizer.model", sentencepiece_vocabulary)):
+        path = folder / name
+        if path.is_file():
+            try:
+                return vocabulary_hash(vocabulary_of(path))
+            except Exception as error:  # tokenizers raises plain ones
+                raise DataError(f"{path}: is not a tokenizer ({one_line(error)}); download the model again") from None
     return None
+
+
+def _fast_vocabulary(path: Path) -> dict[str, int]:
+    from tokenizers import Tokenizer
+
+    return dict(Tokenizer.from_file(str(path)).get_vocab(with_added_tokens=True))

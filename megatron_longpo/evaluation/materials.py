@@ -353,9 +353,11 @@ def _hotpot_row(row: dict[str, Any]) -> _HotpotRow:
     return _HotpotRow(
         question=_text(row["question"]),
         answer=_text(row["answer"]),
-        titles=tuple(title for title, _ in context),
+        titles=tuple(_text(title) for title, _ in context),
         texts=tuple(f"{title}\n{''.join(sentences)}" for title, sentences in context),
-        needed_titles=frozenset(facts["title"] if isinstance(facts, dict) else (title for title, _ in facts)),
+        needed_titles=frozenset(
+            map(_text, facts["title"] if isinstance(facts, dict) else (title for title, _ in facts))
+        ),
     )
 
 

@@ -274,16 +274,22 @@ class FastChatTokenizer(ChatTokenizer):
     def __init__(
         self, path: Path, template: str | None, trust_remote_code: bool = False, *, name: str | None = None
     ) -> None:
-        from transformers import AutoTokenizer
-
+        self.name = path.name
         try:
-            self._tokenizer = AutoTokenizer.from_pretrained(
-                str(path), local_files_only=True, trust_remote_code=trust_remote_code
-            )
-        except Exception as error:
+            self._load(path, template, trust_remote_code, name)
+        except (DataError, MemoryError):
+            raise
+        except Exception as error:  # a value of a wrong type comes up where transformers first uses it
             raise DataError(
                 f"--tokenizer {path}: transformers cannot load it ({one_line(error)}); give a tokenizer folder"
             ) from None
+
+    def _load(self, path: Path, template: str | None, trust_remote_code: bool, name: str | None) -> None:
+        from transformers import AutoTokenizer
+
+        self._tokenizer = AutoTokenizer.from_pretrained(
+            str(path), local_files_only=True, trust_remote_code=trust_remote_code
+        )
         if template is not None:
             self._tokenizer.chat_template = template
         elif name is not None or isinstance(self._tokenizer.chat_template, dict):
@@ -293,7 +299,6 @@ class FastChatTokenizer(ChatTokenizer):
                 f"--tokenizer {path}: has no chat template; name one with --chat-template (a file, or one of "
                 f"{', '.join(BUILT_IN_TEMPLATES)})"
             )
-        self.name = path.name
         vocabulary = self._tokenizer.get_vocab()
         self.vocab_size = max(vocabulary.values()) + 1
         # Hash of the file, as conversion takes it: a tokenizer class may add tokens of its own while loading.
@@ -362,9 +367,10 @@ class SentencePieceChatTokenizer(ChatTokenizer):
 
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
-        except (OSError, RuntimeError) as error:
+        except (OSError, RuntimeError, ValueError) as error:
+            # UnicodeDecodeError: sentencepiece's own message quotes the file.
             raise DataError(
-                f"--tokenizer {path}: is not a SentencePiece model ({error}); give a tokenizer folder or a .model file"
+                f"--tokenizer {path}: is not a SentencePiece model ({one_line(error)}); give a tokenizer folder or a .model file"
             ) from None
         self.template = template
         sp = self._processor

@@ -42,7 +42,7 @@ def refuse_powers(source: str) -> None:
     """
     previous = ""
     try:
-        tokens = [(kind, value) for _, kind, value in Environment(autoescape=False).lex(source) if kind != "whitespace"]
+        tokens = [(kind, value) for _, kind, value in Environment(autoescape=True).lex(source) if kind != "whitespace"]
     except TemplateError:
         # Said with its reason when it is compiled.
         return

@@ -302,7 +302,8 @@ def _checked(row: Any, task: str) -> Book:
         raise ValueError("has no answer")
     if task != "longbook_sum_eng" and not (isinstance(question, str) and question.strip()):
         raise ValueError("has no input (the question)")
-    options = row.get("options")
+    # Only one task has options; what other rows have under that name, such as an empty list, is not looked at.
+    options = row.get("options") if task == "longbook_choice_eng" else None
     if task == "longbook_choice_eng":
         if not isinstance(options, list) or len(options) != 4 or not all(isinstance(o, str) for o in options):
             raise ValueError("does not have four options")
@@ -311,6 +312,7 @@ def _checked(row: Any, task: str) -> Book:
             if answers[0] not in options:
                 raise ValueError("its answer is not one of its options")
             answers = [answers[0], "ABCD"[options.index(answers[0])]]
+    question = question if isinstance(question, str) else ""
     return Book(context=context, question=question, answers=answers, options=options)
 
 

@@ -396,13 +396,23 @@ def load_tasks(tasks: list[str], data: Path | None, limit: int | None, seed: int
             name = task_file.name
             try:
                 harness = _load(manager, task_file)
+            except MemoryError:
+                raise
             except Exception as error:  # datasets and the hub raise dozens of types
                 raise DataError(
                     f"{name}: its data cannot be loaded ({type(error).__name__}: {one_line(error)}); without access to the "
                     "hub name local files with --short-data"
                 ) from None
             harness.set_fewshot_seed(seed=seed)
-            harness.build_all_requests(limit=limit, rank=0, world_size=1)
+            try:
+                harness.build_all_requests(limit=limit, rank=0, world_size=1)
+            except MemoryError:
+                raise
+            except Exception as error:  # the harness looks up columns and fills templates with whatever is there
+                raise DataError(
+                    f"{name}: its data have other columns or values than the harness reads ({type(error).__name__}: "
+                    f"{one_line(error)}); give the task's data set (docs/evaluation.md)"
+                ) from None
             requests: dict[int, list[Any]] = {}
             for request in harness.instances:
                 requests.setdefault(request.doc_id, []).append(request)

@@ -32,6 +32,8 @@ _KEPT = Path(__file__).parent / "kept"
 
 def import_everything() -> None:
     """Pay for the imports once, before any child is forked."""
+    import lm_eval.tasks  # noqa: F401
+
     import tests.support.preloaded  # noqa: F401
 
     gc.freeze()

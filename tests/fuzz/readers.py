@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import gzip
 import hashlib
 import json
@@ -20,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from megatron_longpo.errors import DataError
-from tests.support.data import make_data, text_row, tokenised_row
+from tests.support.data import make_data, text_row, tokenised_row, write_data
 from tests.support.models import make_chat_model, make_model
 from tests.support.tokenizers import TEXT, WORDS, make_fast_tokenizer, make_sentencepiece
 
@@ -74,8 +75,10 @@ def _mend_data(folder: Path) -> None:
     path = folder / "data.json"
     with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
         content = json.loads(path.read_bytes())
-        for suffix in ("bin", "idx"):
-            content[f"{suffix}_sha256"] = hashlib.sha256((folder / f"data.{suffix}").read_bytes()).hexdigest()
+        for suffix in ("bin", "idx", "weights.npy"):
+            content[f"{suffix.removesuffix('.npy')}_sha256"] = hashlib.sha256(
+                (folder / f"data.{suffix}").read_bytes()
+            ).hexdigest()
         content["bin_bytes"] = (folder / "data.bin").stat().st_size
         content.pop("manifest_sha256", None)
         path.write_text(json.dumps({**content, "manifest_sha256": _checksum(content)}))
@@ -95,7 +98,7 @@ def _samples() -> list[Any]:
     from tests.support.data import random_sample
 
     rng = np.random.default_rng(0)
-    return [random_sample(rng, 1 + n, context=40) for n in range(3)]
+    return [dataclasses.replace(random_sample(rng, 1 + n, context=40), weight=1.0 + n) for n in range(3)]
 
 
 def _make_partial_data(folder: Path) -> None:
@@ -801,8 +804,8 @@ def _make_only(*names: str) -> Callable[[Path], None]:
 def readers() -> dict[str, Reader]:
     """All readers, by name."""
     every = [
-        Reader("indexed_binaries", lambda f: make_data(f / "data", 3, longest=50) and None, ("data.*",), _read_data,
-               checked=("data.bin", "data.idx", "data.json"), mend=_mend_data),
+        Reader("indexed_binaries", lambda f: write_data(f / "data", _samples()) and None, ("data.*",), _read_data,
+               checked=("data.bin", "data.idx", "data.json", "data.weights.npy"), mend=_mend_data),
         Reader("partial_binaries", _make_partial_data, ("data.partial/*",), _read_partial_data,
                checked=("data.partial/*",)),
         Reader("reference_cache", _make_cache, ("*",), _read_cache, checked=("*.npy", "*.partial")),
@@ -820,17 +823,17 @@ def readers() -> dict[str, Reader]:
         Reader("sentencepiece", _make_only("sentencepiece"), ("sentencepiece/tokenizer.model",),
                lambda f: _use_tokenizer(f / "sentencepiece" / "tokenizer.model", "chatml"), batch=30),
         Reader("chat_template", _make_template, ("*.jinja",), _read_template, batch=20),
-        Reader("pairs", _make_pairs, ("text.*", "tokens.*"), _read_pairs, share=1.5),
-        Reader("documents", _make_documents, ("documents/*",), _read_documents),
+        Reader("pairs", _make_pairs, ("text.*", "tokens.*"), _read_pairs, batch=20, share=1.5),
+        Reader("documents", _make_documents, ("documents/*",), _read_documents, batch=5),
         Reader("stages", _make_stages, ("pairs.jsonl.work/*", "pairs.jsonl.work/*/*.json*"), _merge,
-               checked=("pairs.jsonl.work/*/*.jsonl",), share=1.5),
+               checked=("pairs.jsonl.work/*/*.jsonl",), batch=20, share=1.5),
         Reader("evaluation", _make_evaluation, ("*/*.json", "*/ruler/*.json*", "*/ruler/parts/*/*"), _read_evaluation,
-               mend=_mend_evaluation, share=1.5),
+               mend=_mend_evaluation, batch=20, share=1.5),
         Reader("suite_data", _make_suite_data, ("*",), _read_suite_data),
         Reader("short_data", _make_short_data, ("winogrande/*",), _read_short_data, batch=1, share=1.0),
-        Reader("yaml", _make_yaml, ("*.yaml",), _read_yaml, share=1.5),
+        Reader("yaml", _make_yaml, ("*.yaml",), _read_yaml, batch=30, share=1.5),
         Reader("run_files", _make_small, ("*", ".holder.json"), _read_small),
-        Reader("server", _make_replies, ("*.http",), _ask, batch=40),
+        Reader("server", _make_replies, ("*.http",), _ask, batch=20),
     ]  # fmt: skip
     return {reader.name: reader for reader in every}
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_longpo.data.indexed import PreferenceData, _checksum, read_manifest
+from megatron_longpo.data.indexed import Manifest, PreferenceData, SampleWriter, _checksum, read_manifest
 from megatron_longpo.data.preference import Mode
 from megatron_longpo.errors import DataError, LongPOError
 from megatron_longpo.evaluation.compare import read_evaluation
@@ -24,7 +24,7 @@ from megatron_longpo.evaluation.suites.base import SuiteResult
 from megatron_longpo.generation.stages import Stage, read_lines
 from megatron_longpo.runtime.json_lines import decode_line, encode_line
 from megatron_longpo.runtime.share import Share
-from tests.support.data import VOCABULARY, make_data
+from tests.support.data import VOCABULARY, make_data, random_sample
 
 FLIPS = 200
 TEXTS = ("a tower", "Türme, 塔", 'quotes " and \\ and , "crc32": "00000000"}', "line\nfeed\t\x00", "\ud800 half")
@@ -37,6 +37,68 @@ def flips(content: bytes, count: int = FLIPS) -> Iterator[bytes]:
         changed = bytearray(content)
         changed[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
         yield bytes(changed)
+
+
+def test_every_flipped_bit_of_a_partial_output_is_found(tmp_path: Path) -> None:
+    """Its last lines excepted that were never committed, which are written again."""
+    rng = np.random.default_rng(0)
+
+    def writer(folder: Path) -> SampleWriter:
+        return SampleWriter(folder / "d", Manifest(101, "uint16", None, None, None), "one")
+
+    begun = writer(tmp_path / "begun")
+    for _ in range(4):
+        begun.add(random_sample(rng, 2, context=60))
+        begun.skip("no_turn", {"line": 1, "detail": "a text"})
+    begun.commit({"rows": 4})
+    begun.close()
+    files = sorted(path for path in (tmp_path / "begun" / "d.partial").iterdir() if path.stat().st_size)
+    assert [path.name for path in files] == [
+        "bin",
+        "documents",
+        "lengths",
+        "modes",
+        "progress.json",
+        "rejects",
+        "weights",
+    ]
+    for file in files:
+        whole, unused = file.read_bytes(), 0
+        for changed in flips(whole, FLIPS if file.name in ("bin", "progress.json") else FLIPS // 8):
+            file.write_bytes(changed)
+            try:
+                resumed = writer(tmp_path / "begun")
+            except DataError as error:
+                assert "start again with --restart" in str(error) and str(file) in str(error)
+                continue
+            # The name of the checksum itself.
+            resumed.close()
+            unused += 1
+            assert json.loads(changed)["sizes"] == json.loads(whole)["sizes"] and file.name == "progress.json"
+        assert unused < FLIPS // 5
+        file.write_bytes(whole)
+    resumed = writer(tmp_path / "begun")
+    assert resumed.resumed and resumed.finish().samples == 4
+
+
+@pytest.mark.parametrize(
+    ("message", "printed"),
+    [
+        ("one\ntwo\r\n", r"one\ntwo\r\n"),
+        ("\x1b[31mred\x07 \x00", r"\x1b[31mred\x07 \x00"),
+        ("a\u2028b\u202ec\ud800", r"a\u2028b\u202ec\ud800"),
+        ("Türme\u00a0塔 \u3000 é", "Türme\u00a0塔 \u3000 é"),
+    ],
+)
+def test_a_message_is_one_line_whatever_it_quotes(message: str, printed: str) -> None:
+    assert str(LongPOError(message)) == printed and str(DataError(message)) == printed
+    long = str(LongPOError("begin " + "x" * 10**6 + "; the fix"))
+    assert (
+        len(long) < 2000
+        and long.startswith("begin xxx")
+        and long.endswith("xxx; the fix")
+        and "(998215 characters)" in long
+    )
 
 
 # --------------------------------------------------------------------------------------------------

@@ -28,8 +28,9 @@ RECOMPUTE_MODULES = ("core_attn", "mlp", "mlp_up")
 class DataConfig:
     """The data that the model is trained on."""
 
-    data_path: str | None = None
-    """Path prefix of the indexed binaries (PREFIX.bin, PREFIX.idx, PREFIX.json)."""
+    data_path: str | tuple[str, ...] | None = None
+    """Path prefix of the indexed binaries (PREFIX.bin, PREFIX.idx, PREFIX.json). Several: `0.7 A 0.3 B` draws them in these
+    proportions; `A B` takes each sample of all of them once per epoch."""
     valid_data_path: str | None = None
     """Path prefix of held-out data, evaluated every eval_interval steps and after the last one. Results go to
     OUTPUT/validation.jsonl."""
@@ -180,7 +181,8 @@ class TrainingConfig:
     train_iters: Count | None = None
     """Optimizer steps. Default: train_epochs over the data."""
     train_epochs: PositiveFloat = 1.0
-    """Epochs, if train_iters is not given; rounded down to whole steps, but at least one."""
+    """Epochs, if train_iters is not given; rounded down to whole steps, but at least one. An epoch has as many samples as all
+    data sets together."""
     eval_interval: Count | None = None
     """Steps between evaluations of the held-out data (valid_data_path). Default: only before the first and after the last
     step."""
@@ -393,6 +395,8 @@ def check(config: Config) -> None:
     check_ranges(config)
     _check_objective(config)
     _check_optimizer(config.optimizer)
+    if config.data.data_path is not None:
+        data_sources(config.data.data_path)
     _check_held_out(config)
     _check_parallel(config.parallel)
     _check_output(config)
@@ -517,6 +521,58 @@ def _check_output(config: Config) -> None:
         raise ConfigError(
             f"profile_step_start={start} must be less than profile_step_end={end}; steps 11 and 12 are profiled with 10 and 12"
         )
+
+
+@dataclass(frozen=True)
+class DataSource:
+    """One of the data sets that a run trains on.
+
+    Attributes:
+        prefix: path prefix of its binaries.
+        weight: how often it is drawn, in proportion to the others; None: each of its samples once per epoch.
+    """
+
+    prefix: str
+    weight: float | None = None
+
+
+def data_sources(data_path: str | tuple[str, ...]) -> tuple[DataSource, ...]:
+    """The data sets that ``data_path`` names: ``P``, ``0.7 A 0.3 B``, or ``A B``.
+
+    Raises:
+        ConfigError: weights and prefixes do not alternate, a weight is not positive, or a prefix comes twice.
+    """
+    words = (data_path,) if isinstance(data_path, str) else data_path
+    if not words:
+        raise ConfigError("data_path is empty; name the prefix of preprocessed data with --data-path PREFIX")
+    numbers = [_number(word) for word in words] if len(words) > 1 else [None]
+    given = f"data_path={' '.join(words)}"
+    if all(number is None for number in numbers):
+        sources = tuple(DataSource(word) for word in words)
+    else:
+        weights, prefixes = numbers[::2], numbers[1::2]
+        if None in weights or any(n is not None for n in prefixes) or len(weights) != len(prefixes):
+            raise ConfigError(
+                f"{given}: weights and prefixes do not alternate; write 0.7 A 0.3 B, or A B without any weight"
+            )
+        sources = tuple(DataSource(p, w) for p, w in zip(words[1::2], weights, strict=True))
+        for weight, source in zip(words[::2], sources, strict=True):
+            if not 0 < (source.weight or 0) < math.inf:
+                raise ConfigError(
+                    f"{given}: the weight {weight} of {source.prefix} must be positive and finite; leave a data set out that "
+                    "is not to be used"
+                )
+    for number, source in enumerate(sources):
+        if source.prefix in [earlier.prefix for earlier in sources[:number]]:
+            raise ConfigError(f"{given}: {source.prefix} comes twice; give it once, with the sum of the weights")
+    return sources
+
+
+def _number(word: str) -> float | None:
+    try:
+        return float(word)
+    except ValueError:
+        return None
 
 
 def scaling_numbers(changes: RopeChanges) -> dict[str, Any]:

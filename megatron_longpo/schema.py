@@ -137,13 +137,13 @@ def _convert(value: Any, hint: Any) -> Any:
 
 
 def _convert_container(value: Any, kind: Any, arguments: tuple[Any, ...]) -> Any:
-    """In a tuple of texts YAML reads an item such as 8192 as a number, so whole numbers are accepted there."""
+    """In a tuple of texts YAML reads an item such as 8192 or 0.7 as a number, so numbers are accepted there."""
     if kind is dict and isinstance(value, dict):
         return {_convert(k, arguments[0]): _convert(v, arguments[1]) for k, v in value.items()}
     if kind is dict or not isinstance(value, (list, tuple) if kind is tuple else list):
         raise _WrongType
     if kind is tuple and arguments[0] is str:
-        return tuple(str(v) if type(v) is int else _convert(v, str) for v in value)
+        return tuple(str(v) if type(v) in (int, float) else _convert(v, str) for v in value)
     return kind(_convert(v, arguments[0]) for v in value)
 
 

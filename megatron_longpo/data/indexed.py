@@ -15,6 +15,7 @@ import os
 import shutil
 import struct
 import zlib
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -141,6 +142,42 @@ class Manifest:
         values = {_IN_PYTHON.get(name, name): value for name, value in content.items()}
         return cls(**convert_fields(cls, values, where, DataError, fix))
 
+    @classmethod
+    def combined(cls, manifests: Sequence[Manifest], weights: Sequence[float | None]) -> Manifest:
+        """What can be said of several data sets together. Checksums are one, over those of all of them and their weights.
+
+        Args:
+            manifests: the manifests; of one it is the result.
+            weights: weights of the data sets, or None.
+        """
+        if len(manifests) == 1:
+            return manifests[0]
+        parts = [[w, m.bin_sha256, m.idx_sha256, m.weights_sha256] for w, m in zip(weights, manifests, strict=True)]
+        histogram, skipped = Counter[str](), Counter[str]()
+        for manifest in manifests:
+            histogram.update(manifest.length_histogram)
+            skipped.update(manifest.skip_reasons)
+        rows = [m.rows for m in manifests if m.rows is not None]
+        return dataclasses.replace(
+            manifests[0],
+            vocab_size=max(m.vocab_size for m in manifests),
+            samples=sum(m.samples for m in manifests),
+            turns=sum(m.turns for m in manifests),
+            tokens=sum(m.tokens for m in manifests),
+            longest=max(m.longest for m in manifests),
+            longest_short=max(m.longest_short for m in manifests),
+            length_histogram=dict(histogram),
+            skip_reasons=dict(skipped),
+            independent_turns=all(m.independent_turns for m in manifests),
+            source=[file for m in manifests for file in m.source],
+            bin_bytes=sum(m.bin_bytes for m in manifests),
+            bin_sha256=_checksum(parts),
+            idx_sha256="",
+            weights_sha256="",
+            rows=sum(rows) if len(rows) == len(manifests) else None,
+            samples_without_short=sum(m.samples_without_short for m in manifests),
+        )
+
     def as_json(self) -> bytes:
         """Content of the file: all fields and their checksum."""
         content = self.as_dict()
@@ -166,7 +203,7 @@ def token_dtype(vocab_size: int) -> str:
     return np.dtype(DType.optimal_dtype(vocab_size)).name
 
 
-def _checksum(content: dict[str, Any]) -> str:
+def _checksum(content: dict[str, Any] | list[Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 

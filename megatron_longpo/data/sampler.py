@@ -5,8 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+from megatron.core.datasets.helpers_cpp import build_blending_indices
 
 from megatron_longpo.runtime.balance import assign
+
+# Uses in the first table of a blend.
+_FIRST_USES = 4096
 
 
 class BatchSampler:
@@ -19,11 +23,12 @@ class BatchSampler:
         global_batch_size: samples per step.
         shuffle: permute each epoch; otherwise keep the order of the file.
         seed: seed of the permutations.
+        stream: number of the data set among several, so that each has permutations of its own.
     """
 
-    def __init__(self, num_samples: int, global_batch_size: int, *, shuffle: bool, seed: int) -> None:
+    def __init__(self, num_samples: int, global_batch_size: int, *, shuffle: bool, seed: int, stream: int = 0) -> None:
         self.num_samples, self.global_batch_size = num_samples, global_batch_size
-        self.shuffle, self.seed = shuffle, seed
+        self.shuffle, self.seed, self.stream = shuffle, seed, stream
         self._epoch = -1
         self._order = np.arange(0)
 
@@ -32,17 +37,72 @@ class BatchSampler:
         if not self.shuffle:
             return np.arange(self.num_samples)
         if epoch != self._epoch:
-            self._order = np.random.default_rng([self.seed, epoch]).permutation(self.num_samples)
+            key = [self.seed, epoch, self.stream] if self.stream else [self.seed, epoch]
+            self._order = np.random.default_rng(key).permutation(self.num_samples)
             self._epoch = epoch
         return self._order
 
     def batch(self, step: int) -> list[int]:
         """Numbers of the samples of step ``step``, counted from 0."""
         first = step * self.global_batch_size
-        return [
-            int(self.order(use // self.num_samples)[use % self.num_samples])
-            for use in range(first, first + self.global_batch_size)
+        return [self.sample(use) for use in range(first, first + self.global_batch_size)]
+
+    def sample(self, use: int) -> int:
+        """Number of the sample of use ``use``, counted from 0."""
+        return int(self.order(use // self.num_samples)[use % self.num_samples])
+
+
+class BlendSampler:
+    """Global batches from several data sets in given proportions.
+
+    Each use takes the data set that is furthest behind its share, by megatron-core's rule (``build_blending_indices``), so that
+    every batch has the proportions as nearly as whole samples allow. Within a data set the order is ``BatchSampler``'s. Samples
+    are numbered through all data sets, one after the other.
+
+    Args:
+        sizes: sizes of the data sets, each at least 1.
+        weights: their weights, each above 0.
+        global_batch_size: samples per step.
+        shuffle: permute each data set's epochs; otherwise keep the order of its file.
+        seed: seed of the permutations.
+    """
+
+    def __init__(
+        self,
+        sizes: Sequence[int],
+        weights: Sequence[float],
+        global_batch_size: int,
+        *,
+        shuffle: bool,
+        seed: int,
+    ) -> None:
+        self.global_batch_size = global_batch_size
+        self._shares = np.array(weights, np.float64) / np.sum(weights)
+        self._first = np.cumsum([0, *sizes[:-1]])
+        self._sets = [
+            BatchSampler(size, 1, shuffle=shuffle, seed=seed, stream=number) for number, size in enumerate(sizes)
         ]
+        # Of the uses so far: the number of the data set, and how many uses of it came before.
+        self._set_of_use, self._earlier_uses = np.zeros(0, np.int16), np.zeros(0, np.int64)
+
+    def batch(self, step: int) -> list[int]:
+        """Numbers of the samples of step ``step``, counted from 0."""
+        first = step * self.global_batch_size
+        uses = range(first, first + self.global_batch_size)
+        self._blend(uses.stop)
+        found = []
+        for use in uses:
+            number = int(self._set_of_use[use])
+            found.append(int(self._first[number]) + self._sets[number].sample(int(self._earlier_uses[use])))
+        return found
+
+    def _blend(self, uses: int) -> None:
+        """Make the table reach over so many uses. It is a function of the shares only, so a longer one begins like a shorter."""
+        if uses <= len(self._set_of_use):
+            return
+        size = max(uses, 2 * len(self._set_of_use), _FIRST_USES)
+        self._set_of_use, self._earlier_uses = np.zeros(size, np.int16), np.zeros(size, np.int64)
+        build_blending_indices(self._set_of_use, self._earlier_uses, self._shares, len(self._shares), size, False)
 
 
 def assign_batch(costs: Sequence[float], *, data_size: int, micro_batch_size: int) -> list[list[list[int]]]:

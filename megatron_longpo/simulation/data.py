@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_longpo.checkpoint.folders import resolve
-from megatron_longpo.config import Config, data_parallel_size, from_dict, virtual_pipeline_size
+from megatron_longpo.config import Config, data_parallel_size, data_sources, from_dict, virtual_pipeline_size
 from megatron_longpo.data import preference as p
 from megatron_longpo.data.indexed import Manifest, PreferenceData, SampleWriter, token_dtype
 from megatron_longpo.errors import ConfigError
@@ -91,7 +91,8 @@ def _samples(request: Request, config: Config, shape: ModelShape) -> list[p.Samp
         raise ConfigError(
             "neither tokens nor data_path is given; give the length of a row with --tokens, or --data-path"
         )
-    data = PreferenceData(config.data.data_path, verify=False)
+    data_sets = [PreferenceData(source.prefix, verify=False) for source in data_sources(config.data.data_path)]
+    data = max(data_sets, key=lambda d: int(d.long_lengths().max()))
     return [data[int(np.argmax(data.long_lengths()))]]
 
 

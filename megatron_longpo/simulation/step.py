@@ -120,7 +120,7 @@ def _simulate(request: Request, folder: Path, account: Account) -> Report:
     tables = getattr(session.reference, "_tables", None)
     if tables is not None:
         # Log-probs of a cached reference are there before training begins.
-        tables[data.train.prefix] = np.zeros((len(data.train), 2))
+        tables[data.train] = np.zeros((len(data.train), 2))
     else:
         session.reference.prepare([data.train])
     checkpointer = Checkpointer(plan, parallel, reference_weights="")

@@ -35,6 +35,7 @@ from megatron_longpo.checkpoint.folders import (
     whole_steps,
 )
 from megatron_longpo.checkpoint.saving import Save, start_save
+from megatron_longpo.config import data_sources
 from megatron_longpo.errors import CheckpointError, DamagedError
 from megatron_longpo.model.gpt import PolicyModel
 from megatron_longpo.runtime import platform
@@ -58,6 +59,7 @@ def run_identity(plan: RunPlan, reference_weights: str) -> dict[str, Any]:
     data, training, objective = plan.config.data, plan.config.training, plan.config.objective
     return {
         "reference_weights": reference_weights,
+        "data_weights": [source.weight for source in data_sources(data.data_path)] if data.data_path else [None],
         "data_sha256": plan.manifest.bin_sha256,
         "weights_sha256": plan.manifest.weights_sha256,
         "turns": data.turns,
@@ -82,7 +84,7 @@ def run_identity(plan: RunPlan, reference_weights: str) -> dict[str, Any]:
 
 # Values of settings that runs had before they could be set; otherwise a run saved before a setting was recorded is taken to have
 # the present value.
-_BEFORE = {"weights_sha256": "", "rpo_alpha": 0.0}
+_BEFORE = {"data_weights": [None], "weights_sha256": "", "rpo_alpha": 0.0}
 
 
 def check_same_run(progress: RunProgress, identity: dict[str, Any], folder: Path) -> None:

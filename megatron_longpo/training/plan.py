@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_longpo.checkpoint.folders import latest_step, resolve
-from megatron_longpo.config import Config, check, check_against_model, scaling_numbers, virtual_pipeline_size
+from megatron_longpo.config import (
+    Config,
+    DataSource,
+    check,
+    check_against_model,
+    data_sources,
+    scaling_numbers,
+    virtual_pipeline_size,
+)
 from megatron_longpo.data.indexed import Manifest, read_manifest
 from megatron_longpo.errors import ConfigError, DataError
 from megatron_longpo.model.attention import resolve_comm_type
@@ -31,7 +40,7 @@ class RunPlan:
         load: checkpoint that training starts from.
         reference_load: checkpoint of the reference.
         shape, reference_shape: shapes of the two checkpoints.
-        manifest: manifest of the data.
+        manifest: manifest of the data; of several data sets, what can be said of them together.
         valid_manifest: manifest of the held-out data, or None.
         train_iters: optimizer steps of the whole run.
         comm_type, comm_reason: how context parallelism exchanges, and why.
@@ -128,8 +137,12 @@ def make_plan(config: Config, world_size: int) -> RunPlan:
     # Raises where the platform cannot run this layout (runtime/platform.py).
     transformer_config(shape, config, use_transformer_engine=False)
     _check_same_architecture(shape, reference_shape, config)
-    manifest = read_manifest(config.data.data_path)
-    _check_data(config, config.data.data_path, manifest, shape)
+    sources = data_sources(config.data.data_path)
+    manifests = [read_manifest(source.prefix) for source in sources]
+    for source, found in zip(sources, manifests, strict=True):
+        _check_data(config, source.prefix, found, shape)
+    _check_same_template(sources, manifests)
+    manifest = Manifest.combined(manifests, [source.weight for source in sources])
     valid_manifest = None
     if config.data.valid_data_path is not None:
         valid_manifest = read_manifest(config.data.valid_data_path)
@@ -169,6 +182,16 @@ def _check_same_architecture(shape: ModelShape, reference: ModelShape, config: C
         )
 
 
+def _check_same_template(sources: Sequence[DataSource], manifests: Sequence[Manifest]) -> None:
+    made = [(s.prefix, m.template_hash) for s, m in zip(sources, manifests, strict=True) if m.template_hash is not None]
+    for prefix, template_hash in made[1:]:
+        if template_hash != made[0][1]:
+            raise DataError(
+                f"{prefix}.json: the chat template ({template_hash[:12]}) is not that of {made[0][0]} ({made[0][1][:12]}), and "
+                "the model would learn both; preprocess the data sets with the same --chat-template"
+            )
+
+
 def _check_data(config: Config, prefix: str, manifest: Manifest, shape: ModelShape) -> None:
     path = f"{prefix}.json"
     if manifest.vocab_size > shape.vocab_size:
@@ -180,6 +203,12 @@ def _check_data(config: Config, prefix: str, manifest: Manifest, shape: ModelSha
         raise DataError(
             f"{path}: tokenizer {manifest.tokenizer} ({manifest.tokenizer_hash[:12]}) is not the model's "
             f"({shape.tokenizer_hash[:12]}); preprocess the data with the model's tokenizer"
+        )
+    objective = config.objective
+    if manifest.samples_without_short and spec_of(objective.objective, objective.loss_type).reference_rows == "short":
+        raise DataError(
+            f"{path}: {manifest.samples_without_short} of {manifest.samples} samples have no short_context, which the reference "
+            f"of objective={objective.objective} sees; use objective=dpo or sft, or give each turn its short_context"
         )
     limit = config.data.seq_length
     if limit is not None and manifest.longest > limit:

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_longpo.checkpoint.checksums import Verification
+from megatron_longpo.data.indexed import PreferenceData
 from megatron_longpo.errors import DataError, one_line
 from megatron_longpo.model.gpt import PolicyModel, build_model
 from megatron_longpo.model.rotary import rotary_of
@@ -109,17 +110,22 @@ class CachedReference:
         self.weights = weights
         self._plan, self._chunks, self._parallel = plan, chunks, parallel
         self._scorer = _make_scorer(plan, chunks, parallel)
-        self._tables: dict[str, np.ndarray] = {}
+        # Of each data set, as it is prepared.
+        self._tables: dict[DataSet, np.ndarray] = {}
         # Of weights that are not loaded, because their log-probs were found.
         self._verification: Verification | None = None
 
     def prepare(self, data_sets: Sequence[DataSet]) -> None:
         for data in data_sets:
-            cache = cache_for(self._plan, data, self.weights)
-            # In short waits, since ranks that wait in a collective for another run's hours would time out.
-            while (state := on_rank0(cache.look)) == "busy":
-                time.sleep(_POLL_SECONDS)
-            self._tables[data.prefix] = self._found_in(cache) if state == "found" else self._score(cache, data)
+            # A cache per prefix: it serves the prefix in every mixture.
+            self._tables[data] = np.concatenate([self._table_of(part) for part in data.parts])
+
+    def _table_of(self, data: PreferenceData) -> np.ndarray:
+        cache = cache_for(self._plan, data, self.weights)
+        # In short waits, since ranks that wait in a collective for another run's hours would time out.
+        while (state := on_rank0(cache.look)) == "busy":
+            time.sleep(_POLL_SECONDS)
+        return self._found_in(cache) if state == "found" else self._score(cache, data)
 
     def _found_in(self, cache: ReferenceCache) -> np.ndarray:
         table = on_rank0(cache.read)
@@ -129,7 +135,7 @@ class CachedReference:
             self._verification = Verification(self._plan.reference_load)
         return table
 
-    def _score(self, cache: ReferenceCache, data: DataSet) -> np.ndarray:
+    def _score(self, cache: ReferenceCache, data: PreferenceData) -> np.ndarray:
         log(f"reference: scoring {len(data)} samples once, into {cache.path}", active=self._parallel.rank == 0)
         load_weights(self._plan.reference_load, self._chunks, self._parallel)
         table = fill(cache, data, self._scorer)
@@ -140,7 +146,7 @@ class CachedReference:
         if self._verification is not None:
             # Log-probs of these weights are of no use to a run that starts from them damaged.
             self._verification.wait()
-        return self._tables[data.prefix][list(numbers)]
+        return self._tables[data][list(numbers)]
 
 
 class ResidentReference:
@@ -366,7 +372,7 @@ def first_implausible(table: np.ndarray) -> int | None:
     return int(np.flatnonzero(bad)[0]) if bad.any() else None
 
 
-def cache_for(plan: RunPlan, data: DataSet, weights: str) -> ReferenceCache:
+def cache_for(plan: RunPlan, data: PreferenceData, weights: str) -> ReferenceCache:
     """The cache of a data set's log-probs under the reference of this plan.
 
     Args:
@@ -393,7 +399,7 @@ def cache_for(plan: RunPlan, data: DataSet, weights: str) -> ReferenceCache:
     return ReferenceCache(folder, identity, len(data))
 
 
-def fill(cache: ReferenceCache, data: DataSet, scorer: Scorer) -> np.ndarray:
+def fill(cache: ReferenceCache, data: PreferenceData, scorer: Scorer) -> np.ndarray:
     """Compute what a cache lacks, block by block; collective.
 
     Returns:
@@ -413,7 +419,7 @@ def fill(cache: ReferenceCache, data: DataSet, scorer: Scorer) -> np.ndarray:
     with Progress("reference", len(data), done=found, unit="samples", active=is_rank0) as progress:
         for start in range(0, len(todo), block):
             numbers = todo[start : start + block]
-            table[numbers] = scorer.score(data.samples(numbers))
+            table[numbers] = scorer.score([data[int(n)] for n in numbers])
             bad = first_implausible(table[numbers])
             if bad is not None:
                 raise DataError(

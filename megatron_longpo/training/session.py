@@ -9,7 +9,7 @@ from megatron_longpo.runtime.log import log
 from megatron_longpo.runtime.process_groups import Parallel
 from megatron_longpo.training.batch_runner import BatchRunner
 from megatron_longpo.training.checkpointer import load_weights
-from megatron_longpo.training.data_set import RunData, open_data
+from megatron_longpo.training.data_set import RunData, mixture_lines, open_data
 from megatron_longpo.training.held_out import HeldOut
 from megatron_longpo.training.memory import decide_recompute
 from megatron_longpo.training.plan import RunPlan, groups_of
@@ -88,6 +88,7 @@ def _log_plan(plan: RunPlan, parallel: Parallel) -> None:
         lines.append(
             f"data: {data.samples - used} of {data.samples} samples are not used, since only whole batches are"
         )
+    lines += [f"data: {line}" for line in mixture_lines(plan)]
     split = pipeline_split(plan.config.parallel, shape.num_layers)
     if len({n for rank in split for n in rank}) > 1:
         ranks = ", ".join("+".join(map(str, rank)) for rank in split)

@@ -20,8 +20,8 @@ import torch.distributed as dist
 from megatron.core.distributed import finalize_model_grads
 from torch.profiler import record_function
 
-from megatron_longpo.config import CheckpointConfig, Config
-from megatron_longpo.data.sampler import BatchSampler
+from megatron_longpo.config import CheckpointConfig, Config, data_sources
+from megatron_longpo.data.sampler import BatchSampler, BlendSampler
 from megatron_longpo.errors import CheckpointError, LongPOError
 from megatron_longpo.runtime import platform, process_groups
 from megatron_longpo.runtime.collectives import on_rank0
@@ -29,9 +29,10 @@ from megatron_longpo.runtime.failure import keep_tracebacks_in
 from megatron_longpo.runtime.files import FolderLock, write_atomically
 from megatron_longpo.runtime.log import log
 from megatron_longpo.training.checkpointer import Checkpointer, TrainState
+from megatron_longpo.training.data_set import DataSet
 from megatron_longpo.training.metrics import Reporter, reduce_samples, validation_line
 from megatron_longpo.training.optimization import build_optimizer, build_scheduler, inner_optimizers, wrap_for_training
-from megatron_longpo.training.plan import make_plan
+from megatron_longpo.training.plan import RunPlan, make_plan
 from megatron_longpo.training.plausibility import first_not_finite
 from megatron_longpo.training.profiler import Profiler
 from megatron_longpo.training.session import Session, open_session
@@ -55,12 +56,7 @@ class Trainer:
         self.optimizer = build_optimizer(config, self.model)
         self.scheduler = build_scheduler(config, self.optimizer, plan.train_iters)
         self.state = TrainState(chunks=self.chunks, optimizer=self.optimizer, scheduler=self.scheduler)
-        self.sampler = BatchSampler(
-            len(session.data.train),
-            plan.samples_per_step,
-            shuffle=config.data.shuffle,
-            seed=config.training.seed,
-        )
+        self.sampler = _sampler(plan, session.data.train)
         self._numbers: list[int] = []
         self.profiler = Profiler(config.logging, plan.output, self.parallel.rank)
         self.stop_condition = StopCondition(config.checkpoint, began=began)
@@ -141,6 +137,7 @@ class Trainer:
             **means,
             "grad_norm": float(grad_norm) if grad_norm is not None else 0.0,
             "lr": lr,
+            **{f"samples/{name}": count for name, count in self.session.data.train.counts(numbers).items()},
             "tokens": tokens,
             "tokens_per_second": tokens / seconds,
             "step_seconds": seconds,
@@ -186,6 +183,18 @@ class Trainer:
 
     def _log(self, message: str) -> None:
         log(message, active=self.parallel.rank == 0)
+
+
+def _sampler(plan: RunPlan, data: DataSet) -> BatchSampler | BlendSampler:
+    """The order in which a run uses its samples."""
+    config = plan.config
+    assert config.data.data_path is not None
+    weights = [source.weight for source in data_sources(config.data.data_path)]
+    order: dict[str, Any] = {"shuffle": config.data.shuffle, "seed": config.training.seed}
+    if len(weights) == 1 or None in weights:
+        return BatchSampler(len(data), plan.samples_per_step, **order)
+    shares = [weight for weight in weights if weight is not None]
+    return BlendSampler([len(part) for part in data.parts], shares, plan.samples_per_step, **order)
 
 
 class StopCondition:

@@ -207,6 +207,24 @@ def test_reference_cache_goes_on_and_is_used_again(model: Path, tmp_path: Path) 
     assert str(table) in done.stderr and "remove it" in done.stderr
 
 
+def test_two_data_sets_with_weights(model: Path, tmp_path: Path) -> None:
+    """Drawn in proportion and counted; resumed in the middle; each with a reference cache of its own."""
+    make_data(tmp_path / "more", 5, seed=3)
+    # The flag that comes last counts.
+    flags = ["--data-path", "0.75", str(model / "data"), "0.25", str(tmp_path / "more"), "--train-iters", "4"]
+    run([PYTHON, *train(model, tmp_path / "one", *flags)])
+    run([PYTHON, *train(model, tmp_path / "two", *flags, "--exit-interval", "2")])
+    done = run([PYTHON, *train(model, tmp_path / "two", *flags)])
+    assert metrics_of(tmp_path / "two") == metrics_of(tmp_path / "one")
+    assert [(r["samples/data"], r["samples/more"]) for r in metrics_of(tmp_path / "two")] == [(3, 1)] * 4
+    assert f"data: 75.0% from {model / 'data'}, 12 samples, each used 1 times" in done.stdout
+    caches = [list(Path(f"{prefix}.reference").glob("*.npy")) for prefix in (model / "data", tmp_path / "more")]
+    assert [len(files) for files in caches] == [1, 1]
+    flags[1] = "0.5"
+    refused = run([PYTHON, *train(model, tmp_path / "two", *flags)], expect=2)
+    assert "has data_weights=[0.75, 0.25], but now it is [0.5, 0.25]" in refused.stderr
+
+
 def test_a_profile_names_the_phases_of_its_steps(model: Path, tmp_path: Path) -> None:
     """Steps 2 and 3 of 4 on rank 1 only; and a profile that the last step cuts short."""
     output = tmp_path / "run"

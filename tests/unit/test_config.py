@@ -12,9 +12,11 @@ from hypothesis import strategies as st
 
 from megatron_longpo.config import (
     Config,
+    DataConfig,
     check,
     check_against_model,
     data_parallel_size,
+    data_sources,
     from_dict,
     from_yaml,
     pipeline_split,
@@ -117,6 +119,54 @@ def test_degrees_against_world_and_model() -> None:
         )
     config = _parallel(pipeline_model_parallel_size=2, num_layers_per_virtual_pipeline_stage=2)
     assert virtual_pipeline_size(config.parallel, 8) == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("data", [("data", None)]),
+        (("data",), [("data", None)]),
+        # One word is a prefix, whatever it looks like.
+        ("0.7", [("0.7", None)]),
+        (("0.7", "A", "0.3", "B"), [("A", 0.7), ("B", 0.3)]),
+        (("7", "A", "3e0", "some/B"), [("A", 7.0), ("some/B", 3.0)]),
+        (("1", "A"), [("A", 1.0)]),
+        (("A", "B", "C"), [("A", None), ("B", None), ("C", None)]),
+    ],
+)
+def test_data_sets_with_weights(words: Any, expected: list[tuple[str, float | None]]) -> None:
+    assert [(source.prefix, source.weight) for source in data_sources(words)] == expected
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ((), "data_path is empty"),
+        (("0.7", "A", "B"), "do not alternate; write 0.7 A 0.3 B"),
+        (("A", "0.7", "B", "0.3"), "do not alternate"),
+        (("0.7", "A", "0.3"), "do not alternate"),
+        (("0.7", "A", "0", "B"), "the weight 0 of B must be positive"),
+        (("0.7", "A", "-1", "B"), "the weight -1 of B must be positive"),
+        (("nan", "A", "1", "B"), "the weight nan of A"),
+        (("inf", "A", "1", "B"), "the weight inf of A"),
+        (("0.7", "A", "0.3", "A"), "A comes twice"),
+        (("A", "A"), "A comes twice"),
+    ],
+)
+def test_data_sets_that_are_refused(words: tuple[str, ...], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        check(Config(data=DataConfig(data_path=words)))
+
+
+def test_data_sets_as_flags_and_as_yaml(tmp_path: Path) -> None:
+    flags = ["--data-path", "0.7", "A", "0.3", "B", "--train-iters", "3"]
+    _, config = parsed("train", flags)
+    assert config.data.data_path == ("0.7", "A", "0.3", "B") and config.training.train_iters == 3
+    (tmp_path / "written.yaml").write_text(config.as_yaml())
+    (tmp_path / "by_hand.yaml").write_text("data: {data_path: [0.7, A, 0.3, B]}\ntraining: {train_iters: 3}\n")
+    for name in ("written", "by_hand"):
+        assert from_yaml(tmp_path / f"{name}.yaml") == config
+    assert parsed("train", ["--data-path", "P"])[1].data.data_path == "P"
 
 
 def _split(layers: int, stages: int, **settings: Any) -> Any:

@@ -32,7 +32,7 @@ from megatron_longpo.data.preference import (
     short_rows,
     weight_of,
 )
-from megatron_longpo.data.sampler import BatchSampler, assign_batch
+from megatron_longpo.data.sampler import BatchSampler, BlendSampler, assign_batch
 from megatron_longpo.errors import DataError
 from megatron_longpo.runtime.files import sha256_of
 from tests.support.data import make_data, random_sample, tokenised_row, write_data
@@ -228,6 +228,22 @@ def test_weights_travel_beside_the_binaries(tmp_path: Path) -> None:
     assert PreferenceData(tmp_path / "plain")[2].weight == 1
 
 
+def test_manifests_together() -> None:
+    parts = [
+        Manifest(101, "uint16", "t", "h", "c", samples=n, turns=2 * n, tokens=9 * n, longest=n, bin_sha256=f"{n}")
+        for n in (3, 5)
+    ]
+    parts[0].length_histogram, parts[1].length_histogram = {"512": 3}, {"512": 4, "1024": 1}
+    parts[0].skip_reasons = {"no_turn": 2}
+    both = Manifest.combined(parts, [0.7, 0.3])
+    assert (both.samples, both.turns, both.tokens, both.longest) == (8, 16, 72, 5)
+    assert both.length_histogram == {"512": 7, "1024": 1} and both.skip_reasons == {"no_turn": 2}
+    assert Manifest.combined(parts[:1], [None]) is parts[0]
+    # One checksum for data, order and weights.
+    others = [Manifest.combined(parts, [0.6, 0.4]), Manifest.combined(parts[::-1], [0.3, 0.7])]
+    assert len({m.bin_sha256 for m in (both, *others)}) == 3
+
+
 def test_a_partial_output_without_weights_goes_on(tmp_path: Path) -> None:
     """As an earlier commit left it."""
     rng = np.random.default_rng(0)
@@ -313,6 +329,46 @@ def test_damaged_files_are_refused_by_name(
 def test_a_missing_manifest_names_the_fix(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="preprocess_preference_data"):
         PreferenceData(tmp_path / "nothing")
+
+
+@given(
+    sizes=st.lists(st.integers(1, 12), min_size=2, max_size=4),
+    weights=st.lists(st.floats(0.05, 10), min_size=4, max_size=4),
+    batch=st.integers(1, 16),
+    shuffle=st.booleans(),
+)
+def test_a_blend_keeps_its_proportions(sizes: list[int], weights: list[float], batch: int, shuffle: bool) -> None:
+    def blend() -> BlendSampler:
+        return BlendSampler(sizes, weights[: len(sizes)], batch, shuffle=shuffle, seed=3)
+
+    sampler = blend()
+    used = [i for step in range(20) for i in sampler.batch(step)]
+    # Any step can be asked for first: resuming needs no state.
+    assert blend().batch(13) == used[13 * batch : 14 * batch]
+    ends = np.cumsum(sizes)
+    parts = np.searchsorted(ends, used, side="right")
+    shares = np.array(weights[: len(sizes)]) / sum(weights[: len(sizes)])
+    for uses in range(1, len(used) + 1):
+        counts = np.bincount(parts[:uses], minlength=len(sizes))
+        # Never further from its share than there are other data sets that may be ahead.
+        assert (abs(counts - shares * uses) < len(sizes)).all()
+    for part, size in enumerate(sizes):
+        mine = [i - (ends[part] - size) for i, p in zip(used, parts, strict=True) if p == part]
+        for start in range(0, len(mine) - size + 1, size):
+            assert sorted(mine[start : start + size]) == list(range(size))
+
+
+def test_a_blend_by_hand() -> None:
+    sampler = BlendSampler([2, 100], [3, 1], 4, shuffle=False, seed=0)
+    # Every batch has three of the first, whose two samples come again and again, and one of the second.
+    assert [sorted(sampler.batch(step)) for step in range(3)] == [[0, 0, 1, 2], [0, 1, 1, 3], [0, 0, 1, 4]]
+    # Beyond the first table.
+    assert sorted(sampler.batch(5000))[-1] == 2 + 5000 % 100
+    # Each data set has permutations of its own, the first one those that it has alone.
+    both = BlendSampler([8, 8], [1, 1], 16, shuffle=True, seed=5).batch(0)
+    mine = [i for i in both if i < 8]
+    assert mine == BatchSampler(8, 8, shuffle=True, seed=5).batch(0)
+    assert mine != [i - 8 for i in both if i >= 8]
 
 
 @given(st.integers(1, 40), st.integers(1, 16), st.booleans(), st.integers(0, 5))

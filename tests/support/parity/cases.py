@@ -46,6 +46,7 @@ _UP = {"recompute_granularity": "selective", "recompute_modules": ("mlp_up",)}
 _NOT_SHARED = {"prefix_sharing": False}
 _INDEPENDENT = {"turns": "independent"}
 _FEW = {"data_path": "few"}
+_MIXTURE = {"data_path": ["0.7", "data", "0.3", "few"]}
 
 _LOSSES: tuple[tuple[str, dict[str, Any], str, int, dict[str, Any]], ...] = (
     ("norm", {"loss_type": "sigmoid_norm", "label_smoothing": 0.1}, "cp2", 2, _layout(cp=2)),
@@ -102,6 +103,9 @@ _BASE = (
         oracle="one-few-not-shared",
         families=("qwen2",),
     ),
+    # Two data sets in proportion.
+    Case("one-mixture", 1, {"data": _MIXTURE}, oracle="one-mixture", families=("qwen2",)),
+    Case("dp2-mixture", 2, {"data": _MIXTURE}, oracle="one-mixture", families=("qwen2",)),
     # Other losses, each in one process and in another layout.
     *(
         Case(f"{layout}-{name}", processes, {"objective": values, **more}, oracle=f"one-{name}", families=("qwen2",))

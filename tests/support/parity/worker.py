@@ -25,6 +25,8 @@ from tests.support.parity.canonical import canonical, gather_gradient_shards
 from tests.support.parity.cases import CASES, Case
 
 STEPS = 3
+# Prefixes that cases name.
+DATA = ("data", "few")
 # Held-out data are evaluated on this family, under every layout.
 EVALUATED = "qwen2"
 
@@ -46,7 +48,12 @@ def settings_of(case: Case, folder: Path, family: str) -> Config:
     settings = base_settings(folder, family)
     for section, values in case.settings.items():
         settings[section] = {**settings.get(section, {}), **values}
-    settings["data"]["data_path"] = str(folder / settings["data"]["data_path"])
+    named = settings["data"]["data_path"]
+    settings["data"]["data_path"] = (
+        str(folder / named)
+        if isinstance(named, str)
+        else [str(folder / word) if word in DATA else word for word in named]
+    )
     # Caches are shared by fingerprint; with a folder per case each layout has to compute the reference itself.
     settings["reference"] = {
         "reference_cache": str(folder / "references" / family / case.name),

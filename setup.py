@@ -64,6 +64,8 @@ setup(
         "vllm": ["vllm>=0.8"],
         "language": ["py3langid>=0.4"],
         "wandb": ["wandb>=0.17"],
+        "mlflow": ["mlflow-skinny>=2.14"],
+        "swanlab": ["swanlab>=0.6"],
         "demo": ["gguf>=0.10", "accelerate>=1.0"],
         "dev": [
             "pytest>=8",

@@ -265,6 +265,12 @@ class CheckpointConfig:
     """Write checkpoints in the background."""
     keep_last: Count | None = None
     """Number of checkpoints to keep, newest first. Default: all."""
+    save_best: str | None = None
+    """Held-out metric by which the best checkpoint is saved and kept beside keep_last, after an evaluation (eval_interval): nll,
+    loss, rewards/margins, rewards/accuracies, ...; with a direction of your own `kl/rejected:max`. OUTPUT/best stands for it
+    wherever a checkpoint is named."""
+    save_hf_interval: Count | None = None
+    """Steps between exports of the weights in Hugging Face's form, to OUTPUT/hf_* beside the checkpoint of the same step."""
     no_save_optim: bool = False
     """Save weights only. Such a checkpoint can be exported but not resumed from."""
     exit_interval: Count | None = None
@@ -285,6 +291,18 @@ class LoggingConfig:
     """Weights & Biases project to report to (extra `wandb`)."""
     wandb_exp_name: str | None = None
     """Name of the run at Weights & Biases. Default: one that it makes up."""
+    mlflow_experiment: str | None = None
+    """MLflow experiment to report to (extra `mlflow`)."""
+    mlflow_run_name: str | None = None
+    """Name of the run at MLflow. Default: one that it makes up."""
+    mlflow_tracking_uri: str | None = None
+    """Address of the MLflow server, or file:FOLDER. Default: MLflow's own (MLFLOW_TRACKING_URI)."""
+    swanlab_project: str | None = None
+    """SwanLab project to report to (extra `swanlab`)."""
+    swanlab_exp_name: str | None = None
+    """Name of the run at SwanLab. Default: one that it makes up."""
+    swanlab_mode: Literal["online", "local", "offline"] = "online"
+    """online: SwanLab's server; local: its local dashboard; offline: files that are uploaded later."""
     plot_interval: Count = 25
     """Steps between updates of OUTPUT/curves.png, which is always drawn at the end."""
     profile: bool = False
@@ -458,8 +476,11 @@ def _check_held_out(config: Config) -> None:
     """Options of held-out evaluation need held-out data."""
     if config.data.valid_data_path is not None:
         return
-    for name in ("eval_interval", "eval_iters", "skip_train"):
-        value = getattr(config.training, name)
+    for name, section in (
+        *((name, config.training) for name in ("eval_interval", "eval_iters", "skip_train")),
+        ("save_best", config.checkpoint),
+    ):
+        value = getattr(section, name)
         if value:
             raise ConfigError(
                 f"{name}={value} concerns held-out data, but valid_data_path is not given; name the data's prefix with "
@@ -513,7 +534,10 @@ def _check_parallel(parallel: ParallelConfig) -> None:
 
 def _check_output(config: Config) -> None:
     """Rules of what a run writes."""
-    for name, is_on in (("async_save", config.checkpoint.async_save), ("profile", config.logging.profile)):
+    for name, is_on in (
+        *((name, getattr(config.checkpoint, name)) for name in ("async_save", "save_best", "save_hf_interval")),
+        ("profile", config.logging.profile),
+    ):
         if is_on and config.checkpoint.save is None:
             raise ConfigError(f"{name} is on but save is not given; name the output folder with --save")
     start, end = config.logging.profile_step_start, config.logging.profile_step_end

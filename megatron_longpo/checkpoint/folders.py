@@ -6,6 +6,7 @@
         checksums.json                       sizes and hashes of all other files
         training.json                        steps, data and metrics, for the exported model's card
     OUTPUT/latest_checkpointed_iteration.txt
+    OUTPUT/best.json                         the best one by a held-out metric
 
 A checkpoint is written to a folder with another name, which is renamed when every rank is done, so a run that is killed at any
 moment finds the last complete one.
@@ -14,6 +15,7 @@ moment finds the last complete one.
 from __future__ import annotations
 
 import contextlib
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,10 @@ from megatron_longpo.errors import CheckpointError, DamagedError, one_line
 from megatron_longpo.model.shape import FILE_NAME
 
 LATEST = "latest_checkpointed_iteration.txt"
+# Names the best checkpoint by a held-out metric (training/best.py).
+BEST = "best.json"
+# OUTPUT/best stands for that checkpoint wherever one is named.
+_BEST_NAME = "best"
 ASSETS = "hf"
 
 
@@ -88,8 +94,29 @@ def passed_over(output: Path) -> list[str]:
     return lines
 
 
+def _best_of(output: Path) -> Path:
+    """Folder of a run's best checkpoint.
+
+    Raises:
+        CheckpointError: the run has none, or its folder is not there.
+    """
+    try:
+        step = json.loads((output / BEST).read_text(encoding="utf-8"))["step"]
+        folder = folder_of(output, int(step))
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+        raise CheckpointError(
+            f"{output / BEST}: cannot be read ({one_line(error)}); name an iter_* folder, or train with --save-best"
+        ) from None
+    if not folder.is_dir():
+        raise CheckpointError(
+            f"{output / BEST}: names {folder.name}, which is not there; name another checkpoint of the run"
+        )
+    return folder
+
+
 def resolve(path: str | Path) -> Path:
-    """The checkpoint folder that ``--load`` refers to: a converted checkpoint, one iteration, or the newest good one of a run.
+    """The checkpoint folder that ``--load`` refers to: a converted checkpoint, one iteration, the newest good one of a run, or
+    OUTPUT/best for its best one.
 
     Newer ones of the run that are passed over are logged. Large files are not read here; ``checksums.verified`` does that.
 
@@ -98,6 +125,8 @@ def resolve(path: str | Path) -> Path:
         CheckpointError: there is none.
     """
     path = Path(path)
+    if path.name == _BEST_NAME and not path.exists() and (path.parent / BEST).is_file():
+        path = _best_of(path.parent)
     if (path / CHECKSUMS).is_file() and (damage := quick_damage(path)) is not None:
         raise damage.error()
     if (path / FILE_NAME).is_file() and (path / ".metadata").is_file():

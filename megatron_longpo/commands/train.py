@@ -27,4 +27,9 @@ def train(arguments: Sequence[str], *, prog: str) -> None:
     # Not before the configuration is read: it imports torch and megatron-core.
     from megatron_longpo.training.trainer import run
 
-    run(config)
+    if config.checkpoint.save_hf_interval is None:
+        run(config)
+        return
+    from megatron_longpo.conversion.export_hf import export_hf
+
+    run(config, export=export_hf)

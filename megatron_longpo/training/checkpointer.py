@@ -9,7 +9,7 @@ import logging
 import os
 import shutil
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,7 @@ from megatron_longpo.runtime.collectives import all_gather_objects, on_rank0, ra
 from megatron_longpo.runtime.files import FolderLock, write_atomically
 from megatron_longpo.runtime.log import log
 from megatron_longpo.runtime.process_groups import Parallel
+from megatron_longpo.training.best import Best, read_best, rule_of, write_best
 from megatron_longpo.training.optimization import counts_in_state, follow_config, inner_optimizers, state_names
 from megatron_longpo.training.optimizer_state import load_optimizer, optimizer_content
 from megatron_longpo.training.plan import RunPlan
@@ -199,6 +200,7 @@ class Checkpointer:
     Attributes:
         resume_step: step of the newest readable checkpoint in the output folder; None: this is a new run.
         good_step: step of the newest checkpoint whose weights and states this launch has found finite; None: there is none.
+        best: best checkpoint so far by the held-out metric of save_best; None: there is none.
 
     Raises:
         CheckpointError: the output folder holds a run with other settings.
@@ -216,6 +218,8 @@ class Checkpointer:
         self._resume_steps = on_rank0(self._find_checkpoints)
         self.resume_step = self._resume_steps[0] if self._resume_steps else None
         self.good_step: int | None = None
+        self._rule = None if self.config.save_best is None else rule_of(self.config.save_best, plan.objective)
+        self.best: Best | None = None
         # The save that goes on in the background.
         self._saving: Save | None = None
         self._saved_step: int | None = None
@@ -240,18 +244,40 @@ class Checkpointer:
             raise first_error
         return []
 
-    def is_due(self, step: int, *, last: bool) -> bool:
-        """Whether to save after this step.
+    def is_due(self, step: int, *, last: bool, held_out: Mapping[str, Any] | None = None) -> bool:
+        """Whether to save after this step: every save_interval and save_hf_interval, at the end, and where it is the best so far.
 
         Args:
             step: optimizer steps done.
             last: whether training ends with this step.
+            held_out: summary of the held-out data after this step, if they were evaluated.
         """
         interval = self.config.save_interval
-        is_time = last or (interval is not None and step % interval == 0)
+        is_time = last or (interval is not None and step % interval == 0) or self.is_hf_due(step)
+        is_time = is_time or self._best_with(step, held_out) != self.best
         return self.output is not None and self._saved_step != step and is_time
 
-    def save(self, step: int, state: TrainState, *, records: Sequence[dict[str, Any]], last: bool) -> None:
+    def is_hf_due(self, step: int) -> bool:
+        """Whether Hugging Face weights are to be written beside the checkpoint of this step."""
+        interval = self.config.save_hf_interval
+        return interval is not None and step > 0 and step % interval == 0
+
+    def _best_with(self, step: int, held_out: Mapping[str, Any] | None) -> Best | None:
+        """The best checkpoint, with this step among them."""
+        if self._rule is None or held_out is None:
+            return self.best
+        found = Best(step, float(held_out[self._rule.metric]))
+        return found if self.best is None or self._rule.is_better(found.value, self.best.value) else self.best
+
+    def save(
+        self,
+        step: int,
+        state: TrainState,
+        *,
+        records: Sequence[dict[str, Any]],
+        last: bool,
+        held_out: Mapping[str, Any] | None = None,
+    ) -> None:
         """Save after this step if it is time to; collective, called after every step.
 
         With async_save, a checkpoint becomes visible in a later call or in ``close``, when it is written.
@@ -261,12 +287,14 @@ class Checkpointer:
             state: what is saved.
             records: metrics of all steps, for the model card.
             last: whether training ends with this step.
+            held_out: summary of the held-out data after this step, if they were evaluated.
         """
         if self.output is None:
             return
         if self._saving is not None and self._saving.is_written():
             self._finish_saving(self.output)
-        if self.is_due(step, last=last):
+        if self.is_due(step, last=last, held_out=held_out):
+            self.best = self._best_with(step, held_out)
             self._save(self.output, step, state, records)
 
     def _save(self, output: Path, step: int, state: TrainState, records: Sequence[dict[str, Any]]) -> None:
@@ -292,11 +320,12 @@ class Checkpointer:
             records=list(records),
         )
         content = self._content(step, state, is_loading=False, with_rng=True)
+        best = self.best
         with _explaining(output):
             self._saving = start_save(
                 content,
                 writing,
-                lambda: self._publish(output, writing, step, record),
+                lambda: self._publish(output, writing, step, record, best),
                 group=self.parallel.dp_cp_group,
                 staged=self.config.async_save,
             )
@@ -310,10 +339,14 @@ class Checkpointer:
             with _explaining(output):
                 saving.finish()
 
-    def close(self) -> None:
-        """Wait for a background save, and give the output folder up."""
+    def wait(self) -> None:
+        """Wait for a background save; collective."""
         if self.output is not None:
             self._finish_saving(self.output)
+
+    def close(self) -> None:
+        """Wait for a background save, and give the output folder up."""
+        self.wait()
         if self._folder_lock is not None:
             self._folder_lock.release()
 
@@ -326,8 +359,8 @@ class Checkpointer:
         if assets.is_dir():
             shutil.copytree(assets, folder / ASSETS, copy_function=_link_or_copy)
 
-    def _publish(self, output: Path, writing: Path, step: int, record: dict[str, Any]) -> None:
-        """Give a checkpoint that all ranks have written its final name, and remove old ones."""
+    def _publish(self, output: Path, writing: Path, step: int, record: dict[str, Any], best: Best | None) -> None:
+        """Give a checkpoint that all ranks have written its final name, and remove old ones except the best."""
         if self.parallel.rank == 0:
             self._write_companions(writing, record)
             write_checksums(writing)
@@ -335,9 +368,14 @@ class Checkpointer:
             shutil.rmtree(final, ignore_errors=True)
             os.replace(writing, final)
             write_atomically(output / LATEST, f"{step}\n".encode())
+            if best is not None and self._rule is not None and best.step == step:
+                write_best(output, self._rule, best)
+                log(f"step {step} has the best held-out {self._rule.metric} so far ({best.value:.4f}): {final}")
             keep = self.config.keep_last
             if keep is not None:
                 for old in whole_steps(output)[:-keep]:
+                    if best is not None and old == best.step:
+                        continue
                     # Renamed first: a kill during the removal leaves no half checkpoint under its name.
                     doomed = output / f".writing_{old:07d}_old"
                     os.replace(folder_of(output, old), doomed)
@@ -380,6 +418,13 @@ class Checkpointer:
         Raises:
             CheckpointError: no checkpoint of the run can be read, or the newest holds only weights.
         """
+        step = self._resume(state)
+        if self._rule is not None and self.output is not None:
+            output, rule = self.output, self._rule
+            self.best = on_rank0(lambda: read_best(output, rule, step))
+        return step
+
+    def _resume(self, state: TrainState) -> int:
         assert self.output is not None or not self._resume_steps
         first_error: str | None = None
         for step in self._resume_steps:

@@ -27,7 +27,7 @@ from megatron_longpo.runtime.process_groups import Parallel
 from megatron_longpo.runtime.progress import Progress
 from megatron_longpo.training.batch_runner import BatchRunner
 from megatron_longpo.training.data_set import DataSet
-from megatron_longpo.training.metrics import SAMPLE_METRICS, gather_samples
+from megatron_longpo.training.metrics import REPORTED, SAMPLE_METRICS, gather_samples, names_reported
 from megatron_longpo.training.plan import RunPlan
 from megatron_longpo.training.reference import Reference
 
@@ -35,15 +35,6 @@ VERSION = 1
 
 # Metrics of a held-out sample: those of training, and the lengths of its responses in tokens.
 METRICS = (*SAMPLE_METRICS, "response_tokens/chosen", "response_tokens/rejected")
-
-# Metrics that are reported as means over samples.
-REPORTED = (
-    *("loss", "nll", "preference", "logps/chosen", "logps/rejected", "rewards/chosen", "rewards/rejected"),
-    *("rewards/margins", "rewards/accuracies", "kl/chosen", "kl/rejected"),
-)
-# Those of them that there are without a reference, and those without a preference term.
-REPORTED_WITHOUT_REFERENCE = tuple(name for name in REPORTED if not name.startswith("kl/"))
-REPORTED_WITHOUT_PREFERENCE = ("loss", "nll", "logps/chosen")
 
 # Files keep the metrics of a sample as a list of numbers, in this order. It belongs to the format: only append to it.
 _ORDER_IN_FILES = (
@@ -142,10 +133,7 @@ class HeldOut:
 
     def summary(self) -> dict[str, Any]:
         """Evaluate, and summarise; collective."""
-        spec = self.plan.objective
-        if not spec.uses_preference:
-            return summary(self.evaluate(), REPORTED_WITHOUT_PREFERENCE)
-        return summary(self.evaluate(), REPORTED_WITHOUT_REFERENCE if spec.reference_rows is None else REPORTED)
+        return summary(self.evaluate(), names_reported(self.plan.objective))
 
 
 def metrics_of(table: Table) -> Table:

@@ -1,4 +1,4 @@
-"""What a step reports: exact means over ranks, metrics.jsonl, TensorBoard, W&B, the progress line, curves.png."""
+"""What a step reports: exact means over ranks, metrics.jsonl, trackers, the progress line, curves.png."""
 
 from __future__ import annotations
 
@@ -22,6 +22,8 @@ from megatron_longpo.runtime.files import write_atomically
 from megatron_longpo.runtime.log import log
 from megatron_longpo.runtime.process_groups import Parallel
 from megatron_longpo.runtime.progress import duration
+from megatron_longpo.training.objective import ObjectiveSpec
+from megatron_longpo.training.trackers import Tracker
 
 # Metrics of a sample that metrics.jsonl has, in the order of its keys. Values are looked up by name everywhere, so this order
 # decides nothing else.
@@ -39,6 +41,23 @@ SAMPLE_METRICS = (
     "rewards/accuracies",
     "tokens",
 )
+
+
+# Metrics of held-out data that are reported as means over samples.
+REPORTED = (
+    *("loss", "nll", "preference", "logps/chosen", "logps/rejected", "rewards/chosen", "rewards/rejected"),
+    *("rewards/margins", "rewards/accuracies", "kl/chosen", "kl/rejected"),
+)
+# Those of them that there are without a reference, and those without a preference term.
+REPORTED_WITHOUT_REFERENCE = tuple(name for name in REPORTED if not name.startswith("kl/"))
+REPORTED_WITHOUT_PREFERENCE = ("loss", "nll", "logps/chosen")
+
+
+def names_reported(objective: ObjectiveSpec) -> tuple[str, ...]:
+    """Names of the metrics of held-out data that are reported with an objective."""
+    if not objective.uses_preference:
+        return REPORTED_WITHOUT_PREFERENCE
+    return REPORTED_WITHOUT_REFERENCE if objective.reference_rows is None else REPORTED
 
 
 @dataclass(frozen=True)
@@ -152,17 +171,24 @@ class Reporter:
         resumed_step: steps that an earlier launch finished; later lines of its metrics.jsonl are dropped.
         config: the resolved configuration; its ``logging`` section says what is written.
         active: whether this rank reports.
+        trackers: opened trackers.
     """
 
     def __init__(
-        self, output: Path | None, *, train_iters: int, resumed_step: int, config: Config, active: bool
+        self,
+        output: Path | None,
+        *,
+        train_iters: int,
+        resumed_step: int,
+        config: Config,
+        active: bool,
+        trackers: Sequence[Tracker] = (),
     ) -> None:
         self.output, self.train_iters, self.config, self.active = output, train_iters, config.logging, active
         self.records: list[dict[str, Any]] = []
         self.validations: list[dict[str, Any]] = []
         self._stream: TextIO | None = None
-        self._tensorboard: Any = None
-        self._wandb: Any = None
+        self._trackers = trackers
         self._began, self._first_step = time.monotonic(), resumed_step
         if not active or output is None:
             return
@@ -172,20 +198,6 @@ class Reporter:
         self.records = keep_until(path, resumed_step)
         self.validations = keep_until(output / "validation.jsonl", resumed_step or -1)
         self._stream = open(path, "a", encoding="utf-8")  # noqa: SIM115
-        if self.config.tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._tensorboard = SummaryWriter(str(output / "tensorboard"), purge_step=resumed_step + 1)
-        if self.config.wandb_project:
-            import wandb
-
-            self._wandb = wandb.init(
-                project=self.config.wandb_project,
-                name=self.config.wandb_exp_name,
-                config=config.as_dict(),
-                dir=str(output),
-                resume="allow",
-            )
 
     def step(self, record: dict[str, Any]) -> None:
         """Report one step."""
@@ -195,12 +207,9 @@ class Reporter:
         if self._stream is not None:
             self._stream.write(json.dumps(record) + "\n")
             self._stream.flush()
-        if self._tensorboard is not None:
-            for name, value in record.items():
-                if name != "step":
-                    self._tensorboard.add_scalar(name, value, record["step"])
-        if self._wandb is not None:
-            self._wandb.log(record, step=record["step"])
+        values = {name: value for name, value in record.items() if name != "step"}
+        for tracker in self._trackers:
+            tracker.log(values, record["step"])
         if record["step"] % self.config.log_interval == 0 or record["step"] == self.train_iters:
             log(self._line(record))
         if self.output is not None and record["step"] % self.config.plot_interval == 0:
@@ -215,11 +224,8 @@ class Reporter:
         if self.output is not None:
             with open(self.output / "validation.jsonl", "a", encoding="utf-8") as stream:
                 stream.write(json.dumps(record) + "\n")
-        if self._tensorboard is not None:
-            for name, value in flat.items():
-                self._tensorboard.add_scalar(name, value, record["step"])
-        if self._wandb is not None:
-            self._wandb.log(flat, step=record["step"])
+        for tracker in self._trackers:
+            tracker.log(flat, record["step"])
         log(f"after step {record['step']}: {validation_line(record)}")
         self.plot()
 
@@ -247,10 +253,8 @@ class Reporter:
         self.plot()
         if self._stream is not None:
             self._stream.close()
-        if self._tensorboard is not None:
-            self._tensorboard.close()
-        if self._wandb is not None:
-            self._wandb.finish()
+        for tracker in self._trackers:
+            tracker.close()
 
 
 def validation_line(r: dict[str, Any]) -> str:

@@ -11,7 +11,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,10 @@ import torch.distributed as dist
 from megatron.core.distributed import finalize_model_grads
 from torch.profiler import record_function
 
+from megatron_longpo.checkpoint.folders import folder_of
 from megatron_longpo.config import CheckpointConfig, Config, data_sources
 from megatron_longpo.data.sampler import BatchSampler, BlendSampler
-from megatron_longpo.errors import CheckpointError, LongPOError
+from megatron_longpo.errors import CheckpointError, ConfigError, LongPOError
 from megatron_longpo.runtime import platform, process_groups
 from megatron_longpo.runtime.collectives import on_rank0
 from megatron_longpo.runtime.failure import keep_tracebacks_in
@@ -34,8 +35,14 @@ from megatron_longpo.training.metrics import Reporter, reduce_samples, validatio
 from megatron_longpo.training.optimization import build_optimizer, build_scheduler, inner_optimizers, wrap_for_training
 from megatron_longpo.training.plan import RunPlan, make_plan
 from megatron_longpo.training.plausibility import first_not_finite
+from megatron_longpo.training.preflight import cautions, check_run
 from megatron_longpo.training.profiler import Profiler
 from megatron_longpo.training.session import Session, open_session
+from megatron_longpo.training.trackers import Tracker, open_trackers
+
+# Given the folder of a checkpoint, writes a Hugging Face model to a new folder; collective.
+Export = Callable[[Path, Path], object]
+_HF_PREFIX = "hf_"
 
 
 class Trainer:
@@ -45,9 +52,20 @@ class Trainer:
         session: data, model, reference and held-out evaluation.
         checkpointer: saves the run and resumes it.
         began: value of ``time.monotonic()`` when the program began.
+        trackers: opened trackers of this rank.
+        export: writes a checkpoint's weights in Hugging Face's form, given its folder and the new one; collective. Needed with
+            save_hf_interval.
     """
 
-    def __init__(self, session: Session, checkpointer: Checkpointer, *, began: float) -> None:
+    def __init__(
+        self,
+        session: Session,
+        checkpointer: Checkpointer,
+        *,
+        began: float,
+        trackers: Sequence[Tracker] = (),
+        export: Export | None = None,
+    ) -> None:
         plan, config = session.plan, session.config
         self.session, self.checkpointer = session, checkpointer
         self.plan, self.config, self.parallel = plan, config, session.parallel
@@ -61,6 +79,9 @@ class Trainer:
         self.profiler = Profiler(config.logging, plan.output, self.parallel.rank)
         self.stop_condition = StopCondition(config.checkpoint, began=began)
         self.step = 0
+        self._export, self._trackers = export, trackers
+        # Summary of the held-out data after this step, if they were evaluated.
+        self._held_out: dict[str, Any] | None = None
         self._configure_schedule()
 
     def _configure_schedule(self) -> None:
@@ -85,7 +106,10 @@ class Trainer:
             resumed_step=self.step,
             config=self.config,
             active=self.parallel.rank == 0,
+            trackers=self._trackers,
         )
+        # A kill may have come between a checkpoint and its export.
+        self._export_hf()
 
     def train(self) -> None:
         """Train to the last step, evaluating and saving on the way; collective."""
@@ -146,11 +170,13 @@ class Trainer:
 
     def evaluate(self) -> None:
         """Evaluate the held-out data if it is time to; collective."""
+        self._held_out = None
         if not self.held_out.should_evaluate(self.step):
             return
         began = time.monotonic()
         found = self.held_out.summary()
         self._check_finite("loss on held-out data", found["loss"], [])
+        self._held_out = found
         self.reporter.validation({"step": self.step, **found, "seconds": time.monotonic() - began})
 
     def save(self, *, last: bool) -> None:
@@ -159,7 +185,7 @@ class Trainer:
         Raises:
             LongPOError: a weight or an optimizer state is not finite; nothing is saved.
         """
-        if self.checkpointer.is_due(self.step, last=last):
+        if self.checkpointer.is_due(self.step, last=last, held_out=self._held_out):
             name = first_not_finite(self.chunks, inner_optimizers(self.optimizer))
             if name is not None:
                 raise LongPOError(
@@ -167,7 +193,23 @@ class Trainer:
                     f"{self.checkpointer.advice(self.step)}"
                 )
         with record_function("longpo/save"):
-            self.checkpointer.save(self.step, self.state, records=self.reporter.records, last=last)
+            self.checkpointer.save(
+                self.step, self.state, records=self.reporter.records, last=last, held_out=self._held_out
+            )
+        self._export_hf()
+
+    def _export_hf(self) -> None:
+        """Write Hugging Face weights beside the checkpoint of this step if it is time to and they are not there; collective."""
+        output = self.plan.output
+        if output is None or not self.checkpointer.is_hf_due(self.step):
+            return
+        assert self._export is not None
+        folder = output / f"{_HF_PREFIX}{self.step:07d}"
+        if on_rank0(folder.exists):
+            return
+        self.checkpointer.wait()
+        with record_function("longpo/export"):
+            self._export(folder_of(output, self.step), folder)
 
     def _collect_garbage(self) -> None:
         interval = self.config.training.manual_gc_interval
@@ -241,12 +283,13 @@ def hold_output(output: Path | None) -> FolderLock | None:
     return held[0] if held else None
 
 
-def start_training(session: Session, *, began: float) -> Trainer:
+def start_training(session: Session, *, began: float, export: Export | None = None) -> Trainer:
     """Turn an open session into a trainer that is ready for its next step; collective.
 
     Args:
         session: a session whose reference is not prepared yet.
         began: value of ``time.monotonic()`` when the program began.
+        export: see ``Trainer``.
 
     Raises:
         CheckpointError, DataError: a checkpoint or cache cannot be used, or the output folder holds another run.
@@ -256,13 +299,26 @@ def start_training(session: Session, *, began: float) -> Trainer:
     checkpointer = Checkpointer(
         session.plan, session.parallel, reference_weights=session.reference.weights, folder_lock=folder_lock
     )
+    trackers = _open_trackers(session)
     # Before the optimizer is built: until then its memory is free, and it copies the weights that it finds.
     session.score_reference()
     if checkpointer.resume_step is None:
         session.load_weights()
-    trainer = Trainer(session, checkpointer, began=began)
+    trainer = Trainer(session, checkpointer, began=began, trackers=trackers, export=export)
     trainer.resume()
     return trainer
+
+
+def _open_trackers(session: Session) -> list[Tracker]:
+    """Open the trackers on rank 0, before anything takes long; the other ranks have none. Collective."""
+    opened: list[Tracker] = []
+
+    def open_all() -> None:
+        if session.plan.output is not None:
+            opened.extend(open_trackers(session.config, session.plan.output))
+
+    on_rank0(open_all)
+    return opened
 
 
 def evaluate_only(session: Session) -> None:
@@ -278,18 +334,29 @@ def evaluate_only(session: Session) -> None:
         write_atomically(plan.output / "validation.json", (json.dumps(content, indent=2) + "\n").encode())
 
 
-def run(config: Config) -> None:
+def run(config: Config, *, export: Export | None = None) -> None:
     """Train, or only evaluate, as a configuration says.
+
+    Args:
+        config: configuration of the run.
+        export: writes a checkpoint's weights in Hugging Face's form, for save_hf_interval; see ``Trainer``.
 
     Raises:
         LongPOError: anything that the user can fix; found before any long work wherever possible.
     """
     began = time.monotonic()
     plan = make_plan(config, int(os.environ.get("WORLD_SIZE", "1")))
+    check_run(plan)
+    if config.checkpoint.save_hf_interval is not None and export is None:
+        raise ConfigError(
+            "save_hf_interval needs an export; start the run by `megatron-longpo train`, or pass one to run"
+        )
     process_groups.start_processes(config.parallel.distributed_timeout_minutes)
     session = open_session(plan)
+    for line in cautions(plan):
+        log(line, active=session.parallel.rank == 0)
     if config.training.skip_train:
         evaluate_only(session)
     else:
-        start_training(session, began=began).train()
+        start_training(session, began=began, export=export).train()
     process_groups.stop_processes()

@@ -33,7 +33,12 @@ from megatron_longpo.evaluation.settings import EvaluationConfig, check
 from megatron_longpo.evaluation.suites.base import Cell, SuiteResult
 from megatron_longpo.runtime.share import Share
 from megatron_longpo.training import held_out
-from megatron_longpo.training.metrics import validation_line
+from megatron_longpo.training.metrics import (
+    REPORTED,
+    REPORTED_WITHOUT_PREFERENCE,
+    REPORTED_WITHOUT_REFERENCE,
+    validation_line,
+)
 
 
 def _rows(batch: SampleBatch, done: set[str]) -> Any:
@@ -332,9 +337,9 @@ def test_intervals_cover_as_the_normal_ones_do(n: int, p: float, seed: int) -> N
 @pytest.mark.parametrize(
     ("names", "shown"),
     [
-        (held_out.REPORTED, "acc 0.50 | kl per token +0.0000"),
-        (held_out.REPORTED_WITHOUT_REFERENCE, "acc 0.50 | 2 samples"),
-        (held_out.REPORTED_WITHOUT_PREFERENCE, "nll 1.0000 | 2 samples"),
+        (REPORTED, "acc 0.50 | kl per token +0.0000"),
+        (REPORTED_WITHOUT_REFERENCE, "acc 0.50 | 2 samples"),
+        (REPORTED_WITHOUT_PREFERENCE, "nll 1.0000 | 2 samples"),
     ],
 )
 def test_a_summary_has_what_the_objective_has(names: tuple[str, ...], shown: str) -> None:

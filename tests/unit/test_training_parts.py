@@ -24,6 +24,7 @@ from megatron_longpo.training.metrics import Reporter, SampleMetrics, keep_until
 from megatron_longpo.training.optimization import _become_rmsprop, build_scheduler
 from megatron_longpo.training.reference import ReferenceCache
 from megatron_longpo.training.reference_scoring import pack
+from megatron_longpo.training.trackers import TensorBoard
 
 
 class _Optimizer:
@@ -170,7 +171,12 @@ def test_reporter_writes_what_people_look_at(tmp_path: Path, capsys: pytest.Capt
     record = dict.fromkeys(names.split(), 0.5) | {"rewards/margins": 0.1, "rewards/accuracies": 1.0, "grad_norm": 1.0}
     record |= {"lr": 1e-6, "tokens": 10, "tokens_per_second": 5.0, "step_seconds": 2.0, "peak_memory_gb": 1.0}
     reporter = Reporter(
-        tmp_path, train_iters=2, resumed_step=0, config=Config(logging=LoggingConfig(plot_interval=1)), active=True
+        tmp_path,
+        train_iters=2,
+        resumed_step=0,
+        config=Config(logging=LoggingConfig(plot_interval=1)),
+        active=True,
+        trackers=[TensorBoard(tmp_path / "tensorboard")],
     )
     for step in (1, 2):
         reporter.step({"step": step, **record})

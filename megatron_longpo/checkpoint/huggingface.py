@@ -84,6 +84,13 @@ def read_hf_config(folder: Path) -> dict[str, Any]:
     return config
 
 
+def weight_bytes(folder: Path) -> int:
+    """Bytes of a folder's weight files."""
+    return sum(
+        file.stat().st_size for file in folder.iterdir() if file.name.endswith(_WEIGHT_SUFFIXES) and file.is_file()
+    )
+
+
 def check_model_folder(folder: Path) -> None:
     """Check that transformers may build the model of a folder: its configuration is within the limits, and its files have as many
     weights.
@@ -96,9 +103,7 @@ def check_model_folder(folder: Path) -> None:
     """
     path, config = folder / "config.json", read_hf_config(folder)
     nested = [part for part in config.values() if isinstance(part, dict) and "hidden_size" in part]
-    stored = sum(
-        file.stat().st_size for file in folder.iterdir() if file.name.endswith(_WEIGHT_SUFFIXES) and file.is_file()
-    )
+    stored = weight_bytes(folder)
     for part in (config, *nested):
         check_numbers(part, str(path))
         layers, hidden, width, vocabulary = (

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import tyro
 
 from megatron_longpo.command_line import ConfigOptions, Switch, parse, parse_with_config
+from megatron_longpo.errors import DataError
 from megatron_longpo.generation.settings import GenerationConfig, check
 from megatron_longpo.runtime.log import log
 
@@ -71,6 +72,11 @@ def merge(arguments: Sequence[str], *, prog: str) -> None:
 
 
 def _print_summary(output: str | None, report: dict[str, Any]) -> None:
+    """Print what was made.
+
+    Raises:
+        DataError: nothing was.
+    """
     counts, reasons = report["counts"], report["reasons"]
     log(
         f"{output}: {counts.get('samples', 0)} samples with {counts.get('turns kept', 0)} turns of "
@@ -78,3 +84,7 @@ def _print_summary(output: str | None, report: dict[str, Any]) -> None:
         + (", ".join(f"{n} {reason}" for reason, n in reasons.items()) or "nothing")
         + f"; {output}.report/report.html"
     )
+    if not counts.get("samples"):
+        raise DataError(
+            f"{output}: no sample was made; see {output}.rejects.jsonl, and change the documents, the filters or the model"
+        )

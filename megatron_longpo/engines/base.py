@@ -168,6 +168,13 @@ class Engine(ABC):
             LongPOError: the engine cannot answer.
         """
 
+    def check_ready(self) -> None:  # noqa: B027 - an engine that is made with its model is ready
+        """Fail now if the engine cannot answer; called before work that takes long and needs no answers.
+
+        Raises:
+            LongPOError: it cannot.
+        """
+
     def as_asked(self, prompt: Prompt) -> Prompt:
         """The prompt as the model gets it: if the model thinks first, the beginning of its answer ends the question instead."""
         if prompt.prefix and (self.thinking.tokens or self.opens_thinking):

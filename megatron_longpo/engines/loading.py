@@ -8,8 +8,10 @@ from typing import Any, TypeVar
 
 import torch
 
+from megatron_longpo.checkpoint.huggingface import read_hf_config
 from megatron_longpo.errors import DataError, one_line
 from megatron_longpo.runtime import platform
+from megatron_longpo.text.chat import ChatTokenizer
 
 Loaded = TypeVar("Loaded")
 
@@ -37,6 +39,30 @@ def load_model(path: Path, dtype: str) -> Any:
     model.eval()
     model.to(platform.CURRENT.device)
     return model
+
+
+def check_vocabulary(tokenizer: ChatTokenizer, path: Path) -> None:
+    """Check that a model has an embedding for the tokens that its tokenizer makes: one beyond them would end a run in its middle.
+
+    Special tokens that no conversation holds may be missing; some tokenizers have a padding token of their own.
+
+    Args:
+        tokenizer: the model's tokenizer.
+        path: model folder.
+
+    Raises:
+        DataError: it has not.
+    """
+    rows = read_hf_config(path).get("vocab_size")
+    if not isinstance(rows, int) or tokenizer.vocab_size <= rows:
+        return
+    used = {*tokenizer.prompt([{"role": "user", "content": "Where?"}]), *tokenizer.answer_ends()}
+    beyond = set(range(rows, tokenizer.vocab_size))
+    if beyond & used or not beyond <= tokenizer.special_ids:
+        raise DataError(
+            f"--model {path}: the tokenizer has ids up to {tokenizer.vocab_size - 1}, and the model {rows} embeddings; give the "
+            "folder the model's own tokenizer, or enlarge the embeddings"
+        )
 
 
 def load_or_refuse(path: Path, load: Callable[[], Loaded]) -> Loaded:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+
 from megatron_longpo.engines.base import Engine
 from megatron_longpo.engines.settings import EngineConfig
+from megatron_longpo.runtime.log import log
 from megatron_longpo.text.template_kwargs import parse_template_kwargs
 
 
@@ -19,6 +22,17 @@ def make_engine(config: EngineConfig, seq_length: int, *, keep_prefix: bool = Fa
         ConfigError: the engine is not installed, or its settings do not work.
         DataError: the model or tokenizer cannot be loaded.
     """
+    engine = _make(config, seq_length, keep_prefix=keep_prefix)
+    if engine.opens_thinking and not engine.thinking.tokens:
+        log(
+            f"note: the chat template opens thinking ({engine.thinking.opening}), which has no tokens of its own; give it some "
+            "with --thinking-tokens, or turn it off with --chat-template-kwargs",
+            active=os.environ.get("RANK", "0") == "0",
+        )
+    return engine
+
+
+def _make(config: EngineConfig, seq_length: int, *, keep_prefix: bool) -> Engine:
     assert config.model is not None
     # Each engine needs a library that the others do not.
     if config.engine == "openai":

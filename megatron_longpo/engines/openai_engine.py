@@ -14,6 +14,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
+from typing_extensions import override
+
 from megatron_longpo.engines.base import MODEL_ROPE, Engine, EngineError, Prompt, Reply, Rope, Sampling
 from megatron_longpo.engines.http_client import Client, Permanent, Temporary
 from megatron_longpo.engines.settings import EngineConfig
@@ -119,7 +121,18 @@ class OpenAIEngine(Engine):
                     future.cancel()
             raise
 
+    @override
+    def check_ready(self) -> None:
+        """Ask for one token: that shows whether address, key and model are right."""
+        sampling = Sampling(1)
+        body = self._body(Prompt(({"role": "user", "content": "Hello"},)), sampling)
+        self._send({**body, "max_tokens": 1}, sampling)
+
     def _ask(self, prompt: Prompt, sampling: Sampling) -> Reply:
+        return self._send(self._body(prompt, sampling), sampling)
+
+    def _body(self, prompt: Prompt, sampling: Sampling) -> dict[str, Any]:
+        """The request."""
         body: dict[str, Any] = {
             "model": self._config.model,
             # The interface cannot begin an answer.
@@ -133,6 +146,14 @@ class OpenAIEngine(Engine):
         if self.tokenizer.template_kwargs:
             # As vLLM and SGLang take them.
             body["chat_template_kwargs"] = dict(self.tokenizer.template_kwargs)
+        return body
+
+    def _send(self, body: dict[str, Any], sampling: Sampling) -> Reply:
+        """Send a request until it is answered.
+
+        Raises:
+            EngineError: the server refuses every request, or gives no answer.
+        """
         problem = ""
         for attempt in range(self._config.retries + 1):
             if attempt:

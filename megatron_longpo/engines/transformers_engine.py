@@ -15,7 +15,7 @@ from megatron_longpo.data.sequence import common_prefix
 from megatron_longpo.engines.base import MODEL_ROPE, Engine, Prompt, Reply, Rope, Sampling, model_identity
 from megatron_longpo.engines.cached_attention import roomy_cache, use_cached_attention
 from megatron_longpo.engines.decoding import Answer, Decoder, Packed, Padded, Row, Stacked
-from megatron_longpo.engines.loading import load_model
+from megatron_longpo.engines.loading import check_vocabulary, load_model
 from megatron_longpo.engines.reading import PromptReader, crop
 from megatron_longpo.engines.thinking import NO_THINKING, Thinking
 from megatron_longpo.errors import DataError
@@ -76,6 +76,7 @@ class TransformersEngine(Engine):
             path, chat_template, template_seconds=template_seconds, template_kwargs=template_kwargs
         )
         self.thinking = thinking
+        check_vocabulary(self.tokenizer, self._path)
         self.model: Any = load_model(self._path, dtype)
         if not platform.CURRENT.is_cuda:
             use_cached_attention(self.model)

@@ -7,8 +7,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from typing_extensions import override
+
 from megatron_longpo.checkpoint.huggingface import check_model_folder
 from megatron_longpo.engines.base import MODEL_ROPE, Engine, Prompt, Reply, Rope, Sampling, model_identity
+from megatron_longpo.engines.loading import check_vocabulary
 from megatron_longpo.engines.settings import EngineConfig
 from megatron_longpo.errors import ConfigError
 from megatron_longpo.text.chat import load_tokenizer
@@ -42,6 +45,7 @@ class VLLMEngine(Engine):
             template_kwargs=parse_template_kwargs(config.chat_template_kwargs),
         )
         self.thinking = config.thinking
+        check_vocabulary(self.tokenizer, Path(config.model))
         self.groups_at_once = config.concurrency
         self._config, self._longest = config, longest
         self._make_llm: Callable[..., Any] = LLM
@@ -92,6 +96,10 @@ class VLLMEngine(Engine):
             [_too_long(ids, limit) if len(ids) >= limit else self._reply(next(outputs), sampling) for ids in row]
             for row in rows
         ]
+
+    @override
+    def check_ready(self) -> None:
+        self._load(MODEL_ROPE)
 
     def _load(self, rope: Rope) -> Any:
         """The model with this RoPE, reloaded if it is another than before."""

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron_longpo.engines.make import make_engine
+from megatron_longpo.engines.positions import declared_positions
 from megatron_longpo.errors import ConfigError, LongPOError
 from megatron_longpo.evaluation.metrics import in_words, missing_answers
 from megatron_longpo.evaluation.registry import SUITES
-from megatron_longpo.evaluation.report import print_result, remove_from_report, write_report
+from megatron_longpo.evaluation.report import REPORT_FILES, print_result, remove_from_report, write_report
+from megatron_longpo.evaluation.results import read_or_begin
 from megatron_longpo.evaluation.sections import SuiteConfig
 from megatron_longpo.evaluation.suites.base import Launch, ReadySuite, Suite
 from megatron_longpo.runtime import platform
 from megatron_longpo.runtime.log import log
-from megatron_longpo.runtime.reading import read_json
 from megatron_longpo.runtime.share import Share, share_of_process
 
 
@@ -112,27 +114,37 @@ def begin_all(launch: Launch, suites: Sequence[Suite[Any]], inputs: Mapping[str,
 
 
 def make_folder(output: Path) -> None:
-    """Create the output folder.
+    """Create the output folder, and check that the report can be written into it: that comes after hours of work.
 
     Raises:
-        ConfigError: it cannot be created.
+        ConfigError: it cannot be created or written, or holds something else where the report belongs.
     """
     try:
         output.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=output):
+            pass
     except OSError as error:
-        raise ConfigError(f"output={output}: cannot be created ({error}); name a folder") from None
+        raise ConfigError(
+            f"output={output}: cannot be written ({error.strerror or error}); name a folder that can be"
+        ) from None
+    for name in REPORT_FILES:
+        if (output / name).is_dir():
+            raise ConfigError(
+                f"{output / name}: is a folder, and a file belongs there; move it away, or name another --output"
+            )
+    # Raises if it is damaged, or of another format.
+    read_or_begin(output)
 
 
 def warn_of_positions(config: SuiteConfig, share: Share) -> None:
     """Log which lengths exceed the positions that the model's config.json declares; they are measured all the same."""
-    try:
-        hf_config = read_json(Path(config.model) / "config.json")
-        positions = int(hf_config["max_position_embeddings"])
-    except (OSError, ValueError, KeyError, TypeError, OverflowError):
+    positions, thinking = declared_positions(config.model), config.engine.thinking_tokens
+    if positions is None:
         return
-    beyond = [length for length in config.lengths if length > positions]
+    beyond = [length for length in config.lengths if length + thinking > positions]
     if beyond:
+        with_thinking = f" with {thinking} tokens of thinking" if thinking else ""
         log(
-            f"note: the model declares {positions} positions; lengths {', '.join(map(str, beyond))} exceed them",
+            f"note: the model declares {positions} positions; lengths {', '.join(map(str, beyond))}{with_thinking} exceed them",
             active=share.rank == 0,
         )

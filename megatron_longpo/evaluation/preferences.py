@@ -13,10 +13,11 @@ import numpy as np
 import torch.distributed as dist
 from typing_extensions import override
 
-from megatron_longpo.checkpoint.huggingface import read_hf_config
-from megatron_longpo.config import Config, from_dict
+from megatron_longpo.checkpoint.huggingface import check_model_folder, read_hf_config, weight_bytes
+from megatron_longpo.config import Config, check, check_against_model, from_dict
 from megatron_longpo.conversion.import_hf import import_hf
 from megatron_longpo.data.indexed import read_manifest
+from megatron_longpo.data.vocabulary import folder_vocabulary_hash
 from megatron_longpo.engines.base import model_identity
 from megatron_longpo.errors import ConfigError
 from megatron_longpo.evaluation.folder import SuiteFolder
@@ -24,11 +25,12 @@ from megatron_longpo.evaluation.results import read_or_begin
 from megatron_longpo.evaluation.sections import SuiteConfig
 from megatron_longpo.evaluation.suites.base import Launch, ReadySuite, SuiteResult
 from megatron_longpo.evaluation.suites.preference import PreferenceConfig
+from megatron_longpo.model.families import shape_from_hf
 from megatron_longpo.runtime.collectives import on_rank0
 from megatron_longpo.runtime.log import log
 from megatron_longpo.runtime.process_groups import start_processes, stop_processes
 from megatron_longpo.training import held_out
-from megatron_longpo.training.plan import make_plan
+from megatron_longpo.training.plan import check_data, check_same_architecture, make_plan
 from megatron_longpo.training.session import open_session
 
 _TIMEOUT_MINUTES = 30
@@ -42,9 +44,10 @@ def check_inputs(launch: Launch) -> None:
     """
     config, share = launch.config, launch.share
     options = config.section(PreferenceConfig)
-    read_manifest(_pairs(config))
-    for folder in (config.model, _reference(config)):
-        read_hf_config(Path(folder))
+    manifest = read_manifest(_pairs(config))
+    folders = list(dict.fromkeys(Path(folder) for folder in (config.model, _reference(config))))
+    for folder in folders:
+        check_model_folder(folder)
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if share.world_size != world_size:
         raise ConfigError(
@@ -55,6 +58,31 @@ def check_inputs(launch: Launch) -> None:
         raise ConfigError(
             f"context_parallel_size x tensor_model_parallel_size = {options.model_parallel_size} does not divide the "
             f"{world_size} processes; launch a multiple of {options.model_parallel_size}"
+        )
+    shape, *others = [
+        shape_from_hf(read_hf_config(folder), str(folder / "config.json")).replace(
+            tokenizer_hash=folder_vocabulary_hash(folder)
+        )
+        for folder in folders
+    ]
+    training = _training_config(config, model=folders[0], reference=folders[-1], world_size=world_size, bf16=False)
+    check(training)
+    check_against_model(
+        training,
+        world_size=world_size,
+        num_layers=shape.num_layers,
+        attention_heads=shape.num_attention_heads,
+        key_value_heads=shape.num_query_groups,
+    )
+    for reference in others:
+        check_same_architecture(shape, reference, training)
+    check_data(training, _pairs(config), manifest, shape)
+    # The models are converted into the folder, and removed at the end.
+    needed, free = sum(map(weight_bytes, folders)), shutil.disk_usage(config.output).free
+    if share.rank == 0 and free < needed:
+        raise ConfigError(
+            f"output={config.output}: tasks=preference converts {needed / 1e9:.2f} GB of weights there for a while, but its disk "
+            f"has {free / 1e9:.2f} GB free; free space, or choose another disk"
         )
 
 
@@ -110,7 +138,7 @@ class ReadyPreferences(ReadySuite):
             shutil.rmtree(work, ignore_errors=True)
             work.mkdir()
         dist.barrier()
-        session = open_session(make_plan(self._training_config(work), share.world_size))
+        session = open_session(make_plan(self._converted(work), share.world_size))
         session.score_reference()
         session.load_weights()
         # Read on rank 0, so that all processes skip the same samples.
@@ -129,33 +157,52 @@ class ReadyPreferences(ReadySuite):
             held_out.write_rows(table, folder.folder / "samples.jsonl", folder.settings["pairs"])
         return SuiteResult(folder.settings, {"preference": metrics["samples"]}, metrics)
 
-    def _training_config(self, work: Path) -> Config:
+    def _converted(self, work: Path) -> Config:
         """Convert the models into ``work``; the trainer's configuration for evaluating them. Collective."""
-        options, model, reference = self.config.section(PreferenceConfig), self.config.model, _reference(self.config)
-        checkpoint, reference_checkpoint = work / "model", work / "model"
+        model, reference = self.config.model, _reference(self.config)
+        checkpoint = reference_checkpoint = work / "model"
         import_hf(model, checkpoint)
         if reference != model:
             reference_checkpoint = work / "reference"
             import_hf(reference, reference_checkpoint)
-        values = {
-            "data": {"valid_data_path": options.pairs},
-            "objective": {"beta": options.beta},
-            "reference": {
-                "reference_load": str(reference_checkpoint),
-                "reference_cache": str(self.folder.folder / "reference"),
-            },
-            "parallel": {
-                "context_parallel_size": options.context_parallel_size,
-                "tensor_model_parallel_size": options.tensor_model_parallel_size,
-            },
-            "training": {
-                "skip_train": True,
-                "global_batch_size": self.folder.share.world_size // options.model_parallel_size,
-                "bf16": self.folder.settings["model"]["bf16"],
-            },
-            "checkpoint": {"load": str(checkpoint)},
-        }
-        return from_dict(values, "preference")
+        return _training_config(
+            self.config,
+            model=checkpoint,
+            reference=reference_checkpoint,
+            world_size=self.folder.share.world_size,
+            bf16=self.folder.settings["model"]["bf16"],
+        )
+
+
+def _training_config(config: SuiteConfig, *, model: Path, reference: Path, world_size: int, bf16: bool) -> Config:
+    """The trainer's configuration for evaluating a model.
+
+    Args:
+        config: configuration of the evaluation.
+        model, reference: checkpoints.
+        world_size: number of processes.
+        bf16: whether to compute in bf16.
+    """
+    options = config.section(PreferenceConfig)
+    values = {
+        "data": {"valid_data_path": options.pairs},
+        "objective": {"beta": options.beta},
+        "reference": {
+            "reference_load": str(reference),
+            "reference_cache": str(config.output / "preference" / "reference"),
+        },
+        "parallel": {
+            "context_parallel_size": options.context_parallel_size,
+            "tensor_model_parallel_size": options.tensor_model_parallel_size,
+        },
+        "training": {
+            "skip_train": True,
+            "global_batch_size": world_size // options.model_parallel_size,
+            "bf16": bf16,
+        },
+        "checkpoint": {"load": str(model)},
+    }
+    return from_dict(values, "preference")
 
 
 def _reference(config: SuiteConfig) -> str:

@@ -11,12 +11,15 @@ from typing import Any
 import numpy as np
 
 from megatron_longpo.evaluation.metrics import CellScore, in_words, missing_answers
-from megatron_longpo.evaluation.registry import suite_of
+from megatron_longpo.evaluation.registry import SUITES, suite_of
 from megatron_longpo.evaluation.results import read_or_begin, with_result, without_suites, write_results
 from megatron_longpo.evaluation.suites.base import Cell, HeatMap, SuiteResult, percent
 from megatron_longpo.runtime.files import FolderLock, sha256_of, write_atomically
 from megatron_longpo.runtime.log import log
 from megatron_longpo.runtime.tables import Table
+
+# Files beside the suites' folders.
+REPORT_FILES = ("results.json", "report.md", *(f"{suite}.png" for suite in SUITES))
 
 
 def write_report(output: Path, suite: str, result: SuiteResult) -> None:

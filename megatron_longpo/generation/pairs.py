@@ -38,6 +38,7 @@ from megatron_longpo.generation.settings import GenerationConfig
 from megatron_longpo.generation.stages import STAGES, Line, Stage, joined, part_folder, part_folders, work_folder
 from megatron_longpo.runtime.files import HOLDER_FILE, FolderLock, write_atomically
 from megatron_longpo.runtime.json_lines import decode_line
+from megatron_longpo.runtime.log import log
 from megatron_longpo.runtime.progress import Progress
 from megatron_longpo.text.chat import load_tokenizer, user_message
 from megatron_longpo.text.documents import MOST_BROKEN, RawDocument, find_files, read_documents
@@ -47,6 +48,8 @@ from megatron_longpo.text.template_kwargs import parse_template_kwargs
 DETAIL_CHARACTERS = 300
 # Half a hash keeps the set of documents seen small.
 _DUPLICATE_KEY_BYTES = 16
+# Times that the texts of the documents are stored.
+_COPIES = 2
 # Documents queued per worker: enough to keep it busy, few enough to keep memory flat.
 _DOCUMENTS_PER_WORKER = 4
 
@@ -529,16 +532,26 @@ def make_part(config: GenerationConfig, engine: Engine, rank: int, world_size: i
             config.documents.documents, config.documents.domain, config.reading, split=config.documents.split
         )
         files = [[path.name, path.stat().st_size, domain] for path, domain in inputs]
+        if rank == 0:
+            _warn_of_space(folder, sum(path.stat().st_size for path, _ in inputs))
         # Raises where languages cannot be recognised; merging, hours later, would be too late.
         LanguageFilter(config.filters.languages, config.filters.min_language_probability)
         identities = stage_identities(config, engine.identity, files)
         stages = {name: Stage(folder, name, identities[name]) for name in STAGES}
         write_atomically(work_folder(output) / "run.yaml", config.as_yaml().encode())
         if not stages["documents"].finished:
+            engine.check_ready()
             cut_documents(config, stages["documents"], rank, world_size)
         _run(stages, "questions", engine, lambda rows: ask(config, engine, [document for (document,) in rows]))
         _run(stages, "short", engine, lambda rows: answer_short(config, engine, rows))
         _run(stages, "long", engine, lambda rows: answer_long(config, engine, rows))
+
+
+def _warn_of_space(folder: Path, size: int) -> None:
+    """Log if the disk may be too small for the texts of the documents, which the stages and the merged file each hold."""
+    free = shutil.disk_usage(folder).free
+    if free < _COPIES * size:
+        log(f"note: the documents have {size / 1e9:.2f} GB and are stored twice; {folder} has {free / 1e9:.2f} GB free")
 
 
 def _refuse_another_split(output: Path, world_size: int, *, restart: bool) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 from megatron_longpo.engines.make import make_engine
+from megatron_longpo.engines.positions import declared_positions
 from megatron_longpo.errors import ConfigError
 from megatron_longpo.generation.merging import merge
 from megatron_longpo.generation.pairs import make_part
@@ -37,21 +39,58 @@ def generate(config: GenerationConfig, share: Share, *, restart: bool = False) -
     began = time.time()
     assert config.run.output is not None
     output = Path(config.run.output)
-    try:
-        if not output.name or output.is_dir():
-            raise IsADirectoryError("it is a folder")
-        output.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"output={output}: cannot be written ({error}); name a file") from None
+    check_output(output)
     if share.world_size > 1:
         log(f"part {share.rank} of {share.world_size} ({share.launcher})")
     engine = make_engine(config.engine, config.documents.seq_length)
+    if share.rank == 0:
+        warn_of_positions(config)
     make_part(config, engine, share.rank, share.world_size, restart=restart)
     if share.world_size > 1:
         if not share.together or share.rank:
             return None
         _wait_for_parts(output, share.world_size, since=began if restart else 0.0)
     return merge(output)
+
+
+def check_output(output: Path) -> None:
+    """Check that everything can be written that is written in the end, hours later.
+
+    Args:
+        output: the merged file.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    try:
+        if not output.name or output.is_dir():
+            raise IsADirectoryError("it is a folder")
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=output.parent):
+            pass
+    except OSError as error:
+        raise ConfigError(f"output={output}: cannot be written ({error.strerror or error}); name a file") from None
+    report, skipped = output.with_name(output.name + ".report"), output.with_name(output.name + ".rejects.jsonl")
+    if report.exists() and not report.is_dir():
+        raise ConfigError(
+            f"{report}: is a file, and the report's folder belongs there; move it away, or name another --output"
+        )
+    if skipped.is_dir():
+        raise ConfigError(f"{skipped}: is a folder, and a file belongs there; move it away, or name another --output")
+
+
+def warn_of_positions(config: GenerationConfig) -> None:
+    """Log if prompts with their answers exceed the positions that the model's config.json declares."""
+    assert config.engine.model is not None
+    positions, answers = declared_positions(config.engine.model), config.answers
+    if positions is None or answers.rotary_base is not None or answers.rope_type is not None:
+        return
+    longest = config.document_tokens[1] + config.long_sampling[0] + config.engine.thinking_tokens
+    if longest > positions:
+        log(
+            f"note: the model declares {positions} positions, and documents with their answers have up to {longest} tokens; "
+            "lower seq_length, or raise the model's range with rotary_base or rope_type"
+        )
 
 
 def _wait_for_parts(output: Path, world_size: int, *, since: float) -> None:

@@ -136,17 +136,17 @@ def make_plan(config: Config, world_size: int) -> RunPlan:
     )
     # Raises where the platform cannot run this layout (runtime/platform.py).
     transformer_config(shape, config, use_transformer_engine=False)
-    _check_same_architecture(shape, reference_shape, config)
+    check_same_architecture(shape, reference_shape, config)
     sources = data_sources(config.data.data_path)
     manifests = [read_manifest(source.prefix) for source in sources]
     for source, found in zip(sources, manifests, strict=True):
-        _check_data(config, source.prefix, found, shape)
+        check_data(config, source.prefix, found, shape)
     _check_same_template(sources, manifests)
     manifest = Manifest.combined(manifests, [source.weight for source in sources])
     valid_manifest = None
     if config.data.valid_data_path is not None:
         valid_manifest = read_manifest(config.data.valid_data_path)
-        _check_data(config, config.data.valid_data_path, valid_manifest, shape)
+        check_data(config, config.data.valid_data_path, valid_manifest, shape)
     training = config.training
     per_step = min(training.global_batch_size, manifest.samples)
     train_iters = training.train_iters or max(1, math.floor(training.train_epochs * manifest.samples / per_step))
@@ -165,7 +165,12 @@ def make_plan(config: Config, world_size: int) -> RunPlan:
     )
 
 
-def _check_same_architecture(shape: ModelShape, reference: ModelShape, config: Config) -> None:
+def check_same_architecture(shape: ModelShape, reference: ModelShape, config: Config) -> None:
+    """Check that a reference has the architecture of the model.
+
+    Raises:
+        ConfigError: it has not.
+    """
     ignored = {
         "rotary_base": 0.0,
         "max_position_embeddings": 0,
@@ -192,7 +197,12 @@ def _check_same_template(sources: Sequence[DataSource], manifests: Sequence[Mani
             )
 
 
-def _check_data(config: Config, prefix: str, manifest: Manifest, shape: ModelShape) -> None:
+def check_data(config: Config, prefix: str, manifest: Manifest, shape: ModelShape) -> None:
+    """Check that preprocessed data fit the configuration and the model.
+
+    Raises:
+        ConfigError, DataError: they do not.
+    """
     path = f"{prefix}.json"
     if manifest.vocab_size > shape.vocab_size:
         raise DataError(

@@ -61,9 +61,9 @@ def token_f1(answer: str, references: Sequence[str]) -> float:
 def option_accuracy(answer: str, references: Sequence[str]) -> float:
     """Whether the answer names the right option (En.MC).
 
-    The steps are those of the published scorer in its form with a last-letter step, the first below, which several public copies
-    of the benchmark have. The benchmark's state of 2024-06-13 (commit 88b3daa) lacks that step: of 3000 made-up answers it judged
-    279 differently.
+    The steps are those of OpenBMB/InfiniteBench at commit 51d9b37, read in public copies that name it as their source. The state
+    of 2024-06-13 (commit 88b3daa) lacks the first step below, and judged 279 of 3000 made-up answers differently; its scores of
+    En.QA and En.Sum are the same.
 
     1. In the first line with an A, B, C or D that stands alone, take the last one: the answer is right if it is a reference.
     2. Otherwise, if the answer begins with a letter from A to D, that letter decides.

@@ -1,7 +1,7 @@
 """InfiniteBench (arXiv 2402.13718): En.Sum, En.QA and En.MC, from the published files.
 
-Prompts, truncation in the middle, answer lengths and scores are the benchmark's (commit 88b3daa, 2024-06-13); En.MC is scored by
-the published form of its scorer that begins with the last letter (``scoring.option_accuracy``).
+Prompts, truncation in the middle, answer lengths and scores are the benchmark's (commit 88b3daa, 2024-06-13); En.MC is scored as
+by its later commit 51d9b37, which begins with the last letter (``scoring.option_accuracy``).
 """
 
 from __future__ import annotations

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,14 @@ import sentencepiece
 
 from megatron_longpo.data.preference import Mode, long_rows, short_rows
 from megatron_longpo.errors import DataError
-from megatron_longpo.text.chat import ChatTokenizer, Turn, encode_sample, load_tokenizer, turn_of
-from tests.support.tokenizers import TEXT, make_fast_tokenizer, make_sentencepiece, published_tokenizer
+from megatron_longpo.text.chat import BUILT_IN_TEMPLATES, ChatTokenizer, Turn, encode_sample, load_tokenizer, turn_of
+from tests.support.tokenizers import (
+    TEXT,
+    make_fast_tokenizer,
+    make_sentencepiece,
+    package_folder,
+    published_tokenizer,
+)
 
 TURNS = [
     Turn("When was the tower built?", TEXT[:70], "It was built in 1889.", "In the spring."),
@@ -52,14 +60,20 @@ def test_rows_are_the_rendered_dialogue(tokenizer: ChatTokenizer) -> None:
 ENDS = ("", " ", "\n", "\n\n", " \n", "\t\n ", "\n \n\n", ".\n", "!\n\n", " \u3000\n", "\r\n", "\u3002\n")
 
 
-@pytest.fixture(scope="module", params=["bytes", "words", "smollm2"])
+@pytest.fixture(scope="module", params=["bytes", "words", "smollm2", "llama", "mistral"])
 def template_tokenizer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A tokenizer of transformers and ours of the same folder: GPT-2's rules, those that join a full stop with line feeds, and a
-    published one."""
+    published one; then SentencePiece models, one of our own and Mistral's."""
     from transformers import AutoTokenizer
 
     folder = tmp_path_factory.mktemp(request.param)
-    if request.param == "smollm2":
+    if request.param in ("llama", "mistral"):
+        published = package_folder("mistral_common") / "data" / "tokenizer.model.v1"
+        source = make_sentencepiece(folder / "made") if request.param == "llama" else published
+        shutil.copy(source, folder / "tokenizer.model")
+        settings = {"tokenizer_class": "LlamaTokenizer", "chat_template": BUILT_IN_TEMPLATES["mistral"]}
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    elif request.param == "smollm2":
         published_tokenizer("smollm2", folder)
     else:
         make_fast_tokenizer(folder)
@@ -88,11 +102,33 @@ def join_full_stops(path: Path) -> None:
     tokenizer.save(str(path))
 
 
+STARTS = {"text": TEXT[:400].strip(), "word": "Tower", "no blanks": "\u5854" * 300}
+
+
 @pytest.mark.parametrize("end", ENDS, ids=repr)
-@pytest.mark.parametrize("start", [TEXT[:400].strip(), "Tower", "\u5854" * 300], ids=["text", "word", "no blanks"])
+@pytest.mark.parametrize("start", STARTS.values(), ids=STARTS)
 def test_a_document_that_ends_in_white_space(start: str, end: str, template_tokenizer: Any) -> None:
     """Rows have the token ids of the whole dialogue."""
     theirs, ours = template_tokenizer
+    check_white_space(
+        lambda messages: theirs.apply_chat_template(messages, tokenize=True, return_dict=False), ours, start, end
+    )
+
+
+@pytest.mark.parametrize("end", ENDS, ids=repr)
+def test_a_document_that_ends_in_white_space_with_a_bare_sentencepiece_model(end: str, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(make_sentencepiece(tmp_path), "mistral")
+    for start in STARTS.values():
+        check_white_space(
+            lambda messages: tokenizer.encode(tokenizer.render(messages, add_generation_prompt=False), continues=False),
+            tokenizer,
+            start,
+            end,
+        )
+
+
+def check_white_space(encode: Callable[[Any], list[int]], ours: ChatTokenizer, start: str, end: str) -> None:
+    """Rows of a document that ends in white space have the ids that ``encode`` gives the whole dialogue."""
     turns = [dataclasses.replace(turn, short_context=start[:3]) for turn in TURNS]
     context = start + end
     sample = encode_sample(ours, context, turns)
@@ -105,7 +141,7 @@ def test_a_document_that_ends_in_white_space(start: str, end: str, template_toke
         for turn in asked:
             content = turn.instruction if messages else f"{context}\n\n{turn.instruction}"
             messages += [{"role": "user", "content": content}, {"role": "assistant", "content": turn.chosen}]
-        whole = theirs.apply_chat_template(messages, tokenize=True, return_dict=False)
+        whole = encode(messages)
         # But for the line feed after the last end of turn.
         found = row.tokens_L.tolist()
         assert found == whole[: len(found)] and len(whole) - len(found) <= 1

@@ -54,6 +54,10 @@ class PreprocessOptions:
     """Most turns of a row; rows with more are skipped."""
     template_seconds: PositiveFiniteFloat = 10.0
     """Longest time that the chat template may take to render a row."""
+    keep_duplicates: Switch = False
+    """Keep turns whose answers are equal, and rows that make the same sample as an earlier one, which are skipped otherwise."""
+    ignore_keys: tuple[str, ...] = ()
+    """Keys of rows and turns that are not read; rows with other unknown keys are skipped."""
     workers: int = 1
     """Processes that tokenise."""
     restart: Switch = False
@@ -91,6 +95,8 @@ def preprocess(arguments: Sequence[str], *, prog: str) -> None:
             template_seconds=options.template_seconds,
             trust_remote_code=options.trust_remote_code,
             split=options.split,
+            keep_duplicates=options.keep_duplicates,
+            ignore_keys=options.ignore_keys,
             reading=options.reading,
         ),
         workers=options.workers,

@@ -16,7 +16,7 @@ import shutil
 import struct
 import zlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -262,6 +262,8 @@ class SampleWriter:
                 f"{self.folder}: holds {self._size('documents') // _BYTES_PER_DOCUMENT} samples, but its progress.json says "
                 f"{self.manifest.samples}; start again with --restart"
             )
+        # Digest of each sample -> its number; made when it is first asked for.
+        self._numbers: dict[bytes, int] | None = None
         # A partial output of an earlier commit has no weights yet.
         self._write_weights([1.0] * (self.manifest.samples - self._size("weights") // 8))
 
@@ -332,6 +334,29 @@ class SampleWriter:
 
     def _write_weights(self, weights: Sequence[float]) -> None:
         self._write("weights", np.array(weights, "<f8").tobytes())
+
+    def duplicate_of(self, sample: Sample) -> int | None:
+        """Number of an earlier sample with the same pieces, or None."""
+        if self._numbers is None:
+            self._numbers = {}
+            for number, earlier in enumerate(self._written()):
+                self._numbers.setdefault(_digest(earlier), number)
+        number = self._numbers.setdefault(_digest(sample), self.manifest.samples)
+        return number if number < self.manifest.samples else None
+
+    def _written(self) -> Iterator[Sample]:
+        """The samples that were written so far."""
+        for stream in self._files.values():
+            stream.flush()
+        dtype = np.dtype(self.manifest.dtype)
+        lengths = np.fromfile(self.folder / "lengths", np.int32)
+        modes = np.fromfile(self.folder / "modes", np.int8)
+        start = 0
+        with open(self.folder / "bin", "rb") as stream:
+            for end in np.fromfile(self.folder / "documents", np.int64).tolist():
+                tokens = [np.frombuffer(stream.read(int(n) * dtype.itemsize), dtype) for n in lengths[start:end]]
+                yield Sample.from_arrays(tokens, modes[start:end].tolist())
+                start = end
 
     def skip(self, reason: str, record: dict[str, Any]) -> None:
         """Count an input line, or a turn of one, as skipped, and write down why."""
@@ -414,6 +439,15 @@ class SampleWriter:
                 stream.write(array.tobytes())
             stream.flush()
             os.fsync(stream.fileno())
+
+
+def _digest(sample: Sample) -> bytes:
+    """Digest of a sample's pieces; equal samples have equal ones."""
+    digest = hashlib.blake2b(digest_size=16)
+    for piece in sample.pieces:
+        digest.update(struct.pack("<qb", len(piece.tokens), int(piece.mode)))
+        digest.update(piece.tokens.astype(np.int64).tobytes())
+    return digest.digest()
 
 
 def _counts(counts: dict[str, int]) -> str:

@@ -258,6 +258,11 @@ TOKENISED_COLUMNS = (
     "ref_rejected_input_ids",
     "ref_rejected_labels",
 )
+# Read where they are there.
+OPTIONAL_COLUMNS = (
+    *("chosen_attention_mask", "rejected_attention_mask", "ref_chosen_attention_mask", "ref_rejected_attention_mask"),
+    "chosen_lm_labels",
+)
 _IGNORED = -100
 
 
@@ -402,6 +407,21 @@ def _ids(value: object, name: str) -> IntArray:
     return array.astype(np.int64)
 
 
+def _check_mask(name: str, mask: IntArray | None, keep: NDArray[np.bool_], labels: IntArray) -> None:
+    """Raise BadRow for an attention mask that hides more than padding: what is left would be another text."""
+    if mask is None:
+        return
+    if (mask[keep] != 1).any():
+        raise BadRow("wrong_type", f"{name} holds {int(mask[keep].max())}; a mask is 0 (padding) or 1")
+    places = np.flatnonzero(keep)
+    if len(places) and places[-1] - places[0] + 1 != len(places):
+        raise BadRow(
+            "mask_with_holes", f"{name} is 0 between tokens; only padding at the beginning or end can be left out"
+        )
+    if (labels[~keep] != _IGNORED).any():
+        raise BadRow("labels_differ", f"{name} hides a token whose label counts")
+
+
 def _masked(row: dict[str, object], side: str, vocab_size: int, turn: int | None = None, nll: bool = False) -> _Masked:
     """Tokens of one side of a row.
 
@@ -437,6 +457,7 @@ def _masked(row: dict[str, object], side: str, vocab_size: int, turn: int | None
         if other is not None and len(other) != len(ids):
             raise BadRow("lengths_differ", f"{side}_{name} has {len(other)} entries, {side}_input_ids {len(ids)}")
     keep = np.ones(len(ids), bool) if mask is None else mask != 0
+    _check_mask(f"{side}_attention_mask", mask, keep, labels)
     ids, labels = ids[keep], labels[keep]
     if len(ids) < 2:
         raise BadRow("empty", f"{side} has {len(ids)} tokens; a row needs at least 2")

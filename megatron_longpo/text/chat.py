@@ -593,7 +593,7 @@ def encode_sample(
         raise BadRow("template", "the chat template has no system messages; leave the system message out")
     if len(turns) > _TURNS_RENDERED_WHOLE:
         try:
-            sample = _encode_sample(_Encoder(tokenizer, system=system, recent=_RECENT_MESSAGES), context, turns)
+            sample = _encode_sample(Encoder(tokenizer, system=system, recent=_RECENT_MESSAGES), context, turns)
         except TemplateLimitError:
             raise
         except Exception:
@@ -607,7 +607,7 @@ def encode_sample(
                 f"the row has {len(turns)} turns, and the chat template renders a turn by more than the one before it; such "
                 f"rows may have {_MOST_TURNS_RENDERED_WHOLE}",
             )
-    encoder = _Encoder(tokenizer, system=system)
+    encoder = Encoder(tokenizer, system=system)
     try:
         sample = _encode_sample(encoder, context, turns)
         assert sample is not None
@@ -620,7 +620,7 @@ def encode_sample(
     return _encode_located(encoder, context, turns, located(encoder, context, turns))
 
 
-def _encode_sample(encoder: _Encoder, context: str, turns: Sequence[Turn]) -> Sample | None:
+def _encode_sample(encoder: Encoder, context: str, turns: Sequence[Turn]) -> Sample | None:
     """The sample, if each prompt continues what was rendered before it.
 
     Returns:
@@ -683,7 +683,7 @@ class _LocatedTurn:
     rejected: Answer
 
 
-def _finished_turns(encoder: _Encoder, context: str, turns: Sequence[Turn]) -> list[_LocatedTurn]:
+def _finished_turns(encoder: Encoder, context: str, turns: Sequence[Turn]) -> list[_LocatedTurn]:
     """Turns as the template renders them in the finished dialogue."""
     sides = []
     for answers in ([t.chosen for t in turns], [t.rejected for t in turns]):
@@ -709,7 +709,7 @@ def _finished_turns(encoder: _Encoder, context: str, turns: Sequence[Turn]) -> l
     ]
 
 
-def _turns_as_answered(encoder: _Encoder, context: str, turns: Sequence[Turn]) -> list[_LocatedTurn]:
+def _turns_as_answered(encoder: Encoder, context: str, turns: Sequence[Turn]) -> list[_LocatedTurn]:
     """Turns whose answers are each rendered as the last of the dialogue up to there."""
     located: list[_LocatedTurn] = []
     history: dict[bool, list[Message]] = {
@@ -732,7 +732,7 @@ def _turns_as_answered(encoder: _Encoder, context: str, turns: Sequence[Turn]) -
     return located
 
 
-def _encode_located(encoder: _Encoder, context: str, turns: Sequence[Turn], located: Sequence[_LocatedTurn]) -> Sample:
+def _encode_located(encoder: Encoder, context: str, turns: Sequence[Turn], located: Sequence[_LocatedTurn]) -> Sample:
     """The sample of turns that were located in the rendered dialogue."""
     head, tail = encoder.cut_prompt(located[0].prompt, turns[0].instruction)
     pieces = [encoder.piece("", head, CONTEXT)]
@@ -757,20 +757,28 @@ def _encode_located(encoder: _Encoder, context: str, turns: Sequence[Turn], loca
     return Sample(tuple(pieces))
 
 
-class _Encoder:
+class Encoder:
     """Renders and tokenises the parts of a conversation.
 
     Args:
         tokenizer: tokenizer with its chat template.
         system: system message that every conversation begins with, or None.
         recent: last messages of a conversation that are rendered, an odd number so that a user's is the first; None renders all.
+        tools: tools that the model may call, as JSON schemas.
     """
 
-    def __init__(self, tokenizer: ChatTokenizer, *, system: str | None = None, recent: int | None = None) -> None:
+    def __init__(
+        self,
+        tokenizer: ChatTokenizer,
+        *,
+        system: str | None = None,
+        recent: int | None = None,
+        tools: Tools | None = None,
+    ) -> None:
         self._tokenizer = tokenizer
         self._system: list[Message] = [] if system is None else [{"role": "system", "content": system}]
         self._recent = recent
-        self.dialogue = Dialogue(tokenizer)
+        self.dialogue = Dialogue(tokenizer, tools)
 
     @property
     def renders_recent(self) -> bool:
@@ -804,18 +812,22 @@ class _Encoder:
         end = self.end_of_document(text[:end])
         return text[:end], text[end:]
 
-    def end_of_document(self, head: str) -> int:
+    def end_of_document(self, head: str, following: str = QUESTION_SEPARATOR + "Q") -> int:
         """Where to cut a text that ends with the document, so that both sides tokenised alone have the tokens of the whole.
 
         Tokenizers join white space with the white space that follows, and some join a full stop with it. So a document that ends
         in white space is cut before that, before its last signs, or before its last word. The cut depends on the document only:
         all prompts of a sample continue it.
+
+        Args:
+            head: text that ends with the document.
+            following: what comes after it.
         """
         if not head[-1:].isspace():
             return len(head)
         window = head[-_CUT_CHARACTERS:]
         first = len(head) - len(window)
-        text = window + QUESTION_SEPARATOR + "Q"
+        text = window + following
         whole = self._tokenizer.encode(text, continues=True)
         stripped = len(window.rstrip())
         lettered = next((i for i in range(stripped, 0, -1) if window[i - 1].isalnum()), 0)
@@ -885,6 +897,11 @@ def turn_of(value: Any, context: str) -> Turn:
     """
     if not isinstance(value, dict):
         raise BadRow("wrong_type", "a turn is not an object")
+    unknown = sorted(key for key, item in value.items() if item is not None and key not in _TURN_KEYS)
+    if unknown:
+        raise BadRow(
+            "unknown_key", f"the turn has {', '.join(map(repr, unknown))}, which nothing reads; see --ignore-keys"
+        )
     for key in _TURN_KEYS:
         if key not in value:
             raise BadRow("missing_key", f"the turn has no {key}")

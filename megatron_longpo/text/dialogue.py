@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -95,7 +95,7 @@ class Dialogue:
         tools: tools that the model may call, as JSON schemas.
     """
 
-    def __init__(self, tokenizer: Renderer, tools: Sequence[Message] | None = None) -> None:
+    def __init__(self, tokenizer: Renderer, tools: Sequence[Mapping[str, Any]] | None = None) -> None:
         self._tokenizer = tokenizer
         self._more = {} if tools is None else {"tools": tools}
 

@@ -24,7 +24,15 @@ import pyarrow.ipc
 import pyarrow.parquet
 
 from megatron_longpo.data.indexed import Manifest, SampleWriter, path_of, read_manifest, token_dtype
-from megatron_longpo.data.preference import TOKENISED_COLUMNS, BadRow, Mode, Sample, from_tokenised, weight_of
+from megatron_longpo.data.preference import (
+    OPTIONAL_COLUMNS,
+    TOKENISED_COLUMNS,
+    BadRow,
+    Mode,
+    Sample,
+    from_tokenised,
+    weight_of,
+)
 from megatron_longpo.errors import DataError, one_line
 from megatron_longpo.runtime.files import open_regular, sha256_of
 from megatron_longpo.runtime.log import log
@@ -41,6 +49,14 @@ from megatron_longpo.runtime.reading import (
     read_json_rows,
 )
 from megatron_longpo.text.chat import ChatTokenizer, EarlierAnswers, Turn, encode_sample, load_tokenizer, turn_of
+from megatron_longpo.text.chat_rows import (
+    ROW_KEYS,
+    encode_chat_row,
+    identical_sides,
+    is_chat_row,
+    parse_chat_row,
+    texts_of,
+)
 from megatron_longpo.text.documents import files_inside
 from megatron_longpo.text.inputs import files_of_split, is_beside_data, log_left_out, refuse_versions, saved_datasets
 from megatron_longpo.text.template_guard import TEMPLATE_SECONDS, TemplateLimitError
@@ -77,6 +93,8 @@ class Settings:
         template_seconds: longest time that the chat template may take.
         trust_remote_code: run code from the tokenizer's folder.
         split: split to read of folders that have several; ``all`` reads all.
+        keep_duplicates: keep turns whose answers are equal, and samples that were there before.
+        ignore_keys: keys of rows, turns and messages that are left out without a word.
         reading: what is too large to be read.
     """
 
@@ -93,6 +111,8 @@ class Settings:
     template_seconds: float = TEMPLATE_SECONDS
     trust_remote_code: bool = False
     split: str | None = None
+    keep_duplicates: bool = False
+    ignore_keys: tuple[str, ...] = ()
     reading: ReadingConfig = field(default_factory=ReadingConfig)
 
 
@@ -325,19 +345,44 @@ def _sample_of(
             raise BadRow("not_json", str(error)) from None
     if not isinstance(value, dict):
         raise BadRow("not_an_object", "the line is not a JSON object")
+    value = {key: item for key, item in value.items() if key not in settings.ignore_keys}
+    if unknown := unknown_keys(value, tokenised=tokenizer is None):
+        raise BadRow(
+            "unknown_key", f"the row has {', '.join(map(repr, unknown))}, which nothing reads; see --ignore-keys"
+        )
     turns = value.get("ref_chosen_input_ids" if tokenizer is None else "turns")
     if isinstance(turns, list) and len(turns) > settings.max_turns:
         raise BadRow("too_many_turns", f"the row has {len(turns)} turns; max_turns is {settings.max_turns}")
     if tokenizer is None:
         assert settings.vocab_size is not None
         sample: Sample | None = from_tokenised(value, settings.vocab_size)
+    elif is_chat_row(value):
+        row_of_chat = parse_chat_row(value, settings.system_prompt)
+        for text in texts_of(row_of_chat):
+            _check_special(tokenizer, text)
+        sample = encode_chat_row(tokenizer, row_of_chat)
     else:
         sample = _text_sample(value, settings, tokenizer, skipped)
     if sample is not None:
         sample.check()
+        if not settings.keep_duplicates and identical_sides(sample):
+            raise BadRow("identical_answers", "chosen and rejected are the same")
         _check_lengths(sample, settings)
         sample = dataclasses.replace(sample, weight=weight_of(value))
     return sample
+
+
+_ROW_KEYS = ("id", "weight")
+_DOCUMENT_KEYS = ("context", "turns", "system")
+
+
+def unknown_keys(value: dict[str, Any], *, tokenised: bool) -> list[str]:
+    """Keys of a row that nothing reads. Columns of a table that are null in a row do not count."""
+    if tokenised:
+        known: tuple[str, ...] = (*TOKENISED_COLUMNS, *OPTIONAL_COLUMNS)
+    else:
+        known = ROW_KEYS if is_chat_row(value) else _DOCUMENT_KEYS
+    return sorted(key for key, item in value.items() if item is not None and key not in (*_ROW_KEYS, *known))
 
 
 def _text_sample(
@@ -353,6 +398,8 @@ def _text_sample(
     good: list[Turn] = []
     for number, turn in enumerate(turns):
         try:
+            if isinstance(turn, dict):
+                turn = {key: item for key, item in turn.items() if key not in settings.ignore_keys}
             parsed = turn_of(turn, context)
             for part in (parsed.instruction, parsed.chosen, parsed.rejected):
                 _check_special(tokenizer, part)
@@ -363,6 +410,8 @@ def _text_sample(
                     "short_row_too_long",
                     f"the short row has {longest} tokens, --short-seq-length is {settings.short_seq_length}",
                 )
+            if not settings.keep_duplicates and identical_sides(short, (Mode.SHORT_CHOSEN, Mode.SHORT_REJECTED)):
+                raise BadRow("identical_answers", "chosen and rejected are the same")
             good.append(parsed)
         except BadRow as error:
             skipped.append(SkippedRow(error.reason, str(error), turn=number))
@@ -476,7 +525,7 @@ def preprocess(
                 "choose another --chat-template"
             )
     vocab_size = tokenizer.vocab_size if tokenizer else int(settings.vocab_size or 0)
-    _check_schema(files, tokenizer is not None, settings.reading)
+    _check_schema(files, tokenizer is not None, settings.reading, settings.ignore_keys)
     source = [{"name": p.name, "bytes": p.stat().st_size, "sha256": sha256_of(p)} for p in files]
     described = {
         k: getattr(settings, k)
@@ -488,6 +537,10 @@ def preprocess(
         described["chat_template_kwargs"] = dict(settings.chat_template_kwargs)
     if settings.system_prompt is not None:
         described["system_prompt"] = settings.system_prompt
+    if settings.keep_duplicates:
+        described["keep_duplicates"] = True
+    if settings.ignore_keys:
+        described["ignore_keys"] = sorted(settings.ignore_keys)
     if settings.earlier_answers != Settings.earlier_answers:
         described["earlier_answers"] = settings.earlier_answers
     date = tokenizer.template_date.isoformat() if tokenizer is not None and tokenizer.asks_for_date else None
@@ -525,7 +578,7 @@ def preprocess(
     try:
         with Progress("preprocess", done=rows_done, unit="rows") as progress:
             for result in _results(files, rows_done, settings, tokenizer, workers):
-                _add(writer, result)
+                _add(writer, result, keep_duplicates=settings.keep_duplicates)
                 rows_done = result.line
                 if rows_done % COMMIT_EVERY == 0:
                     writer.commit({"rows": rows_done})
@@ -554,7 +607,7 @@ def _recorded_date(prefix: str | Path) -> datetime.date | None:
     return None
 
 
-def _add(writer: SampleWriter, result: Result) -> None:
+def _add(writer: SampleWriter, result: Result, *, keep_duplicates: bool) -> None:
     """Write what became of a row."""
     for skipped in result.skipped:
         record: dict[str, Any] = {"line": result.line, "detail": skipped.detail}
@@ -562,7 +615,12 @@ def _add(writer: SampleWriter, result: Result) -> None:
             record["turn"] = skipped.turn
         writer.skip(skipped.reason, {**record, "row": result.raw})
     if result.sample is not None:
-        writer.add(result.sample)
+        number = None if keep_duplicates else writer.duplicate_of(result.sample)
+        if number is None:
+            writer.add(result.sample)
+        else:
+            detail = f"the row makes the same sample as one before it, number {number} of the output (from 0)"
+            writer.skip("duplicate", {"line": result.line, "detail": detail, "row": result.raw})
     elif all(skipped.turn is not None for skipped in result.skipped):
         writer.skip("no_turn_left", {"line": result.line, "detail": "none of its turns is good", "row": result.raw})
 
@@ -593,7 +651,7 @@ def _results(
         ) from None
 
 
-def _check_schema(files: list[Path], text: bool, limits: ReadingConfig) -> None:
+def _check_schema(files: list[Path], text: bool, limits: ReadingConfig, ignored: tuple[str, ...] = ()) -> None:
     """Raise DataError if the first readable row is not of the schema that the flags say: every row would be skipped."""
     for row in read_rows(files, 0, limits):
         if row.line > _SCHEMA_ROWS:
@@ -607,11 +665,17 @@ def _check_schema(files: list[Path], text: bool, limits: ReadingConfig) -> None:
         if not isinstance(value, dict):
             continue
         tokenised = any(name in value for name in TOKENISED_COLUMNS)
-        is_text = "turns" in value or "context" in value
+        is_text = "turns" in value or "context" in value or is_chat_row(value)
         if text and tokenised and not is_text:
             raise DataError(f"--input {files[0]}: is already tokenised; give --vocab-size instead of --tokenizer")
         if not text and is_text and not tokenised:
             raise DataError(f"--input {files[0]}: is text; give --tokenizer instead of --vocab-size")
+        value = {key: item for key, item in value.items() if key not in ignored}
+        if (tokenised or is_text) and (unknown := unknown_keys(value, tokenised=not text)):
+            raise DataError(
+                f"--input {files[0]}: its rows have {', '.join(map(repr, unknown))}, which nothing reads; correct the names, or "
+                f"leave them out with --ignore-keys {' '.join(unknown)}"
+            )
         return
 
 

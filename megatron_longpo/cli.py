@@ -36,6 +36,7 @@ COMMANDS = {
     "convert verify": Command("Compare a checkpoint with a Hugging Face model.", "convert", "verify"),
     "convert export": Command("Convert a checkpoint to a verified Hugging Face model.", "convert", "export"),
     "preprocess": Command("Tokenise preference pairs into training data.", "preprocess", "preprocess"),
+    "preprocess inspect": Command("Show preprocessed data: counts, lengths, samples as text.", "preprocess", "inspect"),
     "generate": Command("Generate preference pairs from documents.", "generate", "generate"),
     "generate merge": Command("Merge the parts of a generation.", "generate", "merge"),
     "evaluate": Command("Evaluate a model, by one or more suites.", "evaluate", "evaluate"),

@@ -672,10 +672,19 @@ class PreferenceData:
                 )
         return dataclasses.replace(Sample.from_arrays(tokens, modes), weight=float(self.weights[index]))
 
+    def piece_lengths(self) -> np.ndarray:
+        """Number of tokens of each piece, of all samples."""
+        lengths: np.ndarray = self._dataset.sequence_lengths.astype(np.int64)
+        return lengths
+
+    def piece_modes(self) -> np.ndarray:
+        """Mode of each piece, of all samples."""
+        modes: np.ndarray = self._dataset.index.sequence_modes
+        return modes
+
     def long_lengths(self) -> np.ndarray:
         """Number of tokens in the longer chained row of each sample, read from the index only."""
-        lengths = self._dataset.sequence_lengths.astype(np.int64)
-        modes = self._dataset.index.sequence_modes
+        lengths, modes = self.piece_lengths(), self.piece_modes()
         document = np.repeat(np.arange(len(self)), np.diff(self._ends))
         sides = [
             np.bincount(document, weights=lengths * ((modes & int(side)) != 0), minlength=len(self))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import datetime
 import hashlib
+import itertools
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -248,6 +249,10 @@ class ChatTokenizer(ABC):
     def decode(self, ids: Sequence[int]) -> str:
         """Text of token ids, without special tokens."""
 
+    @abstractmethod
+    def text_of(self, ids: Sequence[int]) -> str:
+        """Text of token ids, special tokens included."""
+
     def prompt(self, messages: Sequence[Message], prefix: str = "") -> list[int]:
         """Token ids that a model answers.
 
@@ -350,6 +355,9 @@ class FastChatTokenizer(ChatTokenizer):
     def decode(self, ids: Sequence[int]) -> str:
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
 
+    def text_of(self, ids: Sequence[int]) -> str:
+        return str(self._tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))
+
 
 class SentencePieceChatTokenizer(ChatTokenizer):
     """A bare SentencePiece .model file with a template.
@@ -420,6 +428,14 @@ class SentencePieceChatTokenizer(ChatTokenizer):
 
     def decode(self, ids: Sequence[int]) -> str:
         return str(self._processor.decode([int(i) for i in ids if i not in self.special_ids]))
+
+    def text_of(self, ids: Sequence[int]) -> str:
+        texts = {number: text for text, number in self.special_tokens.items()}
+        runs = itertools.groupby(map(int, ids), lambda number: number in texts)
+        return "".join(
+            "".join(texts[number] for number in run) if is_special else str(self._processor.decode(list(run)))
+            for is_special, run in runs
+        )
 
 
 def load_tokenizer(

@@ -464,7 +464,7 @@ _worker: tuple[Settings, ChatTokenizer | None] | None = None
 
 def _start_worker(settings: Settings) -> None:
     global _worker
-    _worker = (settings, _tokenizer_of(settings))
+    _worker = (settings, tokenizer_of(settings))
 
 
 def _work(row: RawRow) -> Result:
@@ -472,7 +472,8 @@ def _work(row: RawRow) -> Result:
     return process_row(row, *_worker)
 
 
-def _tokenizer_of(settings: Settings) -> ChatTokenizer | None:
+def tokenizer_of(settings: Settings) -> ChatTokenizer | None:
+    """The tokenizer of text rows; None if they are tokenised already."""
     if settings.tokenizer is None:
         return None
     return load_tokenizer(
@@ -508,14 +509,11 @@ def preprocess(
     Raises:
         DataError: the input, the tokenizer or the output cannot be used, or no sample is left.
     """
-    if (settings.tokenizer is None) == (settings.vocab_size is None):
-        raise DataError("give either --tokenizer (for text) or --vocab-size (for rows that are already tokenised)")
-    if settings.vocab_size is not None and settings.vocab_size < 1:
-        raise DataError(f"--vocab-size {settings.vocab_size} must be positive; give the model's vocabulary size")
+    _check_settings(settings)
     files = input_files(inputs, settings.reading, split=settings.split)
     if settings.template_date is None and not restart:
         settings = dataclasses.replace(settings, template_date=_recorded_date(prefix))
-    tokenizer = _tokenizer_of(settings)
+    tokenizer = tokenizer_of(settings)
     if tokenizer is not None:
         # The workers' clocks may be past midnight.
         settings = dataclasses.replace(settings, template_date=tokenizer.template_date)
@@ -591,6 +589,37 @@ def preprocess(
         writer.close()
         raise
     return writer.finish()
+
+
+def _check_settings(settings: Settings) -> None:
+    """Raise DataError for settings that do not say how rows become tokens."""
+    if (settings.tokenizer is None) == (settings.vocab_size is None):
+        raise DataError("give either --tokenizer (for text) or --vocab-size (for rows that are already tokenised)")
+    if settings.vocab_size is not None and settings.vocab_size < 1:
+        raise DataError(f"--vocab-size {settings.vocab_size} must be positive; give the model's vocabulary size")
+
+
+def first_results(inputs: list[str], settings: Settings, count: int) -> Iterator[Result]:
+    """What becomes of the first rows of an input, until there are some samples. Nothing is written.
+
+    Args:
+        inputs: files or folders.
+        settings: tokenizer and limits.
+        count: number of samples.
+
+    Raises:
+        DataError: the input or the tokenizer cannot be used.
+    """
+    _check_settings(settings)
+    files = input_files(inputs, settings.reading, split=settings.split)
+    tokenizer = tokenizer_of(settings)
+    _check_schema(files, tokenizer is not None, settings.reading, settings.ignore_keys)
+    for row in read_rows(files, 0, settings.reading):
+        result = process_row(row, settings, tokenizer)
+        yield result
+        count -= result.sample is not None
+        if count <= 0:
+            return
 
 
 def _recorded_date(prefix: str | Path) -> datetime.date | None:

@@ -74,7 +74,8 @@ def assert_same_tensors(a: Path, b: Path, bound: float = 0.0) -> None:
 def test_tokenised_rows_to_a_trained_hugging_face_model(model: Path, tmp_path: Path) -> None:
     write_lines(tmp_path / "rows.jsonl", [json.dumps(tokenised_row()) for _ in range(8)])
     prefix = tmp_path / "data"
-    run(command("preprocess", input=tmp_path / "rows.jsonl", output_prefix=prefix, vocab_size=101), fresh=True)
+    made = command("preprocess", input=tmp_path / "rows.jsonl", output_prefix=prefix, vocab_size=101)
+    run([*made, "--keep-duplicates"], fresh=True)
     config = tmp_path / "c.yaml"
     config.write_text("objective:\n  beta: 0.05\ntraining:\n  train_iters: 2\n")
     output = tmp_path / "run"

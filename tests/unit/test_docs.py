@@ -18,7 +18,7 @@ import pytest
 import tyro
 
 from megatron_longpo.commands.convert import ExportOptions, ImportOptions, VerifyOptions
-from megatron_longpo.commands.preprocess import PreprocessOptions
+from megatron_longpo.commands.preprocess import InspectOptions, PreprocessOptions
 from megatron_longpo.commands.simulate import SimulateOptions
 from megatron_longpo.config import Config
 from megatron_longpo.evaluation.settings import EvaluationConfig
@@ -179,7 +179,7 @@ def test_options_that_are_not_in_sections_are_one_table() -> None:
 
 
 OPTIONS = [
-    *(Config, GenerationConfig, EvaluationConfig, PreprocessOptions, SimulateOptions),
+    *(Config, GenerationConfig, EvaluationConfig, PreprocessOptions, InspectOptions, SimulateOptions),
     *(ImportOptions, ExportOptions, VerifyOptions),
 ]
 

@@ -167,7 +167,9 @@ def test_tokenised_rows_of_jsonl_parquet_and_datasets_agree(tmp_path: Path) -> N
     table.save_to_disk(str(tmp_path / "folder"))
     outputs = []
     for name in ("a.jsonl", "a.parquet", "folder"):
-        manifest = preprocess([str(tmp_path / name)], tmp_path / f"out-{name}", Settings(vocab_size=64, keep_duplicates=True))
+        manifest = preprocess(
+            [str(tmp_path / name)], tmp_path / f"out-{name}", Settings(vocab_size=64, keep_duplicates=True)
+        )
         assert manifest.samples == 5 and not manifest.independent_turns
         outputs.append((tmp_path / f"out-{name}.bin").read_bytes())
     assert outputs[0] == outputs[1] == outputs[2]

@@ -226,13 +226,6 @@ def check_data(config: Config, prefix: str, manifest: Manifest, shape: ModelShap
             f"{path}: its longest row has {manifest.longest} tokens, more than seq_length={limit}; raise seq_length, or "
             f"preprocess the data with --seq-length {limit}"
         )
-    objective = spec_of(config.objective.objective, config.objective.loss_type)
-    if objective.reference_rows == "short" and manifest.samples_without_short:
-        raise ConfigError(
-            f"objective={config.objective.objective} needs a short context of every sample, which "
-            f"{manifest.samples_without_short} of the {manifest.samples} of {path} lack; use objective=dpo or sft, or give their "
-            "rows a short_context"
-        )
     if config.data.turns == "independent" and not manifest.independent_turns:
         raise ConfigError(
             f"turns=independent needs each turn's own prompt, which {path} lacks because its input was tokenised already; "

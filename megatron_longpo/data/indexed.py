@@ -627,6 +627,8 @@ class PreferenceData:
             raise DataError(f"{path}: does not hold {samples} weights in fp64; preprocess the data again")
         if not (np.isfinite(weights) & (weights >= 0)).all():
             raise DataError(f"{path}: holds a weight that is negative or not finite; preprocess the data again")
+        if not weights.any():
+            raise DataError(f"{path}: all weights are 0, so there is nothing to learn; give some rows another weight")
         return weights
 
     def _check_index(self, path: Path, bin_bytes: int) -> None:

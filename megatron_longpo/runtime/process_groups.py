@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 # isort: off
+from megatron_longpo.errors import PlatformError
 from megatron_longpo.runtime import platform  # must precede megatron-core
 from megatron_longpo.runtime.heartbeat import start_heartbeat, stop_heartbeat
 from megatron.core import parallel_state, tensor_parallel
@@ -111,7 +112,15 @@ def start_processes(timeout_minutes: int) -> None:
         # A single process can use a store in memory, which needs no free port.
         dist.init_process_group(platform.CURRENT.backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     else:
-        dist.init_process_group(platform.CURRENT.backend, timeout=timeout)
+        try:
+            dist.init_process_group(platform.CURRENT.backend, timeout=timeout)
+        except dist.DistNetworkError as error:
+            if "EADDRINUSE" not in str(error):
+                raise
+            raise PlatformError(
+                f"MASTER_PORT={os.environ.get('MASTER_PORT')} is in use by another program; choose a free one, or start with "
+                "torchrun --standalone, which finds one"
+            ) from None
         start_heartbeat()
 
 

@@ -173,6 +173,18 @@ def check_schedule(config: Config, train_iters: int) -> None:
         )
 
 
+def idle_line(config: Config, train_iters: int) -> str | None:
+    """What the log says of steps that train at the rate 0 because the decay ends before the run; None: there are none."""
+    optimizer = config.optimizer
+    decay = optimizer.lr_decay_iters or train_iters
+    if optimizer.lr_decay_style == "constant" or optimizer.min_lr > 0 or decay >= train_iters:
+        return None
+    return (
+        f"learning rate: 0 from step {decay + 1} on (lr_decay_iters={decay}, min_lr=0), so {train_iters - decay} of "
+        f"{train_iters} steps change nothing; raise lr_decay_iters or min_lr"
+    )
+
+
 class Schedule(OptimizerParamScheduler):
     """megatron-core's schedule, whose warm-up begins with a step that trains: step k of w has k/w of the peak rate.
 

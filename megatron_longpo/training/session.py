@@ -12,6 +12,7 @@ from megatron_longpo.training.checkpointer import load_weights
 from megatron_longpo.training.data_set import RunData, mixture_lines, open_data
 from megatron_longpo.training.held_out import HeldOut
 from megatron_longpo.training.memory import decide_recompute
+from megatron_longpo.training.optimization import idle_line
 from megatron_longpo.training.plan import RunPlan, groups_of
 from megatron_longpo.training.reference import make_reference
 
@@ -89,6 +90,8 @@ def _log_plan(plan: RunPlan, parallel: Parallel) -> None:
             f"data: {data.samples - used} of {data.samples} samples are not used, since only whole batches are"
         )
     lines += [f"data: {line}" for line in mixture_lines(plan)]
+    if idle := idle_line(plan.config, plan.train_iters):
+        lines.append(idle)
     split = pipeline_split(plan.config.parallel, shape.num_layers)
     if len({n for rank in split for n in rank}) > 1:
         ranks = ", ".join("+".join(map(str, rank)) for rank in split)

@@ -8,7 +8,7 @@ import pytest
 
 from tests.support.parity.launches import Launch
 
-CASES = ("tp2-sp-pp2-vpp2", "dp2-cp2-distopt-online", "dp2-pp2-vpp2", "cp4-allgather-micro2")
+CASES = ("tp2-sp-pp2-vpp2", "tp2-pp2-first3", "dp2-cp2-distopt-online", "dp2-pp2-vpp2", "cp4-allgather-micro2")
 
 
 @pytest.mark.megatron_latest

@@ -8,6 +8,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import time
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from megatron_longpo.checkpoint.huggingface import HuggingFaceWeights
 from megatron_longpo.text.chat import BUILT_IN_TEMPLATES
 from megatron_longpo.training.metrics import SAMPLE_METRICS, read_metrics
 from tests.support.data import make_data, text_row, tokenised_row, write_lines
-from tests.support.launch import PYTHON, Running, command, run, torchrun
+from tests.support.launch import PYTHON, Running, command, environment, run, torchrun
 from tests.support.models import make_model
 from tests.support.tokenizers import make_fast_tokenizer, make_sentencepiece
 
@@ -278,6 +279,14 @@ def test_wrong_settings_end_all_ranks_with_one_message(
     assert done.returncode != 0
     errors = _errors(done.stderr)
     assert len(errors) == 1 and message in errors[0]
+
+
+def test_a_port_in_use_is_named(model: Path, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = str(server.getsockname()[1])
+        env = environment(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, RANK="0", WORLD_SIZE="1")
+        done = run([PYTHON, *train(model, tmp_path / "run")], env=env, expect=2)
+    assert f"error: MASTER_PORT={port} is in use by another program; choose a free one" in done.stderr
 
 
 def test_damaged_data_ends_all_ranks_with_one_message(model: Path, tmp_path: Path) -> None:

@@ -221,6 +221,9 @@ def test_weights_travel_beside_the_binaries(tmp_path: Path) -> None:
     (tmp_path / "weighted.weights.npy").unlink()
     with pytest.raises(DataError, match=r"weighted\.weights\.npy: cannot be read"):
         PreferenceData(tmp_path / "weighted")
+    write_data(tmp_path / "nothing", [dataclasses.replace(sample, weight=0.0) for sample in samples])
+    with pytest.raises(DataError, match="all weights are 0"):
+        PreferenceData(tmp_path / "nothing")
     # All of them 1: no file.
     write_data(tmp_path / "plain", [dataclasses.replace(sample, weight=1.0) for sample in samples])
     assert not (tmp_path / "plain.weights.npy").exists()

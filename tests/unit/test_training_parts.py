@@ -21,7 +21,7 @@ from megatron_longpo.runtime import platform
 from megatron_longpo.runtime.balance import assign
 from megatron_longpo.training import held_out, metrics
 from megatron_longpo.training.metrics import Reporter, SampleMetrics, keep_until, read_metrics, reduce_samples
-from megatron_longpo.training.optimization import _become_rmsprop, build_scheduler
+from megatron_longpo.training.optimization import _become_rmsprop, build_scheduler, idle_line
 from megatron_longpo.training.reference import ReferenceCache
 from megatron_longpo.training.reference_scoring import pack
 from megatron_longpo.training.trackers import TensorBoard
@@ -67,6 +67,19 @@ def test_a_warm_up_step_k_of_w_has_k_over_w_of_the_rate() -> None:
     # From 0.2 on, five steps of 0.16 each.
     above = _rates(5, lr_warmup_iters=5, lr_warmup_init=0.2, min_lr=0.0)
     assert above == pytest.approx([0.36, 0.52, 0.68, 0.84, 1.0])
+
+
+def test_steps_at_the_rate_0_are_said() -> None:
+    def line(train_iters: int, **values: Any) -> str | None:
+        return idle_line(from_dict({"optimizer": values}, "test"), train_iters)
+
+    assert "0 from step 7 on (lr_decay_iters=6, min_lr=0), so 4 of 10 steps" in str(line(10, lr_decay_iters=6))
+    assert _rates(10, lr_decay_iters=6, min_lr=0.0)[5] > 0 and _rates(10, lr_decay_iters=6, min_lr=0.0)[6:] == [0] * 4
+    assert line(10) is None and line(10, lr_decay_iters=10) is None
+    assert (
+        line(10, lr_decay_iters=6, min_lr=1e-8) is None
+        and line(10, lr_decay_iters=6, lr_decay_style="constant") is None
+    )
 
 
 def test_a_run_keeps_the_schedule_that_it_began_with() -> None:

@@ -183,6 +183,12 @@ _BASE = (
     # Four processes.
     Case("tp2-pp2", 4, {"parallel": _layout(tp=2, pp=2)}),
     Case(
+        "tp2-pp2-first3",
+        4,
+        {"parallel": _layout(tp=2, pp=2, decoder_first_pipeline_num_layers=3)},
+        families=("qwen2",),
+    ),
+    Case(
         "tp2-sp-pp2-vpp2",
         4,
         {"parallel": _layout(tp=2, pp=2, sequence_parallel=True, virtual_pipeline_model_parallel_size=2)},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import random
 import shutil
@@ -12,10 +13,12 @@ import numpy as np
 import pytest
 import yaml
 
+from megatron_longpo.evaluation.samples import AnswerRow
 from megatron_longpo.evaluation.suites.short_context import (
     SHORT,
     LoadedTask,
     Questions,
+    ShortContextSuite,
     ShortRow,
     answer_questions,
     load_tasks,
@@ -144,6 +147,39 @@ def test_prompts_and_scores_are_those_of_the_harness(
         (metric, np.mean([row["score"] for row in rows])),
     ):
         assert mean == pytest.approx(harness["results"][name][f"{key},none"])
+
+
+def test_questions_beyond_the_positions_are_counted(ours: dict[str, LoadedTask], model: Any) -> None:
+    """The harness drops their beginning; and log-probs that are no numbers are no answers."""
+    loaded = ours["winogrande"]
+    longest = max(len(model.tok_encode("".join(request.args))) for of in loaded.requests.values() for request in of)
+    questions = Questions(loaded, sorted(loaded.requests))
+
+    def rows_with(positions: int) -> list[ShortRow]:
+        limited = copy.copy(model)
+        limited._max_length = positions
+        assert limited.max_length == positions
+        return cast("list[ShortRow]", answer_questions(questions, limited))
+
+    assert not any(row.get("cut") for row in rows_with(longest - 1))
+    cut = [row for row in rows_with(longest - 2) if row.get("cut")]
+    assert 0 < len(cut) < QUESTIONS
+    metrics = ShortContextSuite().metrics([cast(AnswerRow, row) for row in rows_with(longest - 2)])
+    assert metrics["tasks"]["winogrande"]["cut"] == len(cut)
+    assert f"{QUESTIONS} ({len(cut)} cut)" in "\n".join(ShortContextSuite().tables(metrics)[0].markdown())
+
+    class Overflowing:
+        max_length = longest
+        tok_encode = staticmethod(model.tok_encode)
+
+        def loglikelihood(self, requests: list[Any], **_: Any) -> list[tuple[float, bool]]:
+            return [(float("nan"), False)] * len(requests)
+
+    rows = answer_questions(questions, Overflowing())
+    assert {row["no_answer"] for row in rows} == {"not_finite"} and {row["score"] for row in rows} == {0.0}
+    assert json.loads(json.dumps(rows[0], allow_nan=False))["log_probs"] == [None, None]
+    (cell,) = ShortContextSuite().cells(ShortContextSuite().metrics(rows)).values()
+    assert cell["no_answer"] == {"not_finite": QUESTIONS} and cell["score_of_answers"] is None
 
 
 def test_missing_splits_are_replaced(local: Path, tmp_path: Path) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -162,6 +164,38 @@ def test_a_model_in_the_process_thinks(model: Path, tmp_path: Path) -> None:
     assert opening.opens_thinking and not engine.opens_thinking
     ((reply,),) = opening.answer([[prompt]], Sampling(6))
     assert reply.no_answer == "only_thinking" and reply.text == "" and reply.thinking_tokens > 0
+
+
+def test_vllm_gets_tokens_for_thinking(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a stand-in: vLLM does not install without a GPU. It writes the same for each prompt."""
+    from megatron_longpo.engines.vllm_engine import VLLMEngine
+
+    tokenizer, asked = load_tokenizer(model), []
+    written = "<think>a</think>The river"
+    completion = SimpleNamespace(
+        text=written, token_ids=tokenizer.encode(written, continues=True), finish_reason="stop"
+    )
+
+    class LLM:
+        llm_engine = SimpleNamespace(model_config=SimpleNamespace(max_model_len=40))
+
+        def __init__(self, **settings: Any) -> None:
+            asked.append(settings)
+
+        def generate(self, prompts: list[Any], parameters: list[Any], **_: Any) -> list[Any]:
+            asked.extend(parameters)
+            return [SimpleNamespace(outputs=[completion], **prompt) for prompt in prompts]
+
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=LLM, SamplingParams=lambda **more: more))
+    engine = VLLMEngine(EngineConfig(engine="vllm", model=str(model), thinking_tokens=30), 100)
+    engine.check_ready()
+    assert asked[0]["model"] == str(model), "loaded"
+    prompts = [Prompt(({"role": "user", "content": text},)) for text in ("Where?", "Where? " * 30)]
+    (replies,) = engine.answer([prompts], Sampling(6))
+    assert [parameters["max_tokens"] for parameters in asked[1:]] == [36]
+    assert [reply.text for reply in replies] == ["The river", ""]
+    assert [reply.no_answer for reply in replies] == [None, "refused"] and replies[0].thinking_tokens
+    assert engine.identity["thinking"]["tokens"] == 30
 
 
 def test_only_given_settings_are_in_the_identity(model: Path, tmp_path: Path) -> None:

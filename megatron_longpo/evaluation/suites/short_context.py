@@ -164,13 +164,14 @@ class ShortRow(AnswerRow, total=False):
     """An answer to a multiple-choice question.
 
     ``subtask`` is the harness's task, ``acc`` the plain accuracy, ``log_probs`` those of the options (null where the model gives
-    no finite number), ``target`` the right one.
+    no finite number), ``target`` the right one, ``cut`` whether it exceeds the model's positions and lost its beginning.
     """
 
     subtask: str
     acc: float
     log_probs: list[float | None]
     target: str
+    cut: bool
 
 
 class ShortContextSuite(BatchSuite[list[LoadedTask]]):
@@ -217,7 +218,7 @@ class ShortContextSuite(BatchSuite[list[LoadedTask]]):
     @override
     def metrics(self, rows: Sequence[AnswerRow]) -> Metrics:
         """Per task over all its questions (so that MMLU's subjects count by size, as in the harness); the mean of the tasks."""
-        tasks = {task: score_of(group) for task, group in group_by(rows, lambda row: row["task"]).items()}
+        tasks = {task: _score_of(group) for task, group in group_by(rows, lambda row: row["task"]).items()}
         return {"tasks": tasks, "average": float(np.mean([cell["score"] for cell in tasks.values()]))}
 
     @override
@@ -227,11 +228,28 @@ class ShortContextSuite(BatchSuite[list[LoadedTask]]):
     @override
     def tables(self, metrics: Metrics) -> list[Table]:
         rows = [
-            [f"{SHORT[t].title} ({SHORT[t].shots}-shot, {SHORT[t].metric})", score_text(cell), str(cell["samples"])]
+            [f"{SHORT[t].title} ({SHORT[t].shots}-shot, {SHORT[t].metric})", score_text(cell), _questions_text(cell)]
             for t, cell in metrics["tasks"].items()
         ]
         rows.append(["average", percent(metrics["average"]), ""])
         return [Table("Short context", ["task", "score", "questions"], rows)]
+
+
+class _ShortScore(CellScore, total=False):
+    """``cut`` counts the questions that were cut, if there are any."""
+
+    cut: int
+
+
+def _score_of(rows: Sequence[AnswerRow]) -> _ShortScore:
+    score = cast(_ShortScore, score_of(rows))
+    if cut := sum(bool(row.get("cut")) for row in cast("Sequence[ShortRow]", rows)):
+        score["cut"] = cut
+    return score
+
+
+def _questions_text(cell: Mapping[str, Any]) -> str:
+    return f"{cell['samples']} ({cell['cut']} cut)" if cell.get("cut") else str(cell["samples"])
 
 
 def _batches(loaded: LoadedTask, size: int) -> Iterator[SampleBatch[Questions]]:
@@ -523,5 +541,9 @@ def answer_questions(questions: Questions, model: Any) -> list[AnswerRow]:
             "log_probs": [round(x, 4) if math.isfinite(x) else None for x in log_probs],
             "target": str(task.harness.doc_to_target(requests[0].doc)),
         }
+        # The harness drops what exceeds the model's positions from the beginning, where the examples are; the last token is not
+        # read.
+        if any(len(model.tok_encode("".join(request.args))) > model.max_length + 1 for request in requests):
+            row["cut"] = True
         rows.append(cast(AnswerRow, row))
     return rows

@@ -69,7 +69,7 @@ def measure(a: argparse.Namespace) -> dict[str, float]:
     import torch
     import torch.nn.functional as F
 
-    from megatron_longpo.model.logprobs import token_logprobs
+    from megatron_longpo.model.logprobs import KnownGradients, token_logprobs
 
     torch.set_num_threads(a.threads)
     torch.manual_seed(0)
@@ -80,6 +80,7 @@ def measure(a: argparse.Namespace) -> dict[str, float]:
     upstream = torch.full((a.tokens,), -1.0 / a.tokens)
     known_grad = upstream.clone()
     known_grad[-128:] = torch.nan
+    known = KnownGradients.of(known_grad)
     # As in training, ours accumulates into an fp32 buffer that already exists.
     main_grad = torch.zeros(weight.shape if a.side != "plain" else 0)
     result = torch.zeros_like(hidden)
@@ -93,8 +94,8 @@ def measure(a: argparse.Namespace) -> dict[str, float]:
             weight.grad = None
         else:
             weight.main_grad = main_grad  # type: ignore[attr-defined]
-            told = known_grad if a.side == "ours" else None
-            logps = token_logprobs(hidden, weight, target, vocab_size=a.vocab_size, known_grad_N=told)
+            told = known if a.side == "ours" else None
+            logps = token_logprobs(hidden, weight, target, vocab_size=a.vocab_size, known=told)
             logps.backward(upstream)
             weight.grad = None
 

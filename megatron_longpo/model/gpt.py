@@ -201,9 +201,8 @@ class PolicyModel(GPTModel):
             vocab_start=weight.shape[0] * dist.get_rank(group),
             group=group,
             chunk=chunk_tokens(weight.shape[0], self.logprob_chunk_bytes, weight.dtype, hidden.shape[2] * is_split),
-            known_grad_N=None if known is None else known.grad_N,
+            known=known,
             dummy_gradient=self.overlap_grad_reduce,
-            order=None if known is None else known.order,
             rows_N=inputs.loss_places_N,
             counts=inputs.loss_counts,
         )

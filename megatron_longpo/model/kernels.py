@@ -494,7 +494,8 @@ def _padded(x_nHD: Tensor) -> Tensor:
 @functools.lru_cache(maxsize=64)
 def _boundaries(lengths: tuple[int, ...], device: torch.device) -> Tensor:
     """Cumulative lengths, from 0; the same for all layers of a micro batch."""
-    return torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32).to(device)
+    found = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    return found.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else found
 
 
 @functools.lru_cache(maxsize=8)

@@ -6,8 +6,8 @@ The logits of 128K tokens and a vocabulary of 152K take 80 GB in fp32. Here no t
 There are two cases. In general the upstream gradient is unknown during the forward, so we save one log-sum-exp per token and
 recompute each chunk's logits in the backward: four N x V x H matmuls instead of three. A token that contributes only to the
 mean NLL, however, has a gradient that is known in advance, and in a long document nearly every token is like that. For those
-the forward computes the gradient immediately and nothing is recomputed. The backward checks that the gradient that arrives
-is the one that was known in advance.
+the forward computes the gradient immediately and nothing is recomputed. The backward compares the gradient that arrives with
+the one that was known in advance, and ``check_known`` reads the result when the step is over: the host does not wait for it.
 
 The weight may be a vocabulary shard (Megatron's vocabulary parallelism); the log-sum-exp is then taken over the group.
 Columns from ``vocab_size`` on are vocabulary padding and never take part.
@@ -23,7 +23,7 @@ vocabulary.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -35,6 +35,8 @@ from megatron_longpo.runtime import platform
 
 # Elements of a block that stays in a core's cache from one pass over it to the next.
 _CACHED = 2**20
+# Largest relative difference between a gradient and what was known of it. fp32 sums of a step differ by far less.
+_TOLERANCE = 1e-4
 # Whether torch has matmuls of 16-bit matrices with fp32 output (CUDA only; seen in torch 2.11 and 2.13).
 _WIDE_PRODUCTS = "dtype_out" in torch.ops.aten.mm.overloads() and "dtype_out" in torch.ops.aten.addmm.overloads()
 
@@ -71,10 +73,34 @@ class KnownGradients:
     Attributes:
         grad_N: [N] in fp32, NaN where unknown.
         order: which are known.
+        agrees: [1] whether the gradients that arrived were these, but for rounding; set by the backward.
     """
 
     grad_N: Tensor
     order: TokenOrder
+    # Not a part of the others' memory: autograd would take its change for one of theirs.
+    agrees: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "agrees", torch.ones(1, dtype=torch.bool, device=self.grad_N.device))
+
+    @classmethod
+    def of(cls, grad_N: Tensor) -> KnownGradients:
+        """From the gradients only, for which the host waits."""
+        return cls(grad_N, TokenOrder.make(~np.isnan(grad_N.cpu().numpy()), (len(grad_N),)))
+
+
+def check_known(known: Sequence[KnownGradients]) -> None:
+    """Check, after a backward, that the gradients were the known ones. On CUDA the host waits, once for all of them.
+
+    Raises:
+        RuntimeError: they were not.
+    """
+    if known and not torch.cat([k.agrees for k in known]).all():
+        raise RuntimeError(
+            "a gradient of the log-probs differs from the one known in advance, from which the output weight's gradient was "
+            "computed; report this as a bug"
+        )
 
 
 @dataclass(frozen=True)
@@ -93,7 +119,7 @@ class TokenOrder:
     later_counts: tuple[int, ...]
 
     @classmethod
-    def make(cls, known_N: np.ndarray, counts: Sequence[int], device: torch.device) -> TokenOrder:
+    def make(cls, known_N: np.ndarray, counts: Sequence[int]) -> TokenOrder:
         """Order tokens, of which each rank holds ``counts``, by whether their gradient is known, [N]."""
         ends = np.cumsum(counts)
         now, later = np.flatnonzero(known_N), np.flatnonzero(~known_N)
@@ -101,7 +127,8 @@ class TokenOrder:
         def of_ranks(index: np.ndarray) -> tuple[int, ...]:
             return tuple(np.diff(np.searchsorted(index, ends), prepend=0).tolist())
 
-        return cls(torch.from_numpy(now).to(device), torch.from_numpy(later).to(device), of_ranks(now), of_ranks(later))
+        there = platform.CURRENT.to_device({"now": now, "later": later})
+        return cls(there["now"], there["later"], of_ranks(now), of_ranks(later))
 
 
 def token_logprobs(
@@ -113,9 +140,8 @@ def token_logprobs(
     vocab_start: int = 0,
     group: dist.ProcessGroup | None = None,
     chunk: int | None = None,
-    known_grad_N: Tensor | None = None,
+    known: KnownGradients | None = None,
     dummy_gradient: bool = False,
-    order: TokenOrder | None = None,
     rows_N: Tensor | None = None,
     counts: tuple[int, ...] | None = None,
 ) -> Tensor:
@@ -130,11 +156,10 @@ def token_logprobs(
         vocab_start: token id of this rank's first row.
         group: ranks that hold the other rows, or None.
         chunk: tokens per chunk. Default: ``chunk_tokens``.
-        known_grad_N: gradient that the result will receive, [N] in fp32, NaN where it is unknown. It needs a ``main_grad`` on
-            the weight, into which the forward accumulates. Ignored without one, and if no gradient is recorded.
+        known: gradients that the result will receive, where they are known. They need a ``main_grad`` on the weight, into which
+            the forward accumulates. Ignored without one, and if no gradient is recorded.
         dummy_gradient: return zeros instead of None as the gradient of a weight that has a ``main_grad``. Megatron's DDP wants
             one when it overlaps reductions. It is as large as the weight.
-        order: which gradients are known; by default it is read from ``known_grad_N``, for which the host waits.
         rows_N: row of each token among the rows of all ranks, ascending; by default token i is row i.
         counts: how many of the tokens each rank of ``group`` holds, if each has rows of its own, as many as the others.
 
@@ -143,28 +168,22 @@ def token_logprobs(
         backward of Megatron's copy to the tensor-parallel region; with ``counts`` it is complete. The gradient of ``weight_VH``
         is complete. If the weight has a ``main_grad`` (Megatron's DDP), its gradient is accumulated there, in that buffer's
         precision.
-
-    Raises:
-        RuntimeError: in the backward, the gradient is not the one that was known in advance.
     """
     if group is not None and dist.get_world_size(group) == 1:
         group = None
     valid = max(0, min(weight_VH.shape[0], vocab_size - vocab_start))
     chunk = chunk or chunk_tokens(valid, default_chunk_bytes(), weight_VH.dtype)
     if not torch.is_grad_enabled() or getattr(weight_VH, "main_grad", None) is None or not weight_VH.requires_grad:
-        known_grad_N = None
+        known = None
     counts = counts or (target_N.shape[0],)
-    if known_grad_N is None:
+    if known is None:
         every = torch.arange(target_N.shape[0], device=target_N.device)
         order = TokenOrder(every[:0], every, (0,) * len(counts), counts)
-    elif order is None:
-        assert len(counts) == 1
-        unknown = torch.isnan(known_grad_N)
-        now_N, later_N = (~unknown).nonzero()[:, 0], unknown.nonzero()[:, 0]
-        order = TokenOrder(now_N, later_N, (len(now_N),), (len(later_N),))
+    else:
+        order = known.order
     rows = _Rows(rows_N, group if len(counts) > 1 else None, hidden_RH.shape[0])
     return _TokenLogprobs.apply(
-        hidden_RH, weight_VH, target_N, valid, vocab_start, group, chunk, known_grad_N, dummy_gradient, rows, order
+        hidden_RH, weight_VH, target_N, valid, vocab_start, group, chunk, known, dummy_gradient, rows, order
     )
 
 
@@ -258,7 +277,7 @@ class _TokenLogprobs(torch.autograd.Function):
         vocab_start: int,
         group: dist.ProcessGroup | None,
         chunk: int,
-        known_grad_N: Tensor | None,
+        known: KnownGradients | None,
         dummy_gradient: bool,
         rows: _Rows,
         order: TokenOrder,
@@ -286,8 +305,8 @@ class _TokenLogprobs(torch.autograd.Function):
                     lse_C = _over_group(lse_C, group)
                 lse_N[index_C] = lse_C
                 if take_gradient:
-                    assert known_grad_N is not None and grad_hidden_RH is not None
-                    grad_C = known_grad_N[index_C]
+                    assert known is not None and grad_hidden_RH is not None
+                    grad_C = known.grad_N[index_C]
                     # The buffer now holds exp(logit - top); softmax is that times exp(top - lse).
                     logits_CV.mul_((-grad_C * (top_C - lse_C).exp()).unsqueeze(1))
                     grad_hidden_CH = logits.gradient(
@@ -307,25 +326,22 @@ class _TokenLogprobs(torch.autograd.Function):
         # Of the later tokens only; without rows_N they are all there are, if none is known.
         plain = rows.rows_N is None and not any(order.now_counts)
         kept_LH = hidden_RH if plain else hidden_RH.index_select(0, rows.own(order.later_N, order.later_counts))
-        ctx.save_for_backward(kept_LH, weight_VH, target_N, lse_N, grad_hidden_RH, known_grad_N)
+        ctx.save_for_backward(kept_LH, weight_VH, target_N, lse_N, grad_hidden_RH)
         ctx.valid, ctx.chunk, ctx.vocab_start, ctx.dummy_gradient = valid, chunk, vocab_start, dummy_gradient
-        ctx.rows, ctx.order = rows, order
+        ctx.rows, ctx.order, ctx.known = rows, order, known
         return target_logit_N - lse_N
 
     @staticmethod
     def backward(ctx: Any, grad_N: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        kept_LH, weight_VH, target_N, lse_N, grad_hidden_RH, known_grad_N = ctx.saved_tensors
+        kept_LH, weight_VH, target_N, lse_N, grad_hidden_RH = ctx.saved_tensors
         need_hidden, need_weight = ctx.needs_input_grad[:2]
         rows: _Rows = ctx.rows
         order: TokenOrder = ctx.order
         n = target_N.shape[0]
-        if known_grad_N is not None:
-            came, told = grad_N[order.now_N], known_grad_N[order.now_N]
-            if not torch.allclose(came, told, rtol=1e-4, atol=0.0):
-                raise RuntimeError(
-                    f"the gradient of the log-probs ({came[:3].tolist()}, ...) differs from the one known in advance "
-                    f"({told[:3].tolist()}, ...), from which the output weight's gradient was computed; report this as a bug"
-                )
+        if ctx.known is not None and any(order.now_counts):
+            came, told = grad_N[order.now_N], ctx.known.grad_N[order.now_N]
+            # NaN is no agreement.
+            ctx.known.agrees.copy_(((came - told).abs() <= _TOLERANCE * told.abs()).all())
         if grad_hidden_RH is None:
             grad_hidden_RH = kept_LH.new_zeros(rows.count, kept_LH.shape[1])
         main_grad = getattr(weight_VH, "main_grad", None) if need_weight else None

@@ -361,7 +361,9 @@ class Account(TorchDispatchMode):
         return out
 
     def _pinned(self, x: Tensor) -> Tensor:
-        out = x.clone()
+        out, value = x.clone(), known(x)
+        if value is not None:
+            _know(out, value)
         out.__dict__["_pinned"] = True
         return out
 

@@ -5,7 +5,7 @@ Shape legend: B = samples of the micro batch, N = places with a loss on this ran
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -47,6 +47,7 @@ class MicroBatch:
         inputs: what the model is called with.
         layout: the whole sequence.
         shard: this rank's part of it.
+        on_device: indices and slots of the shard, and whatever else the caller gave, on the device.
         num_samples: number of samples whose rows these are.
         context_parallel: whether the sequence is cut over the context-parallel ranks; otherwise this rank has all of it.
     """
@@ -54,6 +55,7 @@ class MicroBatch:
     inputs: ModelInputs
     layout: SequenceLayout
     shard: Shard
+    on_device: Mapping[str, Tensor]
     num_samples: int
     context_parallel: bool
 
@@ -67,8 +69,9 @@ class MicroBatch:
         parallel: Parallel,
         context_parallel: bool,
         window: int | None = None,
+        more: Callable[[SequenceLayout, Shard], Mapping[str, np.ndarray]] = lambda _layout, _shard: {},
     ) -> MicroBatch:
-        """Lay rows out and cut them.
+        """Lay rows out, cut them, and bring what this rank needs of them to its device in one copy.
 
         Args:
             rows: rows with response slots 2 * sample + side and NLL slots sample.
@@ -77,6 +80,7 @@ class MicroBatch:
             parallel: degrees and groups.
             context_parallel: whether to cut the sequence over the context-parallel ranks.
             window: sliding attention window of the model.
+            more: function that makes other arrays, by name, for ``on_device``.
         """
         layout = lay_out(rows, prefix_sharing=prefix_sharing, num_samples=num_samples, num_responses=2 * num_samples)
         parts = parallel.context_size if context_parallel else 1
@@ -90,25 +94,46 @@ class MicroBatch:
         )
         padded = sum(r.length for ranges in ranges_of_rank for r in ranges)
         own = shard(layout, ranges_of_rank[part], padded)
-        device = platform.CURRENT.device
+        on_device = platform.CURRENT.to_device(
+            {
+                "tokens": own.tokens,
+                "positions": own.positions,
+                "loss_places": own.loss_places_N,
+                "targets": own.targets_N,
+                "response_index": own.response_index_E,
+                "response_slots": own.response_slots_E,
+                "nll_index": own.nll_index,
+                # In the table of sums, NLLs come after the responses.
+                "nll_slots": own.nll_slots + 2 * num_samples,
+                **({"gathered": _gathered_of(ranges_of_rank, padded)} if gather else {}),
+                **more(layout, own),
+            }
+        )
         attention = AttentionPlan.make(
             local_spans(layout.query_spans, ranges_of_rank[part]) if gather else layout.query_spans,
             parallel.context_group if context_parallel else None,
             parallel.comm_type,
-            torch.from_numpy(_gathered_of(ranges_of_rank, padded)).to(device) if gather else None,
+            on_device.get("gathered"),
             head_groups=_HEAD_GROUPS,
             window=window,
             positions_S=layout.positions_S,
         )
         inputs = ModelInputs(
-            tokens_1s=torch.from_numpy(own.tokens).to(device)[None],
-            positions_1s=torch.from_numpy(own.positions).to(device)[None],
+            tokens_1s=on_device["tokens"][None],
+            positions_1s=on_device["positions"][None],
             attention=attention,
-            loss_places_N=torch.from_numpy(own.loss_places_N).to(device),
-            targets_N=torch.from_numpy(own.targets_N).to(device),
+            loss_places_N=on_device["loss_places"],
+            targets_N=on_device["targets"],
             loss_counts=_counts_by_rank(own, parallel.tensor_size if parallel.sequence_parallel else 1),
         )
-        return cls(inputs=inputs, layout=layout, shard=own, num_samples=num_samples, context_parallel=context_parallel)
+        return cls(
+            inputs=inputs,
+            layout=layout,
+            shard=own,
+            on_device=on_device,
+            num_samples=num_samples,
+            context_parallel=context_parallel,
+        )
 
 
 def _counts_by_rank(own: Shard, ranks: int) -> tuple[int, ...]:
@@ -133,72 +158,59 @@ class ResponseSums:
 
 def response_sums(logps_N: Tensor, batch: MicroBatch, parallel: Parallel) -> ResponseSums:
     """Sum log-probs into responses and NLLs: over places and, in the forward only, over context-parallel ranks."""
-    device, n = logps_N.device, batch.num_samples
-    s = batch.shard
-
-    def index(array: np.ndarray) -> Tensor:
-        return torch.from_numpy(array).to(device)
-
+    n, of = batch.num_samples, batch.on_device
     # In fp64: summing 128K terms in fp32 would lose three of the digits that layouts have to agree in.
     logps_N = logps_N.double()
-    zeros = torch.zeros(3 * n, dtype=torch.float64, device=device)
-    responses = zeros.index_add(0, index(s.response_slots_E), logps_N.index_select(0, index(s.response_index_E)))
-    sums = responses.index_add(0, index(s.nll_slots) + 2 * n, -logps_N.index_select(0, index(s.nll_index)))
+    zeros = torch.zeros(3 * n, dtype=torch.float64, device=logps_N.device)
+    responses = zeros.index_add(0, of["response_slots"], logps_N.index_select(0, of["response_index"]))
+    sums = responses.index_add(0, of["nll_slots"], -logps_N.index_select(0, of["nll_index"]))
     if batch.context_parallel:
         sums = sum_over_group(sums, parallel.context_group)
     pairs = sums[: 2 * n].view(n, 2)
     return ResponseSums(chosen_B=pairs[:, 0], rejected_B=pairs[:, 1], nll_sum_B=sums[2 * n :])
 
 
-def known_nll_grad(
-    batch: PolicyBatch, *, objective: ObjectiveConfig, parallel: Parallel, num_microbatches: int
-) -> KnownGradients | None:
-    """Gradients of this rank's log-probs that are known before the forward.
+def known_nll_grad(layout: SequenceLayout, shard: Shard, scales_B: np.ndarray, *, uses_preference: bool) -> np.ndarray:
+    """Gradients of this rank's log-probs that are known before the forward: [N] in fp32, NaN where they are not.
 
-    A token that contributes only to an NLL gets -1 / (NLL tokens of its sample) times the sample's weight and factor, divided
-    by the samples of the micro batch and by the micro batches of the step, times the context-parallel size (megatron-core's
-    schedule; docs/loss.md). A token that contributes to the preference term gets NaN.
+    A token that contributes only to an NLL gets -1 / (NLL tokens of its sample) times the sample's scale. A token that
+    contributes to the preference term gets NaN.
 
-    Returns:
-        The gradients, or None if no gradient is known.
+    Args:
+        layout: the whole sequence.
+        shard: this rank's part of it.
+        scales_B: [B] gradient of the step's loss by each sample's mean NLL.
+        uses_preference: whether the loss has a preference term.
     """
-    micro_batch = batch.micro_batch
-    s, spec = micro_batch.shard, spec_of(objective.objective, objective.loss_type)
-    if not spec.uses_nll or not len(s.loss_places_N):
-        return None
-    tokens_B = np.maximum(micro_batch.layout.nll_tokens, 1)
-    each_B = parallel.context_size / (tokens_B * micro_batch.num_samples * num_microbatches)
-    each_B = each_B * batch.weights_B * batch.factors_B
-    expected = np.zeros(len(s.loss_places_N))
-    np.subtract.at(expected, s.nll_index, each_B[s.nll_slots])
-    if spec.uses_preference:
-        expected[s.response_index_E] = np.nan
-    device, counts = platform.CURRENT.device, micro_batch.inputs.loss_counts
-    assert counts is not None
-    return KnownGradients(
-        torch.from_numpy(expected.astype(np.float32)).to(device), TokenOrder.make(~np.isnan(expected), counts, device)
-    )
+    each_B = scales_B / np.maximum(layout.nll_tokens, 1)
+    expected = np.zeros(len(shard.loss_places_N))
+    np.subtract.at(expected, shard.nll_index, each_B[shard.nll_slots])
+    if uses_preference:
+        expected[shard.response_index_E] = np.nan
+    return expected.astype(np.float32)
 
 
 @dataclass(frozen=True)
 class PolicyBatch:
-    """Samples of one micro batch with all that their loss needs.
+    """Samples of one micro batch with all that their loss needs, on the device.
 
     Attributes:
         places: places of the samples in the global batch.
-        chosen_tokens: length of each sample's long chosen row in tokens.
+        chosen_tokens_B: length of each sample's long chosen row in tokens.
         micro_batch: their long rows as this rank computes them.
         reference_B2: [B, 2] reference log-probs of the chosen and the rejected responses; None without a reference.
         weights_B: [B] weights of the samples in fp64, as the data have them.
         factors_B: [B] factors in fp64 that make the mean over the places of a filled-up batch the mean over its samples.
+        known: gradients of the log-probs that are known in advance, or None.
     """
 
     places: Sequence[int]
-    chosen_tokens: Sequence[int]
+    chosen_tokens_B: Tensor
     micro_batch: MicroBatch
-    reference_B2: np.ndarray | None
-    weights_B: np.ndarray
-    factors_B: np.ndarray
+    reference_B2: Tensor | None
+    weights_B: Tensor
+    factors_B: Tensor
+    known: KnownGradients | None
 
 
 def policy_batch(
@@ -207,6 +219,7 @@ def policy_batch(
     reference_B2: np.ndarray | None,
     *,
     factors_B: np.ndarray,
+    num_microbatches: int,
     data: DataConfig,
     objective: ObjectiveConfig,
     parallel: Parallel,
@@ -219,11 +232,37 @@ def policy_batch(
         places: their places in the global batch.
         reference_B2: [B, 2] log-probs of the reference, or None.
         factors_B: [B] factors of the places (``PolicyBatch``).
+        num_microbatches: micro batches of the step.
         data: how turns are arranged and prefixes shared.
         objective: which rows the policy computes.
         parallel: degrees and groups.
         window: sliding attention window of the model.
     """
+    spec = spec_of(objective.objective, objective.loss_type)
+    weights_B = np.array([sample.weight for sample in samples], np.float64)
+    # [N] whether a gradient is known; nothing if no loss of the objective is.
+    told: list[np.ndarray] = []
+
+    def more(layout: SequenceLayout, own: Shard) -> dict[str, np.ndarray]:
+        arrays = {
+            "weights": weights_B,
+            "factors": factors_B,
+            "nll_tokens": layout.nll_tokens,
+            "response_tokens": layout.response_tokens.reshape(-1, 2),
+            "chosen_tokens": np.array([sample.length(Mode.CHOSEN) for sample in samples], np.int64),
+        }
+        if reference_B2 is not None:
+            arrays["reference"] = np.asarray(reference_B2, np.float64)
+        if spec.uses_nll and len(own.loss_places_N):
+            # The mean over the micro batch's samples and the step's micro batches, times the context-parallel size, as
+            # megatron-core's schedule has it (docs/loss.md).
+            scale = parallel.context_size / (len(samples) * num_microbatches)
+            arrays["known"] = known_nll_grad(
+                layout, own, scale * weights_B * factors_B, uses_preference=spec.uses_preference
+            )
+            told.append(~np.isnan(arrays["known"]))
+        return arrays
+
     micro_batch = MicroBatch.make(
         _policy_rows(samples, data=data, objective=objective),
         num_samples=len(samples),
@@ -231,14 +270,18 @@ def policy_batch(
         parallel=parallel,
         context_parallel=True,
         window=window,
+        more=more,
     )
+    of, counts = micro_batch.on_device, micro_batch.inputs.loss_counts
+    assert counts is not None
     return PolicyBatch(
         places=places,
-        chosen_tokens=[sample.length(Mode.CHOSEN) for sample in samples],
+        chosen_tokens_B=of["chosen_tokens"],
         micro_batch=micro_batch,
-        reference_B2=reference_B2,
-        weights_B=np.array([sample.weight for sample in samples]),
-        factors_B=factors_B,
+        reference_B2=of.get("reference"),
+        weights_B=of["weights"],
+        factors_B=of["factors"],
+        known=KnownGradients(of["known"], TokenOrder.make(told[0], counts)) if told else None,
     )
 
 
@@ -276,17 +319,13 @@ def batch_loss(
     Returns:
         The scalar loss, and the metrics by name, each [B] in fp64 without gradient.
     """
-    layout = batch.micro_batch.layout
     sums = response_sums(logps_N, batch.micro_batch, parallel)
-    device = logps_N.device
-    nll_tokens = torch.from_numpy(layout.nll_tokens).to(device).clamp(min=1)
-    response_tokens = torch.from_numpy(layout.response_tokens).to(device).view(-1, 2)
-    nll_B = sums.nll_sum_B / nll_tokens
+    response_tokens = batch.micro_batch.on_device["response_tokens"]
+    nll_B = sums.nll_sum_B / batch.micro_batch.on_device["nll_tokens"].clamp(min=1)
     zeros = torch.zeros_like(nll_B)
     ref_chosen_B = ref_rejected_B = None
     if batch.reference_B2 is not None:
-        reference_B2 = torch.from_numpy(batch.reference_B2).to(device=device, dtype=torch.float64)
-        ref_chosen_B, ref_rejected_B = reference_B2[:, 0], reference_B2[:, 1]
+        ref_chosen_B, ref_rejected_B = batch.reference_B2.unbind(1)
     if not spec_of(objective.objective, objective.loss_type).uses_preference:
         loss_B = total_loss(objective.objective, None, nll_B, objective.preference_weight)
         preference_B = reward_chosen_B = reward_rejected_B = zeros
@@ -315,8 +354,7 @@ def batch_loss(
         )
         preference_B, reward_chosen_B, reward_rejected_B = terms.loss_B, terms.reward_chosen_B, terms.reward_rejected_B
         rejected_B = sums.rejected_B
-    weights_B, factors_B = (torch.from_numpy(values).to(device) for values in (batch.weights_B, batch.factors_B))
-    loss_B = weights_B * loss_B
+    loss_B = batch.weights_B * loss_B
     margins_B = reward_chosen_B - reward_rejected_B
     metrics = {
         "loss": loss_B,
@@ -330,8 +368,8 @@ def batch_loss(
         "rewards/rejected": reward_rejected_B,
         "rewards/margins": margins_B,
         "rewards/accuracies": margins_B > 0,
-        "tokens": torch.tensor(batch.chosen_tokens, device=device),
+        "tokens": batch.chosen_tokens_B,
         "response_tokens/chosen": response_tokens[:, 0],
         "response_tokens/rejected": response_tokens[:, 1],
     }
-    return (factors_B * loss_B).mean(), {name: value.detach().double() for name, value in metrics.items()}
+    return (batch.factors_B * loss_B).mean(), {name: value.detach().double() for name, value in metrics.items()}

@@ -11,11 +11,11 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megatron_longpo.data.sampler import assign_batch
-from megatron_longpo.model.logprobs import KnownGradients
+from megatron_longpo.model.logprobs import check_known
 from megatron_longpo.model.rotary import rotary_of
 from megatron_longpo.runtime.balance import round_up
 from megatron_longpo.runtime.process_groups import Parallel
-from megatron_longpo.training.batch import PolicyBatch, batch_loss, known_nll_grad, policy_batch
+from megatron_longpo.training.batch import PolicyBatch, batch_loss, policy_batch
 from megatron_longpo.training.data_set import DataSet
 from megatron_longpo.training.metrics import SampleMetrics
 from megatron_longpo.training.plan import RunPlan
@@ -65,8 +65,7 @@ class BatchRunner:
                 found.append(SampleMetrics(batch.places, values))
                 return loss, {}
 
-            known = None if forward_only else self._known_nll_grad(batch, num_microbatches=len(batches))
-            return chunk(batch.micro_batch.inputs, self.rotary, known), loss_func
+            return chunk(batch.micro_batch.inputs, self.rotary, None if forward_only else batch.known), loss_func
 
         several = len(model) > 1
         with torch.set_grad_enabled(not forward_only):
@@ -79,6 +78,8 @@ class BatchRunner:
                 micro_batch_size=1,
                 forward_only=forward_only,
             )
+        if not forward_only:
+            check_known([batch.known for batch in batches if batch.known is not None])
         # Places that fill the batch up hold no sample.
         return [metrics.before(len(numbers)) for metrics in found]
 
@@ -107,6 +108,7 @@ class BatchRunner:
                 places,
                 None if reference is None else reference[source[places]],
                 factors_B=factors[places],
+                num_microbatches=len(places_of_batches),
                 data=config.data,
                 objective=config.objective,
                 parallel=parallel,
@@ -114,11 +116,3 @@ class BatchRunner:
             )
             for places in places_of_batches
         ]
-
-    def _known_nll_grad(self, batch: PolicyBatch, *, num_microbatches: int) -> KnownGradients | None:
-        return known_nll_grad(
-            batch,
-            objective=self.plan.config.objective,
-            parallel=self.parallel,
-            num_microbatches=num_microbatches,
-        )

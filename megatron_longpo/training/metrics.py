@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -77,7 +78,9 @@ class SampleMetrics:
         kept = [index for index, place in enumerate(self.places) if place < count]
         if len(kept) == len(self.places):
             return self
-        return SampleMetrics([self.places[i] for i in kept], {name: v[kept] for name, v in self.values.items()})
+        # Which are kept is known on the host: slices wait for nothing.
+        values = {name: torch.cat([v[:0], *(v[i : i + 1] for i in kept)]) for name, v in self.values.items()}
+        return SampleMetrics([self.places[i] for i in kept], values)
 
 
 def reduce_samples(found: Sequence[SampleMetrics], batch_size: int, parallel: Parallel) -> dict[str, float]:
@@ -91,11 +94,11 @@ def reduce_samples(found: Sequence[SampleMetrics], batch_size: int, parallel: Pa
         batch_size: samples of the global batch.
         parallel: degrees and groups.
     """
+    # On CUDA the host waits here, once in a step.
     table = _gather_table(found, SAMPLE_METRICS, batch_size, parallel)
-    means = dict(zip(SAMPLE_METRICS, table.mean(0).tolist(), strict=True))
-    columns = dict(zip(SAMPLE_METRICS, table.unbind(1), strict=True))
-    means["tokens"] = float(columns["tokens"].sum())
-    return means
+    means, totals = torch.stack([table.mean(0), table.sum(0)]).tolist()
+    tokens = totals[SAMPLE_METRICS.index("tokens")]
+    return {**dict(zip(SAMPLE_METRICS, means, strict=True)), "tokens": tokens}
 
 
 def gather_samples(
@@ -110,8 +113,10 @@ def _gather_table(found: Sequence[SampleMetrics], names: Sequence[str], batch_si
     """[batch_size, names] in fp64. The only place where metrics have columns instead of names."""
     table = torch.zeros(batch_size, len(names), dtype=torch.float64, device=platform.CURRENT.device)
     if parallel.is_last_stage:
-        for metrics in found:
-            table[list(metrics.places)] = torch.stack([metrics.values[name] for name in names], dim=1)
+        rows = [torch.stack([metrics.values[name] for name in names], dim=1) for metrics in found if metrics.places]
+        if rows:
+            places = np.array([place for metrics in found for place in metrics.places], np.int64)
+            table.index_copy_(0, platform.CURRENT.to_device({"places": places})["places"], torch.cat(rows))
         dist.all_reduce(table, group=parallel.data_group)
     if parallel.pipeline_size > 1:
         dist.broadcast(table, src=parallel.last_stage_rank, group=parallel.pipeline_group)

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from megatron_longpo.model.logprobs import TokenOrder, _Rows, chunk_tokens, token_logprobs
+from megatron_longpo.model.logprobs import KnownGradients, TokenOrder, _Rows, check_known, chunk_tokens, token_logprobs
 
 
 @pytest.mark.parametrize("chunk", [1, 5, 7, 64])
@@ -83,12 +83,10 @@ def test_a_rank_of_padding_alone_adds_nothing() -> None:
     weight = torch.randn(8, 4, requires_grad=True)
     weight.main_grad = torch.zeros(8, 4)  # type: ignore[attr-defined]
     hidden = torch.randn(6, 4, requires_grad=True)
-    known_grad = torch.tensor([1.0, torch.nan] * 3)
+    known = KnownGradients.of(torch.tensor([1.0, torch.nan] * 3))
     for _ in range(20):
         torch.full((6, 4), torch.nan)  # what fresh memory may hold
-        out = token_logprobs(
-            hidden, weight, torch.zeros(6, dtype=torch.long), vocab_size=8, vocab_start=8, known_grad_N=known_grad
-        )
+        out = token_logprobs(hidden, weight, torch.zeros(6, dtype=torch.long), vocab_size=8, vocab_start=8, known=known)
         (grad,) = torch.autograd.grad(out, hidden, torch.ones(6), retain_graph=False)
         assert (grad == 0).all() and (weight.main_grad == 0).all()  # type: ignore[attr-defined]
 
@@ -104,12 +102,14 @@ def test_gradients_known_in_advance_are_the_gradients(chunk: int) -> None:
     for told in (None, known_grad, torch.where(torch.isnan(known_grad), known_grad, known_grad * 1.01)):
         w, h = weight.clone().requires_grad_(), hidden.clone().requires_grad_()
         w.main_grad = torch.zeros_like(weight)  # type: ignore[attr-defined]
-        out = token_logprobs(h, w, target, vocab_size=11, chunk=chunk, known_grad_N=told)
+        known = [] if told is None else [KnownGradients.of(told)]
+        out = token_logprobs(h, w, target, vocab_size=11, chunk=chunk, known=known[0] if known else None)
+        (out * direction).sum().backward()
         if len(found) == 2:
             with pytest.raises(RuntimeError, match="differs from the one known in advance"):
-                (out * direction).sum().backward()
+                check_known(known)
             return
-        (out * direction).sum().backward()
+        check_known(known)
         found.append((out.detach(), w.main_grad, h.grad))  # type: ignore[attr-defined]
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
@@ -117,7 +117,7 @@ def test_gradients_known_in_advance_are_the_gradients(chunk: int) -> None:
 
 def test_chunks_take_as_many_tokens_of_each_rank() -> None:
     """Three ranks hold tokens 0 to 3, 4 and 5 to 7; the gradients of all but tokens 1 and 6 are known."""
-    order = TokenOrder.make(np.array([1, 0, 1, 1, 1, 1, 0, 1], bool), (4, 1, 3), torch.device("cpu"))
+    order = TokenOrder.make(np.array([1, 0, 1, 1, 1, 1, 0, 1], bool), (4, 1, 3))
     assert order.now_N.tolist() == [0, 2, 3, 4, 5, 7] and order.now_counts == (3, 1, 2)
     assert order.later_N.tolist() == [1, 6] and order.later_counts == (1, 0, 1)
     rows = _Rows(torch.arange(8), None, 4)
@@ -137,13 +137,13 @@ def test_rows_are_taken_where_the_tokens_are(known: bool) -> None:
     torch.manual_seed(0)
     weight, hidden, places = torch.randn(14, 8), torch.randn(9, 8), torch.tensor([0, 2, 3, 7])
     target, direction = torch.tensor([5, 0, 10, 3]), torch.randn(4)
-    told = torch.where(torch.arange(4) % 2 == 0, direction, torch.nan) if known else None
+    told = KnownGradients.of(torch.where(torch.arange(4) % 2 == 0, direction, torch.nan)) if known else None
     found = []
     for rows in (None, places):
         w, h = weight.clone().requires_grad_(), hidden.clone().requires_grad_()
         w.main_grad = torch.zeros_like(weight)  # type: ignore[attr-defined]
         given = h if rows is not None else h[places]
-        out = token_logprobs(given, w, target, vocab_size=11, chunk=3, known_grad_N=told, rows_N=rows)
+        out = token_logprobs(given, w, target, vocab_size=11, chunk=3, known=told, rows_N=rows)
         (out * direction).sum().backward()
         found.append((out.detach(), w.main_grad, h.grad))  # type: ignore[attr-defined]
     for a, b in zip(*found, strict=True):

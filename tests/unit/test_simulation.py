@@ -85,6 +85,13 @@ def test_host_waits_have_their_lines_and_no_tensor_is_computed_on_the_host(
     assert report.waits
     for row in report.waits:
         assert re.fullmatch(r"(megatron_longpo|megatron/core)/[\w/]+\.py:\d+ \w+", row["place"]), row
+    # Of our own code none belongs to a micro batch: the foretold gradients are checked, the metrics read and the clock stopped
+    # once in a step.
+    own = {row["place"].split()[1]: row["times"] for row in report.waits if row["place"].startswith("megatron_longpo/")}
+    # Pipeline stages also tell each other the lengths of their micro batches.
+    lengths = {"shape_of", "_communicate_shapes"} if "pp" in name else set()
+    assert set(own) <= {"check_known", "reduce_samples", "synchronize"} | lengths, own
+    assert {times for function, times in own.items() if function not in lengths} == {1}, own
     # Lengths of a call with several runs, and megatron-core's comparison of random states.
     allowed = ("model/kernels.py", "tensor_parallel/random.py")
     assert [place for place in report.host_work if not any(name in place for name in allowed)] == []

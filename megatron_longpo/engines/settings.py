@@ -42,6 +42,11 @@ class EngineConfig:
     """transformers: tokens that are read at once; a longer prompt is read in chunks of this size."""
     tensor_parallel_size: Count = 1
     """vllm: number of GPUs."""
+    gpu_memory_utilization: Annotated[float, Range(gt=0, le=1, fix="vLLM's own default is 0.9")] = 0.9
+    """vllm: part of a GPU's memory that weights and cached keys and values may take."""
+    max_model_len: Count | None = None
+    """vllm: longest row in tokens, answer included, for which memory must suffice. Default: the longest row that is asked for, if
+    the model takes such rows, else what the model takes."""
     base_url: str = "http://127.0.0.1:8000/v1"
     """openai: address of the server."""
     api_key_variable: str = "OPENAI_API_KEY"

@@ -9,7 +9,7 @@ from typing import Any
 
 from typing_extensions import override
 
-from megatron_longpo.checkpoint.huggingface import check_model_folder
+from megatron_longpo.checkpoint.huggingface import check_model_folder, read_hf_config
 from megatron_longpo.engines.base import MODEL_ROPE, Engine, Prompt, Reply, Rope, Sampling, model_identity
 from megatron_longpo.engines.loading import check_vocabulary
 from megatron_longpo.engines.settings import EngineConfig
@@ -120,12 +120,22 @@ class VLLMEngine(Engine):
             model=self._config.model,
             dtype=self._config.dtype,
             tensor_parallel_size=self._config.tensor_parallel_size,
+            gpu_memory_utilization=self._config.gpu_memory_utilization,
+            # Of a model that takes a million tokens vLLM would ask memory for all of them, and refuse to start.
+            max_model_len=self._config.max_model_len or self._needed_length(rope),
             enable_prefix_caching=True,
             trust_remote_code=False,
             **({"hf_overrides": overrides} if overrides else {}),
         )
         self._rope = rope
         return self._llm
+
+    def _needed_length(self, rope: Rope) -> int | None:
+        """The longest row; None, vLLM's own choice, where the model does not say that it takes such rows."""
+        assert self._config.model is not None
+        taken = read_hf_config(Path(self._config.model)).get("max_position_embeddings")
+        fits = not rope.is_default or (isinstance(taken, int) and self._longest <= taken)
+        return self._longest if fits else None
 
     def _reply(self, output: Any, sampling: Sampling) -> Reply:
         completion = output.outputs[0]

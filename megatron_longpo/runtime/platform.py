@@ -81,6 +81,20 @@ class Platform:
             )
         torch.cuda.set_device(local_rank)
 
+    def start_kernels_in_order(self, tensor_parallel_size: int) -> None:
+        """With tensor parallelism before Blackwell, give the device one queue, so that kernels start as they were launched.
+
+        Otherwise the exchange that should run beside the product of a weight's gradient may start after it. As Megatron-LM asks
+        its users to set it; if the user sets the variable, it is left alone. To be called before the device is first used.
+        """
+        if self.is_cuda and tensor_parallel_size > 1 and torch.cuda.get_device_capability() < (10, 0):
+            os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+
+    def host_copy(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A copy in host memory; on CUDA in pinned memory, and the host does not wait for it."""
+        copy = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=self.is_cuda)
+        return copy.copy_(tensor.detach(), non_blocking=True)
+
     def capability(self) -> tuple[int, int] | None:
         """CUDA compute capability of the current device; None on the CPU."""
         return torch.cuda.get_device_capability() if self.is_cuda else None

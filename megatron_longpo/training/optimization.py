@@ -143,6 +143,9 @@ def follow_config(optimizer: MegatronOptimizer, config: Config) -> None:
     for inner in inner_optimizers(optimizer):
         for group in inner.param_groups:
             group["max_lr"], group["min_lr"] = optimizer_config.lr, optimizer_config.min_lr
+            if "step" in group:
+                # torch's Adam counts in floats, and a checkpoint has its count; Transformer Engine's kernel takes an integer.
+                group["step"] = int(group["step"])
             group["betas"] = (optimizer_config.adam_beta1, optimizer_config.adam_beta2)
             group["eps"] = (
                 optimizer_config.rmsprop_eps if optimizer_config.optimizer == "rmsprop" else optimizer_config.adam_eps

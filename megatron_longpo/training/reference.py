@@ -178,7 +178,7 @@ class SwappedReference:
     def prepare(self, _data_sets: Sequence[DataSet], /) -> None:
         log("reference: online, its weights wait in host memory", active=self._parallel.rank == 0)
         load_weights(self._plan.reference_load, self._chunks, self._parallel)
-        self._frozen = [[p.detach().to("cpu", copy=True) for p in chunk.parameters()] for chunk in self._chunks]
+        self._frozen = [[platform.CURRENT.host_copy(p) for p in chunk.parameters()] for chunk in self._chunks]
 
     def logps(self, data: DataSet, numbers: Sequence[int]) -> np.ndarray:
         with swapped_weights(self._chunks, self._frozen):
@@ -201,18 +201,23 @@ def _make_scorer(plan: RunPlan, chunks: Sequence[PolicyModel], parallel: Paralle
 @contextmanager
 def swapped_weights(chunks: Sequence[torch.nn.Module], weights: Sequence[Sequence[Tensor]]) -> Iterator[None]:
     """Inside this context the chunks hold other weights. They are copied in place, since the parameters must stay views of
-    the buffers of DDP and of the optimizer."""
-    own = [[p.detach().clone() for p in chunk.parameters()] for chunk in chunks]
+    the buffers of DDP and of the optimizer. Meanwhile their own wait in host memory.
+
+    On CUDA no copy is waited for: they run one after the other, as whatever uses the weights does.
+    """
+    own = [[platform.CURRENT.host_copy(p) for p in chunk.parameters()] for chunk in chunks]
     with torch.no_grad():
-        for chunk, values in zip(chunks, weights, strict=True):
-            for p, value in zip(chunk.parameters(), values, strict=True):
-                p.copy_(value)
+        _put(chunks, weights)
         try:
             yield
         finally:
-            for chunk, values in zip(chunks, own, strict=True):
-                for p, value in zip(chunk.parameters(), values, strict=True):
-                    p.copy_(value)
+            _put(chunks, own)
+
+
+def _put(chunks: Sequence[torch.nn.Module], weights: Sequence[Sequence[Tensor]]) -> None:
+    for chunk, values in zip(chunks, weights, strict=True):
+        for p, value in zip(chunk.parameters(), values, strict=True):
+            p.copy_(value, non_blocking=True)
 
 
 # --------------------------------------------------------------------------------------------------

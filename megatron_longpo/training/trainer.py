@@ -351,6 +351,7 @@ def run(config: Config, *, export: Export | None = None) -> None:
         raise ConfigError(
             "save_hf_interval needs an export; start the run by `megatron-longpo train`, or pass one to run"
         )
+    platform.CURRENT.start_kernels_in_order(config.parallel.tensor_model_parallel_size)
     process_groups.start_processes(config.parallel.distributed_timeout_minutes)
     session = open_session(plan)
     for line in cautions(plan):

@@ -190,6 +190,8 @@ def test_vllm_gets_tokens_for_thinking(model: Path, monkeypatch: pytest.MonkeyPa
     engine = VLLMEngine(EngineConfig(engine="vllm", model=str(model), thinking_tokens=30), 100)
     engine.check_ready()
     assert asked[0]["model"] == str(model), "loaded"
+    # Memory for the longest row, not for all that the model would take.
+    assert asked[0]["max_model_len"] == 100 and asked[0]["gpu_memory_utilization"] == 0.9
     prompts = [Prompt(({"role": "user", "content": text},)) for text in ("Where?", "Where? " * 30)]
     (replies,) = engine.answer([prompts], Sampling(6))
     assert [parameters["max_tokens"] for parameters in asked[1:]] == [36]

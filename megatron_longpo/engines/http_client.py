@@ -57,11 +57,13 @@ class Answer:
         status: HTTP status.
         text: the body, decoded.
         retry_after: header ``Retry-After``, or None.
+        date: header ``Date``, the server's clock, or None.
     """
 
     status: int
     text: str
     retry_after: str | None
+    date: str | None = None
 
 
 class Scrubber:
@@ -192,7 +194,8 @@ class Client:
             raise late
         # JSON is UTF-8, even if the headers do not say so.
         text = content.decode("utf-8", errors="replace")
-        return Answer(response.status_code, text, response.headers.get("Retry-After")), location
+        headers = response.headers
+        return Answer(response.status_code, text, headers.get("Retry-After"), headers.get("Date")), location
 
     def _read(self, response: requests.Response, ends: float) -> bytes:
         """The body, decompressed; both kinds of bytes are counted."""

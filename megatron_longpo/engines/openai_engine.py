@@ -182,7 +182,7 @@ class OpenAIEngine(Engine):
         except Temporary as error:
             return None, str(error)
         if answer.status in _TEMPORARY:
-            self._heed(answer.retry_after)
+            self._heed(answer.retry_after, answer.date)
             return None, f"status {answer.status}"
         if answer.status != _OK:
             return self._refusal(answer.status, answer.text), ""
@@ -239,16 +239,20 @@ class OpenAIEngine(Engine):
             reply = replace(reply, declined=self._client.shown(refusal) or "content filter")
         return reply
 
-    def _heed(self, retry_after: str | None) -> None:
-        """Hold back all requests for as long as the server asks: seconds or a date."""
+    def _heed(self, retry_after: str | None, date: str | None) -> None:
+        """Hold back all requests for as long as the server asks: seconds, or a date by the server's own clock."""
         if not retry_after:
             return
         try:
             seconds = float(retry_after)
         except ValueError:
             try:
-                seconds = email.utils.parsedate_to_datetime(retry_after).timestamp() - time.time()
-            except (TypeError, ValueError, OverflowError):
+                # This machine's clock may differ from the server's. Without a date of its own, the usual pause follows.
+                until_date, now = (
+                    email.utils.parsedate_to_datetime(text).timestamp() for text in (retry_after, date or "")
+                )
+                seconds = until_date - now
+            except (TypeError, ValueError, OverflowError, IndexError):
                 return
         if not math.isfinite(seconds):
             return

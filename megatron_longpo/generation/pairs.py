@@ -505,7 +505,15 @@ def stage_identities(
     return {"documents": cut, "questions": asked, "short": short, "long": {**short, **sections["answers"]}}
 
 
-def make_part(config: GenerationConfig, engine: Engine, rank: int, world_size: int, *, restart: bool = False) -> None:
+def make_part(
+    config: GenerationConfig,
+    engine: Engine,
+    rank: int,
+    world_size: int,
+    *,
+    restart: bool = False,
+    on_discarded: Callable[[], None] = lambda: None,
+) -> None:
     """Run all stages of one part, or resume them.
 
     Args:
@@ -513,6 +521,7 @@ def make_part(config: GenerationConfig, engine: Engine, rank: int, world_size: i
         engine: who asks and answers.
         rank, world_size: which part of how many.
         restart: delete what an earlier run made of this part.
+        on_discarded: called when that is deleted.
 
     Raises:
         DataError: the input cannot be read, the stages were made with other settings, or another process works on this part.
@@ -528,6 +537,7 @@ def make_part(config: GenerationConfig, engine: Engine, rank: int, world_size: i
             for path in folder.iterdir():
                 if path.name != HOLDER_FILE:
                     path.unlink()
+            on_discarded()
         inputs = find_files(
             config.documents.documents, config.documents.domain, config.reading, split=config.documents.split
         )

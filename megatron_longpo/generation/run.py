@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import datetime
+import os
 import tempfile
 import time
 from pathlib import Path
@@ -19,6 +21,7 @@ from megatron_longpo.runtime.share import Share
 
 _POLL_SECONDS = 0.5
 _SECONDS_PER_LINE = 60.0
+_STORE_PATIENCE = datetime.timedelta(hours=6)
 
 
 def generate(config: GenerationConfig, share: Share, *, restart: bool = False) -> dict[str, Any] | None:
@@ -36,7 +39,6 @@ def generate(config: GenerationConfig, share: Share, *, restart: bool = False) -
         ConfigError: the output cannot be written.
         LongPOError: whatever ``make_part`` and ``merge`` raise.
     """
-    began = time.time()
     assert config.run.output is not None
     output = Path(config.run.output)
     check_output(output)
@@ -45,11 +47,19 @@ def generate(config: GenerationConfig, share: Share, *, restart: bool = False) -
     engine = make_engine(config.engine, config.documents.seq_length)
     if share.rank == 0:
         warn_of_positions(config)
-    make_part(config, engine, share.rank, share.world_size, restart=restart)
+    restarted = Restarted(share) if restart and share.together and share.world_size > 1 else None
+    make_part(
+        config,
+        engine,
+        share.rank,
+        share.world_size,
+        restart=restart,
+        on_discarded=(lambda: None) if restarted is None else restarted.add,
+    )
     if share.world_size > 1:
         if not share.together or share.rank:
             return None
-        _wait_for_parts(output, share.world_size, since=began if restart else 0.0)
+        _wait_for_parts(output, share.world_size, restarted)
     return merge(output)
 
 
@@ -93,31 +103,68 @@ def warn_of_positions(config: GenerationConfig) -> None:
         )
 
 
-def _wait_for_parts(output: Path, world_size: int, *, since: float) -> None:
+class Restarted:
+    """Counts the processes of a launch that have discarded what an earlier run made of their part.
+
+    Until all have, a finished part may be the earlier run's. They count in the launcher's store: times of files depend on the
+    clocks of nodes and file servers, which differ and may jump.
+
+    Args:
+        share: this process's share.
+    """
+
+    def __init__(self, share: Share) -> None:
+        import torch.distributed as dist
+
+        self._count = share.world_size
+        # torchrun's own store, or one of rank 0's; processes load models of their own before they get here.
+        has_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        self._store = dist.TCPStore(
+            os.environ["MASTER_ADDR"],
+            int(os.environ["MASTER_PORT"]),
+            is_master=share.rank == 0 and not has_store,
+            timeout=_STORE_PATIENCE,
+            wait_for_workers=False,
+        )
+        self._key = f"megatron_longpo/restarted/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+
+    def add(self) -> None:
+        """Count this process."""
+        self._store.add(self._key, 1)
+
+    @property
+    def all_have(self) -> bool:
+        """Whether all processes have discarded their part."""
+        return int(self._store.add(self._key, 0)) >= self._count
+
+
+def _wait_for_parts(output: Path, world_size: int, restarted: Restarted | None) -> None:
     """Block until all parts are finished. If another process fails, torchrun ends this one.
 
     Args:
         output: the merged file.
         world_size: number of parts.
-        since: time before which a manifest belongs to the run that was restarted.
+        restarted: counts the processes that have begun afresh; None: none of them does.
     """
     logged = time.monotonic()
     while True:
+        # Asked first: a part that is finished after all have begun is of this run.
+        have_begun = restarted is None or restarted.all_have
         missing = []
         for rank in range(world_size):
             manifest = part_folder(output, rank, world_size) / "long.manifest.json"
-            if not _is_finished(manifest, since):
+            if not _is_finished(manifest):
                 missing.append(rank)
-        if not missing:
+        if have_begun and not missing:
             return
         if time.monotonic() - logged > _SECONDS_PER_LINE:
             logged = time.monotonic()
-            log(f"waiting for part(s) {', '.join(map(str, missing))}")
+            log(f"waiting for part(s) {', '.join(map(str, missing)) or 'to begin afresh'}")
         time.sleep(_POLL_SECONDS)
 
 
-def _is_finished(manifest: Path, since: float) -> bool:
+def _is_finished(manifest: Path) -> bool:
     try:
-        return manifest.stat().st_mtime >= since and bool(read_stage_manifest(manifest)["finished"])
+        return bool(read_stage_manifest(manifest)["finished"])
     except FileNotFoundError:
         return False

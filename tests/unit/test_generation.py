@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import os
 import random
 import threading
 import time
@@ -40,7 +41,7 @@ from megatron_longpo.generation.settings import (
     RunConfig,
     check,
 )
-from megatron_longpo.generation.stages import DocumentLines, Line, Stage, read_lines
+from megatron_longpo.generation.stages import DocumentLines, Line, Stage, part_folder, read_lines
 from megatron_longpo.runtime import platform
 from megatron_longpo.runtime.share import Share, share_of_process
 from megatron_longpo.text.chat import BUILT_IN_TEMPLATES
@@ -655,3 +656,33 @@ def test_a_model_of_another_build_answers_too(tmp_path: Path) -> None:
         )
         kept = [t for t in written[0, ids.shape[1] :].tolist() if t != 1]
         assert reply.text == engine.tokenizer.decode(kept).strip() and reply.new_tokens
+
+
+@pytest.mark.parametrize("time_of_file", [0, 2**32])
+def test_a_restart_waits_for_all_parts_to_begin_afresh_whatever_the_clocks_say(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, time_of_file: int
+) -> None:
+    """Two processes of a launch; the parts are there, finished by an earlier one long ago, or in the future."""
+    from megatron_longpo.generation import run
+    from tests.support.launch import free_port
+
+    monkeypatch.setattr(run, "_POLL_SECONDS", 0.01)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(free_port()))
+    output = tmp_path / "pairs.jsonl"
+    for rank in range(2):
+        folder = part_folder(output, rank, 2)
+        folder.mkdir(parents=True)
+        Stage(folder, "long", {}).finish()
+        os.utime(folder / "long.manifest.json", (time_of_file, time_of_file))
+    run._wait_for_parts(output, 2, None)
+    first = run.Restarted(Share(0, 2, "torchrun"))
+    other = run.Restarted(Share(1, 2, "torchrun"))
+    first.add()
+    waiting = threading.Thread(target=run._wait_for_parts, args=(output, 2, first), daemon=True)
+    waiting.start()
+    waiting.join(0.3)
+    assert waiting.is_alive() and not first.all_have
+    other.add()
+    waiting.join(10)
+    assert not waiting.is_alive() and first.all_have

@@ -414,6 +414,32 @@ def test_a_wish_to_wait_is_bounded_and_logged(serve: Any, capfd: pytest.CaptureF
     assert "the server asks to wait 1e+09 s, of which 1 s are granted (Retry-After)" in shown.out + shown.err
 
 
+@pytest.mark.parametrize(
+    ("date", "until", "seconds"),
+    [
+        # This machine's clock is years away from both.
+        ("Fri, 01 Jan 1999 00:00:00 GMT", "Fri, 01 Jan 1999 00:00:01 GMT", 1.0),
+        ("Fri, 01 Jan 2100 00:00:00 GMT", "Fri, 01 Jan 2100 00:00:01 GMT", 1.0),
+        ("Fri, 01 Jan 1999 00:00:09 GMT", "Fri, 01 Jan 1999 00:00:01 GMT", 0.0),
+        (None, "Fri, 31 Dec 9999 23:59:59 GMT", 0.0),
+        ("nonsense", "Fri, 31 Dec 9999 23:59:59 GMT", 0.0),
+        ("Mon, 01 Jan 0001 00:00:00 -2359", "Fri, 31 Dec 9999 23:59:59 -2359", 0.0),
+    ],
+)
+def test_a_date_to_wait_for_is_on_the_servers_clock(serve: Any, date: str | None, until: str, seconds: float) -> None:
+    headers = {"Retry-After": until} | ({} if date is None else {"Date": date})
+    engine, server = serve(
+        lambda connection, request: connection.sendall(
+            response(429, b"", headers) if len(server.requests) == 1 else response(200, completion("yes"))
+        ),
+        retries=1,
+        retry_after_seconds=60.0,
+    )
+    began = time.monotonic()
+    assert ask(engine).text == "yes"
+    assert seconds <= time.monotonic() - began < seconds + 20
+
+
 def test_a_certificate_that_nobody_signed_is_refused_by_name(serve: Any, tmp_path: Path) -> None:
     command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", "-subj", "/CN=127.0.0.1"]
     command += ["-keyout", str(tmp_path / "key.pem"), "-out", str(tmp_path / "certificate.pem")]

@@ -17,7 +17,16 @@ from typing import Annotated, Any, Literal, TypeVar
 import yaml
 
 from megatron_longpo.errors import ConfigError
-from megatron_longpo.schema import Count, PositiveFloat, Range, check_ranges, convert_fields, kind_of, nearest
+from megatron_longpo.schema import (
+    Count,
+    ModelSizeFactor,
+    PositiveFloat,
+    Range,
+    check_ranges,
+    convert_fields,
+    kind_of,
+    nearest,
+)
 
 # What multiplies a weight or a loss stays within fp32, which ends at 3.4e38: Adam divides lr by 1 - beta1 in its first step.
 LARGEST = 1e36
@@ -130,6 +139,8 @@ class ModelConfig(RopeChanges):
     """Attention kernels. auto: on CUDA flash for bf16, with fused for large blocks where the GPU has it, and memory_efficient for
     fp32; the log says which; flash: torch's own FlashAttention; fused: cuDNN (CUDA); memory_efficient: torch's cutlass kernels
     (CUDA); unfused: the plain formula, slow."""
+    model_size_factor: ModelSizeFactor = 1.0
+    """Factor by which a model may exceed the limits of its numbers (SECURITY.md), such as 4096 layers."""
     logprob_chunk_bytes: Count | None = None
     """Memory for the logits of one chunk of tokens, in bytes. Default: 128 MiB on the CPU, 1 GiB on CUDA."""
 

@@ -78,6 +78,8 @@ NaturalNumber = Annotated[int, Range(ge=0)]
 PositiveFloat = Annotated[float, Range(gt=0)]
 PositiveFiniteFloat = Annotated[float, Range(gt=0, lt=math.inf)]
 FiniteFloat = Annotated[float, Range(lt=math.inf)]
+ModelSizeFactor = Annotated[float, Range(ge=1, le=1000, fix="1 allows 4096 layers, a vocabulary of 2^24, ...")]
+"""How far a model may exceed the limits of its sizes."""
 Temperature = Annotated[float, Range(ge=0, lt=math.inf, fix="0 is greedy decoding")]
 TopP = Annotated[float, Range(gt=0, le=1, fix="1 keeps all tokens")]
 

@@ -302,6 +302,8 @@ def read_checksums(folder: Path) -> dict[str, Checksum]:
         for name, checksum in checksums.items():
             if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
                 raise ValueError(f"{name!r} is outside the folder")
+            if "\0" in name or not name.isprintable():
+                raise ValueError(f"{name!r} is not the name of a file")
             if type(checksum.bytes) is not int or not _SHA256.fullmatch(checksum.sha256):
                 raise ValueError(f"the checksum of {name!r} is none")
         return checksums

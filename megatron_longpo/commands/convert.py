@@ -16,7 +16,7 @@ from megatron_longpo.command_line import parse
 from megatron_longpo.config import RopeChanges, scaling_numbers
 from megatron_longpo.errors import CheckpointError
 from megatron_longpo.runtime.log import log
-from megatron_longpo.schema import Count, check_ranges
+from megatron_longpo.schema import Count, ModelSizeFactor, check_ranges
 
 if TYPE_CHECKING:
     from megatron_longpo.conversion.changes import Changes, Conversion
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 Folder = Annotated[str, tyro.conf.arg(metavar="DIR")]
 Dtype = Literal["float32", "float16", "bfloat16"]
-Options = TypeVar("Options")
+Options = TypeVar("Options", "ImportOptions", "ExportOptions", "VerifyOptions")
 
 
 def size_in_bytes(text: str) -> int:
@@ -103,6 +103,14 @@ class ComparisonOptions:
 
 
 @dataclass(frozen=True)
+class SizeOptions:
+    """How large a model may be."""
+
+    model_size_factor: ModelSizeFactor = 1.0
+    """Factor by which a model may exceed the limits of its numbers (SECURITY.md), such as 4096 layers."""
+
+
+@dataclass(frozen=True)
 class ImportOptions:
     """Flags of import."""
 
@@ -110,6 +118,7 @@ class ImportOptions:
     """Hugging Face model folder: config.json, safetensors (or .bin), tokenizer."""
     output: Folder
     """New folder of the checkpoint."""
+    sizes: SizeOptions
     changes: RopeChanges
     comparison: ComparisonOptions
     dtype: Dtype | None = None
@@ -129,6 +138,7 @@ class ExportOptions:
     """Converted checkpoint, run folder, or one iteration of a run (iter_*)."""
     output: Folder
     """New Hugging Face model folder."""
+    sizes: SizeOptions
     changes: RopeChanges
     comparison: ComparisonOptions
     dtype: Dtype | None = None
@@ -147,6 +157,7 @@ class VerifyOptions:
     """Converted checkpoint, run folder, or one iteration of a run (iter_*)."""
     hf: Folder
     """Hugging Face model folder."""
+    sizes: SizeOptions
     changes: RopeChanges
     comparison: ComparisonOptions
 
@@ -216,7 +227,12 @@ def verify(arguments: Sequence[str], *, prog: str) -> None:
 
 def _parse(cls: type[Options], arguments: Sequence[str], prog: str, command: Callable[..., None]) -> Options:
     description = " ".join((command.__doc__ or "").split())
-    return parse(cls, arguments, prog=prog, description=description, quiet=os.environ.get("RANK", "0") != "0")
+    options = parse(cls, arguments, prog=prog, description=description, quiet=os.environ.get("RANK", "0") != "0")
+    check_ranges(options.sizes)
+    from megatron_longpo.model.shape import allow_model_sizes
+
+    allow_model_sizes(options.sizes.model_size_factor)
+    return options
 
 
 @contextmanager

@@ -61,7 +61,9 @@ def evaluate(arguments: Sequence[str], *, prog: str) -> None:
     check(config)
     # Not before the configuration is checked: it imports torch.
     from megatron_longpo.evaluation.evaluate import evaluate as run
+    from megatron_longpo.model.shape import allow_model_sizes
 
+    allow_model_sizes(config.engine.model_size_factor)
     run(config, restart=options.restart)
 
 

@@ -49,9 +49,11 @@ def generate(arguments: Sequence[str], *, prog: str) -> None:
     check(config)
     # Not before the configuration is checked: it imports torch.
     from megatron_longpo.generation.run import generate as run
+    from megatron_longpo.model.shape import allow_model_sizes
     from megatron_longpo.runtime import platform
     from megatron_longpo.runtime.share import share_of_process
 
+    allow_model_sizes(config.engine.model_size_factor)
     share = share_of_process(config.run.rank, config.run.world_size, slurm_array=True)
     platform.CURRENT.use_local_rank(int(os.environ.get("LOCAL_RANK", "0")))
     report = run(config, share, restart=options.restart)

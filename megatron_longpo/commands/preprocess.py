@@ -16,7 +16,7 @@ from megatron_longpo.command_line import Switch, parse
 from megatron_longpo.errors import ConfigError
 from megatron_longpo.runtime.log import log
 from megatron_longpo.runtime.reading import ReadingConfig
-from megatron_longpo.schema import Count, NaturalNumber, PositiveFiniteFloat, check_ranges
+from megatron_longpo.schema import Count, NaturalNumber, PositiveFiniteFloat, Range, check_ranges
 
 if TYPE_CHECKING:
     from megatron_longpo.text.preprocess import Settings
@@ -58,6 +58,8 @@ class PreprocessOptions:
     """Most turns of a row; rows with more are skipped."""
     template_seconds: PositiveFiniteFloat = 10.0
     """Longest time that the chat template may take to render a row."""
+    template_memory_bytes: Annotated[int, Range(ge=2**26)] = 2**31
+    """Most memory that the chat template may take for that, in bytes, beyond what the process has."""
     keep_duplicates: Switch = False
     """Keep turns whose answers are equal, and rows that make the same sample as an earlier one, which are skipped otherwise."""
     ignore_keys: tuple[str, ...] = ()
@@ -96,6 +98,7 @@ def preprocess(arguments: Sequence[str], *, prog: str) -> None:
         system_prompt=options.system_prompt,
         earlier_answers=options.earlier_answers,
         template_seconds=options.template_seconds,
+        template_memory_bytes=options.template_memory_bytes,
         trust_remote_code=options.trust_remote_code,
         split=options.split,
         keep_duplicates=options.keep_duplicates,

@@ -25,8 +25,10 @@ def train(arguments: Sequence[str], *, prog: str) -> None:
             print(config.as_yaml(), end="")
         return
     # Not before the configuration is read: it imports torch and megatron-core.
+    from megatron_longpo.model.shape import allow_model_sizes
     from megatron_longpo.training.trainer import run
 
+    allow_model_sizes(config.model.model_size_factor)
     if config.checkpoint.save_hf_interval is None:
         run(config)
         return

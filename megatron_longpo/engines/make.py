@@ -53,6 +53,7 @@ def _make(config: EngineConfig, seq_length: int, *, keep_prefix: bool) -> Engine
         documents_at_once=config.documents_at_once,
         chat_template=config.chat_template,
         template_seconds=config.template_seconds,
+        template_memory_bytes=config.template_memory_bytes,
         template_kwargs=parse_template_kwargs(config.chat_template_kwargs),
         thinking=config.thinking,
         keep_prefix=keep_prefix,

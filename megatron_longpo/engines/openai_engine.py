@@ -66,6 +66,7 @@ class OpenAIEngine(Engine):
             config.tokenizer,
             config.chat_template,
             template_seconds=config.template_seconds,
+            template_memory_bytes=config.template_memory_bytes,
             template_kwargs=parse_template_kwargs(config.chat_template_kwargs),
         )
         self.thinking = config.thinking

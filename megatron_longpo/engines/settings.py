@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from megatron_longpo.engines.thinking import Thinking
 from megatron_longpo.errors import ConfigError
-from megatron_longpo.schema import Count, NaturalNumber, PositiveFiniteFloat, Range, check_ranges
+from megatron_longpo.schema import Count, ModelSizeFactor, NaturalNumber, PositiveFiniteFloat, Range, check_ranges
 from megatron_longpo.text.template_kwargs import parse_template_kwargs
 
 
@@ -32,6 +32,10 @@ class EngineConfig:
     """The marks before and after thinking."""
     template_seconds: PositiveFiniteFloat = 10.0
     """Longest time that the chat template may take to render a conversation."""
+    template_memory_bytes: Annotated[int, Range(ge=2**26)] = 2**31
+    """Most memory that the chat template may take for that, in bytes, beyond what the process has."""
+    model_size_factor: ModelSizeFactor = 1.0
+    """Factor by which a model may exceed the limits of its numbers (SECURITY.md), such as 4096 layers."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Data type of weights and activations. auto: as stored."""
     batch_size: Count = 4

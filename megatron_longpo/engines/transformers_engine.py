@@ -24,7 +24,7 @@ from megatron_longpo.model.rotary import changed_scaling
 from megatron_longpo.runtime import platform
 from megatron_longpo.runtime.reading import read_json
 from megatron_longpo.text.chat import load_tokenizer
-from megatron_longpo.text.template_guard import TEMPLATE_SECONDS
+from megatron_longpo.text.template_guard import TEMPLATE_MEMORY_BYTES, TEMPLATE_SECONDS
 
 # Own tokens of packed rows: their mask has as many lines and columns.
 LONGEST_PACKED = 4096
@@ -45,6 +45,7 @@ class TransformersEngine(Engine):
         batch_size, prefill_tokens, documents_at_once: see ``EngineConfig``.
         chat_template: used instead of the tokenizer's own.
         template_seconds: longest time that the template may take.
+        template_memory_bytes: most memory that it may take for that, beyond what the process has.
         template_kwargs: arguments of the template.
         thinking: how thinking is told from answers.
         keep_prefix: keep what was read last, and read of the next prompt only what differs. Replies may then depend in their
@@ -64,6 +65,7 @@ class TransformersEngine(Engine):
         documents_at_once: int = 1,
         chat_template: str | None = None,
         template_seconds: float = TEMPLATE_SECONDS,
+        template_memory_bytes: int = TEMPLATE_MEMORY_BYTES,
         template_kwargs: Mapping[str, Any] | None = None,
         thinking: Thinking = NO_THINKING,
         keep_prefix: bool = False,
@@ -73,7 +75,11 @@ class TransformersEngine(Engine):
             raise DataError(f"--model {path}: no such folder; give a model folder")
         check_model_folder(self._path)
         self.tokenizer = load_tokenizer(
-            path, chat_template, template_seconds=template_seconds, template_kwargs=template_kwargs
+            path,
+            chat_template,
+            template_seconds=template_seconds,
+            template_memory_bytes=template_memory_bytes,
+            template_kwargs=template_kwargs,
         )
         self.thinking = thinking
         check_vocabulary(self.tokenizer, self._path)

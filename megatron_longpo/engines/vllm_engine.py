@@ -42,6 +42,7 @@ class VLLMEngine(Engine):
             config.model,
             config.chat_template,
             template_seconds=config.template_seconds,
+            template_memory_bytes=config.template_memory_bytes,
             template_kwargs=parse_template_kwargs(config.chat_template_kwargs),
         )
         self.thinking = config.thinking

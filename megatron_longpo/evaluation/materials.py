@@ -385,7 +385,7 @@ def _read_json(path: Path, limits: ReadingConfig) -> Any:
 def _whole_json(path: Path, limits: ReadingConfig) -> Any:
     text = read_bytes(path, limits.max_json_bytes).decode("utf-8-sig")
     try:
-        return parse_json(text)
+        return parse_json(text, limits.max_json_depth)
     except ValueError as error:
         raise DataError(f"{path}: is not JSON ({error}); rows, one per line, belong in a .jsonl file") from None
 
@@ -399,7 +399,7 @@ def _json_lines(path: Path, limits: ReadingConfig) -> list[Any]:
             text = line.raw.decode("utf-8")
             if text.strip():
                 try:
-                    rows.append(parse_json(text))
+                    rows.append(parse_json(text, limits.max_json_depth))
                 except ValueError as error:
                     raise DataError(f"{path}, line {number}: is not JSON ({error}); fix or remove the line") from None
     return rows

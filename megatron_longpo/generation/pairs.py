@@ -73,6 +73,7 @@ class Cutter:
             path,
             config.engine.chat_template,
             template_seconds=config.engine.template_seconds,
+            template_memory_bytes=config.engine.template_memory_bytes,
             template_kwargs=parse_template_kwargs(config.engine.chat_template_kwargs),
         )
         self._specials = [t for t in self.tokenizer.special_texts if t]

@@ -18,6 +18,7 @@ from megatron_longpo.model.shape import (
     MAX_POSITIONS,
     MAX_VOCABULARY,
     ModelShape,
+    largest_size,
 )
 
 
@@ -199,10 +200,11 @@ def check_numbers(config: dict[str, Any], source: str) -> None:
         if value is None:
             continue
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not is_number or not 1 <= value <= largest or value != int(value):
+        most = largest_size(largest)
+        if not is_number or not 1 <= value <= most or value != int(value):
             raise CheckpointError(
-                f"{source}: {key}={one_line(repr(value), 40)} must be a whole number from 1 to {largest}; download the "
-                "model again"
+                f"{source}: {key}={one_line(repr(value), 40)} must be a whole number from 1 to {most}; download the "
+                "model again, or raise model_size_factor"
             )
 
 

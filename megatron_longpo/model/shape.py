@@ -26,8 +26,33 @@ MAX_VOCABULARY = 2**24
 MAX_POSITIONS = 2**31
 MAX_BYTES = 2**24
 
+# Limits of a shape's numbers.
+_LARGEST = {
+    "num_layers": MAX_LAYERS,
+    "hidden_size": MAX_HIDDEN_SIZE,
+    "ffn_hidden_size": MAX_FFN_HIDDEN_SIZE,
+    "num_attention_heads": MAX_HEADS,
+    "num_query_groups": MAX_HEADS,
+    "kv_channels": MAX_HEAD_SIZE,
+    "vocab_size": MAX_VOCABULARY,
+    "max_position_embeddings": MAX_POSITIONS,
+}
+# How far models may exceed the limits in this process.
+_size_factor = 1.0
+
 _FIX = "convert the model again"
 _Positive = Annotated[float, Range(gt=0, lt=math.inf, fix=_FIX)]
+
+
+def allow_model_sizes(factor: float) -> None:
+    """Let models exceed the limits by a factor in this process; the commands call it with ``model_size_factor``."""
+    global _size_factor
+    _size_factor = factor
+
+
+def largest_size(limit: int) -> int:
+    """A limit of this module, with the factor that the user allows."""
+    return int(limit * _size_factor)
 
 
 @dataclass(frozen=True)
@@ -57,18 +82,18 @@ class ModelShape:
     """
 
     family: str
-    num_layers: Annotated[int, Range(ge=1, le=MAX_LAYERS, fix=_FIX)]
-    hidden_size: Annotated[int, Range(ge=1, le=MAX_HIDDEN_SIZE, fix=_FIX)]
-    ffn_hidden_size: Annotated[int, Range(ge=1, le=MAX_FFN_HIDDEN_SIZE, fix=_FIX)]
-    num_attention_heads: Annotated[int, Range(ge=1, le=MAX_HEADS, fix=_FIX)]
-    num_query_groups: Annotated[int, Range(ge=1, le=MAX_HEADS, fix=_FIX)]
-    kv_channels: Annotated[int, Range(ge=1, le=MAX_HEAD_SIZE, fix=_FIX)]
-    vocab_size: Annotated[int, Range(ge=1, le=MAX_VOCABULARY, fix=_FIX)]
+    num_layers: Annotated[int, Range(ge=1, fix=_FIX)]
+    hidden_size: Annotated[int, Range(ge=1, fix=_FIX)]
+    ffn_hidden_size: Annotated[int, Range(ge=1, fix=_FIX)]
+    num_attention_heads: Annotated[int, Range(ge=1, fix=_FIX)]
+    num_query_groups: Annotated[int, Range(ge=1, fix=_FIX)]
+    kv_channels: Annotated[int, Range(ge=1, fix=_FIX)]
+    vocab_size: Annotated[int, Range(ge=1, fix=_FIX)]
     layernorm_epsilon: Annotated[float, Range(ge=0, lt=math.inf, fix=_FIX)]
     add_qkv_bias: bool
     untie_embeddings_and_output_weights: bool
     rotary_base: _Positive
-    max_position_embeddings: Annotated[int, Range(ge=1, le=MAX_POSITIONS, fix=_FIX)]
+    max_position_embeddings: Annotated[int, Range(ge=1, fix=_FIX)]
     init_method_std: Annotated[float, Range(ge=0, lt=math.inf, fix=_FIX)] = 0.02
     dtype: str = "float32"
     qk_layernorm: bool = False
@@ -161,6 +186,12 @@ class ModelShape:
             check_ranges(self)
         except ConfigError as error:
             raise CheckpointError(f"{source}: {error}") from None
+        for name, limit in _LARGEST.items():
+            if getattr(self, name) > largest_size(limit):
+                raise CheckpointError(
+                    f"{source}: {name}={getattr(self, name)} must be at most {largest_size(limit)}; convert the model again, or "
+                    "raise model_size_factor"
+                )
         if self.num_attention_heads % self.num_query_groups:
             raise CheckpointError(
                 f"{source}: {self.num_query_groups} key-value heads do not divide {self.num_attention_heads} attention heads; is "

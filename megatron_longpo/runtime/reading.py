@@ -21,11 +21,13 @@ from megatron_longpo.schema import Count, Range
 
 # Nesting of JSON. No format that is read here has more than eight levels; Python's own limit depends on its version.
 MAX_JSON_DEPTH = 64
+# Python's own limit, which depends on its version, is hardly lower than this.
+_DEEPEST = 900
 # Bytes of an overlong line that are kept to show it.
 _SHOWN_BYTES = 1000
 _BLOCK_BYTES = 2**20
 # A compressed file may always grow to this size, whatever the factor: a small file of equal rows compresses well.
-_FREE_BYTES = 2**28
+FREE_BYTES = 2**28
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,8 @@ class ReadingConfig:
     """Largest factor by which a compressed file may grow once it has grown to 256 MiB. Beyond it reading stops with an error."""
     max_json_bytes: Annotated[int, Range(ge=1)] = 2**30
     """Largest file that is read whole (JSON), in bytes after decompression."""
+    max_json_depth: Annotated[int, Range(ge=8, le=_DEEPEST)] = MAX_JSON_DEPTH
+    """Deepest nesting of JSON, in levels. Rows with deeper ones are skipped; of files that are read whole, it is an error."""
 
 
 DEFAULT_READING = ReadingConfig()
@@ -123,7 +127,7 @@ def read_json_rows(stream: BinaryIO, limits: ReadingConfig = DEFAULT_READING) ->
         raise TooLarge(
             f"it is JSON over several lines of more than {most} bytes (max_json_bytes); write one row per line"
         )
-    for value in _values(content):
+    for value in _values(content, limits.max_json_depth):
         raw = json.dumps(value).encode()
         long = f"the row has {len(raw)} bytes; max_row_bytes is {limits.max_row_bytes}"
         yield Line(raw[:_SHOWN_BYTES], long) if len(raw) > limits.max_row_bytes else Line(raw, None)
@@ -150,7 +154,7 @@ def _spans_lines(line: Line) -> bool:
     return isinstance(value, list) and bool(value) and all(isinstance(row, dict) for row in value)
 
 
-def _values(content: bytes) -> Iterator[Any]:
+def _values(content: bytes, depth: int) -> Iterator[Any]:
     """Values of an array, or of objects one after the other."""
     try:
         text = content.decode("utf-8").strip()
@@ -158,7 +162,7 @@ def _values(content: bytes) -> Iterator[Any]:
         raise WrongFormat(f"it is not UTF-8 ({error}); save it as UTF-8") from None
     if text.startswith("["):
         try:
-            values = parse_json(text)
+            values = parse_json(text, depth)
         except ValueError as error:
             raise WrongFormat(
                 f"it begins as a JSON array and is none ({error}); correct it, or write one row per line"
@@ -173,7 +177,7 @@ def _values(content: bytes) -> Iterator[Any]:
             raise WrongFormat(
                 f"it begins as JSON over several lines and is broken ({error}); correct it, or write one row per line"
             ) from None
-        yield parse_json(text[place:end])
+        yield parse_json(text[place:end], depth)
         space = _SPACE.match(text, end)
         place = space.end() if space else end
 
@@ -194,7 +198,7 @@ def opened(path: Path, limits: ReadingConfig = DEFAULT_READING) -> Iterator[Bina
         if not name.endswith((".gz", ".zst")):
             yield raw
             return
-        most = max(_FREE_BYTES, limits.max_expansion * path.stat().st_size)
+        most = max(FREE_BYTES, limits.max_expansion * path.stat().st_size)
         if name.endswith(".gz"):
             stream = cast(BinaryIO, gzip.GzipFile(fileobj=raw, mode="rb"))
         else:
@@ -240,7 +244,7 @@ def check_expansion(metadata: Any, file_bytes: int, limits: ReadingConfig = DEFA
     Raises:
         TooLarge: a row group declares more.
     """
-    most = max(_FREE_BYTES, limits.max_expansion * file_bytes)
+    most = max(FREE_BYTES, limits.max_expansion * file_bytes)
     for group in range(metadata.num_row_groups):
         size = metadata.row_group(group).total_byte_size
         if size > most:
@@ -264,29 +268,35 @@ def read_bytes(path: Path, most: int = DEFAULT_READING.max_json_bytes) -> bytes:
     return content
 
 
-def parse_json(text: str | bytes) -> Any:
+def parse_json(text: str | bytes, depth: int | None = None) -> Any:
     """The value of a JSON text.
 
+    Args:
+        text: the text.
+        depth: levels of nesting that an input of the user's may have; by default what the package's own formats may.
+
     Raises:
-        ValueError: it is not JSON, or nested more than ``MAX_JSON_DEPTH`` deep.
+        ValueError: it is not JSON, or nested deeper.
     """
     try:
         value = json.loads(text)
     except RecursionError:
-        raise ValueError(_TOO_DEEP) from None
+        raise ValueError(_too_deep(depth)) from None
+    most = depth or MAX_JSON_DEPTH
     # Few texts have this many brackets, so most are not looked through.
     brackets = text.count(b"[") + text.count(b"{") if isinstance(text, bytes) else text.count("[") + text.count("{")
-    if brackets > MAX_JSON_DEPTH and _is_deep(value):
-        raise ValueError(_TOO_DEEP)
+    if brackets > most and _is_deep(value, most):
+        raise ValueError(_too_deep(depth))
     return value
 
 
-_TOO_DEEP = f"is nested more than {MAX_JSON_DEPTH} levels deep"
+def _too_deep(depth: int | None) -> str:
+    return f"is nested more than {depth or MAX_JSON_DEPTH} levels deep" + ("; see max_json_depth" if depth else "")
 
 
-def _is_deep(value: Any) -> bool:
+def _is_deep(value: Any, depth: int) -> bool:
     level = [value]
-    for _ in range(MAX_JSON_DEPTH + 1):
+    for _ in range(depth + 1):
         level = [
             child
             for container in level

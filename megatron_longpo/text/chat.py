@@ -39,7 +39,13 @@ from megatron_longpo.data.vocabulary import folder_vocabulary_hash, sentencepiec
 from megatron_longpo.errors import DataError, one_line
 from megatron_longpo.runtime.reading import read_bytes
 from megatron_longpo.text.dialogue import Answer, Dialogue, TurnEnd, common_beginning
-from megatron_longpo.text.template_guard import TEMPLATE_SECONDS, TemplateLimitError, refuse_powers, render_bounded
+from megatron_longpo.text.template_guard import (
+    TEMPLATE_MEMORY_BYTES,
+    TEMPLATE_SECONDS,
+    TemplateLimitError,
+    refuse_powers,
+    render_bounded,
+)
 from megatron_longpo.text.template_kwargs import check_template_reads
 from megatron_longpo.text.templates import asks_for_date, compiled, marks_answers, render_marked
 
@@ -90,6 +96,7 @@ class ChatTokenizer(ABC):
         vocabulary_hash, template_hash: what manifests and stages identify it by.
         special_tokens: text -> id of the special tokens.
         template_seconds: longest time that the template may take to render a conversation.
+        template_memory_bytes: most memory that it may take for that, beyond what the process has.
         template_kwargs: arguments that every rendering passes to the template, such as ``enable_thinking``.
         template_date: the date that the template is told, if it asks for one.
     """
@@ -101,6 +108,7 @@ class ChatTokenizer(ABC):
     template_hash: str
     special_tokens: dict[str, int]
     template_seconds: float = TEMPLATE_SECONDS
+    template_memory_bytes: int = TEMPLATE_MEMORY_BYTES
     template_kwargs: Mapping[str, Any] = MappingProxyType({})
     template_date: datetime.date
 
@@ -205,7 +213,9 @@ class ChatTokenizer(ABC):
         """
         more = {} if tools is None else {"tools": tools}
         return render_bounded(
-            lambda: self._render(messages, add_generation_prompt=add_generation_prompt, **more), self.template_seconds
+            lambda: self._render(messages, add_generation_prompt=add_generation_prompt, **more),
+            self.template_seconds,
+            self.template_memory_bytes,
         )
 
     def render_marked(
@@ -235,7 +245,7 @@ class ChatTokenizer(ABC):
             places.extend(found)
             return text
 
-        return render_bounded(marked, self.template_seconds), places
+        return render_bounded(marked, self.template_seconds, self.template_memory_bytes), places
 
     @abstractmethod
     def _render(self, messages: Sequence[Message], *, add_generation_prompt: bool, tools: Tools | None = None) -> str:
@@ -444,6 +454,7 @@ def load_tokenizer(
     *,
     trust_remote_code: bool = False,
     template_seconds: float = TEMPLATE_SECONDS,
+    template_memory_bytes: int = TEMPLATE_MEMORY_BYTES,
     template_kwargs: Mapping[str, Any] | None = None,
     template_date: datetime.date | None = None,
 ) -> ChatTokenizer:
@@ -455,6 +466,7 @@ def load_tokenizer(
             the tokenizer's own.
         trust_remote_code: run code from the tokenizer's folder.
         template_seconds: longest time that the template may take to render a conversation.
+        template_memory_bytes: most memory that it may take for that, beyond what the process has.
         template_kwargs: arguments of the template, as ``parse_template_kwargs`` reads them.
         template_date: the date that the template is told, if it asks for one; by default today's in UTC. It does not change while
             the tokenizer is in use.
@@ -479,7 +491,7 @@ def load_tokenizer(
         )
     else:
         tokenizer = SentencePieceChatTokenizer(path, template)
-    tokenizer.template_seconds = template_seconds
+    tokenizer.template_seconds, tokenizer.template_memory_bytes = template_seconds, template_memory_bytes
     tokenizer.template_kwargs = template_kwargs or {}
     tokenizer.template_date = template_date or datetime.datetime.now(datetime.timezone.utc).date()
     _try_template(tokenizer, where)

@@ -255,7 +255,7 @@ def _rows_of_jsonl(path: Path, column: str, limits: ReadingConfig) -> Iterator[_
                 yield name, b"", _TOO_LARGE
                 continue
             try:
-                row = parse_json(line.raw.decode("utf-8", errors="surrogateescape"))
+                row = parse_json(line.raw.decode("utf-8", errors="surrogateescape"), limits.max_json_depth)
             except ValueError:
                 yield name, b"", "not_json"
                 continue

@@ -34,6 +34,7 @@ from megatron_longpo.data.preference import (
     weight_of,
 )
 from megatron_longpo.errors import DataError, one_line
+from megatron_longpo.runtime.arrow import read_batches
 from megatron_longpo.runtime.files import open_regular, sha256_of
 from megatron_longpo.runtime.log import log
 from megatron_longpo.runtime.progress import Progress
@@ -59,7 +60,7 @@ from megatron_longpo.text.chat_rows import (
 )
 from megatron_longpo.text.documents import files_inside
 from megatron_longpo.text.inputs import files_of_split, is_beside_data, log_left_out, refuse_versions, saved_datasets
-from megatron_longpo.text.template_guard import TEMPLATE_SECONDS, TemplateLimitError
+from megatron_longpo.text.template_guard import TEMPLATE_MEMORY_BYTES, TEMPLATE_SECONDS, TemplateLimitError
 
 COMMIT_EVERY = 64
 # Rows read ahead of the workers: ``map`` by itself would read the whole input.
@@ -91,6 +92,7 @@ class Settings:
         system_prompt: system message of rows without one of their own, or None.
         earlier_answers: how answers that are not the last are laid out (``encode_sample``).
         template_seconds: longest time that the chat template may take.
+        template_memory_bytes: most memory that it may take for that, beyond what the process has.
         trust_remote_code: run code from the tokenizer's folder.
         split: split to read of folders that have several; ``all`` reads all.
         keep_duplicates: keep turns whose answers are equal, and samples that were there before.
@@ -109,6 +111,7 @@ class Settings:
     system_prompt: str | None = None
     earlier_answers: EarlierAnswers = "finished"
     template_seconds: float = TEMPLATE_SECONDS
+    template_memory_bytes: int = TEMPLATE_MEMORY_BYTES
     trust_remote_code: bool = False
     split: str | None = None
     keep_duplicates: bool = False
@@ -272,12 +275,7 @@ def _read_columns(path: Path, limits: ReadingConfig) -> Iterator[RawRow]:
                 check_expansion(table.metadata, path.stat().st_size, limits)
                 batches = table.iter_batches(batch_size=1)
             else:
-                source = pyarrow.memory_map(str(path))
-                try:
-                    batches = iter(pyarrow.ipc.open_stream(source))
-                except pyarrow.ArrowInvalid:
-                    reader = pyarrow.ipc.open_file(source)
-                    batches = (reader.get_batch(i) for i in range(reader.num_record_batches))
+                batches = read_batches(pyarrow.memory_map(str(path)), path.stat().st_size, limits)
             for batch in batches:
                 # Offsets of a damaged file may lead anywhere in memory.
                 batch.validate(full=True)
@@ -340,7 +338,7 @@ def _sample_of(
         if not row.text.strip():
             raise BadRow("blank_line", "the line is empty")
         try:
-            value = parse_json(row.text)
+            value = parse_json(row.text, settings.reading.max_json_depth)
         except ValueError as error:
             raise BadRow("not_json", str(error)) from None
     if not isinstance(value, dict):
@@ -481,6 +479,7 @@ def tokenizer_of(settings: Settings) -> ChatTokenizer | None:
         settings.chat_template,
         trust_remote_code=settings.trust_remote_code,
         template_seconds=settings.template_seconds,
+        template_memory_bytes=settings.template_memory_bytes,
         template_kwargs=settings.chat_template_kwargs,
         template_date=settings.template_date,
     )
@@ -688,7 +687,7 @@ def _check_schema(files: list[Path], text: bool, limits: ReadingConfig, ignored:
         value: Any = row.columns
         if row.text is not None:
             try:
-                value = parse_json(row.text)
+                value = parse_json(row.text, limits.max_json_depth)
             except ValueError:
                 continue
         if not isinstance(value, dict):

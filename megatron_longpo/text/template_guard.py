@@ -19,7 +19,7 @@ from megatron_longpo.errors import DataError
 
 TEMPLATE_SECONDS = 10.0
 # Memory that rendering may take beyond what the process has. Documents, of at most tens of megabytes, are copied a few times.
-_MOST_BYTES = 2**31
+TEMPLATE_MEMORY_BYTES = 2**31
 # Seconds until the exception is raised once more.
 _AGAIN_SECONDS = 0.2
 # The limits hold for the process, so one thread renders at a time.
@@ -53,18 +53,19 @@ def refuse_powers(source: str) -> None:
         previous = value
 
 
-def render_bounded(render: Callable[[], str], seconds: float) -> str:
+def render_bounded(render: Callable[[], str], seconds: float, memory_bytes: int = TEMPLATE_MEMORY_BYTES) -> str:
     """Render a template within limits.
 
     Args:
         render: renders it.
         seconds: longest time.
+        memory_bytes: most memory beyond what the process has.
 
     Raises:
         TemplateLimitError: it took longer, or needed too much memory.
     """
     with _rendering:
-        limits = _limit_memory()
+        limits = _limit_memory(memory_bytes)
         try:
             return _render_watched(render, seconds)
         except _Expired:
@@ -73,7 +74,8 @@ def render_bounded(render: Callable[[], str], seconds: float) -> str:
             ) from None
         except MemoryError:
             raise TemplateLimitError(
-                f"the chat template takes more than {_MOST_BYTES / 2**30:g} GiB of memory; correct it"
+                f"the chat template takes more than {memory_bytes / 2**30:.3g} GiB of memory; correct it, or raise "
+                "template_memory_bytes"
             ) from None
         finally:
             if limits is not None:
@@ -113,8 +115,8 @@ def _render_watched(render: Callable[[], str], seconds: float) -> str:
                 continue
 
 
-def _limit_memory() -> tuple[int, int] | None:
-    """Limit the memory of this process to what it has and ``_MOST_BYTES`` more.
+def _limit_memory(more: int) -> tuple[int, int] | None:
+    """Limit the memory of this process to what it has and some bytes more.
 
     Returns:
         The limits to restore; None where the system cannot limit it, or a lower limit holds already.
@@ -122,7 +124,7 @@ def _limit_memory() -> tuple[int, int] | None:
     try:
         pages = int(Path("/proc/self/statm").read_text().split()[0])
         before = resource.getrlimit(resource.RLIMIT_AS)
-        most = pages * os.sysconf("SC_PAGE_SIZE") + _MOST_BYTES
+        most = pages * os.sysconf("SC_PAGE_SIZE") + more
         if before[0] != resource.RLIM_INFINITY and before[0] <= most:
             return None
         resource.setrlimit(resource.RLIMIT_AS, (most, before[1]))

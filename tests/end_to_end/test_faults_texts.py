@@ -133,7 +133,7 @@ def test_inputs_that_are_no_files_are_named(made: Path, tmp_path: Path) -> None:
     assert "fifo.jsonl: cannot be read (is a FIFO, not a regular file)" in one_error(done.stderr)
     (tmp_path / "deep.json").write_text("[" * 10**6)
     done = run([*line, "--squad", str(tmp_path / "deep.json")], expect=2)
-    assert "deep.json: is not JSON (is nested more than 64 levels deep)" in one_error(done.stderr)
+    assert "deep.json: is not JSON (is nested more than 64 levels deep; see max_json_depth)" in one_error(done.stderr)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -363,3 +363,28 @@ def test_scalings_that_make_no_sense_are_refused() -> None:
     ]:
         with pytest.raises(CheckpointError, match=message):
             changed_scaling(shape, rope_type, numbers, "test")
+
+
+@pytest.mark.parametrize(("key", "limit"), [("num_hidden_layers", 4096), ("vocab_size", 2**24), ("head_dim", 2**14)])
+def test_limits_of_a_models_numbers_can_be_raised(monkeypatch: pytest.MonkeyPatch, key: str, limit: int) -> None:
+    sizes = {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "vocab_size": 9,
+    }
+    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "max_position_embeddings": 64, **sizes}
+    assert shape_from_hf({**config, key: limit}, "c")
+    with pytest.raises(CheckpointError, match=rf"c: {key}={limit + 1} must be .* {limit}; .* raise model_size_factor"):
+        shape_from_hf({**config, key: limit + 1}, "c")
+    monkeypatch.setattr("megatron_longpo.model.shape._size_factor", 2.0)
+    shape = shape_from_hf({**config, key: limit + 1}, "c")
+    with pytest.raises(CheckpointError, match=rf"must be .* {2 * limit}; .* raise model_size_factor"):
+        shape_from_hf({**config, key: 2 * limit + 1}, "c")
+    # model.json of what was imported with the factor asks for it as well.
+    monkeypatch.setattr("megatron_longpo.model.shape._size_factor", 1.0)
+    with pytest.raises(
+        CheckpointError, match=rf"m: \w+={limit + 1} must be at most {limit}; .* raise model_size_factor"
+    ):
+        shape.check("m")

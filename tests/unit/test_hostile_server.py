@@ -423,7 +423,7 @@ def test_a_wish_to_wait_is_bounded_and_logged(serve: Any, capfd: pytest.CaptureF
         ("Fri, 01 Jan 1999 00:00:09 GMT", "Fri, 01 Jan 1999 00:00:01 GMT", 0.0),
         (None, "Fri, 31 Dec 9999 23:59:59 GMT", 0.0),
         ("nonsense", "Fri, 31 Dec 9999 23:59:59 GMT", 0.0),
-        ("Mon, 01 Jan 0001 00:00:00 -2359", "Fri, 31 Dec 9999 23:59:59 -2359", 0.0),
+        ("Fri, 01 Jan 1999 00:00:00 GMT", "Fri, 32 Dec 99999 23:59:59", 0.0),
     ],
 )
 def test_a_date_to_wait_for_is_on_the_servers_clock(serve: Any, date: str | None, until: str, seconds: float) -> None:

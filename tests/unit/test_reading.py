@@ -6,6 +6,7 @@ import gzip
 import json
 import os
 import socket
+import struct
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -172,7 +173,7 @@ def test_large_text_files_and_cells_are_skipped(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("ending", ["gz", "zst"])
 def test_a_decompression_bomb_costs_a_buffer(tmp_path: Path, ending: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("megatron_longpo.runtime.reading._FREE_BYTES", 2**24)
+    monkeypatch.setattr("megatron_longpo.runtime.reading.FREE_BYTES", 2**24)
     path = tmp_path / f"bomb.jsonl.{ending}"
     zeros = b"0" * 2**20
     if ending == "gz":
@@ -194,7 +195,7 @@ def test_a_decompression_bomb_costs_a_buffer(tmp_path: Path, ending: str, monkey
 
 
 def test_a_parquet_bomb_is_refused_by_its_column(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("megatron_longpo.runtime.reading._FREE_BYTES", 2**20)
+    monkeypatch.setattr("megatron_longpo.runtime.reading.FREE_BYTES", 2**20)
     path = tmp_path / "bomb.parquet"
     table = pyarrow.table({"id": [1], "text": ["0" * 2**24]})
     pyarrow.parquet.write_table(table, path, compression="zstd", use_dictionary=False, write_statistics=False)
@@ -242,6 +243,26 @@ def test_nesting_of_json_has_a_limit() -> None:
             with pytest.raises(ValueError, match=r"nested more than 64 levels|Expecting value"):
                 parse_json(form)
     assert parse_json(json.dumps([["["] * 1000] * 100))
+
+
+def test_the_limit_of_nesting_is_a_setting(tmp_path: Path) -> None:
+    from megatron_longpo.errors import ConfigError
+    from megatron_longpo.schema import check_ranges
+    from megatron_longpo.text.preprocess import Settings, process_row
+
+    deep = "[" * 70 + "1" + "]" * 70
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"text": "a"})[:-1] + f', "more": {deep}}}\n')
+    assert [d.error for d in read_documents([(path, "other")], "text")] == ["not_json"]
+    wider = ReadingConfig(max_json_depth=80)
+    assert [d.text for d in read_documents([(path, "other")], "text", wider)] == ["a"]
+    (row,) = read_rows([path], 0, wider)
+    for limits, reason in ((ReadingConfig(), "not_json"), (wider, "wrong_type")):
+        (skipped,) = process_row(row, Settings(vocab_size=9, reading=limits), None).skipped
+        assert (skipped.reason == "not_json") == (reason == "not_json")
+    for depth in (7, 901):
+        with pytest.raises(ConfigError, match=rf"max_json_depth={depth} must be in \[8, 900\]"):
+            check_ranges(ReadingConfig(max_json_depth=depth))
 
 
 @pytest.mark.parametrize("name", ["x.json", "results.json", "long.manifest.json"])
@@ -312,3 +333,47 @@ def test_damaged_tables_are_refused_and_crash_nothing(tmp_path: Path, ending: st
         pyarrow.parquet.write_table(table, path)
     done = run([PYTHON, "-c", DAMAGE, str(path)], fresh=True)
     assert int(done.stdout) > 20
+
+
+@pytest.mark.parametrize("form", ["stream", "file"])
+@pytest.mark.parametrize("compression", ["lz4", "zstd"])
+@pytest.mark.parametrize("with_dictionary", [False, True])
+def test_compressed_arrow_files_grow_only_so_far(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str, compression: str, with_dictionary: bool
+) -> None:
+    """Nothing of what is too large is decompressed."""
+    monkeypatch.setattr("megatron_longpo.runtime.arrow.FREE_BYTES", 2**20)
+
+    def write(texts: list[str]) -> Path:
+        column: Any = pyarrow.array(texts)
+        table = pyarrow.table({"text": column.dictionary_encode() if with_dictionary else column})
+        path = tmp_path / "rows.arrow"
+        options = pyarrow.ipc.IpcWriteOptions(compression=compression)
+        make = pyarrow.ipc.new_stream if form == "stream" else pyarrow.ipc.new_file
+        with make(str(path), table.schema, options=options) as writer:
+            writer.write_table(table)
+        return path
+
+    path = write([f"{n} The tower. " * 5 for n in range(50)])
+    assert [row.columns and row.columns["text"][:4] for row in read_rows([path], 0)][:2] == ["0 Th", "1 Th"]
+    path = write([f"{n}" + "x" * 2**16 for n in range(300)])
+    assert path.stat().st_size < 10**6
+    before = pyarrow.total_allocated_bytes()
+    pyarrow.default_memory_pool().release_unused()
+    with pytest.raises(
+        DataError, match=r"batch \d decompresses to 19\d{6} bytes, more than 1 times .* raise max_expansion"
+    ):
+        list(read_rows([path], 0, ReadingConfig(max_expansion=1)))
+    assert pyarrow.total_allocated_bytes() - before < 2**23
+    assert sum(1 for _ in read_rows([path], 0, ReadingConfig(max_expansion=10**5))) == 300
+    # A size that no memory holds.
+    content = path.read_bytes()
+    size = struct.pack("<q", 2**16 * 300 + sum(len(str(n)) for n in range(300)))
+    assert size in content
+    path.write_bytes(content.replace(size, struct.pack("<q", 2**60)))
+    with pytest.raises(DataError, match=r"decompresses to [1-9]\d{18} bytes"):
+        list(read_rows([path], 0, ReadingConfig(max_expansion=10**5)))
+    for cut in (40, 200, len(content) // 2):
+        path.write_bytes(content[:cut])
+        with pytest.raises(DataError, match="cannot be read"):
+            list(read_rows([path], 0))

@@ -96,6 +96,15 @@ def test_a_template_has_limits_of_time_and_memory(folder: Path, tmp_path: Path, 
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < 6 * 2**20
 
 
+def test_the_limit_of_memory_is_a_setting(folder: Path, tmp_path: Path) -> None:
+    half = template(tmp_path, f"{{% set x = 'x' * {2**27} %}}{CHATML}")
+    with pytest.raises(
+        DataError, match=r"takes more than 0.0625 GiB of memory; correct it, or raise template_memory_bytes"
+    ):
+        load_tokenizer(folder, half, template_seconds=60, template_memory_bytes=2**26)
+    assert load_tokenizer(folder, half, template_seconds=60)
+
+
 def test_powers_are_refused_unrun(folder: Path, tmp_path: Path) -> None:
     for text in ("{{ 9 ** 9 ** 9 ** 9 }}", "{% if 2**messages|length %}{% endif %}"):
         with pytest.raises(DataError, match=r"computes powers \(\*\*\)"):

@@ -266,7 +266,7 @@ def read_task(folder: Path, task: str, limits: ReadingConfig = DEFAULT_READING) 
                 try:
                     if line.too_long:
                         raise ValueError(line.too_long)
-                    rows.append(_checked(parse_json(text), task))
+                    rows.append(_checked(parse_json(text, limits.max_json_depth), task))
                 except ValueError as error:
                     reason = one_line(error, _REASON_CHARACTERS)
                     skipped.append(SkippedLine(task, number, reason, text[:_SHOWN_CHARACTERS].rstrip("\n")))

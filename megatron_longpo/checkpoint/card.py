@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,8 +9,9 @@ from typing import Any
 
 import yaml
 
-from megatron_longpo.errors import CheckpointError
+from megatron_longpo.errors import CheckpointError, one_line
 from megatron_longpo.model.shape import ModelShape
+from megatron_longpo.runtime.reading import read_json
 from megatron_longpo.runtime.tables import markdown_table
 
 # Files of a training checkpoint beside its weights.
@@ -83,10 +83,18 @@ def read_record(checkpoint: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        assert isinstance(record, dict) and isinstance(record["data"], dict)
-    except (OSError, ValueError, KeyError, AssertionError, RecursionError) as error:
-        raise CheckpointError(f"{path}: cannot be read ({error}); remove the file to export without a card") from None
+        record = read_json(path)
+        data = record["data"]
+        for name in ("chat_template", "template_hash"):
+            if not isinstance(data.get(name), str | None):
+                raise ValueError(f"{name} is no text")
+        ends = data.get("answer_end_ids") or []
+        if not isinstance(ends, list) or not all(type(i) is int for i in ends):
+            raise ValueError("answer_end_ids are no token ids")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{path}: cannot be read ({one_line(error)}); remove the file to export without a card"
+        ) from None
     return record
 
 
@@ -111,8 +119,13 @@ def write_card(checkpoint: Path, output: Path, shape: ModelShape, dtype: str) ->
     try:
         config = yaml.safe_load((checkpoint / RUN_CONFIG).read_text(encoding="utf-8"))
         text = card(shape, dtype, record, config)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
-        raise CheckpointError(f"{path}: cannot be read ({error}); remove the file to export without a card") from None
+    except (
+        *(OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, ArithmeticError),
+        *(yaml.YAMLError, RecursionError),
+    ) as error:
+        raise CheckpointError(
+            f"{path}: cannot be read, or does not fit {RUN_CONFIG} ({one_line(error)}); remove the file to export without a card"
+        ) from None
     readme = output / "README.md"
     if readme.is_file():
         os.replace(readme, output / "BASE_MODEL_README.md")

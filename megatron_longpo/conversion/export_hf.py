@@ -20,6 +20,7 @@ from megatron_longpo.checkpoint.distributed import DistributedReader
 from megatron_longpo.checkpoint.folders import ASSETS, resolve
 from megatron_longpo.checkpoint.huggingface import (
     DTYPES,
+    MAX_CONFIG_BYTES,
     LazyTensor,
     dtype_name,
     plan_shards,
@@ -33,11 +34,13 @@ from megatron_longpo.conversion.carried import carry_training, describe
 from megatron_longpo.conversion.changes import NO_CHANGES, Changes, Conversion
 from megatron_longpo.conversion.fused import FusedTensor, check_finite, check_stored, fused_tensors
 from megatron_longpo.conversion.output import check_new, copy_assets, remove_auto_map, staging_folder
+from megatron_longpo.errors import CheckpointError, one_line
 from megatron_longpo.model.families import config_for_export
 from megatron_longpo.model.shape import ModelShape
 from megatron_longpo.runtime.collectives import my_share, raise_on_all_ranks, rank
 from megatron_longpo.runtime.log import log
 from megatron_longpo.runtime.progress import OnProgress, ignore_progress
+from megatron_longpo.runtime.reading import read_json
 
 
 def export_hf(
@@ -182,7 +185,14 @@ def _raise_model_max_length(path: Path, length: int) -> None:
     """Let the tokenizer accept the longest context that the model claims."""
     if not path.is_file():
         return
-    content = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        content = read_json(path, MAX_CONFIG_BYTES)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{path.name} of the imported model: cannot be read ({one_line(error)}); convert the model again"
+        ) from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path.name} of the imported model: is not a JSON object; convert the model again")
     if isinstance(content.get("model_max_length"), int) and content["model_max_length"] < length:
         content["model_max_length"] = length
         path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -384,22 +384,22 @@ class SentencePieceChatTokenizer(ChatTokenizer):
         import sentencepiece
 
         try:
-            self._processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
-        except (OSError, RuntimeError, ValueError) as error:
-            # UnicodeDecodeError: sentencepiece's own message quotes the file.
+            self._processor = sp = sentencepiece.SentencePieceProcessor(model_file=str(path))
+            self.vocabulary_hash = vocabulary_hash(sentencepiece_vocabulary(path))
+            self.vocab_size = int(sp.vocab_size())
+            # Newer models have control tokens beyond the three of SentencePiece.
+            control = {sp.id_to_piece(i): i for i in range(self.vocab_size) if sp.is_control(i)}
+            self._bos, self._eos = sp.id_to_piece(sp.bos_id()), sp.id_to_piece(sp.eos_id())
+        except MemoryError:
+            raise
+        except Exception as error:  # pieces that are not UTF-8, ids that it lacks, messages that quote the file
             raise DataError(
                 f"--tokenizer {path}: is not a SentencePiece model ({one_line(error)}); give a tokenizer folder or a .model file"
             ) from None
         self.template = template
-        sp = self._processor
         self.name = path.name
-        self.vocab_size = int(sp.vocab_size())
-        self.vocabulary_hash = vocabulary_hash(sentencepiece_vocabulary(path))
         self.template_hash = hashlib.sha256(template.encode()).hexdigest()
-        control = {sp.id_to_piece(i): i for i in range(self.vocab_size) if sp.is_control(i)}
-        # Newer models have control tokens beyond the three of SentencePiece.
         self.special_tokens = control
-        self._bos, self._eos = sp.id_to_piece(sp.bos_id()), sp.id_to_piece(sp.eos_id())
         self._split = re.compile("(" + "|".join(map(re.escape, sorted(control, key=len, reverse=True))) + ")")
 
     def encode(self, text: str, *, continues: bool) -> list[int]:

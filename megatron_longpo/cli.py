@@ -41,6 +41,9 @@ COMMANDS = {
     "generate merge": Command("Merge the parts of a generation.", "generate", "merge"),
     "evaluate": Command("Evaluate a model, by one or more suites.", "evaluate", "evaluate"),
     "evaluate compare": Command("Compare evaluations.", "evaluate", "compare"),
+    "evolve": Command("Evolve a model through rounds of pairs, training and evaluation.", "evolve", "evolve"),
+    "evolve status": Command("Show where an evolution is.", "evolve", "status"),
+    "evolve report": Command("Write one page about all rounds.", "evolve", "report"),
 }
 GROUPS = {"convert": "Convert between Hugging Face models and checkpoints."}
 DESCRIPTION = "Short-to-long preference optimization (LongPO) on Megatron-Core."

@@ -98,6 +98,8 @@ class ReferenceConfig:
     """Folder of the cached log-probs. Default: PREFIX.reference, next to the data."""
     reference_max_tokens: Count = 16384
     """Short rows are packed into sequences of at most this many tokens; a longer row is a sequence by itself."""
+    reference_only: bool = False
+    """Score the data with the reference, write the cache and stop: training then begins at once, perhaps on other machines."""
 
 
 @dataclass(frozen=True)
@@ -390,10 +392,19 @@ def from_dict(values: Any, source: str, root: type[Root] = Config) -> Root:  # t
 
 
 def from_yaml(path: str | Path, root: type[Root] = Config) -> Root:  # type: ignore[assignment]
-    """Read a YAML file.
+    """Read a configuration from a YAML file.
 
     Raises:
-        ConfigError: no such file, invalid YAML, or whatever ``from_dict`` refuses.
+        ConfigError: whatever ``read_yaml`` and ``from_dict`` refuse.
+    """
+    return from_dict(read_yaml(path), f"--config {Path(path)}", root)
+
+
+def read_yaml(path: str | Path) -> Any:
+    """Content of a YAML file.
+
+    Raises:
+        ConfigError: no such file, or invalid YAML.
     """
     path = Path(path)
     try:
@@ -403,11 +414,10 @@ def from_yaml(path: str | Path, root: type[Root] = Config) -> Root:  # type: ign
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"--config {path}: cannot be read as UTF-8 text ({error}); give a YAML file") from None
     try:
-        values = yaml.safe_load(text)
+        return yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         detail = " ".join(str(error).split())
         raise ConfigError(f"--config {path}: is not valid YAML ({detail}); fix it there") from None
-    return from_dict(values, f"--config {path}", root)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -38,3 +38,12 @@ def _watch(parent: int) -> None:
     while os.getppid() == parent:
         time.sleep(_POLL_SECONDS)
     os._exit(1)
+
+
+def terminate_with_parent() -> None:
+    """Have the kernel send SIGTERM to this process when its parent dies (Linux; elsewhere nothing happens).
+
+    For ``preexec_fn`` of a child that must not outlive the command that started it.
+    """
+    if sys.platform.startswith("linux"):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)

@@ -99,6 +99,7 @@ def make_plan(config: Config, world_size: int) -> RunPlan:
         ConfigError, CheckpointError, DataError, PlatformError: the first thing that does not fit.
     """
     check(config)
+    _check_reference_only(config)
     if config.checkpoint.load is None:
         raise ConfigError("load is not given; name a converted checkpoint with --load CKPT")
     if config.training.skip_train and config.data.data_path is None:
@@ -163,6 +164,20 @@ def make_plan(config: Config, world_size: int) -> RunPlan:
         comm_type=comm_type,
         comm_reason=comm_reason,
     )
+
+
+def _check_reference_only(config: Config) -> None:
+    """Rules of a run that only scores the data."""
+    if not config.reference.reference_only:
+        return
+    loss = config.objective
+    if config.reference.reference != "cached" or spec_of(loss.objective, loss.loss_type).reference_rows is None:
+        raise ConfigError(
+            f"reference_only writes the cache of reference=cached, which objective={loss.objective} with "
+            f"loss_type={loss.loss_type} and reference={config.reference.reference} does not read; leave reference_only out"
+        )
+    if config.training.skip_train:
+        raise ConfigError("reference_only and skip_train are two ways to leave out the training; give one of them")
 
 
 def check_same_architecture(shape: ModelShape, reference: ModelShape, config: Config) -> None:

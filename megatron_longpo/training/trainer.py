@@ -356,7 +356,9 @@ def run(config: Config, *, export: Export | None = None) -> None:
     session = open_session(plan)
     for line in cautions(plan):
         log(line, active=session.parallel.rank == 0)
-    if config.training.skip_train:
+    if config.reference.reference_only:
+        session.score_reference()
+    elif config.training.skip_train:
         evaluate_only(session)
     else:
         start_training(session, began=began, export=export).train()

@@ -18,10 +18,12 @@ import pytest
 import tyro
 
 from megatron_longpo.commands.convert import ExportOptions, ImportOptions, VerifyOptions
+from megatron_longpo.commands.evolve import EvolveOptions
 from megatron_longpo.commands.preprocess import InspectOptions, PreprocessOptions
 from megatron_longpo.commands.simulate import SimulateOptions
 from megatron_longpo.config import Config
 from megatron_longpo.evaluation.settings import EvaluationConfig
+from megatron_longpo.evolution.settings import EvolveConfig, GateRule, Resources
 from megatron_longpo.generation.settings import GenerationConfig
 from tests.support.commands import parsed
 
@@ -74,6 +76,8 @@ PROGRAMS = {
     "generate": "generate",
     "generate_preference_data": "generate",
     "evaluate": "evaluate",
+    "evolve": "evolve",
+    "self_evolve": "evolve",
     "simulate": "simulate",
     "train": "train",
     "megatron_longpo.train": "train",
@@ -181,6 +185,7 @@ def test_options_that_are_not_in_sections_are_one_table() -> None:
 OPTIONS = [
     *(Config, GenerationConfig, EvaluationConfig, PreprocessOptions, InspectOptions, SimulateOptions),
     *(ImportOptions, ExportOptions, VerifyOptions),
+    *(EvolveOptions, EvolveConfig, Resources, GateRule),
 ]
 
 

@@ -1,0 +1,1 @@
+"""Self-evolution: rounds of pairs, training and evaluation, each on the model that the round before it made."""

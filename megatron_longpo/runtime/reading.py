@@ -173,11 +173,13 @@ def _values(content: bytes, depth: int) -> Iterator[Any]:
     while place < len(text):
         try:
             _, end = decoder.raw_decode(text, place)
+            # Once more, for the limit of nesting.
+            value = parse_json(text[place:end], depth)
         except (ValueError, RecursionError) as error:
             raise WrongFormat(
                 f"it begins as JSON over several lines and is broken ({error}); correct it, or write one row per line"
             ) from None
-        yield parse_json(text[place:end], depth)
+        yield value
         space = _SPACE.match(text, end)
         place = space.end() if space else end
 

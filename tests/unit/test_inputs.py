@@ -209,6 +209,8 @@ def test_rows_of_json_in_any_shape(tmp_path: Path, shape: str, name: str) -> Non
         (b'[{"id": 1},\n{"id": 2}\n', "begins as a JSON array and is none"),
         (b'{\n "id": 1\n}\n{\n "id": \n', "begins as JSON over several lines and is broken"),
         (b"[\n\xff\n]", "it is not UTF-8"),
+        (b'{\n"a": ' + b"[" * 70 + b"]" * 70 + b"}", "nested more than 64 levels"),
+        (b"[\n" + b"[" * 70 + b"]" * 70 + b"]", "nested more than 64 levels"),
     ],
 )
 def test_json_that_is_broken_as_a_whole_is_refused(tmp_path: Path, content: bytes, problem: str) -> None:

@@ -143,6 +143,9 @@ class ModelConfig(RopeChanges):
     (CUDA); unfused: the plain formula, slow."""
     model_size_factor: ModelSizeFactor = 1.0
     """Factor by which a model may exceed the limits of its numbers (SECURITY.md), such as 4096 layers."""
+    transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"
+    """Linear layers. transformer_engine: Transformer Engine's (CUDA); local: megatron-core's own; auto: Transformer Engine's
+    where it is installed and computes what torch does; the log says which."""
     logprob_chunk_bytes: Count | None = None
     """Memory for the logits of one chunk of tokens, in bytes. Default: 128 MiB on the CPU, 1 GiB on CUDA."""
 

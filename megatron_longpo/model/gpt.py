@@ -1,8 +1,8 @@
 """The policy: megatron-core's GPTModel, built from layer specs, which returns the log-probs of places that have a loss.
 
-On CUDA, Transformer Engine's fused layers are used if it is installed; otherwise megatron-core's local linear layers with our
-norms (``layers.py``). Both use ``BlockAttention``, so layouts, context parallelism and numbers are the same, and checkpoint
-keys are always those of the Transformer Engine spec.
+The linear layers are Transformer Engine's or megatron-core's own (``implementation.py``), with our norms (``layers.py``). Both
+use ``BlockAttention``, so layouts, context parallelism and numbers are the same, and checkpoint keys are always those of
+megatron-core's Transformer Engine spec.
 
 Shape legend: s = places on this context-parallel rank, N = places with a loss on this rank, H = hidden size.
 """
@@ -33,9 +33,10 @@ from torch import Tensor
 
 from megatron_longpo.config import Config, ParallelConfig, pipeline_split, virtual_pipeline_size
 from megatron_longpo.model.attention import AttentionPlan, BlockAttention
+from megatron_longpo.model.implementation import LayerChoice, choose_layers
 from megatron_longpo.model.inputs import ModelInputs
 from megatron_longpo.model.kernels import kernels_for
-from megatron_longpo.model.layers import GatedMLP, NormColumnParallelLinear, RMSNorm, set_recompute_up
+from megatron_longpo.model.layers import GatedMLP, NormColumnParallelLinear, NormFirst, RMSNorm, set_recompute_up
 from megatron_longpo.model.logprobs import KnownGradients, chunk_tokens, default_chunk_bytes, token_logprobs
 from megatron_longpo.model.rotary import Rotary
 from megatron_longpo.model.shape import ModelShape
@@ -47,12 +48,10 @@ from megatron_longpo.runtime.process_groups import Parallel
 def layer_spec(use_transformer_engine: bool, qk_layernorm: bool = False) -> ModuleSpec:
     """Spec of one layer, with Transformer Engine's linear layers and norms, or with megatron-core's and ours."""
     if use_transformer_engine:
-        from megatron.core.extensions.transformer_engine import (
-            TELayerNormColumnParallelLinear,
-            TERowParallelLinear,
-        )
+        from megatron.core.extensions.transformer_engine import TEColumnParallelLinear, TERowParallelLinear
 
-        column, row = TELayerNormColumnParallelLinear, TERowParallelLinear
+        column = type("TENormColumnParallelLinear", (NormFirst, TEColumnParallelLinear), {})
+        row = TERowParallelLinear
     else:
         column, row = NormColumnParallelLinear, RowParallelLinear
     head_norm = _norm(use_transformer_engine) if qk_layernorm else IdentityOp
@@ -153,7 +152,14 @@ def _stage_sizes(parallel: ParallelConfig) -> dict[str, Any]:
 
 
 class PolicyModel(GPTModel):
-    """One model chunk of a pipeline stage. The last one returns log-probs instead of logits."""
+    """One model chunk of a pipeline stage. The last one returns log-probs instead of logits.
+
+    Attributes:
+        attention: the attention kernels, and why.
+        implementation: the linear layers, and why.
+    """
+
+    implementation: LayerChoice
 
     def __init__(
         self,
@@ -242,12 +248,13 @@ def build_model(
         shape: shape of the model.
         config: configuration of the run.
         parallel: process groups.
-        reference_layers: use megatron-core's own layers even if Transformer Engine is installed.
+        reference_layers: use megatron-core's own layers, whatever the configuration says.
 
     Returns:
         The chunks, on the platform's device; or on the meta device if that is torch's default device during the call.
     """
-    engine = platform.have_transformer_engine() and not reference_layers
+    implementation = choose_layers("local" if reference_layers else config.model.transformer_impl)
+    engine = implementation.is_transformer_engine
     megatron_config = transformer_config(shape, config, use_transformer_engine=engine)
     spec = layer_spec(engine, shape.qk_layernorm)
     chunks = []
@@ -280,6 +287,7 @@ def build_model(
             share_embeddings_and_output_weights=not shape.untie_embeddings_and_output_weights,
             vp_stage=vp_stage,
         )
+        model.implementation = implementation
         _mark_tensor_parallel(model)
         training = config.training
         whole = {"full": layers if training.recompute_method == "uniform" else training.recompute_num_layers}

@@ -110,11 +110,16 @@ def norm_weight(config: TransformerConfig, hidden_size: int) -> torch.nn.Paramet
     return weight
 
 
-class NormColumnParallelLinear(ColumnParallelLinear):
-    """Norm and column-parallel linear layer in one module, with Transformer Engine's names; the norm's output is not saved."""
+class NormFirst(torch.nn.Module):
+    """To be put before the class of a column-parallel linear layer: norms the layer's input and does not save the norm's output.
+
+    The weights have the names of Transformer Engine's layer of norm and product, which saves that output: 2 H numbers more per
+    token and layer, 8 GiB for 32 layers of width 4096 and 16384 tokens (2.4 ``layernorm_linear.py``, ``ln_out``). Its plain
+    linear layer saves the input as autograd does, so that it can be recomputed.
+    """
 
     def __init__(self, input_size: int, output_size: int, *, config: TransformerConfig, **kwargs: Any) -> None:
-        super().__init__(input_size, output_size, config=config, **kwargs)
+        super().__init__(input_size, output_size, config=config, **kwargs)  # type: ignore[call-arg]
         self.eps = config.layernorm_epsilon
         self.layer_norm_weight = norm_weight(config, input_size)
 
@@ -124,7 +129,11 @@ class NormColumnParallelLinear(ColumnParallelLinear):
         normed, scale = _RMSNormFunction.apply(input_, weight, self.eps)
         x, w = input_.detach(), weight.detach()
         with recompute_in_backward(normed, lambda: _normalised(x, w, scale, self.eps)):
-            return super().forward(normed, *args, **kwargs)
+            return super().forward(normed, *args, **kwargs)  # type: ignore[misc]
+
+
+class NormColumnParallelLinear(NormFirst, ColumnParallelLinear):
+    """Norm and megatron-core's column-parallel linear layer in one module."""
 
 
 # --------------------------------------------------------------------------------------------------

@@ -541,14 +541,3 @@ def check_p2p(batch_p2p_comm: bool, virtual_pipeline_size: int | None) -> None:
             f"virtual_pipeline_model_parallel_size={virtual_pipeline_size} with batch_p2p_comm=True gives wrong losses "
             "on gloo, without an error; leave batch_p2p_comm off on the CPU, or run on CUDA with NCCL"
         )
-
-
-def have_transformer_engine() -> bool:
-    """Whether Transformer Engine, which provides the CUDA layer spec, can be imported."""
-    if not CURRENT.is_cuda:
-        return False
-    try:
-        importlib.import_module("transformer_engine.pytorch")
-    except ImportError:
-        return False
-    return True

@@ -33,6 +33,8 @@ class Session:
         self.chunks = build_model(plan.shape, plan.config, parallel)
         attention = self.chunks[0].attention
         log(f"attention: {attention.kernels.name} ({attention.reason})", active=parallel.rank == 0)
+        layers = self.chunks[0].implementation
+        log(f"linear layers: {layers.name} ({layers.reason})", active=parallel.rank == 0)
         self.runner = BatchRunner(plan, parallel)
         self.reference = make_reference(plan, self.chunks, parallel)
         self.held_out = HeldOut(

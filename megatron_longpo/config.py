@@ -62,9 +62,10 @@ class DataConfig:
 class ObjectiveConfig:
     """The loss."""
 
-    objective: Literal["longpo", "dpo", "sft"] = "longpo"
+    objective: Literal["longpo", "dpo", "sft", "solopo"] = "longpo"
     """longpo: preference_weight times the preference loss against the short-context reference, plus NLL; dpo: preference loss
-    only, against the reference on the long rows; sft: NLL of the chosen rows."""
+    only, against the reference on the long rows; sft: NLL of the chosen rows; solopo: preference loss of the short rows, plus
+    solo_alpha times the distance of the chosen answer's reward between short and long context (loss_type=simpo or orpo)."""
     beta: Annotated[float, Range(gt=0, fix="the paper uses 0.1")] = 0.1
     """Strength of the constraint to the reference (0.1 in the paper, 0.01 in the released script)."""
     preference_weight: Annotated[float, Range(ge=0, le=LARGEST, fix="the paper uses 0.01")] = 0.01
@@ -78,7 +79,9 @@ class ObjectiveConfig:
     simpo_gamma: Annotated[float, Range(ge=0, le=LARGEST, fix="the paper uses 0.3 to 1.6")] = 0.5
     """Margin between the rewards of the two answers (loss_type=simpo only)."""
     rpo_alpha: Annotated[float, Range(ge=0, le=LARGEST, fix="0 turns it off; the paper uses 1")] = 0.0
-    """Weight of the NLL per token of the chosen answers, which is added to the loss of longpo or dpo (RPO)."""
+    """Weight of the NLL per token of the chosen answers, which is added to the loss of longpo, dpo or solopo (RPO)."""
+    solo_alpha: Annotated[float, Range(ge=0, le=LARGEST, fix="the paper uses 1 to 4")] = 1.0
+    """Weight of the short-to-long reward alignment in solopo."""
 
 
 @dataclass(frozen=True)
@@ -467,10 +470,15 @@ def _check_objective(config: Config) -> None:
             f"rpo_alpha={loss.rpo_alpha} adds an NLL to a preference loss, which objective=sft has not; leave it out, and set "
             "nll_scope=response for the NLL of the answers"
         )
-    if loss.objective == "dpo" and loss.loss_type == "orpo" and not loss.rpo_alpha:
+    if loss.objective == "solopo" and loss.loss_type not in ("simpo", "orpo"):
         raise ConfigError(
-            "loss_type=orpo is a term beside an NLL, which objective=dpo has not; set rpo_alpha=1 (the paper's ORPO), or "
-            "objective=longpo"
+            f"objective=solopo compares the rewards of an answer on two contexts, and loss_type={loss.loss_type} would need a "
+            "reference on both; use loss_type=simpo or orpo"
+        )
+    if loss.objective in ("dpo", "solopo") and loss.loss_type == "orpo" and not loss.rpo_alpha:
+        raise ConfigError(
+            f"loss_type=orpo is a term beside an NLL, which objective={loss.objective} has not; set rpo_alpha=1 (the paper's "
+            "ORPO), or objective=longpo"
         )
     if loss.objective != "longpo" and config.data.turns == "independent":
         raise ConfigError(f"turns=independent is LongPO's Eq. 13; objective={loss.objective} takes turns=chained")

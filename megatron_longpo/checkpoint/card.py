@@ -35,6 +35,8 @@ _SUMMARIES = {
     "whole document.",
     "dpo": "Trained with DPO ([arXiv 2305.18290](https://arxiv.org/abs/2305.18290)) on pairs of answers to instructions about "
     "long documents.",
+    "solopo": "Trained with SoLoPO ([arXiv 2505.11166](https://arxiv.org/abs/2505.11166)) on pairs of answers to instructions "
+    "about chunks of long documents, with equal rewards of the chosen answer on chunk and document.",
     "sft": "Fine-tuned on the chosen answers to instructions about long documents.",
 }
 

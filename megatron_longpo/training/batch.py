@@ -6,21 +6,37 @@ Shape legend: B = samples of the micro batch, N = places with a loss on this ran
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from megatron_longpo.config import DataConfig, ObjectiveConfig
-from megatron_longpo.data.preference import Mode, Sample, long_rows
-from megatron_longpo.data.sequence import Range, Row, SequenceLayout, Shard, assign_places, lay_out, local_spans, shard
+from megatron_longpo.data.preference import Mode, Sample, long_rows, short_rows
+from megatron_longpo.data.sequence import (
+    NO_RESPONSE,
+    Range,
+    Row,
+    SequenceLayout,
+    Shard,
+    assign_places,
+    lay_out,
+    local_spans,
+    shard,
+)
 from megatron_longpo.model.attention import AttentionPlan
 from megatron_longpo.model.inputs import ModelInputs
 from megatron_longpo.model.logprobs import KnownGradients, TokenOrder
 from megatron_longpo.runtime import platform
 from megatron_longpo.runtime.process_groups import Parallel, sum_over_group
-from megatron_longpo.training.objective import preference_loss, response_nll, spec_of, total_loss
+from megatron_longpo.training.objective import (
+    preference_loss,
+    response_nll,
+    reward_distance,
+    spec_of,
+    total_loss,
+)
 
 # Tiles per rank with cp_comm_type=allgather. Two balance a plain causal sequence (zigzag); branches need more.
 _TILES = 4
@@ -69,20 +85,24 @@ class MicroBatch:
         parallel: Parallel,
         context_parallel: bool,
         window: int | None = None,
+        responses: int = 2,
         more: Callable[[SequenceLayout, Shard], Mapping[str, np.ndarray]] = lambda _layout, _shard: {},
     ) -> MicroBatch:
         """Lay rows out, cut them, and bring what this rank needs of them to its device in one copy.
 
         Args:
-            rows: rows with response slots 2 * sample + side and NLL slots sample.
+            rows: rows with response slots ``responses * sample + number`` and NLL slots ``sample``.
             num_samples: number of samples that the slots refer to.
             prefix_sharing: whether common prefixes are shared.
             parallel: degrees and groups.
             context_parallel: whether to cut the sequence over the context-parallel ranks.
             window: sliding attention window of the model.
+            responses: response slots per sample: chosen, rejected, and others.
             more: function that makes other arrays, by name, for ``on_device``.
         """
-        layout = lay_out(rows, prefix_sharing=prefix_sharing, num_samples=num_samples, num_responses=2 * num_samples)
+        layout = lay_out(
+            rows, prefix_sharing=prefix_sharing, num_samples=num_samples, num_responses=responses * num_samples
+        )
         parts = parallel.context_size if context_parallel else 1
         part = parallel.context_rank if context_parallel else 0
         gather = parts > 1 and parallel.comm_type == "allgather"
@@ -104,7 +124,7 @@ class MicroBatch:
                 "response_slots": own.response_slots_E,
                 "nll_index": own.nll_index,
                 # In the table of sums, NLLs come after the responses.
-                "nll_slots": own.nll_slots + 2 * num_samples,
+                "nll_slots": own.nll_slots + responses * num_samples,
                 **({"gathered": _gathered_of(ranges_of_rank, padded)} if gather else {}),
                 **more(layout, own),
             }
@@ -149,11 +169,13 @@ class ResponseSums:
     Attributes:
         chosen_B, rejected_B: log-probs of the responses.
         nll_sum_B: NLL of the chosen rows, summed over tokens.
+        third_B: log-probs of a third response; None: there are two per sample.
     """
 
     chosen_B: Tensor
     rejected_B: Tensor
     nll_sum_B: Tensor
+    third_B: Tensor | None = None
 
 
 def response_sums(logps_N: Tensor, batch: MicroBatch, parallel: Parallel) -> ResponseSums:
@@ -161,13 +183,19 @@ def response_sums(logps_N: Tensor, batch: MicroBatch, parallel: Parallel) -> Res
     n, of = batch.num_samples, batch.on_device
     # In fp64: summing 128K terms in fp32 would lose three of the digits that layouts have to agree in.
     logps_N = logps_N.double()
-    zeros = torch.zeros(3 * n, dtype=torch.float64, device=logps_N.device)
+    num_responses = len(batch.layout.response_tokens)
+    zeros = torch.zeros(num_responses + n, dtype=torch.float64, device=logps_N.device)
     responses = zeros.index_add(0, of["response_slots"], logps_N.index_select(0, of["response_index"]))
     sums = responses.index_add(0, of["nll_slots"], -logps_N.index_select(0, of["nll_index"]))
     if batch.context_parallel:
         sums = sum_over_group(sums, parallel.context_group)
-    pairs = sums[: 2 * n].view(n, 2)
-    return ResponseSums(chosen_B=pairs[:, 0], rejected_B=pairs[:, 1], nll_sum_B=sums[2 * n :])
+    of_sample = sums[:num_responses].view(n, -1)
+    return ResponseSums(
+        chosen_B=of_sample[:, 0],
+        rejected_B=of_sample[:, 1],
+        nll_sum_B=sums[num_responses:],
+        third_B=of_sample[:, 2] if of_sample.shape[1] > 2 else None,
+    )
 
 
 def known_nll_grad(layout: SequenceLayout, shard: Shard, scales_B: np.ndarray, *, uses_preference: bool) -> np.ndarray:
@@ -248,7 +276,7 @@ def policy_batch(
             "weights": weights_B,
             "factors": factors_B,
             "nll_tokens": layout.nll_tokens,
-            "response_tokens": layout.response_tokens.reshape(-1, 2),
+            "response_tokens": layout.response_tokens.reshape(len(samples), -1),
             "chosen_tokens": np.array([sample.length(Mode.CHOSEN) for sample in samples], np.int64),
         }
         if reference_B2 is not None:
@@ -270,6 +298,7 @@ def policy_batch(
         parallel=parallel,
         context_parallel=True,
         window=window,
+        responses=spec.responses,
         more=more,
     )
     of, counts = micro_batch.on_device, micro_batch.inputs.loss_counts
@@ -291,18 +320,29 @@ def policy_layout(samples: Sequence[Sample], *, data: DataConfig, objective: Obj
         _policy_rows(samples, data=data, objective=objective),
         prefix_sharing=data.prefix_sharing,
         num_samples=len(samples),
-        num_responses=2 * len(samples),
+        num_responses=spec_of(objective.objective, objective.loss_type).responses * len(samples),
     )
 
 
 def _policy_rows(samples: Sequence[Sample], *, data: DataConfig, objective: ObjectiveConfig) -> list[Row]:
-    uses_preference = spec_of(objective.objective, objective.loss_type).uses_preference
-    sides = (Mode.CHOSEN, Mode.REJECTED) if uses_preference else (Mode.CHOSEN,)
-    return [
-        row
-        for slot, sample in enumerate(samples)
-        for row in long_rows(sample, slot=slot, turns=data.turns, nll_scope=objective.nll_scope, sides=sides)
-    ]
+    spec = spec_of(objective.objective, objective.loss_type)
+    both = spec.uses_preference and not spec.prefers_short
+    sides = (Mode.CHOSEN, Mode.REJECTED) if both else (Mode.CHOSEN,)
+    rows: list[Row] = []
+    for slot, sample in enumerate(samples):
+        long = long_rows(sample, slot=slot, turns=data.turns, nll_scope=objective.nll_scope, sides=sides)
+        if not spec.prefers_short:
+            rows += long
+            continue
+        rows += [_with_slots(row, spec.responses * slot + 2) for row in long]
+        for row in short_rows(sample, slot=slot):
+            rows.append(_with_slots(row, spec.responses * slot + int(row.response_L.max()) % 2))
+    return rows
+
+
+def _with_slots(row: Row, response: int) -> Row:
+    """The row with another slot for its responses."""
+    return replace(row, response_L=np.where(row.response_L == NO_RESPONSE, NO_RESPONSE, response))
 
 
 def batch_loss(
@@ -351,6 +391,16 @@ def batch_loss(
             objective.preference_weight,
             response_nll_B=response_nll(sums.chosen_B, response_tokens[:, 0]),
             rpo_alpha=objective.rpo_alpha,
+            distance_B=None
+            if sums.third_B is None
+            else reward_distance(
+                sums.chosen_B,
+                sums.third_B,
+                response_tokens[:, 0],
+                beta=objective.beta,
+                loss_type=objective.loss_type,
+            ),
+            solo_alpha=objective.solo_alpha,
         )
         preference_B, reward_chosen_B, reward_rejected_B = terms.loss_B, terms.reward_chosen_B, terms.reward_rejected_B
         rejected_B = sums.rejected_B

@@ -80,6 +80,7 @@ def run_identity(plan: RunPlan, reference_weights: str) -> dict[str, Any]:
         "label_smoothing": objective.label_smoothing,
         "simpo_gamma": objective.simpo_gamma,
         "rpo_alpha": objective.rpo_alpha,
+        "solo_alpha": objective.solo_alpha,
     }
 
 

@@ -32,17 +32,26 @@ class ObjectiveSpec:
         reference_rows: rows that the reference scores; None: there is no reference.
         uses_preference: whether the preference loss is part of the loss; if not, the policy computes no rejected rows.
         uses_nll: whether the NLL of the chosen rows is part of the loss.
+        prefers_short: whether the preference loss is of the short rows, and the long chosen row only aligned with its short one.
     """
 
     reference_rows: ReferenceRows | None
     uses_preference: bool
     uses_nll: bool
+    prefers_short: bool = False
+
+    @property
+    def responses(self) -> int:
+        """Sums of response log-probs per sample: chosen and rejected, and the long chosen one if those are of short rows."""
+        return 3 if self.prefers_short else 2
 
 
 OBJECTIVES = {
     "longpo": ObjectiveSpec(reference_rows="short", uses_preference=True, uses_nll=True),
     "dpo": ObjectiveSpec(reference_rows="long", uses_preference=True, uses_nll=False),
     "sft": ObjectiveSpec(reference_rows=None, uses_preference=False, uses_nll=True),
+    # With a loss that needs no reference.
+    "solopo": ObjectiveSpec(reference_rows=None, uses_preference=True, uses_nll=False, prefers_short=True),
 }
 
 
@@ -186,6 +195,35 @@ def response_nll(policy_chosen_B: Tensor, chosen_tokens_B: Tensor) -> Tensor:
     return -policy_chosen_B / chosen_tokens_B.clamp(min=1)
 
 
+def reward_distance(
+    short_chosen_B: Tensor, long_chosen_B: Tensor, chosen_tokens_B: Tensor, *, beta: float, loss_type: str
+) -> Tensor:
+    """Distance between the rewards of the chosen response on its short and on its long context, [B].
+
+    The short-to-long reward alignment of SoLoPO (arXiv 2505.11166) in its chosen-only form, ``|r(x_S, y) - r(x_L, y)|``, where
+    the reward r is ``beta * p`` for ``simpo`` and ``logit(p)`` for ``orpo``, of the mean log-prob p per token. Added to a
+    preference loss ``-log sigmoid`` on the short context it bounds the one on the long context, since that function's slope is
+    at most 1.
+
+    Args:
+        short_chosen_B, long_chosen_B: [B] summed log-probs of the response given the short and given the long context.
+        chosen_tokens_B: [B] its length in tokens.
+        beta: strength of the constraint.
+        loss_type: ``simpo`` or ``orpo``.
+
+    Raises:
+        ValueError: another loss, whose rewards need a reference on both contexts.
+    """
+    if loss_type not in REFERENCE_FREE:
+        raise ValueError(
+            f"loss_type={loss_type} needs a reference on both contexts; use one of {', '.join(REFERENCE_FREE)}"
+        )
+    short_B, long_B = (logps_B / chosen_tokens_B.clamp(min=1) for logps_B in (short_chosen_B, long_chosen_B))
+    if loss_type == "simpo":
+        return (beta * (short_B - long_B)).abs()
+    return (_log_odds(short_B) - _log_odds(long_B)).abs()
+
+
 def total_loss(
     objective: str,
     preference_B: Tensor | None,
@@ -194,11 +232,14 @@ def total_loss(
     *,
     response_nll_B: Tensor | None = None,
     rpo_alpha: float = 0.0,
+    distance_B: Tensor | None = None,
+    solo_alpha: float = 0.0,
 ) -> Tensor:
     """Loss of each sample, shape [B].
 
-    ``longpo``: ``preference_weight * L_pref + L_NLL`` (paper, Eq. 10); ``dpo``: ``L_pref`` only; ``sft``: ``L_NLL`` only. To the
-    first two, ``rpo_alpha`` times the NLL of the chosen responses is added.
+    ``longpo``: ``preference_weight * L_pref + L_NLL`` (paper, Eq. 10); ``dpo``: ``L_pref`` only; ``sft``: ``L_NLL`` only;
+    ``solopo``: ``L_pref + solo_alpha * distance``. To all but ``sft``, ``rpo_alpha`` times the NLL of the chosen responses is
+    added.
 
     Raises:
         ValueError: unknown objective, or one without a term that it needs.
@@ -211,6 +252,10 @@ def total_loss(
     if preference_B is None:
         raise ValueError(f"objective={objective} needs the preference term; pass preference_B")
     loss_B = preference_weight * preference_B + nll_B if spec.uses_nll else preference_B
+    if spec.prefers_short:
+        if distance_B is None:
+            raise ValueError(f"objective={objective} needs the distance between rewards; pass distance_B")
+        loss_B = loss_B + solo_alpha * distance_B
     if not rpo_alpha:
         return loss_B
     if response_nll_B is None:

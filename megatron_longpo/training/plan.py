@@ -230,10 +230,11 @@ def check_data(config: Config, prefix: str, manifest: Manifest, shape: ModelShap
             f"({shape.tokenizer_hash[:12]}); preprocess the data with the model's tokenizer"
         )
     objective = config.objective
-    if manifest.samples_without_short and spec_of(objective.objective, objective.loss_type).reference_rows == "short":
+    spec = spec_of(objective.objective, objective.loss_type)
+    if manifest.samples_without_short and (spec.reference_rows == "short" or spec.prefers_short):
         raise DataError(
-            f"{path}: {manifest.samples_without_short} of {manifest.samples} samples have no short_context, which the reference "
-            f"of objective={objective.objective} sees; use objective=dpo or sft, or give each turn its short_context"
+            f"{path}: {manifest.samples_without_short} of {manifest.samples} samples have no short_context, which "
+            f"objective={objective.objective} needs; use objective=dpo or sft, or give each turn its short_context"
         )
     limit = config.data.seq_length
     if limit is not None and manifest.longest > limit:

@@ -82,6 +82,8 @@ _HUGGING_FACE = [
     ("one-hinge", "longpo", {"loss_type": "hinge"}),
     ("one-simpo", "longpo", {"loss_type": "simpo", "beta": 2.0}),
     ("one-rpo", "dpo", {"rpo_alpha": 0.7}),
+    ("one-solo-simpo", "solopo", {"loss_type": "simpo", "beta": 2.0, "solo_alpha": 1.0}),
+    ("one-solo-orpo", "solopo", {"loss_type": "orpo", "rpo_alpha": 1.0, "solo_alpha": 3.0}),
     ("one-orpo", "dpo", {"loss_type": "orpo", "rpo_alpha": 1.0, "response_nll": True}),
 ]
 

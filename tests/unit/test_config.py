@@ -75,6 +75,8 @@ def test_wrong_values_are_refused(values: object, message: str) -> None:
         ({"objective": {"label_smoothing": 0.1, "loss_type": "orpo"}}, "label_smoothing=0.1 is defined for"),
         ({"objective": {"objective": "sft", "rpo_alpha": 1.0}}, "nll_scope=response"),
         ({"objective": {"objective": "dpo", "loss_type": "orpo"}}, "set rpo_alpha=1"),
+        ({"objective": {"objective": "solopo"}}, "use loss_type=simpo or orpo"),
+        ({"objective": {"objective": "solopo", "loss_type": "orpo"}}, "set rpo_alpha=1"),
         ({"optimizer": {"lr": 1e-6, "min_lr": 1e-5}}, "min_lr=1e-05"),
         ({"optimizer": {"lr_decay_style": "WSD"}}, "lr_wsd_decay_iters"),
         ({"optimizer": {"lr_warmup_fraction": 0.1, "lr_warmup_iters": 5}}, "give one of them"),

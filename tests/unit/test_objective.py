@@ -7,7 +7,14 @@ import math
 import pytest
 import torch
 
-from megatron_longpo.training.objective import LOSS_TYPES, preference_loss, response_nll, spec_of, total_loss
+from megatron_longpo.training.objective import (
+    LOSS_TYPES,
+    preference_loss,
+    response_nll,
+    reward_distance,
+    spec_of,
+    total_loss,
+)
 
 
 def _t(*values: float) -> torch.Tensor:
@@ -103,6 +110,33 @@ def test_orpo_of_certain_and_impossible_answers_is_finite(logp: float) -> None:
     loss.sum().backward()
     assert torch.isfinite(loss).all() and chosen.grad is not None and rejected.grad is not None
     assert torch.isfinite(chosen.grad).all() and torch.isfinite(rejected.grad).all()
+
+
+def test_solopo_aligns_the_rewards_of_two_contexts() -> None:
+    # Means -10 / 4 = -2.5 on the short context and -12 / 4 = -3 on the long one: |2 * 0.5| = 1, whichever is larger.
+    for short, long in ((-10, -12), (-12, -10)):
+        assert reward_distance(_t(short), _t(long), _t(4), beta=2.0, loss_type="simpo").item() == pytest.approx(1.0)
+    # Probabilities 1/2 and 1/4 have the odds 1 and 1/3.
+    logps = _t(4 * math.log(0.5)), _t(4 * math.log(0.25))
+    assert reward_distance(*logps, _t(4), beta=9.0, loss_type="orpo").item() == pytest.approx(math.log(3))
+    # 2 + 3 * 1 + 0.7 * 2.5
+    found = total_loss(
+        "solopo", _t(2.0), _t(9.0), 0.01, response_nll_B=_t(2.5), rpo_alpha=0.7, distance_B=_t(1.0), solo_alpha=3.0
+    )
+    assert found.item() == pytest.approx(6.75)
+    with pytest.raises(ValueError, match="distance_B"):
+        total_loss("solopo", _t(2.0), _t(9.0), 0.01)
+    with pytest.raises(ValueError, match="needs a reference on both contexts"):
+        reward_distance(*logps, _t(4), beta=1.0, loss_type="sigmoid")
+
+
+def test_solopo_bounds_the_loss_on_the_long_context() -> None:
+    """Short loss plus the distances of both answers' rewards is at least the long loss."""
+    generator = torch.Generator().manual_seed(0)
+    rewards = torch.randn(4, 1000, generator=generator, dtype=torch.float64) * 3
+    short = -torch.nn.functional.logsigmoid(rewards[0] - rewards[1])
+    long = -torch.nn.functional.logsigmoid(rewards[2] - rewards[3])
+    assert (long <= short + (rewards[0] - rewards[2]).abs() + (rewards[1] - rewards[3]).abs()).all()
 
 
 def test_rpo_adds_the_nll_per_token_of_the_chosen_answer() -> None:

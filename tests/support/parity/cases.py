@@ -61,6 +61,15 @@ _LOSSES: tuple[tuple[str, dict[str, Any], str, int, dict[str, Any]], ...] = (
         2,
         _layout(cp=2, cp_comm_type="allgather"),
     ),
+    # SoLoPO: three sums per sample, of short and of long rows.
+    ("solo-simpo", {"objective": "solopo", "loss_type": "simpo", "beta": 2.0}, "cp2", 2, _layout(cp=2)),
+    (
+        "solo-orpo",
+        {"objective": "solopo", "loss_type": "orpo", "rpo_alpha": 1.0, "solo_alpha": 3.0},
+        "pp2",
+        2,
+        _layout(pp=2),
+    ),
 )
 
 _BASE = (

@@ -73,6 +73,7 @@ def objective(
     loss_type: str = "sigmoid",
     label_smoothing: float = 0.0,
     rpo_alpha: float = 0.0,
+    solo_alpha: float = 0.0,
 ) -> Answer:
     """Mean loss of samples and its gradients."""
     losses, rows = [], []
@@ -123,6 +124,12 @@ def objective(
                         sum(_answer_logp(reference, *_row(_of(sample, s, turn))) for turn in range(count))
                         for s in (Mode.SHORT_CHOSEN, Mode.SHORT_REJECTED)
                     )
+            on_long = chosen
+            if kind == "solopo":
+                chosen, rejected = (
+                    sum((_answer_logp(policy, *_row(_of(sample, s, turn))) for turn in range(count)), torch.zeros(()))
+                    for s in (Mode.SHORT_CHOSEN, Mode.SHORT_REJECTED)
+                )
             lengths = [sum(sum(answer) for _, answer in long[s]) for s in sides]
             margin = (chosen - ref_chosen) - (rejected - ref_rejected)
             mean_margin = (chosen - ref_chosen) / lengths[0] - (rejected - ref_rejected) / lengths[1]
@@ -144,7 +151,14 @@ def objective(
             else:
                 assert loss_type == "sigmoid"
                 preference = right
-            loss = preference if kind == "dpo" else weight * preference + nll
+            loss = weight * preference + nll if kind == "longpo" else preference
+            if kind == "solopo":
+                means = chosen / lengths[0], on_long / lengths[0]
+                if loss_type == "simpo":
+                    rewards = [beta * mean for mean in means]
+                else:
+                    rewards = [torch.log(torch.exp(mean) / (1 - torch.exp(mean))) for mean in means]
+                loss = loss + solo_alpha * (rewards[0] - rewards[1]).abs()
             loss = loss - rpo_alpha * chosen / lengths[0]
         loss = sample.weight * loss
         losses.append(loss)

@@ -183,6 +183,9 @@ class ParallelConfig:
     """Shard norms and residuals across tensor-parallel ranks."""
     use_distributed_optimizer: bool = False
     """Shard optimizer states across data- and context-parallel ranks."""
+    grad_reduce_in_bf16: bool = False
+    """Keep and reduce gradients in bfloat16 (with bf16) instead of fp32: half their memory and traffic. Sums over micro batches
+    and ranks are then rounded each time, so it costs precision the more of them there are."""
     overlap_grad_reduce: bool = False
     """Reduce gradients bucket by bucket while the backward pass is still running."""
     distributed_timeout_minutes: Count = 10
@@ -444,6 +447,8 @@ def check(config: Config) -> None:
         data_sources(config.data.data_path)
     _check_held_out(config)
     _check_parallel(config.parallel)
+    if config.parallel.grad_reduce_in_bf16 and not config.training.bf16:
+        raise ConfigError("grad_reduce_in_bf16 is for training in bfloat16; set bf16 as well, or leave it out")
     _check_output(config)
     unknown = set(config.training.recompute_modules) - set(RECOMPUTE_MODULES)
     if unknown:

@@ -166,8 +166,7 @@ def token_logprobs(
     Returns:
         Log-probs, [N] in fp32. The gradient of ``hidden_RH`` is only this rank's part, to be summed over the group by the
         backward of Megatron's copy to the tensor-parallel region; with ``counts`` it is complete. The gradient of ``weight_VH``
-        is complete. If the weight has a ``main_grad`` (Megatron's DDP), its gradient is accumulated there, in that buffer's
-        precision.
+        is complete. If the weight has a ``main_grad`` (Megatron's DDP), its gradient is added there.
     """
     if group is not None and dist.get_world_size(group) == 1:
         group = None
@@ -289,6 +288,8 @@ class _TokenLogprobs(torch.autograd.Function):
         # For all rows: the backward fills in the missing ones and returns this very tensor. Zeros, because a rank whose
         # rows are all padding fills in nothing.
         grad_hidden_RH = torch.zeros_like(hidden_RH) if any(order.now_counts) else None
+        main_grad: Tensor | None = getattr(weight_VH, "main_grad", None) if any(order.now_counts) else None
+        total_VH = _wide(main_grad)
         for index_N, counts, take_gradient in (
             (order.now_N, order.now_counts, True),
             (order.later_N, order.later_counts, False),
@@ -314,11 +315,12 @@ class _TokenLogprobs(torch.autograd.Function):
                         grad_C,
                         index_C,
                         hidden_CH,
-                        weight_VH.main_grad,  # type: ignore[attr-defined]
+                        total_VH,
                         True,
                     )
                     assert grad_hidden_CH is not None
                     grad_hidden_RH[own[piece.own]] = rows.reduce(grad_hidden_CH, piece.lengths)
+        _add_wide(main_grad, total_VH)
         if group is not None:
             # One exchange for all chunks whose gradient was not taken.
             lse_N[order.later_N] = _over_group(lse_N[order.later_N], group)
@@ -345,7 +347,7 @@ class _TokenLogprobs(torch.autograd.Function):
         if grad_hidden_RH is None:
             grad_hidden_RH = kept_LH.new_zeros(rows.count, kept_LH.shape[1])
         main_grad = getattr(weight_VH, "main_grad", None) if need_weight else None
-        grad_weight: Tensor | None = main_grad
+        grad_weight = _wide(main_grad)
         if need_weight and main_grad is None:
             # Always fp32, because thousands of chunks are accumulated.
             grad_weight = torch.zeros(weight_VH.shape, dtype=torch.float32, device=weight_VH.device)
@@ -366,6 +368,7 @@ class _TokenLogprobs(torch.autograd.Function):
             grad_hidden_CH = logits.gradient(logits_CV, grad_C, index_C, hidden_CH, grad_weight, need_hidden)
             if grad_hidden_CH is not None:
                 grad_hidden_RH[own[piece.own]] = rows.reduce(grad_hidden_CH, piece.lengths)
+        _add_wide(main_grad, grad_weight)
         if main_grad is not None:
             # Like Megatron's fused weight gradient, so that DDP does not add .grad a second time.
             weight_VH.grad_added_to_main_grad = True
@@ -373,6 +376,19 @@ class _TokenLogprobs(torch.autograd.Function):
         elif grad_weight is not None:
             grad_weight = grad_weight.to(weight_VH.dtype)
         return grad_hidden_RH if need_hidden else None, grad_weight, *[None] * 9
+
+
+def _wide(main_grad: Tensor | None) -> Tensor | None:
+    """Where chunks are accumulated: in ``main_grad`` itself, or in fp32 if it has 16 bits, of which thousands of sums would leave
+    little. ``_add_wide`` brings them back."""
+    if main_grad is None or main_grad.dtype.itemsize > 2:
+        return main_grad
+    return torch.zeros(main_grad.shape, dtype=torch.float32, device=main_grad.device)
+
+
+def _add_wide(main_grad: Tensor | None, total: Tensor | None) -> None:
+    if main_grad is not None and total is not None and total is not main_grad:
+        main_grad.add_(total)
 
 
 class _Logits:

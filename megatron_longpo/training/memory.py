@@ -234,17 +234,17 @@ def static_bytes(shape: ModelShape, config: Config, parallel: Parallel, stage: i
     num_layers = sum(pipeline_split(config.parallel, shape.num_layers)[stage])
     parameters = num_layers * layer + vocabulary * (first + last - is_shared)
     bf16 = config.training.bf16
-    # Two states each, and an fp32 master copy where the weights are not fp32. RMSProp never writes the second state; on CUDA it
-    # is in host memory (optimization.py).
-    unused = 4 if config.optimizer.optimizer == "rmsprop" and platform.CURRENT.is_cuda else 0
-    states = ((12 if bf16 else 8) - unused) * parameters
+    # Adam's two states or RMSProp's one, and an fp32 master copy where the weights are not fp32.
+    states = (4 * (1 if config.optimizer.optimizer == "rmsprop" else 2) + (4 if bf16 else 0)) * parameters
     if config.parallel.use_distributed_optimizer:
         states //= parallel.dp_cp_size
-    # An online reference takes the place of the policy's weights, of which a copy waits, or is a second model.
+    # An online reference is a second model, or takes the place of the policy's weights, of which a copy waits on the host.
     has_reference = spec_of(config.objective.objective, config.objective.loss_type).reference_rows is not None
-    copies = 2 if config.reference.reference == "online" and has_reference else 1
+    is_beside = config.reference.reference_model == "resident" or not platform.CURRENT.is_cuda
+    copies = 2 if config.reference.reference == "online" and has_reference and is_beside else 1
     weights = (2 if bf16 else 4) * parameters * copies
-    return weights + 4 * parameters + states
+    gradients = (2 if config.parallel.grad_reduce_in_bf16 else 4) * parameters
+    return weights + gradients + states
 
 
 @dataclass(frozen=True)

@@ -19,10 +19,13 @@ from megatron_longpo.model.gpt import PolicyModel
 
 
 def wrap_for_training(chunks: list[PolicyModel], config: Config) -> list[DistributedDataParallel]:
-    """Wrap model chunks in Megatron's DDP, which sums gradients in fp32 buffers over the data- and context-parallel ranks."""
+    """Wrap model chunks in Megatron's DDP, which sums gradients over the data- and context-parallel ranks.
+
+    The sums are in fp32 unless grad_reduce_in_bf16.
+    """
     parallel = config.parallel
     ddp_config = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True,
+        grad_reduce_in_fp32=not parallel.grad_reduce_in_bf16,
         overlap_grad_reduce=parallel.overlap_grad_reduce,
         use_distributed_optimizer=parallel.use_distributed_optimizer,
         # The trainer checks loss and gradient norm itself, and its error names a fix.

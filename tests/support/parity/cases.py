@@ -251,7 +251,12 @@ _SIX = tuple(
 _IN_BF16 = {"training": {"bf16": True}}
 _BF16 = tuple(
     Case(f"{case.name}-bf16", case.processes, {**case.settings, **_IN_BF16}, families=("qwen2",), bf16=True)
-    for case in (Case("one", 1), Case("one-not-shared", 1, {"data": _NOT_SHARED}), *_every_layout().values())
+    for case in (
+        Case("one", 1),
+        Case("one-not-shared", 1, {"data": _NOT_SHARED}),
+        *_every_layout().values(),
+        Case("dp2-distopt-grad", 2, {"parallel": {"use_distributed_optimizer": True, "grad_reduce_in_bf16": True}}),
+    )
 )
 
 # What families differ in (scaled and partial RoPE, windows, norms of heads) meets every way to cut a sequence or a head.

@@ -37,18 +37,28 @@ def check_run(plan: RunPlan) -> None:
         _check_wandb_credentials(config.logging.wandb_project)
     _check_writable("save", plan.output)
     if config.reference.reference == "cached" and plan.objective.reference_rows is not None:
-        if config.reference.reference_cache is not None:
-            _check_writable("reference_cache", Path(config.reference.reference_cache))
-        else:
-            # The default is PREFIX.reference, beside the data.
-            for source in data_sources(config.data.data_path or ()):
-                _check_writable("reference_cache", Path(f"{source.prefix}.reference"))
+        for folder in _cache_folders(plan):
+            # A table that is there may be the one that is asked for, and reading it takes no permission to write.
+            if not any(folder.glob("*.npy")):
+                _check_writable("reference_cache", folder)
     needed, free = checkpoint_bytes(plan), _free(plan.output)
     if free < needed:
         raise ConfigError(
             f"save={plan.output}: a checkpoint needs at least {needed / 1e9:.1f} GB, but the disk has {free / 1e9:.1f} GB free; "
             "free space, choose another --save, or set --no-save-optim to save weights only"
         )
+
+
+def _cache_folders(plan: RunPlan) -> list[Path]:
+    """Folders of the reference's log-probs, those of the held-out data included."""
+    config = plan.config
+    if config.reference.reference_cache is not None:
+        return [Path(config.reference.reference_cache)]
+    prefixes = [source.prefix for source in data_sources(config.data.data_path or ())]
+    if config.data.valid_data_path is not None:
+        prefixes.append(config.data.valid_data_path)
+    # The default is PREFIX.reference, beside the data.
+    return [Path(f"{prefix}.reference") for prefix in prefixes]
 
 
 def checkpoint_bytes(plan: RunPlan) -> int:

@@ -104,8 +104,19 @@ def test_disks_and_permissions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         check_run(plan_of(tmp_path, reference={"reference_cache": str(tmp_path / "locked" / "cache")}))
     with pytest.raises(ConfigError, match=r"reference_cache=.*data.reference: .*locked cannot be written to"):
         check_run(plan_of(tmp_path, data={"data_path": str(tmp_path / "locked" / "data")}))
+    both = {"data_path": ["1", str(tmp_path / "data"), "1", str(tmp_path / "locked" / "data")]}
+    held_out = {"valid_data_path": str(tmp_path / "locked" / "data")}
+    for data in (both, held_out):
+        with pytest.raises(ConfigError, match=r"reference_cache=.*data.reference: .*locked cannot be written to"):
+            check_run(plan_of(tmp_path, data=data))
     # Nothing is scored, so nothing is written there.
     check_run(plan_of(tmp_path, data={"data_path": str(tmp_path / "locked" / "data")}, objective={"objective": "sft"}))
+    check_run(plan_of(tmp_path, data=both, objective={"objective": "dpo", "loss_type": "simpo"}))
+    # A cache that is there is only read.
+    (tmp_path / "locked" / "data.reference").mkdir()
+    (tmp_path / "locked" / "data.reference" / "0123.npy").touch()
+    for data in (both, held_out):
+        check_run(plan_of(tmp_path, data=data))
 
 
 def test_another_chat_template_is_said(tmp_path: Path) -> None:

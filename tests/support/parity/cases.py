@@ -134,7 +134,9 @@ _BASE = (
     Case("pp2", 2, {"parallel": _layout(pp=2)}),
     Case("pp2-vpp2", 2, {"parallel": _layout(pp=2, num_layers_per_virtual_pipeline_stage=1)}),
     # Stages of unequal sizes: 1 and 3 layers, and three virtual stages of which the outer two hold no layer.
-    Case("pp2-first1", 2, {"parallel": _layout(pp=2, decoder_first_pipeline_num_layers=1)}),
+    Case(
+        "pp2-first1", 2, {"parallel": _layout(pp=2, decoder_first_pipeline_num_layers=1)}, families=("llama", "qwen2")
+    ),
     Case(
         "pp2-vpp3-accounted",
         2,

@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from megatron_longpo.config import data_sources
 from megatron_longpo.errors import CheckpointError, one_line
 from megatron_longpo.model.shape import ModelShape
 from megatron_longpo.runtime.reading import read_json
@@ -190,13 +191,19 @@ def _objective(objective: dict[str, Any]) -> str:
     # A run of an earlier commit has no such key.
     if objective.get("rpo_alpha"):
         text += f", {objective['rpo_alpha']:g} times the NLL per token of the chosen answers"
+    if kind == "solopo":
+        text += f", {objective['solo_alpha']:g} times the distance of rewards"
     return text
 
 
 def _data(manifest: dict[str, Any], config: dict[str, Any]) -> list[tuple[str, object]]:
     # "rejected" is the key in files.
     skipped = ", ".join(f"{count} {reason}" for reason, count in manifest["rejected"].items())
+    sources = data_sources(_words(config["data"].get("data_path")))
+    several = len(sources) > 1
+    names = [Path(s.prefix).name + (f" (weight {s.weight:g})" if s.weight is not None else "") for s in sources]
     return [
+        *([("data sets", ", ".join(names))] if several else []),
         ("samples", manifest["samples"]),
         ("answer pairs", manifest["turns"]),
         ("tokens", manifest["tokens"]),
@@ -205,8 +212,13 @@ def _data(manifest: dict[str, Any], config: dict[str, Any]) -> list[tuple[str, o
         ("tokenizer", manifest["tokenizer"] or "none; the data came tokenised"),
         ("chat template", f"SHA-256 `{manifest['template_hash']}`" if manifest.get("template_hash") else "unknown"),
         ("preprocessing", ", ".join(f"{k} {v}" for k, v in manifest.get("settings", {}).items()) or "no settings"),
-        ("SHA-256 of the data", f"`{manifest['bin_sha256']}`"),
+        ("SHA-256 of the data" + (" sets' checksums" if several else ""), f"`{manifest['bin_sha256']}`"),
     ]
+
+
+def _words(data_path: str | list[str] | None) -> str | tuple[str, ...]:
+    """``data_path`` as data_sources takes it, from the YAML of a run."""
+    return tuple(data_path) if isinstance(data_path, list) else str(data_path)
 
 
 def _settings_table(rows: Sequence[tuple[str, object]]) -> list[str]:

@@ -158,8 +158,10 @@ class Manifest:
             histogram.update(manifest.length_histogram)
             skipped.update(manifest.skip_reasons)
         rows = [m.rows for m in manifests if m.rows is not None]
+        # Template, tokenizer and what else must travel: of the first that was made from text.
+        base = next((m for m in manifests if m.template_hash is not None), manifests[0])
         return dataclasses.replace(
-            manifests[0],
+            base,
             vocab_size=max(m.vocab_size for m in manifests),
             samples=sum(m.samples for m in manifests),
             turns=sum(m.turns for m in manifests),

@@ -38,8 +38,9 @@ _SHAPE = ModelShape(
 )
 
 
-def make_card(records: list[dict[str, Any]], objective: str = "longpo") -> str:
+def make_card(records: list[dict[str, Any]], objective: str = "longpo", data_path: Any = None) -> str:
     config = yaml.safe_load(Config().as_yaml())
+    config["data"]["data_path"] = data_path
     config["objective"]["objective"] = objective
     record = training_record(step=2, train_iters=20, layout="TP 1", manifest=_MANIFEST, records=records)
     return card(_SHAPE, "bfloat16", record, config)
@@ -50,6 +51,15 @@ def test_every_objective_has_a_card(objective: str) -> None:
     text = make_card([], objective)
     assert yaml.safe_load(text.split("---")[1])["tags"][-1] == objective
     assert f"| objective | {objective}, " in text and "Training metrics" not in text
+
+
+def test_data_sets_are_named() -> None:
+    text = make_card([], data_path=["0.7", "/data/books", "0.3", "papers"])
+    assert "| data sets | books (weight 0.7), papers (weight 0.3) |" in text
+    assert "| SHA-256 of the data sets' checksums | `ff` |" in text
+    assert "| data sets | books, papers |" in make_card([], data_path=["/data/books", "papers"])
+    for one in ("/data/books", ["/data/books"]):
+        assert "data sets" not in make_card([], data_path=one).split("## Configuration")[0]
 
 
 def test_rows_are_named_and_a_bar_does_not_end_a_cell() -> None:

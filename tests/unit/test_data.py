@@ -242,6 +242,9 @@ def test_manifests_together() -> None:
     assert (both.samples, both.turns, both.tokens, both.longest) == (8, 16, 72, 5)
     assert both.length_histogram == {"512": 7, "1024": 1} and both.skip_reasons == {"no_turn": 2}
     assert Manifest.combined(parts[:1], [None]) is parts[0]
+    # What was tokenised already names no template; the other does.
+    tokenised = Manifest(101, "uint16", None, None, None, samples=1)
+    assert Manifest.combined([tokenised, parts[0]], [1.0, 1.0]).template_hash == "c"
     # One checksum for data, order and weights.
     others = [Manifest.combined(parts, [0.6, 0.4]), Manifest.combined(parts[::-1], [0.3, 0.7])]
     assert len({m.bin_sha256 for m in (both, *others)}) == 3

@@ -39,7 +39,7 @@ from torch.distributed.checkpoint.planner import (
 
 from megatron_longpo.checkpoint.checksums import hash_own_files
 from megatron_longpo.checkpoint.prefetch import Prefetcher, flushing
-from megatron_longpo.errors import CheckpointError, one_line
+from megatron_longpo.errors import CheckpointError, DamagedError, one_line
 from megatron_longpo.runtime.collectives import rank
 
 # More elements than any tensor has, and more bytes than any file.
@@ -178,7 +178,7 @@ class DistributedReader:
             self._metadata = self._reader.read_metadata()
             _check_index(self._metadata)
         except Exception as error:
-            raise CheckpointError(
+            raise DamagedError(
                 f"{folder}: .metadata cannot be read ({one_line(error)}); convert or save the checkpoint again"
             ) from None
         self._reader.set_up_storage_reader(self._metadata, True)
@@ -221,7 +221,7 @@ class DistributedReader:
         covered = sum(math.prod(b - a for a, b in zip(starts, ends, strict=True)) for _, starts, ends in found)
         is_whole = any(starts == list(offsets) and ends == ends_of_slice for _, starts, ends in found)
         if not is_whole and (not found or covered != math.prod(sizes)):
-            raise CheckpointError(
+            raise DamagedError(
                 f"{self.folder}: {key} is incomplete, so the checkpoint is damaged; use another, or convert the model again"
             )
         result: Tensor | None = None
@@ -248,7 +248,7 @@ class DistributedReader:
                 raise ValueError("it repeats its elements, as no stored tensor does")
             return tensor
         except Exception as error:
-            raise CheckpointError(
+            raise DamagedError(
                 f"{self.folder}: {key} cannot be read ({one_line(error)}), so the checkpoint is damaged; use another, or "
                 "convert the model again"
             ) from None

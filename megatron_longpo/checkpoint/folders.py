@@ -16,9 +16,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from megatron.core import dist_checkpointing
 from torch.distributed.checkpoint.api import CheckpointException
@@ -26,6 +27,9 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megatron_longpo.checkpoint.checksums import CHECKSUMS, Damage, log_once, quick_damage
 from megatron_longpo.errors import CheckpointError, DamagedError, one_line
 from megatron_longpo.model.shape import FILE_NAME
+from megatron_longpo.runtime.collectives import all_gather_objects
+
+Item = TypeVar("Item")
 
 LATEST = "latest_checkpointed_iteration.txt"
 # Names the best checkpoint by a held-out metric (training/best.py).
@@ -138,7 +142,7 @@ def resolve(path: str | Path) -> Path:
         damages: list[Damage] = []
         for step in reversed(whole_steps(path)):
             folder = folder_of(path, step)
-            damage = quick_damage(folder)
+            damage = _FOUND.get(folder) or quick_damage(folder)
             if damage is None:
                 for found in damages:
                     log_once(f"{found.path}: {found.reason}, so that checkpoint is passed over; {folder} is used")
@@ -155,6 +159,32 @@ def resolve(path: str | Path) -> Path:
             "Face model with tools/convert_checkpoint.py import --hf DIR --output CKPT"
         )
     raise CheckpointError(f"{path}: there is no such folder; name a converted checkpoint or the output folder of a run")
+
+
+# Checkpoints of runs that were found damaged while they were read, in this process.
+_FOUND: dict[Path, Damage] = {}
+
+
+def from_newest_good(path: str | Path, action: Callable[[Path], Item]) -> Item:
+    """Do something with the checkpoint that a path refers to; if it proves to be damaged, with the one before it. Collective.
+
+    Args:
+        path: what ``resolve`` takes. Only of a run's folder is there another checkpoint.
+        action: called with the checkpoint's folder; after it raised, it may be called again with an older one.
+
+    Raises:
+        CheckpointError: what the action raised with the only checkpoint, or with the first of several that are all damaged.
+    """
+    while True:
+        folder = resolve(path)
+        try:
+            return action(folder)
+        except CheckpointError as error:
+            # What one rank finds, the others may not have met.
+            is_damaged = any(all_gather_objects(isinstance(error, DamagedError)))
+            if not is_damaged or folder == Path(path):
+                raise
+            _FOUND[folder] = Damage(folder, f"is damaged ({error})", is_state=True)
 
 
 def read_progress(folder: Path) -> RunProgress:

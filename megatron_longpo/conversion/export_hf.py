@@ -17,7 +17,7 @@ from torch import Tensor
 from megatron_longpo.checkpoint.card import RUN_CONFIG, write_card
 from megatron_longpo.checkpoint.checksums import verified
 from megatron_longpo.checkpoint.distributed import DistributedReader
-from megatron_longpo.checkpoint.folders import ASSETS, resolve
+from megatron_longpo.checkpoint.folders import ASSETS, from_newest_good
 from megatron_longpo.checkpoint.huggingface import (
     DTYPES,
     MAX_CONFIG_BYTES,
@@ -71,8 +71,33 @@ def export_hf(
     Raises:
         CheckpointError: the checkpoint lacks a tensor, a weight is not finite, the output exists, or the disk is too small.
     """
-    folder, output = resolve(checkpoint), Path(os.path.abspath(output))
+    output = Path(os.path.abspath(output))
     check_new(output)
+
+    def export(folder: Path) -> Conversion:
+        return _export(
+            folder,
+            output,
+            changes=changes,
+            dtype=dtype,
+            max_shard_bytes=max_shard_bytes,
+            check=check,
+            progress=progress,
+        )
+
+    return from_newest_good(checkpoint, export)
+
+
+def _export(
+    folder: Path,
+    output: Path,
+    *,
+    changes: Changes,
+    dtype: str | None,
+    max_shard_bytes: int,
+    check: Callable[[Path, Path], None] | None,
+    progress: OnProgress,
+) -> Conversion:
     shape = changes.apply(ModelShape.read(folder), "export")
     assets = folder / ASSETS
     config = read_hf_config(assets)

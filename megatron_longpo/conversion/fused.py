@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megatron_longpo.checkpoint.distributed import DistributedReader
 from megatron_longpo.checkpoint.huggingface import BLOCK_ELEMENTS, HuggingFaceWeights, is_finite
-from megatron_longpo.errors import CheckpointError
+from megatron_longpo.errors import CheckpointError, DamagedError
 from megatron_longpo.model.entries import Entry
 from megatron_longpo.model.families import entries_of
 from megatron_longpo.model.shape import FILE_NAME, ModelShape
@@ -183,7 +183,7 @@ def check_finite(tensor: Tensor, label: str, fix: str) -> None:
         CheckpointError: it does.
     """
     if not is_finite(tensor):
-        raise CheckpointError(f"{label} contains NaN or Inf; {fix}")
+        raise DamagedError(f"{label} contains NaN or Inf; {fix}")
 
 
 def layer_weights(

@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from megatron_longpo.checkpoint.folders import ASSETS, resolve
+from megatron_longpo.checkpoint.folders import ASSETS, from_newest_good, resolve
 from megatron_longpo.conversion.changes import Changes
 from megatron_longpo.conversion.comparison import Comparison, Difference, compare
 from megatron_longpo.conversion.logits import BOUND, Agreement, compare_logits
@@ -89,6 +89,14 @@ def verify(
     Raises:
         CheckpointError: the two are not the same model.
     """
+
+    def compare_with(folder: Path) -> None:
+        _verify(folder, hf, changes=changes, logits=logits, report=report)
+
+    from_newest_good(checkpoint, compare_with)
+
+
+def _verify(checkpoint: Path, hf: Path, *, changes: Changes, logits: LogitsCheck | None, report: Path | None) -> None:
     first = rank() == 0
     with Progress("verify", unit="bytes", active=first, shared=True, last_line=False) as progress:
         found = compare(checkpoint, hf, changes=changes, progress=progress.add)

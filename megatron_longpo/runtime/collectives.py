@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from megatron_longpo.errors import CheckpointError, LongPOError
+from megatron_longpo.errors import CheckpointError, DamagedError, LongPOError
 from megatron_longpo.runtime import platform
 from megatron_longpo.runtime.balance import assign
 from megatron_longpo.runtime.failure import causes_of, explain
@@ -58,23 +58,24 @@ def raise_on_all_ranks(output: Path) -> Iterator[None]:
 
 def _raise_first(failure: BaseException | None, output: Path) -> None:
     """Raise the first failure of any process on all of them, as an error that names its fix if there is one."""
-    message: tuple[bool, str] | None = None
+    message: tuple[bool, str, bool] | None = None
     if failure is not None:
         known = next((c for c in causes_of(failure) if isinstance(c, CheckpointError)), None)
         explained = explain(failure, output)
         if known is not None:
-            message = (True, str(known))
+            message = (True, str(known), isinstance(known, DamagedError))
         elif explained is not None:
-            message = (True, explained)
+            message = (True, explained, False)
         else:
-            message = (False, f"{type(failure).__name__}: {failure}")
+            message = (False, f"{type(failure).__name__}: {failure}", False)
     found = [m for m in all_gather_objects(message) if m is not None]
     if not found:
         return
-    if failure is not None and not any(is_known for is_known, _ in found):
+    if failure is not None and not any(is_known for is_known, _, _ in found):
         raise failure
     # A cause that can be fixed goes before the errors that it caused on other processes.
-    raise CheckpointError(next((text for is_known, text in found if is_known), found[0][1])) from failure
+    _, text, is_damage = next((m for m in found if m[0]), found[0])
+    raise (DamagedError if is_damage else CheckpointError)(text) from failure
 
 
 def on_rank0(action: Callable[[], Item]) -> Item:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import shutil
 import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,9 +14,15 @@ from typing import Any
 import numpy as np
 import pytest
 
+from megatron_longpo.checkpoint import checksums
+from megatron_longpo.checkpoint.folders import folder_of
+from megatron_longpo.conversion.changes import NO_CHANGES
+from megatron_longpo.conversion.export_hf import export_hf
+from megatron_longpo.conversion.import_hf import import_hf
+from megatron_longpo.conversion.verify import verify
 from megatron_longpo.data.indexed import Manifest, PreferenceData, SampleWriter, _checksum, read_manifest
 from megatron_longpo.data.preference import Mode
-from megatron_longpo.errors import DataError, LongPOError
+from megatron_longpo.errors import CheckpointError, DamagedError, DataError, LongPOError
 from megatron_longpo.evaluation.compare import read_evaluation
 from megatron_longpo.evaluation.folder import SuiteFolder, read_rows
 from megatron_longpo.evaluation.report import write_report
@@ -25,6 +32,7 @@ from megatron_longpo.generation.stages import Stage, read_lines
 from megatron_longpo.runtime.json_lines import decode_line, encode_line
 from megatron_longpo.runtime.share import Share
 from tests.support.data import VOCABULARY, make_data, random_sample
+from tests.support.models import make_model
 
 FLIPS = 200
 TEXTS = ("a tower", "Türme, 塔", 'quotes " and \\ and , "crc32": "00000000"}', "line\nfeed\t\x00", "\ud800 half")
@@ -452,3 +460,44 @@ def test_a_report_names_the_checksum_of_its_samples(tmp_path: Path, monkeypatch:
     (tmp_path / "ruler" / "samples.jsonl").write_bytes(b"{}\n")
     write_report(tmp_path, "ruler", SuiteResult({}, {}, {}))
     assert seen[0]["suites"]["ruler"]["samples_sha256"] == hashlib.sha256(b"{}\n").hexdigest()
+
+
+# --------------------------------------------------------------------------------------------------
+# Checkpoints of a run that prove to be damaged as they are read
+# --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["a bit of a large file", "cut, without checksums", "all of them"])
+def test_export_and_verify_take_the_newest_good_checkpoint_of_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], kind: str
+) -> None:
+    hf, run = tmp_path / "hf", tmp_path / "run"
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1}
+    make_model("llama", hf, num_hidden_layers=1, **sizes)
+    import_hf(hf, tmp_path / "ckpt")
+    steps = [folder_of(run, step) for step in (1, 2, 3)]
+    for folder in steps:
+        shutil.copytree(tmp_path / "ckpt", folder)
+    # As if the files were large, and hashed beside the load.
+    monkeypatch.setattr(checksums, "_SMALL_BYTES", -1)
+    for folder in steps if kind == "all of them" else steps[1:]:
+        (path,) = folder.glob("*.distcp")
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 4
+        path.write_bytes(content)
+        if kind == "cut, without checksums":
+            (folder / "checksums.json").unlink()
+            path.write_bytes(content[: len(content) // 3])
+    if kind == "all of them":
+        with pytest.raises(CheckpointError, match=r"iter_0000003"):
+            export_hf(run, tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+        return
+    export_hf(run, tmp_path / "out")
+    said = "".join(capfd.readouterr())
+    for folder in steps[1:]:
+        assert f"{folder}: is damaged (" in said and f"passed over; {steps[0]} is used" in said
+    verify(run, tmp_path / "out", changes=NO_CHANGES)
+    # Asked for by name, it is that one or none.
+    with pytest.raises(DamagedError, match="iter_0000003"):
+        export_hf(steps[2], tmp_path / "other")

@@ -27,7 +27,7 @@ from megatron_longpo.generation.stages import (
     read_stage_manifest,
     work_folder,
 )
-from megatron_longpo.runtime.files import FolderLock
+from megatron_longpo.runtime.files import FolderLock, sha256_of, write_checksum
 
 # Digits of a document's id in a sample's id.
 _ID_DIGITS = 12
@@ -170,5 +170,6 @@ def _merge(output: Path) -> dict[str, Any]:
     report.write(output.with_name(output.name + ".report"), config.as_yaml())
     # The pairs come last: once they exist, everything else does.
     os.replace(writing_skipped, skipped_path)
+    write_checksum(output, sha256_of(writing))
     os.replace(writing, output)
     return report.as_dict()

@@ -21,6 +21,8 @@ from megatron_longpo.runtime.log import log
 _BLOCK_BYTES = 2**22
 # Of the command line of a process that holds a lock.
 _COMMAND_CHARACTERS = 120
+# Of a file that holds a checksum.
+_CHECKSUM_BYTES = 4096
 HOLDER_FILE = ".holder.json"
 
 
@@ -80,6 +82,41 @@ def sha256_of(path: Path) -> str:
         while block := stream.read(_BLOCK_BYTES):
             digest.update(block)
         return digest.hexdigest()
+
+
+def checksum_path(path: Path) -> Path:
+    """File beside another that holds its checksum."""
+    return path.with_name(path.name + ".sha256")
+
+
+def write_checksum(path: Path, sha256: str) -> None:
+    """Write the checksum of a file beside it, as ``sha256sum --check`` reads it."""
+    write_atomically(checksum_path(path), f"{sha256}  {path.name}\n".encode())
+
+
+def check_checksum(path: Path, sha256: str) -> None:
+    """Check a file against the checksum beside it, if there is one.
+
+    Args:
+        path: the file.
+        sha256: its checksum now.
+
+    Raises:
+        DataError: the two differ, or the checksum cannot be read.
+    """
+    beside = checksum_path(path)
+    if not beside.exists():
+        return
+    try:
+        with open_regular(beside) as stream:
+            expected = stream.read(_CHECKSUM_BYTES).decode("ascii", errors="replace").split()
+    except OSError as error:
+        raise DataError(f"{beside}: cannot be read ({error}); remove it to read {path.name} unchecked") from None
+    if expected[:1] != [sha256]:
+        raise DataError(
+            f"{path}: does not have the checksum in {beside.name}, so it was changed or damaged; make or copy it again, or "
+            f"remove {beside.name} if it was changed on purpose"
+        )
 
 
 def link_atomically(source: Path, target: Path) -> None:

@@ -35,7 +35,7 @@ from megatron_longpo.data.preference import (
 )
 from megatron_longpo.errors import DataError, one_line
 from megatron_longpo.runtime.arrow import read_batches
-from megatron_longpo.runtime.files import open_regular, sha256_of
+from megatron_longpo.runtime.files import check_checksum, open_regular, sha256_of
 from megatron_longpo.runtime.log import log
 from megatron_longpo.runtime.progress import Progress
 from megatron_longpo.runtime.reading import (
@@ -524,6 +524,8 @@ def preprocess(
     vocab_size = tokenizer.vocab_size if tokenizer else int(settings.vocab_size or 0)
     _check_schema(files, tokenizer is not None, settings.reading, settings.ignore_keys)
     source = [{"name": p.name, "bytes": p.stat().st_size, "sha256": sha256_of(p)} for p in files]
+    for path, record in zip(files, source, strict=True):
+        check_checksum(path, str(record["sha256"]))
     described = {
         k: getattr(settings, k)
         for k in ("seq_length", "short_seq_length", "vocab_size")

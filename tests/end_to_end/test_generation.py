@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import json
 import random
 import re
@@ -69,6 +70,8 @@ def undisturbed(made: Path) -> Path:
 
 def test_pairs_are_what_the_data_tools_take(made: Path, undisturbed: Path) -> None:
     samples = lines(undisturbed)
+    checksum = undisturbed.with_name("pairs.jsonl.sha256").read_text().split()[0]
+    assert checksum == hashlib.sha256(undisturbed.read_bytes()).hexdigest()
     assert len(samples) == DOCUMENTS and sum(len(s["turns"]) for s in samples) > DOCUMENTS
     for sample in samples:
         for turn in sample["turns"]:

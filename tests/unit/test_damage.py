@@ -29,9 +29,11 @@ from megatron_longpo.evaluation.report import write_report
 from megatron_longpo.evaluation.results import read_results
 from megatron_longpo.evaluation.suites.base import SuiteResult
 from megatron_longpo.generation.stages import Stage, read_lines
+from megatron_longpo.runtime.files import check_checksum, sha256_of, write_checksum
 from megatron_longpo.runtime.json_lines import decode_line, encode_line
 from megatron_longpo.runtime.share import Share
-from tests.support.data import VOCABULARY, make_data, random_sample
+from megatron_longpo.text.preprocess import Settings, preprocess
+from tests.support.data import VOCABULARY, make_data, random_sample, tokenised_row, write_lines
 from tests.support.models import make_model
 
 FLIPS = 200
@@ -87,6 +89,27 @@ def test_every_flipped_bit_of_a_partial_output_is_found(tmp_path: Path) -> None:
         file.write_bytes(whole)
     resumed = writer(tmp_path / "begun")
     assert resumed.resumed and resumed.finish().samples == 4
+
+
+def test_every_flipped_bit_of_merged_pairs_is_found(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "pairs.jsonl", [json.dumps(tokenised_row())] * 3)
+    whole = path.read_bytes()
+    check_checksum(path, sha256_of(path))
+    write_checksum(path, sha256_of(path))
+    check_checksum(path, sha256_of(path))
+    assert (tmp_path / "pairs.jsonl.sha256").read_text() == f"{hashlib.sha256(whole).hexdigest()}  pairs.jsonl\n"
+    for changed in flips(whole):
+        path.write_bytes(changed)
+        with pytest.raises(
+            DataError, match=r"pairs.jsonl: does not have the checksum in pairs.jsonl.sha256, .* remove pairs"
+        ):
+            check_checksum(path, sha256_of(path))
+    with pytest.raises(DataError, match="does not have the checksum"):
+        preprocess([str(path)], str(tmp_path / "data"), Settings(vocab_size=9))
+    for content in (b"", b"\xff" * 10**6, b"x  pairs.jsonl"):
+        (tmp_path / "pairs.jsonl.sha256").write_bytes(content)
+        with pytest.raises(DataError, match="does not have the checksum"):
+            check_checksum(path, sha256_of(path))
 
 
 @pytest.mark.parametrize(

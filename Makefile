@@ -6,7 +6,7 @@ STAMP = $(VENV)/.installed
 DEMO ?= .demo
 EXTRAS ?= dev,demo,eval
 
-.PHONY: setup demo test test-fast test-latest lint docs clean
+.PHONY: setup demo test test-fast test-latest lint audit docs clean
 
 setup: $(STAMP)
 
@@ -27,6 +27,13 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
 	$(BIN)/mypy
+	# Only what it rates high; the others are looked at by hand now and then.
+	$(BIN)/bandit --quiet --recursive --severity-level high megatron_longpo tools benchmarks examples
+
+# Known vulnerabilities of the pinned packages; asks PyPI.
+audit: $(STAMP)
+	$(BIN)/python -m pip install -q pip-audit
+	$(BIN)/python -m pip_audit --requirement constraints.txt --no-deps
 
 # One worker per core of a small machine, each with one thread; the tests of a file share fixtures, and so a worker.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile

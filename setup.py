@@ -74,6 +74,7 @@ setup(
             "ruff>=0.6",
             "import-linter>=2.0",
             "mypy>=1.11",
+            "bandit>=1.8",
             "types-PyYAML",
             "types-psutil",
             "types-requests",

@@ -66,7 +66,7 @@ def check_template_reads(template: str, kwargs: Mapping[str, Any]) -> None:
         return
     try:
         # Lexed, not parsed: that needs no knowledge of the tags that transformers adds to Jinja.
-        tokens = Environment(autoescape=False).lex(template)
+        tokens = Environment(autoescape=True).lex(template)
         names = {value for _, kind, value in tokens if kind == "name"}
     except TemplateError:
         # Reported with its reason when the template is compiled.

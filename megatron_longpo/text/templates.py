@@ -83,7 +83,7 @@ def _tokens(template: str) -> list[tuple[str, str]]:
     """Kinds and values of a template's tokens, without white space; nothing for one that is no template."""
     try:
         # Lexed, not parsed: that needs no knowledge of the tags that transformers adds to Jinja.
-        return [(kind, value) for _, kind, value in Environment(autoescape=False).lex(template) if kind != "whitespace"]
+        return [(kind, value) for _, kind, value in Environment(autoescape=True).lex(template) if kind != "whitespace"]
     except TemplateError:
         # Reported with its reason when the template is compiled.
         return []

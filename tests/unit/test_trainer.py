@@ -21,7 +21,7 @@ from megatron_longpo.data.preference import Sample
 from megatron_longpo.errors import CheckpointError, ConfigError
 from megatron_longpo.model.shape import ModelShape
 from megatron_longpo.training import checkpointer as checkpointer_module
-from megatron_longpo.training import memory, trainer
+from megatron_longpo.training import memory, session, trainer
 from megatron_longpo.training.checkpointer import Checkpointer
 from megatron_longpo.training.held_out import HeldOut
 from megatron_longpo.training.objective import LOSS_TYPES, OBJECTIVES
@@ -30,6 +30,7 @@ from megatron_longpo.training.profiler import Profiler
 from megatron_longpo.training.reference import NoReference
 from megatron_longpo.training.trainer import StopCondition
 from tests.support.data import random_sample
+from tests.support.plans import plan_of
 
 _SHAPE = ModelShape(
     family="llama",
@@ -178,6 +179,23 @@ def test_the_plan_holds_what_is_recomputed(monkeypatch: pytest.MonkeyPatch, caps
     )
     assert dataclasses.replace(plan.config, training=training) == resolved.config
     assert "recompute: " in capsys.readouterr().out
+
+
+def test_small_data_and_unused_samples_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    parallel: Any = types.SimpleNamespace(**{**vars(_ONE), "rank": 0, "world_size": 1, "describe": lambda: "DP 1"})
+
+    def said(samples: int) -> tuple[int, str]:
+        # Ten steps of eight samples.
+        plan = plan_of(tmp_path, manifest={"samples": samples})
+        session._log_plan(plan, parallel)
+        return plan.samples_per_step, capsys.readouterr().out
+
+    per_step, text = said(5)
+    assert per_step == 5 and "10 steps of 5 samples" in text
+    assert "5 samples are fewer than global_batch_size=8; each step takes all of them, each once" in text
+    per_step, text = said(100)
+    assert per_step == 8 and "20 of 100 samples are not used, since only whole batches are" in text
+    assert "not used" not in said(80)[1] and "fewer" not in said(8)[1]
 
 
 def test_unequal_stages_choose_among_the_same() -> None:

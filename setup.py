@@ -39,6 +39,7 @@ setup(
         "tokenizers>=0.21",
         "sentencepiece>=0.2",
         "safetensors>=0.4.3",
+        "huggingface_hub>=0.30",
         # Needed by megatron-core's asynchronous checkpoint writer, which does not declare it.
         "psutil>=5.9",
         "pyyaml>=6",

@@ -68,7 +68,10 @@ def main() -> None:
             shutil.rmtree(folder / name, ignore_errors=True)
         plain = [sys.executable, __file__, "--folder", a.folder, "--copy", str(folder / "hf"), str(folder / "copied")]
         commands = {
-            "import": [*launch(a.processes), CONVERT, "import", "--hf", folder / "hf", "--output", folder / "ckpt"],
+            "import": [
+                *(*launch(a.processes), CONVERT, "import", "--no-verify"),
+                *("--hf", folder / "hf", "--output", folder / "ckpt"),
+            ],
             "verify": [
                 *(*launch(a.processes), CONVERT, "verify", "--no-logits"),
                 *("--checkpoint", folder / "ckpt", "--hf", folder / "hf"),

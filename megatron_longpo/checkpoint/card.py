@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -42,8 +43,22 @@ _SUMMARIES = {
 }
 
 
+# Terms of the loss, which the records of version 0.1 do not have.
+_TERMS_OF_0_1 = {
+    "longpo": {"uses_preference": True, "uses_nll": True},
+    "dpo": {"uses_preference": True, "uses_nll": False},
+    "sft": {"uses_preference": False, "uses_nll": True},
+}
+
+
 def training_record(
-    *, step: int, train_iters: int, layout: str, manifest: dict[str, Any], records: list[dict[str, Any]]
+    *,
+    step: int,
+    train_iters: int,
+    layout: str,
+    manifest: dict[str, Any],
+    records: list[dict[str, Any]],
+    terms: dict[str, bool] | None = None,
 ) -> dict[str, Any]:
     """What a training checkpoint stores for the model card.
 
@@ -53,6 +68,7 @@ def training_record(
         layout: parallel layout.
         manifest: manifest of the data, as plain values.
         records: metrics of all steps, as in metrics.jsonl; the means over the first and the last tenth are kept.
+        terms: whether the loss has a preference term (``uses_preference``) and an NLL (``uses_nll``).
     """
     num_steps = max(1, len(records) // _NUM_PARTS)
     ends = {"first": records[:num_steps], "last": records[-num_steps:]}
@@ -63,6 +79,7 @@ def training_record(
         "data": manifest,
         "metrics": {end: _means(part) for end, part in ends.items() if part},
         "of": num_steps,
+        **({} if terms is None else {"terms": terms}),
     }
 
 
@@ -164,11 +181,11 @@ def card(shape: ModelShape, dtype: str, record: dict[str, Any], config: dict[str
 def _training(
     shape: ModelShape, dtype: str, record: dict[str, Any], config: dict[str, Any]
 ) -> list[tuple[str, object]]:
-    optimizer, training = config["optimizer"], config["training"]
+    optimizer, training, kind = config["optimizer"], config["training"], config["objective"]["objective"]
     scaling = shape.rope_scaling or {"rope_type": "default"}
     return [
         ("base model", (shape.base_model or "unknown") + (f" at {shape.base_revision}" if shape.base_revision else "")),
-        ("objective", _objective(config["objective"])),
+        ("objective", _objective(config["objective"], record.get("terms") or _TERMS_OF_0_1[kind])),
         ("optimizer steps", f"{record['step']} of {record['train_iters']}"),
         ("global batch size", f"{training['global_batch_size']} samples"),
         ("learning rate", f"{optimizer['lr']:g}, {optimizer['lr_decay_style']}"),
@@ -181,13 +198,14 @@ def _training(
     ]
 
 
-def _objective(objective: dict[str, Any]) -> str:
-    kind = objective["objective"]
-    if kind == "sft":
-        return f"sft, NLL over the {objective['nll_scope']}"
-    text = f"{kind}, beta {objective['beta']:g}, {objective['loss_type']}"
-    if kind == "longpo":
-        text += f", preference weight {objective['preference_weight']:g}, NLL over the {objective['nll_scope']}"
+def _objective(objective: dict[str, Any], terms: dict[str, bool]) -> str:
+    text = str(objective["objective"])
+    if terms["uses_preference"]:
+        text += f", beta {objective['beta']:g}, {objective['loss_type']}"
+    if terms["uses_preference"] and terms["uses_nll"]:
+        text += f", preference weight {objective['preference_weight']:g}"
+    if terms["uses_nll"]:
+        text += f", NLL over the {objective['nll_scope']}"
     # A run of an earlier commit has no such key.
     if objective.get("rpo_alpha"):
         text += f", {objective['rpo_alpha']:g} times the NLL per token of the chosen answers"
@@ -211,6 +229,9 @@ def _data(manifest: dict[str, Any], config: dict[str, Any]) -> list[tuple[str, o
         ("turns of a sample", config["data"]["turns"]),
         ("tokenizer", manifest["tokenizer"] or "none; the data came tokenised"),
         ("chat template", f"SHA-256 `{manifest['template_hash']}`" if manifest.get("template_hash") else "unknown"),
+        ("system message", manifest.get("system_prompt") or "none"),
+        ("template arguments", json.dumps(manifest.get("chat_template_kwargs") or {})),
+        ("date in the template", manifest.get("template_date") or "none"),
         ("preprocessing", ", ".join(f"{k} {v}" for k, v in manifest.get("settings", {}).items()) or "no settings"),
         ("SHA-256 of the data" + (" sets' checksums" if several else ""), f"`{manifest['bin_sha256']}`"),
     ]

@@ -79,6 +79,9 @@ class ComparisonOptions:
     """Seed of the random tokens."""
     first_position: int = 0
     """Position of each row's first token, to try RoPE beyond the model's context."""
+    beyond: bool = True
+    """Also run the rows across the end of every context that either side names, original or claimed, and the first layer on rows
+    longer than each sliding window."""
     bound: float = 1e-4
     """Largest difference allowed between logits, relative to the largest logit."""
     whole: bool = False
@@ -93,6 +96,8 @@ class ComparisonOptions:
             ConfigError, CheckpointError: the first thing that does not fit.
         """
         check_ranges(self)
+        if self.text is not None and not os.path.isfile(self.text):
+            raise CheckpointError(f"--text {self.text}: there is no such file; name a UTF-8 text file")
         if self.report is None:
             return
         try:
@@ -115,7 +120,8 @@ class ImportOptions:
     """Flags of import."""
 
     hf: Folder
-    """Hugging Face model folder: config.json, safetensors (or .bin), tokenizer."""
+    """Hugging Face model folder: config.json, safetensors (or .bin), tokenizer; or a model of the hub, org/name or
+    org/name@revision."""
     output: Folder
     """New folder of the checkpoint."""
     sizes: SizeOptions
@@ -123,6 +129,8 @@ class ImportOptions:
     comparison: ComparisonOptions
     dtype: Dtype | None = None
     """Cast the weights to this type. Default: keep theirs."""
+    revision: str | None = None
+    """Branch, tag or commit of a model of the hub."""
     name: str | None = None
     """Name of the base model in the model cards of what is trained from it. Default: that of its place in the hub's cache, what
     its config.json says, or the folder's."""
@@ -156,10 +164,12 @@ class VerifyOptions:
     checkpoint: Folder
     """Converted checkpoint, run folder, or one iteration of a run (iter_*)."""
     hf: Folder
-    """Hugging Face model folder."""
+    """Hugging Face model folder, or a model of the hub, org/name or org/name@revision."""
     sizes: SizeOptions
     changes: RopeChanges
     comparison: ComparisonOptions
+    revision: str | None = None
+    """Branch, tag or commit of a model of the hub."""
 
 
 def import_(arguments: Sequence[str], *, prog: str) -> None:
@@ -171,15 +181,16 @@ def import_(arguments: Sequence[str], *, prog: str) -> None:
     from megatron_longpo.conversion.import_hf import import_hf
 
     with _processes() as first:
+        hf = _model_folder(options.hf, options.revision)
 
-        def check(written: Path, hf: Path) -> None:
+        def check(written: Path, source: Path) -> None:
             progress.stop()
             if options.verify:
-                _verify(written, hf, options.changes, options.comparison)
+                _verify(written, source, options.changes, options.comparison)
 
         with _progress("import", first) as progress:
             result = import_hf(
-                options.hf,
+                hf,
                 options.output,
                 changes=_changes(options.changes),
                 dtype=options.dtype,
@@ -222,7 +233,8 @@ def verify(arguments: Sequence[str], *, prog: str) -> None:
     options = _parse(VerifyOptions, arguments, prog, verify)
     options.comparison.check()
     with _processes():
-        _verify(Path(options.checkpoint), Path(options.hf), options.changes, options.comparison)
+        hf = _model_folder(options.hf, options.revision)
+        _verify(Path(options.checkpoint), hf, options.changes, options.comparison)
 
 
 def _parse(cls: type[Options], arguments: Sequence[str], prog: str, command: Callable[..., None]) -> Options:
@@ -245,6 +257,24 @@ def _processes() -> Iterator[bool]:
     yield not dist.is_initialized() or dist.get_rank() == 0
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def _model_folder(text: str, revision: str | None) -> Path:
+    """The folder of a model, downloaded by one process if it is named by its place on a hub."""
+    import torch.distributed as dist
+
+    from megatron_longpo.runtime.collectives import raise_on_all_ranks, rank
+    from megatron_longpo.runtime.hub import model_folder
+
+    folder = Path(text)
+    with raise_on_all_ranks(folder):
+        if rank() == 0:
+            folder = model_folder(text, revision)
+    if dist.is_initialized():
+        found = [str(folder)]
+        dist.broadcast_object_list(found, src=0)
+        folder = Path(found[0])
+    return folder
 
 
 def _progress(name: str, first: bool) -> Progress:
@@ -284,6 +314,7 @@ def _verify(checkpoint: Path, hf: Path, changes: RopeChanges, comparison: Compar
         first_position=comparison.first_position,
         bound=comparison.bound,
         whole=comparison.whole,
+        beyond=comparison.beyond,
     )
     verify(
         checkpoint,

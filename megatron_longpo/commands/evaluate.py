@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -60,10 +61,12 @@ def evaluate(arguments: Sequence[str], *, prog: str) -> None:
         return
     check(config)
     # Not before the configuration is checked: it imports torch.
+    from megatron_longpo.engines.make import with_folders
     from megatron_longpo.evaluation.evaluate import evaluate as run
     from megatron_longpo.model.shape import allow_model_sizes
 
     allow_model_sizes(config.engine.model_size_factor)
+    config = dataclasses.replace(config, engine=with_folders(config.engine))
     run(config, restart=options.restart)
 
 

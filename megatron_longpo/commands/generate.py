@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -48,12 +49,14 @@ def generate(arguments: Sequence[str], *, prog: str) -> None:
         return
     check(config)
     # Not before the configuration is checked: it imports torch.
+    from megatron_longpo.engines.make import with_folders
     from megatron_longpo.generation.run import generate as run
     from megatron_longpo.model.shape import allow_model_sizes
     from megatron_longpo.runtime import platform
     from megatron_longpo.runtime.share import share_of_process
 
     allow_model_sizes(config.engine.model_size_factor)
+    config = dataclasses.replace(config, engine=with_folders(config.engine))
     share = share_of_process(config.run.rank, config.run.world_size, slurm_array=True)
     platform.CURRENT.use_local_rank(int(os.environ.get("LOCAL_RANK", "0")))
     report = run(config, share, restart=options.restart)

@@ -33,7 +33,7 @@ class PreprocessOptions:
     split: str | None = None
     """Split to read of a folder that has several, such as train; all: every one."""
     tokenizer: str | None = None
-    """Tokenizer folder or SentencePiece .model file. Text input needs it."""
+    """Tokenizer folder, SentencePiece .model file, or a model of the hub, org/name or org/name@revision. Text input needs it."""
     chat_template: str | None = None
     """Template file, or one of mistral, mistral-v3, llama-2, chatml, plain, text, or a name among the tokenizer's own. Default:
     the tokenizer's own."""
@@ -83,11 +83,12 @@ def preprocess(arguments: Sequence[str], *, prog: str) -> None:
     check_ranges(options)
     # Not before the flags are read: it imports torch and megatron-core.
     from megatron_longpo.data.indexed import path_of
+    from megatron_longpo.runtime.hub import model_folder
     from megatron_longpo.text import preprocess as text
     from megatron_longpo.text.template_kwargs import parse_template_kwargs
 
     settings = text.Settings(
-        tokenizer=options.tokenizer,
+        tokenizer=options.tokenizer and str(model_folder(options.tokenizer)),
         chat_template=options.chat_template,
         vocab_size=options.vocab_size,
         seq_length=options.seq_length,

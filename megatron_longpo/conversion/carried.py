@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,9 @@ from megatron_longpo.model.shape import ModelShape
 from megatron_longpo.text.chat import BUILT_IN_TEMPLATES
 
 _SHOWN_HASH = 12
+# How the training data's conversations were rendered, for whoever serves the model.
+CHAT_SETTINGS = "chat_settings.json"
+_ARGUMENTS = ("chat_template_kwargs", "system_prompt", "template_date")
 
 
 def carry_training(checkpoint: Path, folder: Path) -> list[str]:
@@ -38,7 +42,17 @@ def carry_training(checkpoint: Path, folder: Path) -> list[str]:
         lines.append(
             f"end tokens {after}: those of the training data's answers were added to the model's {before or 'none'}"
         )
-    return lines
+    return [*lines, *_carry_arguments(data, folder)]
+
+
+def _carry_arguments(data: dict[str, Any], folder: Path) -> list[str]:
+    """Write what a template does not hold by itself: its arguments, the system message, the date."""
+    if data.get("template_hash") is None:
+        return []
+    content = {key: data.get(key) for key in ("template_hash", *_ARGUMENTS, "answer_end_ids", "special_tokens")}
+    (folder / CHAT_SETTINGS).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    given = [f"{key} {json.dumps(data[key], ensure_ascii=False)}" for key in _ARGUMENTS if data.get(key)]
+    return [f"ask the model as it was trained ({CHAT_SETTINGS}): {', '.join(given)}"] if given else []
 
 
 def _carry_template(data: dict[str, Any], folder: Path) -> list[str]:

@@ -98,8 +98,13 @@ class Sides:
 
     def unequal_fields(self) -> list[str]:
         """Names of the fields that differ, except those that say nothing about the model itself."""
-        names = [f.name for f in dataclasses.fields(ModelShape) if f.name not in _NOT_COMPARED]
-        return [name for name in names if getattr(self.ours, name) != getattr(self.theirs, name)]
+        return unequal_fields(self.ours, self.theirs)
+
+
+def unequal_fields(a: ModelShape, b: ModelShape) -> list[str]:
+    """Names of the fields in which two shapes differ, except those that say nothing about the model itself."""
+    names = [f.name for f in dataclasses.fields(ModelShape) if f.name not in _NOT_COMPARED]
+    return [name for name in names if getattr(a, name) != getattr(b, name)]
 
 
 def compare(

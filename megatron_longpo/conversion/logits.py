@@ -5,6 +5,7 @@ Weights are loaded before their layer runs and dropped after it, so that neither
 
 from __future__ import annotations
 
+import contextlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
@@ -22,7 +23,7 @@ from megatron_longpo.checkpoint.folders import resolve
 from megatron_longpo.checkpoint.huggingface import HuggingFaceWeights
 from megatron_longpo.config import Config
 from megatron_longpo.conversion.changes import NO_CHANGES, Changes
-from megatron_longpo.conversion.comparison import Sides
+from megatron_longpo.conversion.comparison import Sides, unequal_fields
 from megatron_longpo.conversion.fused import layer_weights
 from megatron_longpo.data.sequence import KeyBlock, QuerySpan
 from megatron_longpo.errors import CheckpointError, one_line
@@ -30,6 +31,7 @@ from megatron_longpo.model import gpt
 from megatron_longpo.model.attention import AttentionPlan
 from megatron_longpo.model.families import FAMILIES, config_for_export, shape_from_hf
 from megatron_longpo.model.rotary import rotary_of
+from megatron_longpo.model.shape import ModelShape
 from megatron_longpo.runtime import platform, process_groups
 from megatron_longpo.runtime.collectives import all_gather_objects, raise_on_all_ranks, rank
 from megatron_longpo.runtime.process_groups import Parallel
@@ -38,6 +40,8 @@ from megatron_longpo.runtime.progress import OnProgress, ignore_progress
 _TIMEOUT_MINUTES = 60
 # Only rounding differs between the two models in fp32.
 BOUND = 1e-4
+# Longest sliding window that a row is run past; a longer one is compared as a setting only.
+LONGEST_WINDOW = 8192
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,8 @@ class Agreement:
         bound: largest distance allowed for the logits.
         tokens: number of tokens in the rows that were run.
         same_choice: fraction of the positions where both models have the same most likely next token.
+        starts: positions of the rows' first tokens that were tried.
+        windows: sliding windows that a row was longer than, and the largest distance of the first layer's output there.
     """
 
     places: list[str]
@@ -57,16 +63,20 @@ class Agreement:
     bound: float
     tokens: int
     same_choice: float
+    starts: list[int]
+    windows: dict[int, float]
 
     @property
     def is_close(self) -> bool:
-        return self.distances[-1] <= self.bound
+        return all(distance <= self.bound for distance in (self.distances[-1], *self.windows.values()))
 
     @property
     def first_beyond(self) -> str | None:
         """First place whose distance exceeds the bound."""
+        places = [*zip(self.places, self.distances, strict=True)]
+        places += [(f"layer 0 past the window of {window}", distance) for window, distance in self.windows.items()]
         # A NaN distance exceeds it too.
-        return next((p for p, d in zip(self.places, self.distances, strict=True) if not d <= self.bound), None)
+        return next((p for p, d in places if not d <= self.bound), None)
 
 
 def compare_logits(
@@ -78,6 +88,7 @@ def compare_logits(
     first_position: int = 0,
     bound: float = BOUND,
     whole: bool = False,
+    beyond: bool = False,
     progress: OnProgress = ignore_progress,
 ) -> Agreement:
     """Run both models in fp32 on rows of tokens; compare the output of every layer, and the logits.
@@ -91,6 +102,8 @@ def compare_logits(
         first_position: position of each row's first token; beyond the model's context it tests its RoPE there.
         bound: largest difference allowed between the logits, relative to the largest logit.
         whole: keep loaded weights, and so both models, in memory.
+        beyond: also try the rows across the end of every context that either side names, and in the first layer rows longer than
+            each sliding window of at most ``LONGEST_WINDOW`` tokens.
         progress: called with the layers run since the last call, and the total.
 
     Raises:
@@ -110,14 +123,31 @@ def compare_logits(
                 (reader.dtype("embedding.word_embeddings.weight"), source.dtype("model.embed_tokens.weight")),
                 key=lambda dtype: dtype.itemsize,
             )
-            total = (sides.ours.num_layers + sides.theirs.num_layers) * len(rows)
+            starts, windows = [first_position], list[int]()
+            if beyond:
+                length = max(map(len, rows))
+                starts += [s for s in _starts_beyond(sides, length) if s != first_position]
+                windows = sorted({w for w in _windows(sides) if w <= LONGEST_WINDOW})
+            total = (sides.ours.num_layers + sides.theirs.num_layers) * len(rows) + 2 * len(windows)
             loading = _Loading(dtype=narrow, keep=whole, on_layer=partial(progress, 1, total=total))
             ours = _OurModel(reader, sides, parallel, loading)
             theirs = _TheirModel(source, sides, loading)
-            agreement = _run_both(ours, theirs, rows, first_position=first_position, bound=bound)
+            agreement = _run_both(ours, theirs, rows, starts=starts, windows=windows, bound=bound)
     (result, *_) = all_gather_objects(agreement)
     assert result is not None
     return result
+
+
+def _starts_beyond(sides: Sides, length: int) -> list[int]:
+    """Positions where a row of this length crosses the end of a context, original or claimed, of either side."""
+    contexts = {shape.max_position_embeddings for shape in (sides.ours, sides.theirs)}
+    for shape in (sides.ours, sides.theirs):
+        contexts |= {v for k, v in (shape.rope_scaling or {}).items() if k == "original_max_position_embeddings"}
+    return sorted({max(0, int(context) - length // 2) for context in contexts})
+
+
+def _windows(sides: Sides) -> set[int]:
+    return {shape.window_size for shape in (sides.ours, sides.theirs) if shape.window_size is not None}
 
 
 def _check_rows(rows: Sequence[Sequence[int]], vocab_size: int) -> None:
@@ -130,26 +160,51 @@ def _check_rows(rows: Sequence[Sequence[int]], vocab_size: int) -> None:
 
 
 def _run_both(
-    ours: _OurModel, theirs: _TheirModel, rows: Sequence[Sequence[int]], *, first_position: int, bound: float
+    ours: _OurModel,
+    theirs: _TheirModel,
+    rows: Sequence[Sequence[int]],
+    *,
+    starts: Sequence[int],
+    windows: Sequence[int],
+    bound: float,
 ) -> Agreement:
     distances: dict[str, float] = {}
     same = tokens = 0
     for row in rows:
         with torch.no_grad():
-            a, b = ours.logits(row, first_position), theirs.logits(row, first_position)
-        same += int((a.argmax(-1) == b.argmax(-1)).sum())
+            a_PSV, b_PSV = ours.logits(row, starts), theirs.logits(row, starts)
+        same += int((a_PSV.argmax(-1) == b_PSV.argmax(-1)).sum())
         tokens += len(row)
         layers = zip(ours.take_outputs(), theirs.take_outputs(), strict=True)
-        for name, x, y in [*((f"layer {i}", x, y) for i, (x, y) in enumerate(layers)), ("logits", a, b)]:
-            distance = float((x - y).abs().max() / y.abs().max().clamp_min(torch.finfo(y.dtype).tiny))
-            distances[name] = max(distances.get(name, 0.0), float("inf") if np.isnan(distance) else distance)
+        named = [(f"layer {i}", x, y) for i, (x, y) in enumerate(layers)]
+        named += [("logits", a, b) for a, b in zip(a_PSV, b_PSV, strict=True)]
+        for name, x, y in named:
+            distances[name] = max(distances.get(name, 0.0), _distance(x, y))
+    past = {}
+    for window in windows:
+        # The tokens again and again: only who sees whom matters here.
+        row = [rows[0][i % len(rows[0])] for i in range(window + len(rows[0]))]
+        with torch.no_grad():
+            past[window] = _distance(ours.first_layer(row), theirs.first_layer(row))
     return Agreement(
         places=list(distances),
         distances=list(distances.values()),
         bound=bound,
         tokens=tokens,
-        same_choice=same / tokens,
+        same_choice=same / (tokens * len(starts)),
+        starts=list(starts),
+        windows=past,
     )
+
+
+def _distance(x: Tensor, y: Tensor) -> float:
+    """Largest difference, relative to the largest value."""
+    distance = float((x - y).abs().max() / y.abs().max().clamp_min(torch.finfo(y.dtype).tiny))
+    return float("inf") if np.isnan(distance) else distance
+
+
+class _FirstLayerDoneError(Exception):
+    """Ends a forward after its first layer."""
 
 
 @dataclass(frozen=True)
@@ -173,10 +228,25 @@ class _LazyModel(ABC):
     def __init__(self, loading: _Loading) -> None:
         self._loading = loading
         self._outputs: list[Tensor] = []
+        self._is_first_only = False
 
     @abstractmethod
-    def logits(self, row: Sequence[int], first_position: int) -> Tensor:
-        """Logits [tokens, vocabulary] of a row of tokens, on the CPU."""
+    def logits(self, row: Sequence[int], starts: Sequence[int]) -> Tensor:
+        """Logits of a row of tokens, [starts, tokens, vocabulary], on the CPU.
+
+        Args:
+            row: token ids.
+            starts: positions of the row's first token; the row is run once for each.
+        """
+
+    def first_layer(self, row: Sequence[int]) -> Tensor:
+        """Output [tokens, hidden size] of the first layer; the others do not run."""
+        self._is_first_only = True
+        with contextlib.suppress(_FirstLayerDoneError):
+            self.logits(row, [0])
+        self._is_first_only = False
+        (output,) = self.take_outputs()
+        return output
 
     def take_outputs(self) -> list[Tensor]:
         """Outputs [tokens, hidden size] of the layers since the last call, in order."""
@@ -190,6 +260,8 @@ class _LazyModel(ABC):
             hidden = output[0] if isinstance(output, tuple) else output
             self._outputs.append(hidden.detach().reshape(-1, hidden.shape[-1]).float())
             self._loading.on_layer()
+            if self._is_first_only:
+                raise _FirstLayerDoneError
 
         layer.register_forward_hook(hook)
 
@@ -225,6 +297,20 @@ class _LazyModel(ABC):
         module.register_forward_hook(after)
 
 
+def _check_reading(read: dict[str, Any], shape: ModelShape, path: str) -> None:
+    """Check that transformers reads a configuration as we do, defaults of keys that are missing included.
+
+    Raises:
+        CheckpointError: the first field that it reads otherwise.
+    """
+    theirs = shape_from_hf({**read, "architectures": [FAMILIES[shape.family].architecture]}, path)
+    for name in unequal_fields(shape, theirs):
+        raise CheckpointError(
+            f"{path}: transformers reads {name} as {getattr(theirs, name)}, but this program as {getattr(shape, name)}; write it "
+            "into config.json, and report this"
+        )
+
+
 def _set_param(module: torch.nn.Module, name: str, parameter: torch.nn.Parameter) -> None:
     *path, last = name.split(".")
     for part in path:
@@ -253,16 +339,18 @@ class _OurModel(_LazyModel):
         for name, value in layer_weights(self._reader, self._shape, layer, prefix):
             yield name.removeprefix(prefix), value
 
-    def logits(self, row: Sequence[int], first_position: int) -> Tensor:
-        n, device = len(row), platform.CURRENT.device
-        positions = torch.arange(first_position, first_position + n, device=device)
-        spans = (QuerySpan(0, n, (KeyBlock(0, n, True),)),)
-        plan = AttentionPlan.make(spans, None, window=self._shape.window_size, positions_S=np.arange(n))
-        hidden = self._model.hidden_states(torch.tensor([row], device=device), positions[None], plan, self._rotary)
+    def logits(self, row: Sequence[int], starts: Sequence[int]) -> Tensor:
+        n, count, device = len(row), len(starts), platform.CURRENT.device
+        # All rows in one sequence, without seeing each other.
+        positions = (torch.tensor(starts)[:, None] + torch.arange(n)).flatten().to(device)
+        spans = tuple(QuerySpan(i * n, (i + 1) * n, (KeyBlock(i * n, (i + 1) * n, True),)) for i in range(count))
+        plan = AttentionPlan.make(spans, None, window=self._shape.window_size, positions_S=np.tile(np.arange(n), count))
+        tokens = torch.tensor([list(row) * count], device=device)
+        hidden = self._model.hidden_states(tokens, positions[None], plan, self._rotary)
         is_untied = self._shape.untie_embeddings_and_output_weights
         prefix = "output_layer." if is_untied else "embedding.word_embeddings."
         ((_, weight),) = self._weights(None, prefix)
-        return hidden[:, 0].cpu() @ weight.to(self._loading.dtype).float().t()
+        return (hidden[:, 0].cpu() @ weight.to(self._loading.dtype).float().t()).unflatten(0, (count, n))
 
 
 class _TheirModel(_LazyModel):
@@ -283,13 +371,18 @@ class _TheirModel(_LazyModel):
             config = AutoConfig.for_model(**{**json.loads(json.dumps(content)), "model_type": kind})
             with torch.device("meta"):
                 self._model = AutoModelForCausalLM.from_config(
-                    config, attn_implementation="eager", dtype=torch.float32, trust_remote_code=False
+                    # Not eager, which would hold all scores of a row that is longer than a window.
+                    config,
+                    attn_implementation="sdpa",
+                    dtype=torch.float32,
+                    trust_remote_code=False,
                 )
         except Exception as error:  # whatever is wrong with a configuration comes up somewhere in transformers
             raise CheckpointError(
                 f"{path}: transformers cannot build its model ({type(error).__name__}: {one_line(error)}); download the model "
                 "again, or give --no-logits to compare the weights only"
             ) from None
+        _check_reading(config.to_dict(), shape, path)
         self._model.eval()
         base = self._model.model
         # Its buffers are computed from the configuration, so they must not stay on the meta device.
@@ -317,9 +410,10 @@ class _TheirModel(_LazyModel):
                 )
             yield name, self._source.read(stored)
 
-    def logits(self, row: Sequence[int], first_position: int) -> Tensor:
+    def logits(self, row: Sequence[int], starts: Sequence[int]) -> Tensor:
         device = platform.CURRENT.device
-        positions = torch.arange(first_position, first_position + len(row), device=device)[None]
-        output = self._model(input_ids=torch.tensor([row], device=device), position_ids=positions, use_cache=False)
-        logits: Tensor = output.logits[0].cpu()
+        positions = (torch.tensor(starts)[:, None] + torch.arange(len(row))).to(device)
+        tokens = torch.tensor([list(row)] * len(starts), device=device)
+        output = self._model(input_ids=tokens, position_ids=positions, use_cache=False)
+        logits: Tensor = output.logits.cpu()
         return logits

@@ -39,6 +39,7 @@ class LogitsCheck:
         first_position: position of each row's first token.
         bound: largest difference allowed between logits, relative to the largest logit.
         whole: keep both models in memory, instead of one layer at a time.
+        beyond: also try the rows past every context and sliding window.
     """
 
     text: str | None = None
@@ -48,6 +49,7 @@ class LogitsCheck:
     first_position: int = 0
     bound: float = BOUND
     whole: bool = False
+    beyond: bool = True
 
     def token_rows(self, checkpoint: Path) -> list[list[int]]:
         """Rows of token ids for a checkpoint's vocabulary.
@@ -131,11 +133,14 @@ def _compare_logits(checkpoint: Path, hf: Path, changes: Changes, logits: Logits
             first_position=logits.first_position,
             bound=logits.bound,
             whole=logits.whole,
+            beyond=logits.beyond,
             progress=progress.add,
         )
     log(
         f"verify: logits of {agreement.tokens} tokens differ by at most {agreement.distances[-1]:.1e} relative to the largest "
-        f"(bound {agreement.bound:g}); the most likely next token is the same at {agreement.same_choice:.1%} of the positions",
+        f"(bound {agreement.bound:g}); the most likely next token is the same at {agreement.same_choice:.1%} of the "
+        f"positions; rows began at {', '.join(map(str, agreement.starts))}"
+        + "".join(f"; past the window of {w} layer 0 differs by {d:.1e}" for w, d in agreement.windows.items()),
         active=first,
     )
     if not agreement.is_close:
@@ -149,7 +154,9 @@ def _compare_logits(checkpoint: Path, hf: Path, changes: Changes, logits: Logits
 def _reasons(found: Comparison, agreement: Agreement | None) -> list[str]:
     reasons = found.settings[:1] + [f"{d.name} differs at {list(d.index)}" for d in found.differences[:1]]
     if agreement is not None and not agreement.is_close:
-        reasons.append(f"logits differ by {agreement.distances[-1]:.1e}")
+        reasons.append(
+            f"logits differ by {agreement.distances[-1]:.1e} ({agreement.first_beyond} is the first place that does)"
+        )
     return reasons
 
 

@@ -2,12 +2,29 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 
 from megatron_longpo.engines.base import Engine
 from megatron_longpo.engines.settings import EngineConfig
+from megatron_longpo.runtime.hub import model_folder
 from megatron_longpo.runtime.log import log
 from megatron_longpo.text.template_kwargs import parse_template_kwargs
+
+
+def with_folders(config: EngineConfig) -> EngineConfig:
+    """The settings with folders in place of models that are named by their place on a hub, which are downloaded.
+
+    Raises:
+        CheckpointError: the hub does not give them.
+    """
+    model, tokenizer = config.model, config.tokenizer
+    # The name that a server uses is its own.
+    if model is not None and config.engine != "openai":
+        model = str(model_folder(model))
+    if tokenizer is not None:
+        tokenizer = str(model_folder(tokenizer))
+    return dataclasses.replace(config, model=model, tokenizer=tokenizer)
 
 
 def make_engine(config: EngineConfig, seq_length: int, *, keep_prefix: bool = False) -> Engine:

@@ -19,7 +19,7 @@ class EngineConfig:
     engine: Literal["transformers", "vllm", "openai"] = "transformers"
     """transformers: in this process, on CPU or GPU; vllm: likewise (extra `vllm`); openai: a server with OpenAI's interface."""
     model: str | None = None
-    """Model folder; for openai the server's name of the model."""
+    """Model folder, or a model of the hub, org/name or org/name@revision; for openai the server's name of the model."""
     tokenizer: str | None = None
     """Tokenizer folder. Needed where the model is not a folder (openai)."""
     chat_template: str | None = None

@@ -319,6 +319,10 @@ class Checkpointer:
             layout=self.parallel.describe(),
             manifest=self.plan.manifest.as_dict(),
             records=list(records),
+            terms={
+                "uses_preference": self.plan.objective.uses_preference,
+                "uses_nll": self.plan.objective.uses_nll,
+            },
         )
         content = self._content(step, state, is_loading=False, with_rng=True)
         best = self.best

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable
@@ -13,9 +14,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_longpo.conversion.import_hf import import_hf
+from megatron_longpo.conversion.logits import compare_logits
 from megatron_longpo.errors import CheckpointError
+from megatron_longpo.model.attention import AttentionPlan
+from megatron_longpo.model.families import FAMILIES
 from megatron_longpo.model.shape import ModelShape
-from tests.support.launch import command, run
+from megatron_longpo.runtime.hub import model_folder
+from tests.support.hub import COMMIT, hub
+from tests.support.launch import command, environment, run
 from tests.support.models import make_model
 
 
@@ -212,3 +218,85 @@ def test_a_path_on_somebodys_disk_is_not_a_models_name(hf: Path, tmp_path: Path,
     import_hf(hf, tmp_path / "ckpt")
     shape = ModelShape.read(tmp_path / "ckpt")
     assert (shape.base_model, shape.base_revision) == (name, commit)
+
+
+def test_a_model_of_a_hub_is_downloaded_by_its_revision(hf: Path, tmp_path: Path) -> None:
+    """By the hub's own client, from a server on this machine. The second time it comes from the cache, without the server."""
+    for name in ("modeling_own.py", "adapter_model.bin", "pytorch_model.bin", "consolidated.safetensors"):
+        (hf / name).write_bytes(b"none of the model's")
+    with hub(hf, "org/name", revision="v1") as (address, downloaded):
+        online = environment(HF_ENDPOINT=address, HF_HOME=str(tmp_path / "cache"))
+        run(command("convert", "import", hf="org/name@v1", output=tmp_path / "ckpt"), env=online, fresh=True)
+        assert sorted(downloaded) == ["config.json", "generation_config.json", "model.safetensors"]
+        done = run(
+            command("convert", "import", hf="org/name", revision="v2", output=tmp_path / "other"),
+            env=online,
+            fresh=True,
+            expect=2,
+        )
+        assert done.stderr.startswith(
+            "error: org/name: there is no such folder, and the hub does not give it (Revision"
+        )
+        assert done.stderr.count("\n") == 1
+    shape = ModelShape.read(tmp_path / "ckpt")
+    assert (shape.base_model, shape.base_revision) == ("org/name", COMMIT)
+    offline = environment(HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path / "cache"))
+    run(command("convert", "verify", checkpoint=tmp_path / "ckpt", hf="org/name@v1"), env=offline, fresh=True)
+    done = run(
+        command("convert", "import", hf="org/unknown", output=tmp_path / "other"),
+        env=offline,
+        fresh=True,
+        expect=2,
+    )
+    assert "org/unknown: there is no such folder, and the hub does not give it" in done.stderr
+    assert done.stderr.count("\n") == 1 and not (tmp_path / "other").exists()
+
+
+def test_a_revision_belongs_to_a_model_of_a_hub(hf: Path) -> None:
+    for text, revision, message in (
+        (str(hf), "v1", "--revision v1 belongs to a model of a hub"),
+        ("no/such/folder", "v1", "is not named like one"),
+        ("org/name@v1", "v2", "--revision v2 names another revision"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            model_folder(text, revision)
+    # Whatever is no name on a hub is a path, and its reader says that it is not there.
+    assert model_folder("no/such/folder") == Path("no/such/folder") and model_folder(str(hf)) == hf
+
+
+def test_verification_tries_places_beyond_every_context_and_window(tmp_path: Path) -> None:
+    """YaRN made for 64 of the 512 tokens that the model claims, and a window of 24, none of which the caller names."""
+    rope = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
+    hf = make_model("mistral-window", tmp_path / "hf", rope_parameters=rope)
+    said = run(command("convert", "import", hf=hf, output=tmp_path / "ckpt", tokens=20)).stdout
+    assert "rows began at 0, 54, 502; past the window of 24 layer 0 differs by" in said
+    agreement = compare_logits(tmp_path / "ckpt", hf, [list(range(20))], beyond=True)
+    assert agreement.starts == [0, 54, 502] and agreement.is_close and agreement.windows[24] < 1e-6
+
+
+def test_a_window_that_one_side_ignores_is_found_at_any_length(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ours attends to everything in spite of the window of 24, which rows of 16 tokens do not show."""
+    hf = make_model("mistral-window", tmp_path / "hf")
+    import_hf(hf, tmp_path / "ckpt")
+    made = AttentionPlan.make
+    monkeypatch.setattr(AttentionPlan, "make", lambda *args, **named: made(*args, **{**named, "window": None}))
+    rows = [list(range(16))]
+    assert compare_logits(tmp_path / "ckpt", hf, rows).is_close
+    agreement = compare_logits(tmp_path / "ckpt", hf, rows, beyond=True)
+    assert not agreement.is_close and agreement.first_beyond == "layer 0 past the window of 24"
+
+
+def test_what_transformers_reads_otherwise_is_found_at_any_length(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As if this program did not know Mistral's default window."""
+    hf = Path(shutil.copytree(models / "mistral", tmp_path / "hf"))
+    config = json.loads((hf / "config.json").read_text())
+    del config["sliding_window"]
+    (hf / "config.json").write_text(json.dumps(config))
+    family = FAMILIES["mistral"]
+    defaults = tuple(pair for pair in family.defaults if pair[0] != "sliding_window")
+    monkeypatch.setitem(FAMILIES, "mistral", dataclasses.replace(family, defaults=defaults))
+    import_hf(hf, tmp_path / "ckpt")
+    with pytest.raises(CheckpointError, match="transformers reads window_size as 4096, but this program as None"):
+        compare_logits(tmp_path / "ckpt", hf, [list(range(8))])

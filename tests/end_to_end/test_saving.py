@@ -19,7 +19,8 @@ from tests.support.launch import command, run
 from tests.support.models import make_chat_model
 from tests.support.tokenizers import make_fast_tokenizer
 
-CHATML = BUILT_IN_TEMPLATES["chatml"]
+# ChatML that mentions an argument.
+TEMPLATE = "{% if enable_thinking is defined %}{% endif %}" + BUILT_IN_TEMPLATES["chatml"]
 END_OF_SEQUENCE = 0
 
 
@@ -39,7 +40,13 @@ def brought(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, rows in (("data", range(8)), ("held_out", range(8, 11))):
         lines = [json.dumps(text_row(number)) for number in rows]
         path = write_lines(folder / f"{name}.jsonl", lines)
-        flags: dict[str, Any] = {"tokenizer": snapshot, "chat_template": "chatml"}
+        arguments = '{"enable_thinking": false}'
+        (folder / "template.jinja").write_text(TEMPLATE)
+        flags: dict[str, Any] = {
+            "tokenizer": snapshot,
+            "chat_template": folder / "template.jinja",
+            "chat_template_kwargs": arguments,
+        }
         run(command("preprocess", input=path, output_prefix=folder / name, **flags))
     return folder
 
@@ -97,20 +104,28 @@ def test_hugging_face_weights_are_written_on_the_way(trained: Path, tmp_path: Pa
 
 def test_the_template_of_the_data_and_its_end_tokens_travel(brought: Path, trained: Path) -> None:
     said = (trained / "said").read_text()
-    wanted = template_hash(CHATML)[:12]
+    wanted = template_hash(TEMPLATE)[:12]
     assert f"made with {wanted}, but the model has none of its own" in said
     assert said.index("the model has none of its own") < said.index("step 1/4")
     assert f"the training data's chat template ({wanted}) goes along" in said
     hf = trained / "hf_0000004"
     tokenizer = load_tokenizer(hf)
-    assert tokenizer.template == CHATML
+    assert tokenizer.template == TEMPLATE
     # What older readers read.
-    assert json.loads((hf / "tokenizer_config.json").read_text())["chat_template"] == CHATML
+    assert json.loads((hf / "tokenizer_config.json").read_text())["chat_template"] == TEMPLATE
     (end,) = tokenizer.answer_ends()
     assert json.loads((hf / "generation_config.json").read_text()) == {"eos_token_id": [END_OF_SEQUENCE, end]}
+    settings = json.loads((hf / "chat_settings.json").read_text())
+    assert settings["template_hash"] == template_hash(TEMPLATE) and settings["answer_end_ids"] == [end]
+    assert settings["chat_template_kwargs"] == {"enable_thinking": False}
+    assert settings["special_tokens"]["<|im_end|>"] == end
+    assert (
+        'ask the model as it was trained (chat_settings.json): chat_template_kwargs {"enable_thinking": false}' in said
+    )
     card = (hf / "README.md").read_text()
+    assert '| template arguments | {"enable_thinking": false} |' in card
     assert "base_model: org/name" in card and "| base model | org/name at 0123abc |" in card
-    assert f"SHA-256 `{template_hash(CHATML)}`" in card
+    assert f"SHA-256 `{template_hash(TEMPLATE)}`" in card
 
 
 def test_a_best_checkpoint_is_saved_in_the_background_too(brought: Path, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import yaml
 from megatron_longpo.checkpoint.card import card, training_record
 from megatron_longpo.config import Config, ObjectiveConfig
 from megatron_longpo.model.shape import ModelShape
+from megatron_longpo.training.objective import OBJECTIVES
 
 _MANIFEST: dict[str, Any] = {
     "longest": 900,
@@ -42,7 +43,13 @@ def make_card(records: list[dict[str, Any]], objective: str = "longpo", data_pat
     config = yaml.safe_load(Config().as_yaml())
     config["data"]["data_path"] = data_path
     config["objective"]["objective"] = objective
-    record = training_record(step=2, train_iters=20, layout="TP 1", manifest=_MANIFEST, records=records)
+    spec = OBJECTIVES[objective]
+    terms = {"uses_preference": spec.uses_preference, "uses_nll": spec.uses_nll}
+    record = training_record(step=2, train_iters=20, layout="TP 1", manifest=_MANIFEST, records=records, terms=terms)
+    if objective in ("longpo", "dpo", "sft"):
+        # As version 0.1 wrote it.
+        before = {name: value for name, value in record.items() if name != "terms"}
+        assert card(_SHAPE, "bfloat16", record, config) == card(_SHAPE, "bfloat16", before, config)
     return card(_SHAPE, "bfloat16", record, config)
 
 

@@ -172,6 +172,9 @@ LINES = {
         ["--model", "WORD", "--tasks", "WORD", "--output", "OUT"],
     ],
     "evaluate compare": [["FOLDER", "FOLDER", "--output", "OUT"]],
+    "evolve": [["--config", "FILE"], ["--config", "FILE", "--check"], ["--config", "FILE", "--redo", "WORD"]],
+    "evolve status": [["--config", "FILE"]],
+    "evolve report": [["--config", "FILE"]],
     "train": [["--data-path", "PREFIX", "--load", "FOLDER", "--save", "OUT"], ["--config", "FILE"]],
 }
 _NAMES = (
@@ -230,4 +233,5 @@ def test_every_command_line_answers_in_our_words(
 
 
 def test_all_commands_are_tried() -> None:
+    # The simulation builds its fake device first, which takes too long to be tried often; its own tests try odd models.
     assert set(LINES) == set(COMMANDS) - {"simulate"}

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from tests.support.gpus import too_few
 from tests.support.parity.cases import Case
 from tests.support.parity.launches import Results, make_inputs
 
@@ -17,6 +18,15 @@ def parity_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("parity")
     make_inputs(folder)
     return folder
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Cases that have fewer GPUs than ranks are skipped one by one, so that the list of skipped tests names each."""
+    for item in items:
+        case = getattr(getattr(item, "callspec", None), "params", {}).get("case")
+        reason = too_few(case.processes) if isinstance(case, Case) else None
+        if reason:
+            item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture(scope="session")

@@ -24,8 +24,11 @@ from typing import Any, Protocol
 from unittest import mock
 
 import psutil
+import pytest
 
+from megatron_longpo.runtime import platform
 from tests.support import forked
+from tests.support.gpus import too_few
 
 ROOT = Path(__file__).parent.parent.parent
 PYTHON = sys.executable
@@ -43,7 +46,9 @@ def free_port() -> int:
 
 
 def torchrun(processes: int, *arguments: str) -> list[str]:
-    """Command line of a launch on this machine."""
+    """Command line of a launch on this machine; skips the test if the platform is CUDA and a rank would have no GPU."""
+    if reason := too_few(processes):
+        pytest.skip(reason)
     return [
         PYTHON,
         "-m",
@@ -147,7 +152,8 @@ class Running:
         self._streams = [Path(self._folder.name) / name for name in ("stdout", "stderr")]
         env = dict(env or environment())
         self._process: _Process
-        if fresh:
+        # What CUDA's driver has been asked in the server, even how many GPUs there are, cannot be asked again in its children.
+        if fresh or platform.CURRENT.is_cuda:
             with open(self._streams[0], "wb") as stdout, open(self._streams[1], "wb") as stderr:
                 self._process = subprocess.Popen(
                     self.command, stdout=stdout, stderr=stderr, env=env, cwd=folder, start_new_session=True

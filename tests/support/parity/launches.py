@@ -10,6 +10,7 @@ import torch
 
 from megatron_longpo.conversion.import_hf import import_hf
 from tests.support.data import make_data
+from tests.support.gpus import too_few
 from tests.support.launch import Running, torchrun
 from tests.support.models import FAMILIES, VARIANTS, make_model
 from tests.support.parity.cases import CASES
@@ -63,7 +64,8 @@ class Results(dict[str, dict[str, Any]]):
         # Variants have few cases each: they share their launches.
         together = VARIANTS if family in VARIANTS else (family,)
         cases = [case for case in self._cases if family in case.families]
-        names, sizes = [case.name for case in cases], sorted({case.processes for case in cases})
+        names = [case.name for case in cases]
+        sizes = sorted({case.processes for case in cases if not too_few(case.processes)})
         # The launch of one process would leave a core idle: it runs beside the others.
         alone = Launch(self._folder, sizes[0], together, names)
         others = [Launch(self._folder, n, together, names).finish() for n in sizes[1:]]

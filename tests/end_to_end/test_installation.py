@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import subprocess
 import sys
 import sysconfig
 import venv
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -84,3 +87,30 @@ def test_pip_install_gives_the_console_command(wheel: Path, tmp_path: Path) -> N
         [str(binaries / "python"), "-c", where], capture_output=True, text=True, cwd=tmp_path, env=env
     )
     assert done.stdout.startswith(str(site))
+
+
+_ASK = "MEGATRON_LONGPO_TEST_INDEX"
+
+
+@pytest.mark.skipif(not os.environ.get(_ASK), reason=f"asks the package index for minutes; set {_ASK}=1 to run it")
+def test_what_pip_installs_on_a_gpu_machine_is_what_is_meant(tmp_path: Path) -> None:
+    """In a new environment of Python 3.12: names and versions that pip resolves, without installing them."""
+    python = shutil.which("python3.12")
+    if python is None:
+        pytest.skip("there is no python3.12")
+    subprocess.run([python, "-m", "venv", str(tmp_path / "env")], check=True)
+    report = tmp_path / "report.json"
+    line = [str(tmp_path / "env" / "bin" / "python"), "-m", "pip", "install", "-q", "--dry-run", "--ignore-installed"]
+    subprocess.run([*line, "--report", str(report), f"{ROOT}[gpu]"], check=True, timeout=900, cwd=tmp_path)
+    check_resolved(json.loads(report.read_text(encoding="utf-8"))["install"])
+
+
+def check_resolved(install: list[dict[str, Any]]) -> None:
+    """A CUDA build of torch with its libraries, megatron-core for Python 3.12, wheels, and nothing that is compiled by hand."""
+    versions = {entry["metadata"]["name"].lower(): entry["metadata"]["version"] for entry in install}
+    assert versions["megatron-core"].startswith("0.19.") and "triton" in versions
+    assert [name for name in versions if name.startswith("nvidia-nccl-cu")], "torch without CUDA"
+    assert not versions.keys() & {"apex", "flash-attn", "transformer-engine"}
+    sources = {entry["metadata"]["name"] for entry in install if not entry["download_info"]["url"].endswith(".whl")}
+    # Pure Python, whose index has no wheel; and this project.
+    assert sources <= {"rouge_score", "rouge-score", "megatron_longpo"}, sources

@@ -221,6 +221,8 @@ class _GatheredAttention(torch.autograd.Function):
             # rank's keys to it.
             total = torch.empty(gk.shape[0], 2 * gk.shape[1], gk.shape[2], dtype=torch.float32, device=key.device)
             total[plan.gathered_of_S] = torch.cat([gk, gv], dim=1).float()
+            # Not kept while the next heads are computed.
+            del gk, gv
             mine = total.new_empty(query.shape[0], *total.shape[1:])
             work = dist.reduce_scatter_tensor(mine, total, group=plan.context_group, async_op=True)
             going.append((work, mine, total))

@@ -67,6 +67,8 @@ class _RMSNormFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        # Norms of heads get views of the fused projection, which would stay in memory as a whole.
+        x = x.contiguous()
         if x.is_cuda and _FUSED_NORM:
             normed, scale = torch.ops.aten._fused_rms_norm(x, [x.shape[-1]], weight, eps)
         else:

@@ -41,12 +41,15 @@ _TOLERANCE = 1e-4
 _WIDE_PRODUCTS = "dtype_out" in torch.ops.aten.mm.overloads() and "dtype_out" in torch.ops.aten.addmm.overloads()
 
 
-def default_chunk_bytes() -> int:
+def default_chunk_bytes(*, on_cuda: bool | None = None) -> int:
     """Default memory for the logits of one chunk, in bytes: enough for 220 tokens of the largest vocabularies.
 
     More on CUDA, because a matmul that accumulates into [V, H] needs about 1000 tokens to be worth its memory traffic.
+
+    Args:
+        on_cuda: whether it is for a GPU. Default: whether this process has one.
     """
-    return (1024 if platform.CURRENT.is_cuda else 128) * 2**20
+    return (1024 if (platform.CURRENT.is_cuda if on_cuda is None else on_cuda) else 128) * 2**20
 
 
 def chunk_tokens(

@@ -42,7 +42,7 @@ from megatron_longpo.training.objective import (
 _TILES = 4
 
 # How many context-parallel exchanges are in flight at once. More overlap hides more latency but makes each matmul smaller.
-_HEAD_GROUPS = 4
+HEAD_GROUPS = 4
 
 
 def _gathered_of(ranges_of_rank: Sequence[Sequence[Range]], padded: int) -> np.ndarray:
@@ -134,7 +134,7 @@ class MicroBatch:
             parallel.context_group if context_parallel else None,
             parallel.comm_type,
             on_device.get("gathered"),
-            head_groups=_HEAD_GROUPS,
+            head_groups=HEAD_GROUPS,
             window=window,
             positions_S=layout.positions_S,
         )

@@ -5,14 +5,11 @@ that width in nine: a tenth of all operations at a few thousand tokens, and a sm
 recomputed wherever it costs no more than that (``CHEAP``). Going further, recomputing whole layers costs a third of the linear
 layers' time and more of the attention's; that is done only as far as memory demands, for as many layers of a stage as are
 needed (``full``, method ``block``).
-
-Shape legend: H = hidden size, F = MLP width, Q/K = query/key-value heads, D = head size.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,11 +20,12 @@ import torch.distributed as dist
 
 from megatron_longpo.config import Config, TrainingConfig, pipeline_split
 from megatron_longpo.data.sequence import SequenceLayout
-from megatron_longpo.model.logprobs import default_chunk_bytes
+from megatron_longpo.model.gpt import padded_vocab_size
 from megatron_longpo.model.shape import ModelShape
 from megatron_longpo.runtime import platform
 from megatron_longpo.runtime.log import log
 from megatron_longpo.runtime.process_groups import Parallel
+from megatron_longpo.training.activations import Activations
 from megatron_longpo.training.batch import policy_layout
 from megatron_longpo.training.data_set import DataSet
 from megatron_longpo.training.objective import spec_of
@@ -101,7 +99,7 @@ def decide_recompute(plan: RunPlan, data: DataSet, parallel: Parallel) -> RunPla
     if training.skip_train:
         # Nothing is saved for a backward.
         return _with_training(plan, dataclasses.replace(training, recompute_granularity="none"))
-    micro_batch = _longest_micro_batch(plan.config, data)
+    micro_batch = longest_micro_batch(plan.config, data)
     tokens = sum(layout.length for layout in micro_batch)
     found = choices(
         plan.shape,
@@ -139,7 +137,7 @@ def _with_training(plan: RunPlan, training: TrainingConfig) -> RunPlan:
     return dataclasses.replace(plan, config=dataclasses.replace(plan.config, training=training))
 
 
-def _longest_micro_batch(config: Config, data: DataSet) -> list[SequenceLayout]:
+def longest_micro_batch(config: Config, data: DataSet) -> list[SequenceLayout]:
     """Layouts of the samples of the longest micro batch there could be.
 
     Costs are those of chained rows. For independent turns they are only an approximation, so several of the most expensive
@@ -162,6 +160,7 @@ def choices(
     pairs: int,
     num_microbatches: int,
     stage: int,
+    on_cuda: bool | None = None,
 ) -> list[Choice]:
     """All ways to recompute, fewest operations first.
 
@@ -173,38 +172,81 @@ def choices(
         pairs: query-key pairs of that micro batch.
         num_microbatches: micro batches per step.
         stage: pipeline rank.
+        on_cuda: whether the run is on GPUs. Default: whether this process has one.
     """
     split = pipeline_split(config.parallel, shape.num_layers)
-    virtual, largest = len(split[0]), max(n for rank in split for n in rank)
-    # The largest virtual stage of this rank stands for all of them.
-    chunk_layers = max(split[stage])
-    local = math.ceil(tokens / parallel.context_size)
-    in_flight = min(_chunks_in_flight(parallel.pipeline_size, virtual, stage), num_microbatches * virtual)
-    width = 2 if config.training.bf16 else 4
-    saved = _saved_per_token(shape, parallel)
-    layer_input, everything, without_mlp = (
-        int(n * local * width) for n in (saved.layer_input, saved.everything, saved.without_mlp)
-    )
-    base = static_bytes(shape, config, parallel, stage) + _RESERVE_BYTES
-    # The backward of a layer holds its gradients beside what was saved; the last stage also holds a chunk of logits.
-    base += 2 * everything + (config.model.logprob_chunk_bytes or default_chunk_bytes()) * 3 // 2
+    largest = max(n for rank in split for n in rank)
     # Floating-point operations of a layer's forward.
     linear, attention = 2.0 * tokens * shape.layer_weights, 4.0 * pairs * shape.query_width
     up = 2 * 2 * shape.hidden_size * shape.ffn_hidden_size * tokens
     # The backward takes twice the linear layers, and five matmuls for the attention's two.
     step = 3 * linear + 3.5 * attention
-    # During the backward of a layer's MLP its recomputed output is in memory: it is part of ``base``.
-    found = [Choice("selective", ("mlp_up",), 0, base + in_flight * chunk_layers * without_mlp, up / step)]
+
+    def choice(granularity: str, modules: tuple[str, ...], layers: int, extra: float) -> Choice:
+        found = Choice(granularity, modules, layers, 0, extra)
+        tensors = step_bytes(
+            shape,
+            dataclasses.replace(config, training=found.applied_to(config.training)),
+            parallel,
+            tokens=tokens,
+            num_microbatches=num_microbatches,
+            stage=stage,
+            on_cuda=on_cuda,
+        )
+        assert tensors is not None
+        return dataclasses.replace(found, bytes_needed=tensors + _RESERVE_BYTES)
+
+    found = [choice("selective", ("mlp_up",), 0, up / step)]
     if up / step > CHEAP:
-        found.append(Choice("none", (), 0, base + in_flight * chunk_layers * everything, 0.0))
+        found.append(choice("none", (), 0, 0.0))
     # The same choices, in the same order, on all ranks, whatever their numbers of layers.
     for layers in range(1, largest + 1):
-        recomputed = min(layers, chunk_layers)
-        kept = recomputed * layer_input + (chunk_layers - recomputed) * without_mlp
         share = sum(min(layers, n) for rank in split for n in rank) / shape.num_layers
-        extra = (share * (linear + attention) + (1 - share) * up) / step
-        found.append(Choice("full", ("mlp_up",), layers, base + in_flight * kept, extra))
+        found.append(choice("full", ("mlp_up",), layers, (share * (linear + attention) + (1 - share) * up) / step))
     return sorted(found, key=lambda c: c.extra)
+
+
+def step_bytes(
+    shape: ModelShape,
+    config: Config,
+    parallel: Parallel,
+    *,
+    tokens: int,
+    num_microbatches: int,
+    stage: int,
+    on_cuda: bool | None = None,
+) -> int | None:
+    """Estimate the most bytes of tensors in a step of one rank.
+
+    Args:
+        shape, config, parallel, tokens, num_microbatches, stage, on_cuda: as for ``choices``.
+
+    Returns:
+        The bytes; None if the configuration recomputes something that the estimate does not know.
+    """
+    on_cuda = platform.CURRENT.is_cuda if on_cuda is None else on_cuda
+    training = config.training
+    split = pipeline_split(config.parallel, shape.num_layers)
+    # The largest virtual stage of this rank stands for all of them.
+    virtual, layers = len(split[0]), max(split[stage])
+    whole, up = 0, False
+    if training.recompute_granularity == "full":
+        if training.recompute_method == "uniform" and training.recompute_num_layers > 1:
+            return None
+        whole = layers if training.recompute_method == "uniform" else min(training.recompute_num_layers, layers)
+        up = "mlp_up" in training.recompute_modules
+    elif training.recompute_granularity == "selective":
+        if set(training.recompute_modules) != {"mlp_up"}:
+            return None
+        up = True
+    elif training.recompute_granularity == "auto":
+        return None
+    last = stage == parallel.pipeline_size - 1
+    activations = Activations(shape, config, parallel, tokens=tokens, is_last=last, on_cuda=on_cuda)
+    in_flight = min(_chunks_in_flight(parallel.pipeline_size, virtual, stage), num_microbatches * virtual)
+    return static_bytes(shape, config, parallel, stage, on_cuda=on_cuda) + activations.peak(
+        layers, whole_layers=whole, recompute_up=up, in_flight=in_flight
+    )
 
 
 def free_bytes(choice: Choice, available: int) -> float:
@@ -225,55 +267,35 @@ def choose(found: Sequence[Choice], free: Sequence[float]) -> Choice:
     return found[max(range(len(found)), key=lambda i: free[i])]
 
 
-def static_bytes(shape: ModelShape, config: Config, parallel: Parallel, stage: int) -> int:
+def static_bytes(
+    shape: ModelShape, config: Config, parallel: Parallel, stage: int, *, on_cuda: bool | None = None
+) -> int:
     """Weights, gradients and optimizer states of a rank in bytes."""
-    layer = shape.layer_weights // parallel.tensor_size + 2 * shape.hidden_size
-    vocabulary = shape.vocab_size * shape.hidden_size // parallel.tensor_size
+    tensor, hidden = parallel.tensor_size, shape.hidden_size
+    layer = shape.layer_weights // tensor + 2 * hidden
+    if shape.add_qkv_bias:
+        layer += (shape.query_width + 2 * shape.kv_width) // tensor
+    if shape.qk_layernorm:
+        layer += 2 * shape.kv_channels
+    padded = padded_vocab_size(shape.vocab_size, config.model.make_vocab_size_divisible_by, tensor)
+    vocabulary = padded * hidden // tensor
     first, last = stage == 0, stage == parallel.pipeline_size - 1
     is_shared = first and last and not shape.untie_embeddings_and_output_weights
     num_layers = sum(pipeline_split(config.parallel, shape.num_layers)[stage])
-    parameters = num_layers * layer + vocabulary * (first + last - is_shared)
+    parameters = num_layers * layer + vocabulary * (first + last - is_shared) + hidden * last
     bf16 = config.training.bf16
     # Adam's two states or RMSProp's one, and an fp32 master copy where the weights are not fp32.
     states = (4 * (1 if config.optimizer.optimizer == "rmsprop" else 2) + (4 if bf16 else 0)) * parameters
+    on_cuda = platform.CURRENT.is_cuda if on_cuda is None else on_cuda
     if config.parallel.use_distributed_optimizer:
         states //= parallel.dp_cp_size
     # An online reference is a second model, or takes the place of the policy's weights, of which a copy waits on the host.
     has_reference = spec_of(config.objective.objective, config.objective.loss_type).reference_rows is not None
-    is_beside = config.reference.reference_model == "resident" or not platform.CURRENT.is_cuda
+    is_beside = config.reference.reference_model == "resident" or not on_cuda
     copies = 2 if config.reference.reference == "online" and has_reference and is_beside else 1
     weights = (2 if bf16 else 4) * parameters * copies
     gradients = (2 if config.parallel.grad_reduce_in_bf16 else 4) * parameters
     return weights + gradients + states
-
-
-@dataclass(frozen=True)
-class _Saved:
-    """Numbers per token that a layer saves for its backward.
-
-    Attributes:
-        layer_input: only the layer's input, when the whole layer is recomputed.
-        everything: what model/layers.py saves without recomputing.
-        without_mlp: everything except what has the MLP's width.
-    """
-
-    layer_input: float
-    everything: float
-    without_mlp: float
-
-
-def _saved_per_token(shape: ModelShape, parallel: Parallel) -> _Saved:
-    t = parallel.tensor_size
-    layer_input = shape.hidden_size / (t if parallel.sequence_parallel else 1)
-    q, k = shape.query_width / t, shape.kv_width / t
-    attention = 2 * q + 2 * k
-    if parallel.context_size > 1 and parallel.comm_type == "a2a":
-        # The output is saved on both sides of the exchange, and key-value heads may be replicated.
-        replicas = max(1.0, parallel.context_size * t / shape.num_query_groups)
-        attention = 3 * q + 2 * k * replicas
-    without_mlp = 2 * layer_input + attention
-    everything = without_mlp + 2 * shape.ffn_hidden_size / t
-    return _Saved(layer_input=layer_input, everything=everything, without_mlp=without_mlp)
 
 
 def _chunks_in_flight(pipeline: int, virtual: int, stage: int) -> int:

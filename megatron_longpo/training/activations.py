@@ -1,0 +1,224 @@
+"""What a step of one rank holds beside weights, gradients and optimizer: an estimate of the peak, term by term.
+
+Each term is a tensor of ``model/layers.py``, ``model/attention.py``, ``model/blocks.py`` or ``model/logprobs.py``. The peak is in
+one of a few moments: the backward of an MLP or of an attention with everything saved, that of a layer which is recomputed as a
+whole, or the log-probs. tests/unit/test_simulation.py compares the estimate with simulated steps; it must not be below them.
+
+Shape legend: s = places on this context-parallel rank, r = rows of the hidden states on this rank (s / TP with sequence
+parallelism), H = hidden size, Q/K = width of this rank's queries/keys, F = this rank's width of the MLP, D = head size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from megatron_longpo.config import Config
+from megatron_longpo.model.gpt import padded_vocab_size
+from megatron_longpo.model.logprobs import chunk_tokens, default_chunk_bytes
+from megatron_longpo.model.shape import ModelShape
+from megatron_longpo.runtime.balance import round_up
+from megatron_longpo.runtime.process_groups import Parallel
+from megatron_longpo.training.batch import HEAD_GROUPS
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Bytes of one micro batch on one rank.
+
+    Attributes:
+        shape: shape of the model.
+        config: configuration of the run.
+        parallel: degrees.
+        tokens: places of the micro batch, over all its context-parallel ranks.
+        is_last: whether the rank is in the last stage, which computes log-probs.
+        on_cuda: whether the run is on GPUs.
+    """
+
+    shape: ModelShape
+    config: Config
+    parallel: Parallel
+    tokens: int
+    is_last: bool
+    on_cuda: bool
+
+    # Sizes ------------------------------------------------------------------------------------------
+
+    @cached_property
+    def _dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.config.training.bf16 else torch.float32
+
+    @property
+    def _width(self) -> int:
+        return self._dtype.itemsize
+
+    @property
+    def _gathers(self) -> bool:
+        """Whether hidden states are cut over the tensor-parallel ranks and gathered for products."""
+        return self.parallel.sequence_parallel and self.parallel.tensor_size > 1
+
+    @cached_property
+    def _places(self) -> int:
+        cut = self.parallel.context_size * (self.parallel.tensor_size if self.parallel.sequence_parallel else 1)
+        return round_up(self.tokens, cut) // self.parallel.context_size
+
+    @property
+    def _rows(self) -> int:
+        return self._places // self.parallel.tensor_size if self._gathers else self._places
+
+    @property
+    def _is_ulysses(self) -> bool:
+        return self.parallel.context_size > 1 and self.parallel.comm_type == "a2a"
+
+    @property
+    def _query_heads(self) -> int:
+        return self.shape.num_attention_heads // self.parallel.tensor_size
+
+    @property
+    def _kv_heads(self) -> int:
+        return max(1, self.shape.num_query_groups // self.parallel.tensor_size)
+
+    @property
+    def _copies(self) -> float:
+        """Copies of each key-value head that an exchange makes."""
+        return max(1.0, self.parallel.context_size / self._kv_heads) if self._is_ulysses else 1.0
+
+    @property
+    def _hidden(self) -> int:
+        """Hidden states of this rank's rows: a layer's input."""
+        return self._rows * self.shape.hidden_size * self._width
+
+    @property
+    def _whole_hidden(self) -> int:
+        """Hidden states of all places, as products see them."""
+        return self._places * self.shape.hidden_size * self._width
+
+    @property
+    def _queries(self) -> int:
+        return self._places * self._query_heads * self.shape.kv_channels * self._width
+
+    @property
+    def _keys(self) -> int:
+        """Keys, copies included; values are as large."""
+        return int(self._places * self._kv_heads * self._copies * self.shape.kv_channels * self._width)
+
+    @property
+    def _mlp(self) -> int:
+        """The MLP's activated tensor; its first product is twice as large."""
+        return self._places * self.shape.ffn_hidden_size // self.parallel.tensor_size * self._width
+
+    # What is saved ----------------------------------------------------------------------------------
+
+    @property
+    def layer_input(self) -> int:
+        """Saved of a layer that is recomputed as a whole."""
+        return self._hidden
+
+    @property
+    def without_mlp(self) -> int:
+        """Saved of a layer whose MLP's first product is recomputed: the inputs of its two halves with a number per row of their
+        norms, queries, keys, values, output and log-sum-exp."""
+        saved = 2 * self._hidden + 2 * 4 * self._rows + self._queries + 2 * self._keys + self._queries
+        saved += 4 * self._places * self._query_heads
+        if self.shape.qk_layernorm:
+            # Norms of heads save their inputs and a number per head.
+            saved += self._queries + int(self._keys / self._copies)
+            saved += 4 * self._places * (self._query_heads + self._kv_heads)
+        return saved
+
+    @property
+    def everything(self) -> int:
+        """Saved of a layer of which nothing is recomputed."""
+        return self.without_mlp + 2 * self._mlp
+
+    # What passes ------------------------------------------------------------------------------------
+
+    def _mlp_backward(self, *, recomputed: bool) -> int:
+        """Most that the backward of an MLP holds beyond what its layer saved."""
+        both = 2 * self._mlp
+        weight = self.shape.hidden_size * self.shape.ffn_hidden_size // self.parallel.tensor_size * self._width
+        gathered = self._whole_hidden if self._gathers else 0
+        again = both if recomputed else 0
+        # The activated tensor and its gradient, the gradient that came and its gathered copy, the weight's gradient.
+        second = again + 2 * self._mlp + self._hidden + gathered + weight
+        # Its gradient, and that of the first product.
+        gate = again + self._mlp + both + self._hidden
+        # The first product is no longer needed: its gradient, the norm's output and its gradient, the weight's.
+        first = both - (0 if recomputed else both) + self._hidden + 2 * self._whole_hidden + 2 * weight
+        return max(second, gate, first)
+
+    def _attention_backward(self) -> int:
+        """Most that the backward of an attention holds beyond what its layer saved."""
+        q, k, fp32 = self._queries, self._keys, 4 / self._width
+        pieces = min(
+            HEAD_GROUPS, max(1, self._kv_heads // self.parallel.context_size) if self._is_ulysses else self._kv_heads
+        )
+        if self.parallel.context_size == 1:
+            pieces = 1
+        # Of one piece: gradient of the queries twice, those of keys and values in fp32 and as the kernel gives them, and the
+        # kernel's fp32 sums and its keys' and values' gradients per query head.
+        expanded = 2 * q if self.shape.num_query_groups < self.shape.num_attention_heads else 0
+        kernel = 2 * q + 2 * k * fp32 + 2 * k + q * fp32 + expanded
+        if self._is_ulysses:
+            # Output and gradient, sent and received, and by heads; gradients on their way back.
+            return int(self._hidden + q + 4 * q + (2 * q + kernel) / pieces + 2 * (q + 2 * k))
+        if self.parallel.context_size > 1:
+            # When the last piece is computed: keys and values of all ranks, their gradients in fp32, and those of the other
+            # pieces on their way; then the kernel's own, or their gradients together and in the ranks' order.
+            everywhere = k * self.parallel.context_size
+            sums = 2 * everywhere * fp32
+            expanded *= self.parallel.context_size
+            of_kernel = (2 * q + q * fp32 + expanded + 2 * everywhere) / pieces
+            return int(self._hidden + 2 * q + 2 * everywhere / pieces + sums + max(of_kernel, 2 * sums / pieces))
+        return int(self._hidden + q + kernel)
+
+    def _logprobs(self) -> int:
+        """What the log-probs hold: a chunk's logits and hidden states, and the last hidden states with their gradient."""
+        tensor, shape, width = self.parallel.tensor_size, self.shape, self._width
+        budget = self.config.model.logprob_chunk_bytes or default_chunk_bytes(on_cuda=self.on_cuda)
+        padded = padded_vocab_size(shape.vocab_size, self.config.model.make_vocab_size_divisible_by, tensor) // tensor
+        chunk = min(chunk_tokens(padded, budget, self._dtype, shape.hidden_size * self._gathers), self._places)
+        logits = chunk * padded * (4 + (width if width < 4 else 0))
+        states = chunk * shape.hidden_size * width * (4 if self._gathers else 2)
+        return logits + states + 2 * self._hidden
+
+    # The peak ---------------------------------------------------------------------------------------
+
+    def peak(self, layers: int, *, whole_layers: int, recompute_up: bool, in_flight: int = 1) -> int:
+        """Most bytes of activations in a step.
+
+        Args:
+            layers: layers of a model chunk.
+            whole_layers: how many of them, from the first, are recomputed as a whole.
+            recompute_up: whether the others recompute their MLP's first product.
+            in_flight: forwards of model chunks whose backward is outstanding when most of them are.
+        """
+        kept = self.without_mlp if recompute_up else self.everything
+        chunk = whole_layers * self.layer_input + (layers - whole_layers) * kept
+        # By the time of an attention's backward, what its MLP saved is gone.
+        mlp_saved = self._hidden + (0 if recompute_up else 2 * self._mlp)
+        moments = [chunk]
+        if whole_layers < layers:
+            moments += [
+                chunk + self._mlp_backward(recomputed=recompute_up),
+                chunk - mlp_saved + self._attention_backward(),
+            ]
+        if whole_layers:
+            again = whole_layers * self.layer_input + self.everything
+            moments += [
+                again + self._mlp_backward(recomputed=False),
+                again - self._hidden - 2 * self._mlp + self._attention_backward(),
+            ]
+        if self.is_last:
+            # The last norm saves its input.
+            moments = [m + self._hidden for m in moments]
+            moments.append(chunk + self._hidden + self._logprobs())
+        # Tables of the rotary embedding, indices; the buffer of megatron-core's gathers; neighbouring stages' tensors.
+        always = self._places * (self.shape.kv_channels * self._width + 320) + 2**23
+        always += self._whole_hidden if self._gathers else 0
+        if self.parallel.pipeline_size > 1:
+            # Interleaved, tensors of two virtual stages are on their way.
+            always += (4 if self.parallel.virtual_stages else 2) * self._hidden
+        return (in_flight - 1) * chunk + max(moments) + always

@@ -12,7 +12,8 @@ from rich.console import Console
 
 from megatron_longpo.command_line import ConfigOptions, parse_with_config
 from megatron_longpo.config import Config
-from megatron_longpo.errors import ConfigError
+from megatron_longpo.errors import ConfigError, PlatformError
+from megatron_longpo.runtime.log import log
 from megatron_longpo.schema import Count, PositiveFloat, check_ranges
 from megatron_longpo.simulation.request import Card, Request
 from megatron_longpo.simulation.show import draw, print_report
@@ -71,7 +72,14 @@ def simulate(arguments: Sequence[str], *, prog: str) -> None:
     )
     major, minor = divmod(round(options.compute_capability * 10), 10)
     card = Card(memory_bytes=int(options.gpu_memory * 2**30), capability=(major, minor))
-    (report,) = run([request], card)
+    try:
+        (report,) = run([request], card)
+    except PlatformError as error:
+        log(f"no simulation but an estimate, since {error}")
+        from megatron_longpo.simulation.fallback import estimate
+
+        log(estimate(request, card))
+        return
     print_report(report, Console())
     if options.json is not None:
         Path(options.json).write_text(report.as_json() + "\n", encoding="utf-8")

@@ -8,7 +8,15 @@ from pathlib import Path
 import numpy as np
 
 from megatron_longpo.checkpoint.folders import resolve
-from megatron_longpo.config import Config, data_parallel_size, data_sources, from_dict, virtual_pipeline_size
+from megatron_longpo.config import (
+    CheckpointConfig,
+    Config,
+    LoggingConfig,
+    data_parallel_size,
+    data_sources,
+    from_dict,
+    virtual_pipeline_size,
+)
 from megatron_longpo.data import preference as p
 from megatron_longpo.data.indexed import Manifest, PreferenceData, SampleWriter, token_dtype
 from megatron_longpo.errors import ConfigError
@@ -42,16 +50,19 @@ def plan_of(request: Request, folder: Path) -> RunPlan:
     (checkpoint / ".metadata").touch()
     batch = _batch_size(request, config, shape)
     _write(samples, shape, folder / "samples", count=batch)
+    training = dataclasses.replace(
+        config.training, global_batch_size=batch, train_iters=config.training.train_iters or 1000, skip_train=False
+    )
     config = dataclasses.replace(
         config,
         data=dataclasses.replace(
             config.data, data_path=str(folder / "samples"), valid_data_path=None, shuffle=False, verify_data=False
         ),
-        checkpoint=dataclasses.replace(config.checkpoint, load=str(checkpoint), save=None),
         reference=dataclasses.replace(config.reference, reference_load=None),
-        training=dataclasses.replace(
-            config.training, global_batch_size=batch, train_iters=config.training.train_iters or 1000
-        ),
+        training=training,
+        # Nothing is evaluated, written or logged.
+        checkpoint=CheckpointConfig(load=str(checkpoint)),
+        logging=LoggingConfig(),
     )
     return make_plan(config, request.world_size)
 

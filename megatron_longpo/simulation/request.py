@@ -81,7 +81,7 @@ class Report:
         tokens: places of a micro batch, over all its context-parallel ranks.
         micro_batches: micro batches of the step.
         peak_bytes: most live bytes of the step.
-        estimate_bytes: what training/memory.py estimates for it, its reserve included; None if it was not asked.
+        estimate_bytes: what training/memory.py estimates for it; None if it does not know what is recomputed.
         static_bytes: live bytes before the step.
         setup_peak_bytes: most live bytes before the first step.
         peak: moment of the peak: ``place``, ``operator``, ``phase``.

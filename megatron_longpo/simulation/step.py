@@ -151,6 +151,14 @@ def _simulate(request: Request, folder: Path, account: Account) -> Report:
     account.reset()
     trainer.train_step()
     report.layout = parallel.describe()
+    report.estimate_bytes = memory.step_bytes(
+        plan.shape,
+        plan.config,
+        parallel,
+        tokens=report.tokens,
+        num_microbatches=report.micro_batches,
+        stage=parallel.pipeline_rank,
+    )
     report.recompute = _recomputed(plan.config.training)
     attention = session.chunks[0].attention
     report.attention = f"{attention.kernels.name} ({attention.reason})"

@@ -1,0 +1,147 @@
+"""The memory estimate beside simulated peaks, over layouts, lengths and models: a table in Markdown.
+
+    python benchmarks/benchmark_estimate.py --layers 8
+    python benchmarks/benchmark_estimate.py --only mistral-7b
+
+No GPU is needed. A pair of eight layers takes about five seconds of one core, more with pipelines and allgather.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass, field
+from typing import Any
+
+from megatron_longpo.simulation.request import Request
+from megatron_longpo.simulation.start import simulate
+
+_GIB = 2**30
+_COMMON = {
+    "layernorm_epsilon": 1e-5,
+    "add_qkv_bias": False,
+    "untie_embeddings_and_output_weights": True,
+    "rotary_base": 1e6,
+    "max_position_embeddings": 524288,
+    "dtype": "bfloat16",
+}
+
+
+def _shape(family: str, sizes: str, **more: Any) -> dict[str, Any]:
+    """A shape from its sizes: layers, hidden, MLP, heads, key-value heads, head size, vocabulary."""
+    names = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups")
+    names = (*names, "kv_channels", "vocab_size")
+    return {**_COMMON, "family": family, **dict(zip(names, map(int, sizes.split()), strict=True)), **more}
+
+
+MODELS = {
+    "mistral-7b": _shape("mistral", "32 4096 14336 32 8 128 32000"),
+    "qwen2.5-7b": _shape("qwen2", "28 3584 18944 28 4 128 152064", add_qkv_bias=True),
+    "qwen3-4b": _shape(
+        "qwen3", "36 2560 9728 32 8 128 151936", qk_layernorm=True, untie_embeddings_and_output_weights=False
+    ),
+    "llama-3.1-70b": _shape("llama", "80 8192 28672 64 8 128 128256"),
+    "smollm2-135m": _shape("llama", "30 576 1536 9 3 64 49152", untie_embeddings_and_output_weights=False),
+}
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A layout, a length and a model.
+
+    Attributes:
+        model: name in ``MODELS``.
+        world_size: GPUs.
+        tokens: tokens of the longest row.
+        layout: tensor, pipeline and context parallel sizes; with sequence parallelism where there are several tensor ranks.
+        recompute: ``none``, ``up`` (the MLPs' first products), or a number of whole layers of each stage.
+        rank: the rank.
+        parallel: other options of the section.
+        optimizer: optimizer.
+    """
+
+    model: str
+    world_size: int
+    tokens: int
+    layout: tuple[int, int, int]
+    recompute: str = "up"
+    rank: int = 0
+    parallel: dict[str, Any] = field(default_factory=dict)
+    optimizer: str = "rmsprop"
+
+    def request(self, layers: int | None) -> Request:
+        tensor, pipeline, context = self.layout
+        training: dict[str, Any] = {"bf16": True, "global_batch_size": 8, "recompute_granularity": self.recompute}
+        if self.recompute != "none":
+            training |= {"recompute_granularity": "selective", "recompute_modules": ["mlp_up"]}
+        if self.recompute.isdigit():
+            training |= {"recompute_granularity": "full", "recompute_method": "block"}
+            training |= {"recompute_num_layers": int(self.recompute)}
+        config = {
+            "parallel": {
+                "tensor_model_parallel_size": tensor,
+                "pipeline_model_parallel_size": pipeline,
+                "context_parallel_size": context,
+                "sequence_parallel": tensor > 1,
+                "use_distributed_optimizer": True,
+                **self.parallel,
+            },
+            "training": training,
+            "optimizer": {"optimizer": self.optimizer},
+        }
+        shape = {**MODELS[self.model], **({} if layers is None else {"num_layers": layers})}
+        return Request(config, self.world_size, self.rank, shape, tokens=self.tokens)
+
+
+_ALLGATHER = {"cp_comm_type": "allgather"}
+PAIRS = (
+    Pair("mistral-7b", 8, 131072, (1, 1, 8)),
+    Pair("mistral-7b", 8, 131072, (1, 1, 8), "4"),
+    Pair("mistral-7b", 8, 131072, (1, 1, 8), "8"),
+    Pair("mistral-7b", 8, 131072, (1, 1, 8), parallel=_ALLGATHER),
+    Pair("mistral-7b", 8, 131072, (2, 1, 4)),
+    Pair("mistral-7b", 8, 131072, (4, 1, 2)),
+    Pair("mistral-7b", 8, 131072, (8, 1, 1)),
+    Pair("mistral-7b", 8, 32768, (2, 1, 4)),
+    Pair("mistral-7b", 8, 32768, (2, 1, 4), "none"),
+    Pair("mistral-7b", 8, 32768, (1, 1, 8), "none"),
+    Pair("mistral-7b", 8, 65536, (2, 1, 4), parallel={"sequence_parallel": False}),
+    Pair("mistral-7b", 8, 16384, (8, 1, 1), "none"),
+    Pair("mistral-7b", 16, 262144, (4, 1, 4)),
+    Pair("mistral-7b", 16, 524288, (4, 1, 4)),
+    Pair("mistral-7b", 8, 65536, (2, 2, 2)),
+    Pair("mistral-7b", 8, 65536, (2, 2, 2), rank=7),
+    Pair("mistral-7b", 8, 32768, (2, 2, 2), parallel={"num_layers_per_virtual_pipeline_stage": 2}),
+    Pair("mistral-7b", 1, 8192, (1, 1, 1), parallel={"use_distributed_optimizer": False}, optimizer="adam"),
+    Pair("qwen2.5-7b", 8, 131072, (4, 1, 2)),
+    Pair("qwen2.5-7b", 8, 131072, (2, 1, 4), parallel=_ALLGATHER),
+    Pair("qwen2.5-7b", 8, 131072, (1, 1, 8), parallel=_ALLGATHER),
+    Pair("qwen2.5-7b", 8, 32768, (4, 1, 2), "none"),
+    Pair("qwen3-4b", 8, 131072, (2, 1, 4)),
+    Pair("qwen3-4b", 8, 65536, (1, 1, 8), "none"),
+    Pair("smollm2-135m", 8, 16384, (1, 1, 1), "none"),
+    Pair("smollm2-135m", 3, 65536, (1, 1, 3)),
+    Pair("llama-3.1-70b", 64, 131072, (8, 1, 8)),
+    Pair("llama-3.1-70b", 64, 131072, (8, 2, 4)),
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, help="depth of every model; default: its own")
+    parser.add_argument("--only", help="a model")
+    a = parser.parse_args()
+    pairs = [pair for pair in PAIRS if a.only in (None, pair.model)]
+    reports = simulate([pair.request(a.layers) for pair in pairs], quiet=True)
+    print(
+        "| model | layout | rank | tokens | recomputed | simulated GiB | estimate GiB | |\n|---|---|---|---|---|---|---|---|"
+    )
+    for pair, report in zip(pairs, reports, strict=True):
+        estimate = report.estimate_bytes or 0
+        print(
+            f"| {pair.model} | {report.layout} | {pair.rank} | {pair.tokens:,} | {report.recompute} | "
+            f"{report.peak_bytes / _GIB:.2f} | {estimate / _GIB:.2f} | {100 * (estimate / report.peak_bytes - 1):+.1f}% |"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -68,7 +68,7 @@ def build() -> Path:
     if (torch_folder / "lib" / "libtorch_cuda.so").exists():
         raise PlatformError(
             f"torch {version} is a CUDA build, whose autograd engine asks the driver for devices; simulate with a CPU build of "
-            "torch (pip install torch --index-url https://download.pytorch.org/whl/cpu, in an environment of its own)"
+            "torch, in an environment of its own"
         )
     key = hashlib.sha256(f"{version} {torch_folder} {_SOURCE}".encode()).hexdigest()[:16]
     library = _cache_folder() / f"shim-{version}-{key}.so"

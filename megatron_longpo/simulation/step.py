@@ -46,6 +46,9 @@ class Simulator:
             collectives: Any = importlib.import_module("megatron_longpo.runtime.collectives")
             collectives.on_rank0 = lambda action: action()
             importlib.import_module("megatron_longpo.training.trainer")
+            # An online reference has weights that are not there either.
+            reference: Any = importlib.import_module("megatron_longpo.training.reference")
+            reference.load_weights = lambda *_, **__: None
         finally:
             torch.compile = compile_  # type: ignore[assignment]
         # What is there now stays; a collection need not look at it again.
@@ -53,6 +56,14 @@ class Simulator:
         self.account = Account()
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)
         FakeTensor.tolist = lambda tensor: self.account.tolist(tensor)  # type: ignore[assignment,method-assign]
+        numpy = torch.Tensor.numpy
+
+        def as_numpy(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> np.ndarray:
+            if isinstance(tensor, FakeTensor):
+                return np.asarray(self.account.tolist(tensor))
+            return numpy(tensor, *args, **kwargs)
+
+        torch.Tensor.numpy = as_numpy  # type: ignore[method-assign,assignment]
         torch.cuda.synchronize = lambda *_, **__: self.account.wait("torch.cuda.synchronize")  # type: ignore[assignment]
 
     def _compile(self, function: Callable[..., Any] | None = None, **_: Any) -> Any:
@@ -126,9 +137,10 @@ def _simulate(request: Request, folder: Path, account: Account) -> Report:
     checkpointer = Checkpointer(plan, parallel, reference_weights="")
     trainer = Trainer(session, checkpointer, began=time.monotonic())
     trainer.resume()
-    for chunk in trainer.model:
-        for x in chunk.parameters():
+    for model in [*trainer.model, *getattr(session.reference, "_chunks", ())]:
+        for x in model.parameters():
             account.note(x, WEIGHTS)
+    for chunk in trainer.model:
         for buffer in [*chunk.buffers, *chunk.expert_parallel_buffers]:
             account.note(buffer.grad_data, GRADIENTS)
             if buffer.param_data is not None:

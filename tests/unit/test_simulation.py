@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -65,16 +66,17 @@ def _layouts() -> dict[str, Request]:
 
 
 LAYOUTS = _layouts()
+_ONE = LAYOUTS["one rank 0"]
+ONLINE = {
+    how: dataclasses.replace(_ONE, config={**_ONE.config, "reference": {"reference": "online", "reference_model": how}})
+    for how in ("swapped", "resident")
+}
 
 
 @pytest.fixture(scope="module")
 def reports() -> dict[str, Report]:
-    return dict(zip(LAYOUTS, simulate(list(LAYOUTS.values()), quiet=True), strict=True))
-
-
-def _of(reports: dict[str, Report], layout: str, rank: int = 1) -> Report:
-    """The report of a plain layout."""
-    return next(report for name, report in reports.items() if report.layout == layout and name.endswith(f"rank {rank}"))
+    requests = {**LAYOUTS, **ONLINE}
+    return dict(zip(requests, simulate(list(requests.values()), quiet=True), strict=True))
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -107,7 +109,7 @@ def test_host_waits_have_their_lines_and_no_tensor_is_computed_on_the_host(
 
 
 def test_bytes_and_operations_of_one_process_are_those_counted_by_hand(reports: dict[str, Report]) -> None:
-    report = _of(reports, "TP 1, PP 1, CP 1, DP 1", rank=0)
+    report = reports["one rank 0"]
     # The prompt without its last token, and that token with an answer that lacks its last, for answers of 40 and 30 tokens.
     trunk, chosen, rejected = TOKENS - ANSWER - 1, ANSWER, 30
     places = trunk + chosen + rejected
@@ -127,21 +129,28 @@ def test_bytes_and_operations_of_one_process_are_those_counted_by_hand(reports: 
     assert report.flops["attention"] == (2 + 5) * 2 * 2 * 128 * pairs
 
 
+def test_an_online_reference_is_scored_in_the_step_and_may_be_a_second_model(reports: dict[str, Report]) -> None:
+    cached, swapped, resident = (reports[name] for name in ("one rank 0", "swapped", "resident"))
+    # Its forward takes as many products as a third of the policy's step, on rows that are no longer than its own.
+    assert 1 < swapped.flops["linear layers"] / cached.flops["linear layers"] < 1.4
+    assert swapped.flops == resident.flops
+    assert resident.kinds["weights"] == pytest.approx(2 * cached.kinds["weights"], rel=0.02)
+    assert swapped.kinds["weights"] == cached.kinds["weights"]
+
+
 def test_exchanges_are_counted_by_group(reports: dict[str, Report]) -> None:
-    sent = {(row["collective"], row["group"]): row for row in _of(reports, "TP 1, PP 1, CP 2 a2a, DP 1").exchanges}
+    sent = {(row["collective"], row["group"]): row for row in reports["cp2 rank 1"].exchanges}
     # Queries, keys, values and output of a layer forward, their gradients backward: 16 KiB per place of 330 in bf16 with 128 +
     # 2 * 64 + 128 channels; half of what a rank holds, half of the places, goes to the other rank.
     assert sent["all_to_all", "cp"]["bytes"] >= 2 * 2 * 2 * 165 * (128 + 64 + 64 + 128) // 2
     assert sent["reduce_scatter", "dp_cp"]["calls"] == 1
-    assert ("all_to_all", "cp") not in {
-        (r["collective"], r["group"]) for r in _of(reports, "TP 2 + SP, PP 1, CP 1, DP 1").exchanges
-    }
-    assert {row["group"] for row in _of(reports, "TP 2 + SP, PP 1, CP 1, DP 1").exchanges} >= {"tp"}
-    assert any(row["collective"] == "send" for row in _of(reports, "TP 1, PP 2, CP 1, DP 1", rank=0).exchanges)
+    assert ("all_to_all", "cp") not in {(r["collective"], r["group"]) for r in reports["tp2-sp rank 1"].exchanges}
+    assert {row["group"] for row in reports["tp2-sp rank 1"].exchanges} >= {"tp"}
+    assert any(row["collective"] == "send" for row in reports["pp2 rank 0"].exchanges)
 
 
 def test_stages_of_a_pipeline_hold_what_they_should(reports: dict[str, Report]) -> None:
-    first, last = (_of(reports, "TP 1, PP 2, CP 1, DP 1", rank) for rank in (0, 1))
+    first, last = reports["pp2 rank 0"], reports["pp2 rank 1"]
     assert "log-probs" in last.flops and "log-probs" not in first.flops
     # The first stage holds the hidden states of two micro batches, the last of one.
     assert first.kinds["queries, keys, values"] > 1.5 * last.kinds["queries, keys, values"]

@@ -209,7 +209,7 @@ def _objective(objective: dict[str, Any], terms: dict[str, bool]) -> str:
     # A run of an earlier commit has no such key.
     if objective.get("rpo_alpha"):
         text += f", {objective['rpo_alpha']:g} times the NLL per token of the chosen answers"
-    if kind == "solopo":
+    if objective["objective"] == "solopo":
         text += f", {objective['solo_alpha']:g} times the distance of rewards"
     return text
 

@@ -7,6 +7,7 @@ import datetime
 import errno
 import os
 import re
+import select
 import sys
 import tempfile
 import time
@@ -21,6 +22,8 @@ from megatron_longpo.runtime.heartbeat import silent_ranks
 from megatron_longpo.runtime.launcher import end_with_launcher
 
 _LINGER_SECONDS = 3.0
+# As shells report it of programs that the signal ends.
+_STATUS_OF_SIGPIPE = 141
 # Whoever reports a time-out first listens for the heartbeats of all ranks.
 _LINGER_SECONDS_AFTER_TIMEOUT = 15.0
 
@@ -214,18 +217,32 @@ def run_or_fail(action: Callable[[], None]) -> None:
     except BaseException as error:
         line = explain(error)
         code = 1 if line is None else 2
-        if _first_to_fail():
+        if isinstance(error, BrokenPipeError) and _nobody_reads():
+            code = _STATUS_OF_SIGPIPE
+        elif _first_to_fail():
             _print(f"error: {line or _line_on(error)} (traceback: {_write_traceback(error)})")
         else:
             linger = _LINGER_SECONDS_AFTER_TIMEOUT if _is_timeout(str(error)) else _LINGER_SECONDS
     release_locks()
     if not code:
-        sys.stdout.flush()
-    else:
-        with contextlib.suppress(OSError):
+        if not _nobody_reads():
             sys.stdout.flush()
-        time.sleep(linger)
-        os._exit(code)
+            return
+        code = _STATUS_OF_SIGPIPE
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
+    time.sleep(linger)
+    os._exit(code)
+
+
+def _nobody_reads() -> bool:
+    """Whether the reader of standard output has gone, as in ``... | head``."""
+    poll = select.poll()
+    try:
+        poll.register(sys.stdout.fileno(), select.POLLOUT)
+    except (OSError, ValueError):
+        return False
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def _line_on(error: BaseException) -> str:

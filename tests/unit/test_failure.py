@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import NoReturn
 
@@ -126,3 +129,13 @@ def test_a_rank_that_hangs_is_named(fail, monkeypatch: pytest.MonkeyPatch) -> No
     )
     monkeypatch.setattr(failure, "silent_ranks", list)
     assert fail("0", timeout).startswith("error: a rank hangs") and "all ranks are alive" in fail("0", timeout)
+
+
+def test_a_reader_that_has_gone_is_no_error() -> None:
+    """``... | head``: no message, and the status that shells know of SIGPIPE."""
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "megatron_longpo.cli", "train", "--print-config"]
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (141, "")

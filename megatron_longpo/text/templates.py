@@ -22,8 +22,8 @@ def compiled(template: str, date: datetime.date) -> Template:
         template: source of the template.
         date: what ``strftime_now`` tells; the time of day is midnight.
     """
-    # Imports torch, which commands that only print their help should not wait for. The names are private; they were read in 4.46.3
-    # and are tested with 5.23. Compiling by other means would render some templates differently.
+    # Imports torch, which commands that only print their help should not wait for. The names are private: read in 4.46.3, tested
+    # with 5.23. Compiling by other means would render some templates differently.
     from transformers.utils.chat_template_utils import _compile_jinja_template
 
     made: Template = _compile_jinja_template(template)

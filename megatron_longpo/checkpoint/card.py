@@ -68,7 +68,8 @@ def training_record(
         layout: parallel layout.
         manifest: manifest of the data, as plain values.
         records: metrics of all steps, as in metrics.jsonl; the means over the first and the last tenth are kept.
-        terms: whether the loss has a preference term (``uses_preference``) and an NLL (``uses_nll``).
+        terms: whether the loss has a preference term (``uses_preference``) and an NLL (``uses_nll``), and whether the preference
+            is that of the short rows (``prefers_short``).
     """
     num_steps = max(1, len(records) // _NUM_PARTS)
     ends = {"first": records[:num_steps], "last": records[-num_steps:]}
@@ -209,7 +210,7 @@ def _objective(objective: dict[str, Any], terms: dict[str, bool]) -> str:
     # A run of an earlier commit has no such key.
     if objective.get("rpo_alpha"):
         text += f", {objective['rpo_alpha']:g} times the NLL per token of the chosen answers"
-    if objective["objective"] == "solopo":
+    if terms.get("prefers_short"):
         text += f", {objective['solo_alpha']:g} times the distance of rewards"
     return text
 

@@ -322,6 +322,7 @@ class Checkpointer:
             terms={
                 "uses_preference": self.plan.objective.uses_preference,
                 "uses_nll": self.plan.objective.uses_nll,
+                "prefers_short": self.plan.objective.prefers_short,
             },
         )
         content = self._content(step, state, is_loading=False, with_rng=True)

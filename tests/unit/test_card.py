@@ -44,7 +44,8 @@ def make_card(records: list[dict[str, Any]], objective: str = "longpo", data_pat
     config["data"]["data_path"] = data_path
     config["objective"]["objective"] = objective
     spec = OBJECTIVES[objective]
-    terms = {"uses_preference": spec.uses_preference, "uses_nll": spec.uses_nll}
+    names = ("uses_preference", "uses_nll", "prefers_short")
+    terms = {name: getattr(spec, name) for name in names}
     record = training_record(step=2, train_iters=20, layout="TP 1", manifest=_MANIFEST, records=records, terms=terms)
     if objective in ("longpo", "dpo", "sft"):
         # As version 0.1 wrote it.

@@ -45,8 +45,7 @@ def meddle(model: Path, output: Path, what: str, *flags: str, rank: int = 0, pro
     """Start a run in which something happens after its second step; see tests/support/meddling_training.py."""
     arguments = train(model, output, *flags, module="tests.support.meddling_training")
     line = [PYTHON, *arguments] if processes == 1 else torchrun(processes, *arguments)
-    # A rank that torchrun ends leaves megatron-core's queue; forked from it, that keeps the agent waiting, spawned it does not.
-    return Running(line, env=environment(MEDDLE=what, MEDDLE_RANK=str(rank)), fresh=processes > 1)
+    return Running(line, env=environment(MEDDLE=what, MEDDLE_RANK=str(rank)))
 
 
 def error_of(stderr: str) -> str:

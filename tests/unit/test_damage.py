@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import pickle
 import random
 import shutil
 import struct
@@ -28,11 +29,15 @@ from megatron_longpo.evaluation.folder import SuiteFolder, read_rows
 from megatron_longpo.evaluation.report import write_report
 from megatron_longpo.evaluation.results import read_results
 from megatron_longpo.evaluation.suites.base import SuiteResult
-from megatron_longpo.generation.stages import Stage, read_lines
-from megatron_longpo.runtime.files import check_checksum, sha256_of, write_checksum
+from megatron_longpo.generation.merging import merge
+from megatron_longpo.generation.pairs import make_part
+from megatron_longpo.generation.settings import GenerationConfig, RunConfig
+from megatron_longpo.generation.stages import STAGES, Stage, part_folder, read_lines
+from megatron_longpo.runtime.files import FolderLock, check_checksum, sha256_of, write_checksum
 from megatron_longpo.runtime.json_lines import decode_line, encode_line
 from megatron_longpo.runtime.share import Share
 from megatron_longpo.text.preprocess import Settings, preprocess
+from megatron_longpo.training.reference import ReferenceCache
 from tests.support.data import VOCABULARY, make_data, random_sample, tokenised_row, write_lines
 from tests.support.models import make_model
 
@@ -524,3 +529,72 @@ def test_export_and_verify_take_the_newest_good_checkpoint_of_a_run(
     # Asked for by name, it is that one or none.
     with pytest.raises(DamagedError, match="iter_0000003"):
         export_hf(steps[2], tmp_path / "other")
+
+
+# --------------------------------------------------------------------------------------------------
+# Two processes at once
+# --------------------------------------------------------------------------------------------------
+
+
+def test_a_part_of_an_evaluation_or_a_generation_has_one_process(tmp_path: Path) -> None:
+    folder = answers(tmp_path, [row_of(0)])
+    with pytest.raises(DataError, match=r"0-of-1: process \d+ on host .* works on it"):
+        SuiteFolder(tmp_path / "s", {}, Share())
+    # Another part is free, and sees what the first has answered.
+    other = SuiteFolder(tmp_path / "s", {}, Share(1, 2))
+    assert other.answered() == {"s/t/1/0"}
+    other.close()
+    folder.close()
+    SuiteFolder(tmp_path / "s", {}, Share()).close()
+
+    output = tmp_path / "pairs.jsonl"
+    config = GenerationConfig(run=RunConfig(output=str(output)))
+    part_folder(output, 0, 1).mkdir(parents=True)
+    with FolderLock(part_folder(output, 0, 1), record=True), pytest.raises(DataError, match="works on it"):
+        make_part(config, None, 0, 1)  # type: ignore[arg-type]
+
+
+def test_parts_that_are_not_finished_are_not_merged(tmp_path: Path) -> None:
+    output = tmp_path / "pairs.jsonl"
+    for rank in range(2):
+        folder = part_folder(output, rank, 2)
+        folder.mkdir(parents=True)
+        for name in STAGES:
+            stage = Stage(folder, name, {})
+            if rank == 0:
+                stage.path.touch()
+                stage.finish()
+    with pytest.raises(DataError, match=r"part\(s\) 1 of 2 are not finished"):
+        merge(output)
+    assert not output.exists()
+
+
+_HEADER = b"\x93NUMPY\x01\x00"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        None,
+        pickle.dumps({"a": 1}),
+        _HEADER
+        + (118).to_bytes(2, "little")
+        + b"{'descr': '<f8', 'fortran_order': False, 'shape': (1000000000000, 2)}".ljust(118),
+        _HEADER + (118).to_bytes(2, "little") + b"{'descr': '|O', 'fortran_order': False, 'shape': (3, 2)}".ljust(118),
+        _HEADER
+        + (118).to_bytes(2, "little")
+        + b"{'descr': '<f4', 'fortran_order': False, 'shape': (3, 2)}".ljust(118)
+        + bytes(24),
+        _HEADER
+        + (118).to_bytes(2, "little")
+        + b"{'descr': '<f8', 'fortran_order': False, 'shape': (4, 2)}".ljust(118)
+        + bytes(64),
+    ],
+    ids=["empty", "folder", "pickle", "14.6 TiB", "objects", "float32", "other shape"],
+)
+def test_caches_that_are_none_are_refused_by_name(tmp_path: Path, content: bytes | None) -> None:
+    cache = ReferenceCache(tmp_path, {"weights": "w"}, 3)
+    cache.path.mkdir() if content is None else cache.path.write_bytes(content)
+    with pytest.raises(DataError, match=rf"{cache.path}: (cannot be read|holds) .*; remove it to compute it again"):
+        cache.read()

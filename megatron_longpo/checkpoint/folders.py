@@ -180,9 +180,10 @@ def from_newest_good(path: str | Path, action: Callable[[Path], Item]) -> Item:
         try:
             return action(folder)
         except CheckpointError as error:
+            if folder == Path(path):
+                raise
             # What one rank finds, the others may not have met.
-            is_damaged = any(all_gather_objects(isinstance(error, DamagedError)))
-            if not is_damaged or folder == Path(path):
+            if not any(all_gather_objects(isinstance(error, DamagedError))):
                 raise
             _FOUND[folder] = Damage(folder, f"is damaged ({error})", is_state=True)
 

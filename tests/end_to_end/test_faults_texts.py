@@ -190,16 +190,29 @@ def echo() -> Iterator[Any]:
     server.server_close()
 
 
-def generate(made: Path, folder: Path, server: Any, *, documents: Path, expect: int, **flags: Any) -> str:
+def generate(made: Path, folder: Path, server: Any, **arguments: Any) -> str:
+    """A generation that fails, and its error."""
+    return one_error(run_generation(made, folder, server, **arguments).stderr)
+
+
+def generate_refused(made: Path, folder: Path, server: Any, **arguments: Any) -> str:
+    """A generation that runs to its end, and what it printed. The server refuses long prompts, so no sample is made."""
+    done = run_generation(made, folder, server, **arguments)
+    assert "pairs.jsonl: no sample was made" in one_error(done.stderr) and "prompt_refused" in done.stdout
+    assert (folder / "pairs.jsonl").read_text() == ""
+    return str(done.stdout)
+
+
+def run_generation(made: Path, folder: Path, server: Any, *, documents: Path, **flags: Any) -> Any:
     line = command(
         "generate", documents=documents, output=folder / "pairs.jsonl", engine="openai", model="m",
         tokenizer=made / "model", base_url=f"http://127.0.0.1:{server.server_address[1]}/v1", seq_length=1200,
         min_chunk_tokens=100, max_chunk_tokens=300, min_document_tokens=0, chunks_per_document=1, answer_tokens=16,
         questions_per_chunk=1, max_quoted_words=1.0, **flags,
     )  # fmt: skip
-    done = run(line, expect=expect, env=environment(OPENAI_API_KEY=KEY))
+    done = run(line, expect=2, env=environment(OPENAI_API_KEY=KEY))
     assert KEY not in done.stdout + done.stderr
-    return one_error(done.stderr) if expect else str(done.stdout) + str(done.stderr)
+    return done
 
 
 def assert_no_key(folder: Path) -> None:
@@ -209,14 +222,14 @@ def assert_no_key(folder: Path) -> None:
 
 def test_an_echoed_key_is_neither_shown_nor_kept(made: Path, tmp_path: Path, echo: Any) -> None:
     """C1, C2, C8."""
-    said = generate(made, tmp_path, echo, documents=made / "texts", expect=0)
+    said = generate_refused(made, tmp_path, echo, documents=made / "texts")
     assert "documents" in said and echo.bodies
     assert_no_key(tmp_path)
     kept = "".join(path.read_text() for path in tmp_path.rglob("*.jsonl"))
     assert "[key]" in kept
     echo.mode = "refuse"
     (tmp_path / "refused").mkdir()
-    error = generate(made, tmp_path / "refused", echo, documents=made / "texts", expect=2)
+    error = generate(made, tmp_path / "refused", echo, documents=made / "texts")
     assert "status 401 (bad key [key]); set OPENAI_API_KEY" in error
     assert_no_key(tmp_path / "refused")
 
@@ -224,12 +237,12 @@ def test_an_echoed_key_is_neither_shown_nor_kept(made: Path, tmp_path: Path, ech
 def test_servers_that_redirect_or_drip_are_left(made: Path, tmp_path: Path, echo: Any) -> None:
     """C3, C7."""
     echo.mode = "elsewhere"
-    error = generate(made, tmp_path, echo, documents=made / "texts", expect=2)
+    error = generate(made, tmp_path, echo, documents=made / "texts")
     assert f"redirects to http://localhost:{echo.server_address[1]}/v1, another server" in error
     echo.mode = "drip"
     began = time.monotonic()
     flags = {"timeout_seconds": 1, "request_seconds": 1, "retries": 1, "restart": True}
-    error = generate(made, tmp_path, echo, documents=made / "texts", expect=2, **flags)
+    error = generate(made, tmp_path, echo, documents=made / "texts", **flags)
     assert "no answer after 2 tries (the last: no whole answer within 1 s (request_seconds))" in error
     assert time.monotonic() - began < 45
 
@@ -245,20 +258,20 @@ def test_links_that_lead_out_of_the_documents_are_not_sent(made: Path, tmp_path:
     os.mkfifo(texts / "c.txt")
     with socket.socket(socket.AF_UNIX) as bound:
         bound.bind(str(texts / "d.txt"))
-    said = generate(made, tmp_path, echo, documents=texts / "**", expect=0)
+    said = generate_refused(made, tmp_path, echo, documents=texts / "**")
     assert "1 symbolic link(s) lead out of the folder and are left out" in said and "--follow-symlinks" in said
     assert "of 1 documents" in said and not any(b"root:x" in body for body in echo.bodies)
-    said = generate(made, tmp_path, echo, documents=texts, expect=0, follow_symlinks=True, restart=True)
+    said = generate_refused(made, tmp_path, echo, documents=texts, follow_symlinks=True, restart=True)
     assert "of 2 documents" in said and any(b"root:x" in body for body in echo.bodies)
 
 
 def test_a_damaged_stage_is_named_and_made_again(made: Path, tmp_path: Path, echo: Any) -> None:
-    generate(made, tmp_path, echo, documents=made / "texts", expect=0)
+    generate_refused(made, tmp_path, echo, documents=made / "texts")
     stage = tmp_path / "pairs.jsonl.work" / "part-00-of-01" / "short.jsonl"
     stage.write_text(stage.read_text().replace("answer", "answex", 1))
-    error = generate(made, tmp_path, echo, documents=made / "texts", expect=2)
+    error = generate(made, tmp_path, echo, documents=made / "texts")
     assert f"{stage}: line 1 is damaged (its checksum differs); start again with --restart" in error
-    generate(made, tmp_path, echo, documents=made / "texts", expect=0, restart=True)
+    generate_refused(made, tmp_path, echo, documents=made / "texts", restart=True)
 
 
 # --------------------------------------------------------------------------------------------------

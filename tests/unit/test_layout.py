@@ -17,7 +17,9 @@ FILES = [p for folder in ("megatron_longpo", "tools", "benchmarks") for p in sor
 SIMULATED = [ROOT / "megatron_longpo" / "simulation" / name for name in ("device.py", "step.py")]
 
 
-@pytest.mark.parametrize("path", [p for p in FILES if p not in (PLATFORM, *SIMULATED)], ids=lambda p: str(p.relative_to(ROOT)))
+@pytest.mark.parametrize(
+    "path", [p for p in FILES if p not in (PLATFORM, *SIMULATED)], ids=lambda p: str(p.relative_to(ROOT))
+)
 def test_only_the_platform_touches_torch_cuda(path: Path) -> None:
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Attribute):

@@ -18,7 +18,7 @@ from megatron_longpo.engines.decoding import Answer, Decoder, Packed, Padded, Ro
 from megatron_longpo.engines.loading import check_vocabulary, load_model
 from megatron_longpo.engines.reading import PromptReader, crop
 from megatron_longpo.engines.thinking import NO_THINKING, Thinking
-from megatron_longpo.errors import DataError
+from megatron_longpo.errors import DataError, one_line
 from megatron_longpo.model.families import config_for_export, shape_from_hf
 from megatron_longpo.model.rotary import changed_scaling
 from megatron_longpo.runtime import platform
@@ -99,8 +99,14 @@ class TransformersEngine(Engine):
             # Prompts are read one by one, but decoded together.
             self.groups_at_once = max(batch_size, documents_at_once)
         ends = self.model.generation_config.eos_token_id
+        ends = [] if ends is None else ends if isinstance(ends, list) else [ends]
+        if not all(type(end) is int for end in ends):
+            raise DataError(
+                f"--model {path}: eos_token_id={one_line(repr(ends), 100)} must be ids of tokens; correct config.json or "
+                "generation_config.json"
+            )
         # What the model was trained to end with, and what its template puts after an answer.
-        self._ends = self.tokenizer.answer_ends() | frozenset([ends] if isinstance(ends, int) else ends or ())
+        self._ends = self.tokenizer.answer_ends() | frozenset(ends)
 
     @property
     def identity(self) -> dict[str, Any]:

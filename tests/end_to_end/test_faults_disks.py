@@ -13,7 +13,8 @@ import pytest
 
 from megatron_longpo.checkpoint.folders import latest_step
 from megatron_longpo.training.metrics import read_metrics
-from tests.end_to_end.test_faults_training import error_of, model, train, wait_for_steps  # noqa: F401 - a fixture
+from tests.end_to_end.test_faults_training import error_of, meddle, model, train, wait_for_steps  # noqa: F401 - a fixture
+from tests.fuzz.readers import wait_until
 from tests.support.launch import PYTHON, Running, run, torchrun
 
 
@@ -77,3 +78,14 @@ def test_a_launch_that_is_killed_ends_and_resumes(model: Path, tmp_path: Path, w
     done = run([PYTHON, *train(model, output, "--train-iters", "100000", "--exit-interval", "1")])
     assert f"after step {saved}" in done.stdout and latest_step(output) == saved + 1
     assert [r["step"] for r in read_metrics(output / "metrics.jsonl")] == list(range(1, saved + 2))
+
+
+def test_a_rank_that_hangs_in_training_is_named(model: Path, tmp_path: Path) -> None:  # noqa: F811
+    """Stopped as by SIGSTOP or a machine that swaps; its peer waits in a collective of the next step."""
+    output = tmp_path / "run"
+    process = meddle(model, output, "stop", rank=1, processes=2, MEDDLE_SECONDS="8")
+    wait_until(lambda: "error:" in process.output()[1], 60)
+    text = process.output()[1]
+    process.kill()
+    assert "error: rank 1 hangs: rank 0 waited for longer than distributed_timeout_minutes" in error_of(text)
+    assert latest_step(output) is not None

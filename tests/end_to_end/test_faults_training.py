@@ -41,11 +41,13 @@ def train(model: Path, output: Path, *flags: str, module: str = "megatron_longpo
     ]
 
 
-def meddle(model: Path, output: Path, what: str, *flags: str, rank: int = 0, processes: int = 1) -> Running:
+def meddle(
+    model: Path, output: Path, what: str, *flags: str, rank: int = 0, processes: int = 1, **extra: str
+) -> Running:
     """Start a run in which something happens after its second step; see tests/support/meddling_training.py."""
     arguments = train(model, output, *flags, module="tests.support.meddling_training")
     line = [PYTHON, *arguments] if processes == 1 else torchrun(processes, *arguments)
-    return Running(line, env=environment(MEDDLE=what, MEDDLE_RANK=str(rank)))
+    return Running(line, env=environment(MEDDLE=what, MEDDLE_RANK=str(rank), **extra))
 
 
 def error_of(stderr: str) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from megatron_longpo.cli import run
+from megatron_longpo.runtime import process_groups
 from megatron_longpo.training import trainer
 from megatron_longpo.training.optimization import inner_optimizers
 from megatron_longpo.training.trainer import Trainer
@@ -85,6 +86,14 @@ def _step(self: Trainer) -> dict[str, Any]:
     return record
 
 
+def _wait_for_seconds(seconds: float) -> None:
+    """Collectives time out after seconds; the configuration knows only minutes."""
+    start = process_groups.start_processes
+    process_groups.start_processes = lambda _minutes: start(seconds / 60)  # type: ignore[assignment, arg-type]
+
+
 if __name__ == "__main__":
+    if "MEDDLE_SECONDS" in os.environ:
+        _wait_for_seconds(float(os.environ["MEDDLE_SECONDS"]))
     Trainer.train_step = _step  # type: ignore[method-assign]
     run("train", prog="megatron_longpo.train")

@@ -221,7 +221,9 @@ class HuggingFaceWeights:
                     f"{path}: contains more than weights, so it is not loaded ({one_line(error)}); save the model with "
                     "safe_serialization"
                 ) from None
-            except (RuntimeError, OSError, ValueError, EOFError) as error:
+            except MemoryError:
+                raise
+            except Exception as error:  # torch looks up whatever a damaged pickle asks for
                 raise CheckpointError(
                     f"{path}: cannot be read ({one_line(error)}), so it is truncated or damaged, or was saved by torch "
                     "before 1.6; download it again, or save it again with safe_serialization"

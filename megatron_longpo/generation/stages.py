@@ -156,9 +156,10 @@ def read_stage_manifest(path: Path) -> dict[str, Any]:
     """
     try:
         content = read_json(path)
-        if content["schema_version"] == _SCHEMA_VERSION and "identity" in content and "finished" in content:
+        is_whole = isinstance(content["identity"], dict) and type(content["finished"]) is bool
+        if content["schema_version"] == _SCHEMA_VERSION and is_whole:
             return dict(content)
-        problem = f"has another schema version than {_SCHEMA_VERSION}, or lacks a key"
+        problem = f"has another schema version than {_SCHEMA_VERSION}, or a key is damaged"
     except (OSError, ValueError, KeyError, TypeError) as error:
         problem = f"cannot be read ({error})"
     raise DataError(f"{path}: {problem}; start again with --restart")

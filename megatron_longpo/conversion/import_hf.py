@@ -19,10 +19,11 @@ from megatron_longpo.conversion.changes import NO_CHANGES, Changes, Conversion
 from megatron_longpo.conversion.fused import FusedTensor, check_finite, check_names, fused_tensors
 from megatron_longpo.conversion.output import check_new, copy_assets, staging_folder
 from megatron_longpo.conversion.source import check_plain, name_of
-from megatron_longpo.data.vocabulary import folder_vocabulary_hash
+from megatron_longpo.data.vocabulary import folder_vocabulary, vocabulary_hash
 from megatron_longpo.errors import CheckpointError
 from megatron_longpo.model.families import shape_from_hf
 from megatron_longpo.runtime.collectives import all_gather_objects, my_share, raise_on_all_ranks, rank
+from megatron_longpo.runtime.log import log
 from megatron_longpo.runtime.progress import OnProgress, ignore_progress
 
 _EMBEDDING = "embedding.word_embeddings.weight"
@@ -64,6 +65,14 @@ def import_hf(
     model = name_of(hf, config)
     source = HuggingFaceWeights(hf)
     check_names(source, shape)
+    vocabulary = folder_vocabulary(hf)
+    largest = max((vocabulary or {}).values(), default=0)
+    if largest >= shape.vocab_size:
+        log(
+            f"note: {hf}: its tokenizer has ids up to {largest}, but the model has vocab_size={shape.vocab_size}, so data of "
+            "this tokenizer will be refused; use the model's own, or enlarge the model (transformers' resize_token_embeddings)",
+            active=rank() == 0,
+        )
     every = fused_tensors(shape)
     importer = _Importer(source, every, dtype, progress)
     chunks = [importer.chunk(fused) for fused in every]
@@ -74,7 +83,7 @@ def import_hf(
         with raise_on_all_ranks(output):
             shape = shape.replace(
                 dtype=dtype_name(importer.dtypes[_EMBEDDING]),
-                tokenizer_hash=folder_vocabulary_hash(hf),
+                tokenizer_hash=None if vocabulary is None else vocabulary_hash(vocabulary),
                 weights_hash=weights_hash,
                 base_model=name or model.name,
                 base_revision=model.revision,

@@ -22,8 +22,8 @@ def sentencepiece_vocabulary(path: Path) -> dict[str, int]:
     return {processor.id_to_piece(i): i for i in range(processor.vocab_size())}
 
 
-def folder_vocabulary_hash(folder: Path) -> str | None:
-    """Hash of the tokenizer in a folder (tokenizer.json, else tokenizer.model), or None if it has neither.
+def folder_vocabulary(folder: Path) -> dict[str, int] | None:
+    """Pieces and ids of the tokenizer in a folder (tokenizer.json, else tokenizer.model), or None if it has neither.
 
     Raises:
         DataError: it cannot be read.
@@ -32,10 +32,20 @@ def folder_vocabulary_hash(folder: Path) -> str | None:
         path = folder / name
         if path.is_file():
             try:
-                return vocabulary_hash(vocabulary_of(path))
+                return vocabulary_of(path)
             except Exception as error:  # tokenizers raises plain ones
                 raise DataError(f"{path}: is not a tokenizer ({one_line(error)}); download the model again") from None
     return None
+
+
+def folder_vocabulary_hash(folder: Path) -> str | None:
+    """Hash of the tokenizer in a folder, or None if it has none.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    vocabulary = folder_vocabulary(folder)
+    return None if vocabulary is None else vocabulary_hash(vocabulary)
 
 
 def _fast_vocabulary(path: Path) -> dict[str, int]:

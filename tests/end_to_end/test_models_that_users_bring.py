@@ -23,6 +23,7 @@ from megatron_longpo.runtime.hub import model_folder
 from tests.support.hub import COMMIT, hub
 from tests.support.launch import command, environment, run
 from tests.support.models import make_model
+from tests.support.tokenizers import make_fast_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -131,6 +132,13 @@ def test_import_compares_with_its_source_before_the_checkpoint_gets_its_name(hf:
     with pytest.raises(CheckpointError, match="they differ"):
         import_hf(hf, tmp_path / "two", check=refuse)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "one"]
+
+
+def test_a_tokenizer_with_more_ids_than_the_model_is_noted(hf: Path, tmp_path: Path) -> None:
+    """The tests' tokenizer has 352 ids, the model 101."""
+    make_fast_tokenizer(hf)
+    said = run(command("convert", "import", hf=hf, output=tmp_path / "ckpt", no_verify=True)).stdout
+    assert "its tokenizer has ids up to 351, but the model has vocab_size=101" in said
 
 
 def test_an_export_holds_nothing_that_leads_loaders_elsewhere(hf: Path, tmp_path: Path) -> None:

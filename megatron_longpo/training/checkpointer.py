@@ -36,7 +36,7 @@ from megatron_longpo.checkpoint.folders import (
 )
 from megatron_longpo.checkpoint.saving import Save, start_save
 from megatron_longpo.config import data_sources
-from megatron_longpo.errors import CheckpointError, DamagedError
+from megatron_longpo.errors import CheckpointError, DamagedError, one_line
 from megatron_longpo.model.gpt import PolicyModel
 from megatron_longpo.runtime import platform
 from megatron_longpo.runtime.collectives import all_gather_objects, on_rank0, raise_on_all_ranks
@@ -479,14 +479,20 @@ class Checkpointer:
         with verified(folder, state_only=True):
             loaded = _load(content, folder)
         _set_weights(loaded, state.chunks)
-        load_optimizer(state.optimizer, loaded["optimizer"])
-        follow_config(state.optimizer, self.plan.config)
-        for inner in inner_optimizers(state.optimizer):
-            _separate_steps(inner, progress.step)
-        _check_finite(folder, first_not_finite(state.chunks, inner_optimizers(state.optimizer)))
-        state.scheduler.load_state_dict(loaded["scheduler"])
-        if same_layout:
-            platform.CURRENT.set_rng_state(loaded["rng"])
+        try:
+            load_optimizer(state.optimizer, loaded["optimizer"])
+            follow_config(state.optimizer, self.plan.config)
+            for inner in inner_optimizers(state.optimizer):
+                _separate_steps(inner, progress.step)
+            _check_finite(folder, first_not_finite(state.chunks, inner_optimizers(state.optimizer)))
+            state.scheduler.load_state_dict(loaded["scheduler"])
+            if same_layout:
+                platform.CURRENT.set_rng_state(loaded["rng"])
+        except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
+            # What an optimizer or a schedule raises for values that no save gave it.
+            raise DamagedError(
+                f"{folder}: its optimizer, schedule or random state cannot be used ({one_line(error)}); use another checkpoint"
+            ) from None
 
     def advice(self, step: int) -> str:
         """What to do after a step that failed because its numbers are not finite.

@@ -128,8 +128,8 @@ def values_of_type(hint: Any) -> st.SearchStrategy[Any]:
 def values_in(bounds: Range, kind: type) -> st.SearchStrategy[Any]:
     """Numbers in a range, by its bounds rather than by a filter, which hypothesis would find too strict."""
     least = next(x for x in (bounds.ge, bounds.gt, 0) if x is not None)
-    most = next(x for x in (bounds.le, bounds.lt, 10**6) if x is not None)
-    most = 10**6 if most == math.inf else most
+    most = next(x for x in (bounds.le, bounds.lt, math.inf) if x is not None)
+    most = max(10**6, 2 * least) if most == math.inf else most
     if kind is int:
         return st.integers(int(least) + (bounds.gt is not None), int(most))
     return st.floats(least, most, exclude_min=bounds.gt is not None, exclude_max=bounds.lt is not None)

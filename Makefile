@@ -41,9 +41,10 @@ PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadf
 test: lint
 	$(PYTEST)
 
-# For work in between: everything that takes no launches, and one launch of the parity matrix.
+# For work in between: everything that takes no launches, but for four files that take a minute each, and one launch of the
+# parity matrix.
 test-fast: lint
-	$(PYTEST) tests/unit tests/distributed/test_latest.py
+	$(PYTEST) -m "not slow" tests/unit tests/distributed/test_latest.py
 
 # The subset that also runs on the newest Python with megatron-core 0.19.
 test-latest:

@@ -9,7 +9,7 @@ from pathlib import Path
 from megatron_longpo.evolution.gate import origin_of
 from megatron_longpo.evolution.plan import Origin, Planner, Stage
 from megatron_longpo.evolution.records import Record, read_record
-from megatron_longpo.runtime.files import HOLDER_FILE
+from megatron_longpo.runtime.files import is_held
 from megatron_longpo.runtime.tables import Table
 
 _SECONDS_PER_HOUR = 3600
@@ -36,9 +36,7 @@ class StageStatus:
             return "waiting"
         if self.record.state != "running":
             return self.record.state
-        # A killed process leaves its record as it was, but a holder's file stays too: the lock decides when the stage is run
-        # again, and this is only a word for people.
-        return "running" if (self.stage.folder / HOLDER_FILE).exists() else "interrupted"
+        return "running" if is_held(self.stage.folder) else "interrupted"
 
     @property
     def process_hours(self) -> float:

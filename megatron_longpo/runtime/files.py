@@ -279,6 +279,25 @@ def _read_holder(record: Path) -> dict[str, Any] | None:
     return None
 
 
+def is_held(folder: Path) -> bool:
+    """Whether a folder seems to be locked with ``record``, for a status that people read; asking does not touch the lock.
+
+    The record of a process that was killed stays. On its own host it is known to be gone, on others it is believed.
+    """
+    holder = _read_holder(folder / HOLDER_FILE)
+    if holder is None:
+        return False
+    if holder.get("host") != socket.gethostname():
+        return True
+    try:
+        os.kill(int(holder["process"]), 0)
+    except PermissionError:
+        return True
+    except (OSError, OverflowError, ValueError, TypeError, KeyError):
+        return False
+    return True
+
+
 def _describe(holder: dict[str, Any]) -> str:
     return (
         f"process {holder.get('process')} on host {holder.get('host')}, at work since {holder.get('started')} "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from megatron_longpo.evolution.report import write_report
 from megatron_longpo.evolution.settings import GateRule, merged
 from megatron_longpo.evolution.split import split_pairs
 from megatron_longpo.evolution.status import read_status
+from megatron_longpo.runtime.files import HOLDER_FILE, FolderLock
 from tests.support.rounds import write_rounds
 
 
@@ -360,6 +362,18 @@ def test_status_estimates_from_the_round_before(tmp_path: Path) -> None:
     )
     assert found["first/split"].word == "interrupted" and found["first/preprocess"].word == "waiting"
     assert found["second/generate"].seconds_left == 70.0 and found["second/split"].seconds_left is None
+
+
+def test_a_stage_runs_as_long_as_its_process(tmp_path: Path) -> None:
+    plans = planner(tmp_path)
+    stage = stages(plans)["split"]
+    done(stage, state="running")
+    with FolderLock(stage.folder, record=True):
+        assert {s.stage.id: s.word for s in read_status(plans)}["first/split"] == "running"
+        held = (stage.folder / HOLDER_FILE).read_text()
+    # As a killed process leaves it: no process has this number.
+    (stage.folder / HOLDER_FILE).write_text(held.replace(f'"process": {os.getpid()}', '"process": 99999999'))
+    assert {s.stage.id: s.word for s in read_status(plans)}["first/split"] == "interrupted"
 
 
 def test_the_report_shows_what_is_there_and_escapes_it(tmp_path: Path) -> None:

@@ -10,6 +10,8 @@ import pytest
 
 from tests.support.launch import PYTHON, ROOT, environment
 
+pytestmark = pytest.mark.slow
+
 KEPT = ROOT / "tests" / "fuzz" / "kept"
 
 

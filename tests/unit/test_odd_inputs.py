@@ -21,6 +21,8 @@ from megatron_longpo.text.preprocess import Settings, preprocess
 from tests.support.data import text_row, tokenised_row
 from tests.support.tokenizers import make_fast_tokenizer
 
+pytestmark = pytest.mark.slow
+
 QUICK = {"deadline": None, "suppress_health_check": list(HealthCheck), "print_blob": True}
 
 _json = st.recursive(

@@ -20,6 +20,8 @@ from megatron_longpo.simulation.request import Report, Request
 from megatron_longpo.simulation.start import simulate
 from tests.support.parity.cases import CASES
 
+pytestmark = pytest.mark.slow
+
 SHAPE = {
     "family": "qwen2",
     "num_layers": 2,

@@ -14,6 +14,8 @@ from megatron_longpo.training.objective import preference_loss, response_nll, to
 from tests.support.models import make_chat_model
 from tests.support.tokenizers import TEXT, make_fast_tokenizer
 
+pytestmark = pytest.mark.slow
+
 # TRL's own loss computes in fp32.
 BOUND = 1e-5
 BETA = 0.3

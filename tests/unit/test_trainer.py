@@ -19,7 +19,6 @@ from megatron_longpo.config import CheckpointConfig, LoggingConfig, ObjectiveCon
 from megatron_longpo.data.indexed import Manifest
 from megatron_longpo.data.preference import Sample
 from megatron_longpo.errors import CheckpointError, ConfigError
-from megatron_longpo.model.shape import ModelShape
 from megatron_longpo.training import checkpointer as checkpointer_module
 from megatron_longpo.training import memory, session, trainer
 from megatron_longpo.training.checkpointer import Checkpointer
@@ -30,24 +29,7 @@ from megatron_longpo.training.profiler import Profiler
 from megatron_longpo.training.reference import NoReference
 from megatron_longpo.training.trainer import StopCondition
 from tests.support.data import random_sample
-from tests.support.plans import plan_of
-
-_SHAPE = ModelShape(
-    family="llama",
-    num_layers=4,
-    hidden_size=48,
-    ffn_hidden_size=96,
-    num_attention_heads=4,
-    num_query_groups=2,
-    kv_channels=12,
-    vocab_size=101,
-    layernorm_epsilon=1e-5,
-    add_qkv_bias=False,
-    untie_embeddings_and_output_weights=True,
-    rotary_base=1e4,
-    max_position_embeddings=512,
-)
-
+from tests.support.plans import SHAPE, plan_of
 
 _MANIFEST = Manifest(
     vocab_size=101,
@@ -68,8 +50,8 @@ def _plan(output: Path | None = None, **sections: dict[str, Any]) -> RunPlan:
         config=from_dict(sections, "test"),
         load=Path("ckpt"),
         reference_load=Path("ckpt"),
-        shape=_SHAPE,
-        reference_shape=_SHAPE,
+        shape=SHAPE,
+        reference_shape=SHAPE,
         manifest=_MANIFEST,
         valid_manifest=None,
         train_iters=10,
@@ -157,7 +139,7 @@ class _Data:
 
     def __init__(self, samples: list[Sample]) -> None:
         self._samples = samples
-        self.costs = [_SHAPE.row_cost(s.long_length) for s in samples]
+        self.costs = [SHAPE.row_cost(s.long_length) for s in samples]
 
     def samples(self, numbers: Any) -> list[Sample]:
         return [self._samples[int(n)] for n in numbers]
@@ -203,21 +185,21 @@ def test_unequal_stages_choose_among_the_same() -> None:
     plan = _plan(parallel={"pipeline_model_parallel_size": 2, "decoder_first_pipeline_num_layers": 1})
     parallel: Any = types.SimpleNamespace(**{**vars(_ONE), "pipeline_size": 2})
     sizes: dict[str, Any] = {"tokens": 1000, "pairs": 500_000, "num_microbatches": 4}
-    first, last = (memory.choices(_SHAPE, plan.config, parallel, **sizes, stage=stage) for stage in (0, 1))
+    first, last = (memory.choices(SHAPE, plan.config, parallel, **sizes, stage=stage) for stage in (0, 1))
     assert [(c.granularity, c.layers, c.extra) for c in first] == [(c.granularity, c.layers, c.extra) for c in last]
     assert sorted(c.layers for c in first if c.granularity == "full") == [1, 2, 3]
     # In fp32 a parameter takes 16 bytes with gradient and states. The embedding and the output have 128 rows, padding included,
     # and the last stage has a norm more.
-    layer = _SHAPE.layer_weights + 2 * 48
-    needs = [memory.static_bytes(_SHAPE, plan.config, parallel, stage) for stage in (0, 1)]
+    layer = SHAPE.layer_weights + 2 * 48
+    needs = [memory.static_bytes(SHAPE, plan.config, parallel, stage) for stage in (0, 1)]
     assert needs == [16 * (1 * layer + 128 * 48), 16 * (3 * layer + 128 * 48 + 48)]
 
 
 def test_a_layer_costs_what_its_matrices_and_pairs_cost() -> None:
     # Heads of 12: queries 48 wide, keys and values 24; 7 tokens, 7 * 7 / 2 causal pairs in two products.
     weights = 48 * (48 + 24 + 24) + 48 * 48 + 3 * 48 * 96
-    assert _SHAPE.query_width == 48 and _SHAPE.kv_width == 24 and _SHAPE.layer_weights == weights
-    assert _SHAPE.row_cost(7) == 7 * weights + 2 * 24.5 * 48
+    assert SHAPE.query_width == 48 and SHAPE.kv_width == 24 and SHAPE.layer_weights == weights
+    assert SHAPE.row_cost(7) == 7 * weights + 2 * 24.5 * 48
 
 
 @pytest.mark.parametrize(

@@ -200,10 +200,15 @@ def _check_no_earlier_settings(planner: Planner) -> None:
     for stage in _known_stages(planner):
         record = read_record(stage.folder)
         if record is not None and record.state == "done":
-            _check_same(stage, record)
+            _check_same(planner, stage, record)
 
 
-def _check_same(stage: Stage, record: Record) -> None:
+def _check_same(planner: Planner, stage: Stage, record: Record) -> None:
+    """Check that a finished stage had these settings, and what the stages before it have made.
+
+    Raises:
+        ConfigError: it had others.
+    """
     settings = settings_of(stage)
     # Inputs may be removed once their stage is done.
     gone = [path for path, found in settings["inputs"].items() if not found]
@@ -215,6 +220,19 @@ def _check_same(stage: Stage, record: Record) -> None:
             f"{stage.id} is done, but with another {', '.join(keys[:5])}; set it back, name another evolve.output, or run the "
             f"stage and those after it again with --redo {stage.id}"
         )
+    made = {name: read_record(_folder_of(planner, name)) for name in stage.after}
+    before = [(name, r.outputs) for name, r in made.items() if r is not None and r.state == "done"]
+    # A stage before it that is not done is run, or refused, in its own turn.
+    if len(before) == len(made) and fingerprint(settings, before) != record.fingerprint:
+        raise ConfigError(
+            f"{stage.id} is done, but {', '.join(made)} made something else since; run the stage and those after it again with "
+            f"--redo {stage.id}"
+        )
+
+
+def _folder_of(planner: Planner, stage_id: str) -> Path:
+    round_name, name = stage_id.split("/", 1)
+    return planner.folder(round_name).stage(name)
 
 
 def _differences(first: Any, other: Any, name: str = "") -> Iterator[str]:
@@ -242,7 +260,7 @@ def _run(planner: Planner, stage: Stage, title: str, *, parts_seconds: float | N
     with FolderLock(stage.folder, name=Path(stage.id), record=True):
         record = read_record(stage.folder)
         if record is not None and record.state == "done":
-            _check_same(stage, record)
+            _check_same(planner, stage, record)
             log(f"== {title}: already done")
             return
         log(f"== {title}")

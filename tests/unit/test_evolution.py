@@ -14,7 +14,7 @@ from megatron_longpo.errors import ConfigError, DataError
 from megatron_longpo.evolution import run, slurm
 from megatron_longpo.evolution.gate import decide, describe, origin_of, read_gate, write_gate
 from megatron_longpo.evolution.plan import Origin, Planner, Stage
-from megatron_longpo.evolution.records import Record, fingerprint_of, read_record, write_record
+from megatron_longpo.evolution.records import Record, fingerprint, fingerprint_of, read_record, write_record
 from megatron_longpo.evolution.report import write_report
 from megatron_longpo.evolution.settings import GateRule, merged
 from megatron_longpo.evolution.split import split_pairs
@@ -311,6 +311,31 @@ def test_another_setting_of_a_finished_stage_is_refused(tmp_path: Path) -> None:
         ConfigError, match=r"first/train:longpo is done, but with another config\.optimizer\.lr; .*--redo"
     ):
         run.run_rounds(changed)
+
+
+def test_a_stage_is_not_taken_as_done_with_what_was_made_anew(tmp_path: Path) -> None:
+    """A record that somebody removed lets its stage run again; what was made from its old outputs is then refused."""
+    for name in ("model", "texts"):
+        (tmp_path / name).mkdir()
+    plans = planner(tmp_path)
+    found = stages(plans)
+    for made in ("train.jsonl", "held_out.jsonl"):
+        (plans.folder("first").root / made).parent.mkdir(parents=True, exist_ok=True)
+        (plans.folder("first").root / made).write_text("{}\n")
+    done(found["split"])
+    split = read_record(found["split"].folder)
+    assert split is not None
+    stage = found["preprocess"]
+    settings = run.settings_of(stage)
+    stage.folder.mkdir(parents=True)
+    record = Record("done", fingerprint(settings, [("first/split", split.outputs)]), settings, "", 1.0, 1, 1, 0)
+    run._check_same(plans, stage, record)
+    (plans.folder("first").root / "train.jsonl").write_text("{}\n{}\n")
+    done(found["split"])
+    with pytest.raises(
+        ConfigError, match=r"first/preprocess is done, but first/split made something else since; .*--redo"
+    ):
+        run._check_same(plans, stage, record)
 
 
 def test_a_damaged_record_is_named(tmp_path: Path) -> None:

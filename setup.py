@@ -27,7 +27,9 @@ setup(
     license_files=["LICENSE", "NOTICE"],
     python_requires=">=3.10,<3.14",
     packages=find_packages(include=["megatron_longpo", "megatron_longpo.*"]),
-    package_data={"megatron_longpo": ["py.typed", "generation/*.j2", "text/*.j2", "evolution/*.j2"]},
+    package_data={
+        "megatron_longpo": ["py.typed", "generation/*.j2", "text/*.j2", "evolution/*.j2", "planner/machines/*.yaml"]
+    },
     entry_points={"console_scripts": ["megatron-longpo = megatron_longpo.cli:main"]},
     install_requires=[
         # 0.16.1 is the last release for Python 3.10 and 3.11; 0.19 needs 3.12.

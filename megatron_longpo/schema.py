@@ -178,7 +178,7 @@ def describe(hint: Any) -> str:
     return names[hint]
 
 
-_PLURALS = {str: "texts", int: "whole numbers", dict: "mappings"}
+_PLURALS = {str: "texts", int: "whole numbers", float: "numbers", dict: "mappings", tuple: "lists"}
 
 
 def _plain(hint: Any) -> Any:

@@ -10,6 +10,7 @@ parallelism), H = hidden size, Q/K = width of this rank's queries/keys, F = this
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -22,6 +23,27 @@ from megatron_longpo.model.shape import ModelShape
 from megatron_longpo.runtime.balance import round_up
 from megatron_longpo.runtime.process_groups import Parallel
 from megatron_longpo.training.batch import HEAD_GROUPS
+
+
+@dataclass(frozen=True)
+class PeakBytes:
+    """Bytes of activations at the moment that has most of them.
+
+    Attributes:
+        saved: what forwards saved for their backward, what one of them recomputed included.
+        backward: what the backward of one MLP or one attention holds besides.
+        logprobs: what the log-probs hold, if that is the moment.
+        buffers: tables, indices, buffers of exchanges.
+    """
+
+    saved: int = 0
+    backward: int = 0
+    logprobs: int = 0
+    buffers: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.saved + self.backward + self.logprobs + self.buffers
 
 
 @dataclass(frozen=True)
@@ -186,7 +208,7 @@ class Activations:
 
     # The peak ---------------------------------------------------------------------------------------
 
-    def peak(self, layers: int, *, whole_layers: int, recompute_up: bool, in_flight: int = 1) -> int:
+    def peak(self, layers: int, *, whole_layers: int, recompute_up: bool, in_flight: int = 1) -> PeakBytes:
         """Most bytes of activations in a step.
 
         Args:
@@ -199,26 +221,29 @@ class Activations:
         chunk = whole_layers * self.layer_input + (layers - whole_layers) * kept
         # By the time of an attention's backward, what its MLP saved is gone.
         mlp_saved = self._hidden + (0 if recompute_up else 2 * self._mlp)
-        moments = [chunk]
+        moments = [PeakBytes(saved=chunk)]
         if whole_layers < layers:
             moments += [
-                chunk + self._mlp_backward(recomputed=recompute_up),
-                chunk - mlp_saved + self._attention_backward(),
+                PeakBytes(saved=chunk, backward=self._mlp_backward(recomputed=recompute_up)),
+                PeakBytes(saved=chunk - mlp_saved, backward=self._attention_backward()),
             ]
         if whole_layers:
             again = whole_layers * self.layer_input + self.everything
             moments += [
-                again + self._mlp_backward(recomputed=False),
-                again - self._hidden - 2 * self._mlp + self._attention_backward(),
+                PeakBytes(saved=again, backward=self._mlp_backward(recomputed=False)),
+                PeakBytes(saved=again - self._hidden - 2 * self._mlp, backward=self._attention_backward()),
             ]
+        # The last norm saves its input.
+        last_input = self._hidden if self.is_last else 0
         if self.is_last:
-            # The last norm saves its input.
-            moments = [m + self._hidden for m in moments]
-            moments.append(chunk + self._hidden + self._logprobs())
+            moments.append(PeakBytes(saved=chunk, logprobs=self._logprobs()))
+        largest = max(moments, key=lambda m: m.total)
         # Tables of the rotary embedding, indices; the buffer of megatron-core's gathers; neighbouring stages' tensors.
         always = self._places * (self.shape.kv_channels * self._width + 320) + 2**23
         always += self._whole_hidden if self._gathers else 0
         if self.parallel.pipeline_size > 1:
             # Interleaved, tensors of two virtual stages are on their way.
             always += (4 if self.parallel.virtual_stages else 2) * self._hidden
-        return (in_flight - 1) * chunk + max(moments) + always
+        return dataclasses.replace(
+            largest, saved=largest.saved + last_input + (in_flight - 1) * chunk, buffers=int(always)
+        )

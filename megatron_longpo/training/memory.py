@@ -25,7 +25,7 @@ from megatron_longpo.model.shape import ModelShape
 from megatron_longpo.runtime import platform
 from megatron_longpo.runtime.log import log
 from megatron_longpo.runtime.process_groups import Parallel
-from megatron_longpo.training.activations import Activations
+from megatron_longpo.training.activations import Activations, PeakBytes
 from megatron_longpo.training.batch import policy_layout
 from megatron_longpo.training.data_set import DataSet
 from megatron_longpo.training.objective import spec_of
@@ -79,6 +79,38 @@ class Choice:
         if self.granularity == "selective":
             return "the MLPs' up-projections"
         return f"{self.layers} layer(s) of each stage, and the MLPs' up-projections of the others"
+
+
+@dataclass(frozen=True)
+class StaticBytes:
+    """What a rank holds from the first step to the last.
+
+    Attributes:
+        parameters: number of weights of this rank.
+        weights: bytes of the weights, those of an online reference on the device included.
+        gradients, optimizer: bytes of gradients and optimizer states.
+    """
+
+    parameters: int
+    weights: int
+    gradients: int
+    optimizer: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.gradients + self.optimizer
+
+
+@dataclass(frozen=True)
+class StepBytes:
+    """Bytes of tensors of a rank at the peak of a step."""
+
+    static: StaticBytes
+    activations: PeakBytes
+
+    @property
+    def total(self) -> int:
+        return self.static.total + self.activations.total
 
 
 def decide_recompute(plan: RunPlan, data: DataSet, parallel: Parallel) -> RunPlan:
@@ -224,6 +256,29 @@ def step_bytes(
     Returns:
         The bytes; None if the configuration recomputes something that the estimate does not know.
     """
+    found = step_parts(
+        shape,
+        config,
+        parallel,
+        tokens=tokens,
+        num_microbatches=num_microbatches,
+        stage=stage,
+        on_cuda=on_cuda,
+    )
+    return None if found is None else found.total
+
+
+def step_parts(
+    shape: ModelShape,
+    config: Config,
+    parallel: Parallel,
+    *,
+    tokens: int,
+    num_microbatches: int,
+    stage: int,
+    on_cuda: bool | None = None,
+) -> StepBytes | None:
+    """``step_bytes`` by part."""
     on_cuda = platform.CURRENT.is_cuda if on_cuda is None else on_cuda
     training = config.training
     split = pipeline_split(config.parallel, shape.num_layers)
@@ -244,8 +299,9 @@ def step_bytes(
     last = stage == parallel.pipeline_size - 1
     activations = Activations(shape, config, parallel, tokens=tokens, is_last=last, on_cuda=on_cuda)
     in_flight = min(_chunks_in_flight(parallel.pipeline_size, virtual, stage), num_microbatches * virtual)
-    return static_bytes(shape, config, parallel, stage, on_cuda=on_cuda) + activations.peak(
-        layers, whole_layers=whole, recompute_up=up, in_flight=in_flight
+    return StepBytes(
+        static_parts(shape, config, parallel, stage, on_cuda=on_cuda),
+        activations.peak(layers, whole_layers=whole, recompute_up=up, in_flight=in_flight),
     )
 
 
@@ -271,6 +327,13 @@ def static_bytes(
     shape: ModelShape, config: Config, parallel: Parallel, stage: int, *, on_cuda: bool | None = None
 ) -> int:
     """Weights, gradients and optimizer states of a rank in bytes."""
+    return static_parts(shape, config, parallel, stage, on_cuda=on_cuda).total
+
+
+def static_parts(
+    shape: ModelShape, config: Config, parallel: Parallel, stage: int, *, on_cuda: bool | None = None
+) -> StaticBytes:
+    """``static_bytes`` by part."""
     tensor, hidden = parallel.tensor_size, shape.hidden_size
     layer = shape.layer_weights // tensor + 2 * hidden
     if shape.add_qkv_bias:
@@ -295,7 +358,7 @@ def static_bytes(
     copies = 2 if config.reference.reference == "online" and has_reference and is_beside else 1
     weights = (2 if bf16 else 4) * parameters * copies
     gradients = (2 if config.parallel.grad_reduce_in_bf16 else 4) * parameters
-    return weights + gradients + states
+    return StaticBytes(parameters=parameters, weights=weights, gradients=gradients, optimizer=states)
 
 
 def _chunks_in_flight(pipeline: int, virtual: int, stage: int) -> int:

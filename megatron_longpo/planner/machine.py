@@ -27,6 +27,10 @@ the ends it stays."""
 Share = Annotated[float, Range(gt=0, le=1)]
 NotNegative = Annotated[float, Range(ge=0, lt=math.inf)]
 
+# Read and written per logit by the passes of model/logprobs.py in fp32: the product's result (4), the maximum (4), exponentials in
+# place (8), their sum (4), the gradient in place (8), and its 16-bit copy (6).
+LOGIT_BYTES = 34
+
 # Keys without a source.
 _PLAIN = ("name", "description", "device")
 
@@ -53,6 +57,11 @@ class Machine:
         host_link_gb_per_s: copies between the GPU and the host's memory, one direction.
         disk_gb_per_s: writing of checkpoints, per node.
         memory_efficiency: share of the memory's bandwidth that element-wise kernels reach.
+        elementwise_efficiency: the same by dtype, of norms, gates, rotary embeddings and sums, where it was measured. On a CPU
+            they are bound by arithmetic, and 16-bit types are converted.
+        optimizer_gb_per_s: bytes that the optimizer's update reads and writes; without it, as element-wise kernels in fp32.
+        logits_g_per_s: 1e9 logits per second that pass the softmax of the log-probs and its gradient, beside the products;
+            without it, as element-wise kernels that move 34 bytes per logit.
         linear_width_efficiency: factor on ``linear_efficiency``, by the smaller one of a product's two other sizes.
         operator_us: time that an operator takes beside its arithmetic: a kernel's launch.
         reserved_gib: memory that tensors cannot have: the CUDA context, buffers of NCCL.
@@ -79,6 +88,9 @@ class Machine:
     host_link_gb_per_s: PositiveFiniteFloat
     disk_gb_per_s: PositiveFiniteFloat
     memory_efficiency: Share = 0.8
+    elementwise_efficiency: dict[str, float] = field(default_factory=dict)
+    optimizer_gb_per_s: PositiveFiniteFloat | None = None
+    logits_g_per_s: PositiveFiniteFloat | None = None
     linear_width_efficiency: Curve = ((1.0, 1.0),)
     operator_us: NotNegative = 5.0
     reserved_gib: NotNegative = 2.0
@@ -101,6 +113,28 @@ class Machine:
     def memory_bytes_per_s(self) -> float:
         """What element-wise kernels read and write together."""
         return self.memory_gb_per_s * 1e9 * self.memory_efficiency
+
+    def elementwise_bytes_per_s(self, dtype: str) -> float:
+        """What norms, gates, rotary embeddings and sums read and write together.
+
+        Args:
+            dtype: "bfloat16" or "float32".
+        """
+        return self.memory_gb_per_s * 1e9 * self.elementwise_efficiency.get(dtype, self.memory_efficiency)
+
+    @property
+    def optimizer_bytes_per_s(self) -> float:
+        """What the optimizer's update reads and writes together."""
+        if self.optimizer_gb_per_s is not None:
+            return self.optimizer_gb_per_s * 1e9
+        return self.elementwise_bytes_per_s("float32")
+
+    @property
+    def logits_per_s(self) -> float:
+        """Logits that pass the softmax of the log-probs and its gradient, beside the products."""
+        if self.logits_g_per_s is not None:
+            return self.logits_g_per_s * 1e9
+        return self.elementwise_bytes_per_s("float32") / LOGIT_BYTES
 
     def peak_flops_per_s(self, dtype: str) -> float:
         """Dense matrix products.
@@ -205,6 +239,9 @@ def machine_from(content: Any, where: str) -> Machine:
 
 
 def _check_curves(machine: Machine) -> None:
+    for dtype, share in machine.elementwise_efficiency.items():
+        if not 0 < share <= 1:
+            raise ConfigError(f"elementwise_efficiency.{dtype}={share} must be in (0, 1]; correct it")
     curves: dict[str, Curve] = {"linear_width_efficiency": machine.linear_width_efficiency}
     for name in ("linear_efficiency", "attention_forward_efficiency", "attention_backward_efficiency"):
         by_dtype = getattr(machine, name)

@@ -27,8 +27,8 @@ the ends it stays."""
 Share = Annotated[float, Range(gt=0, le=1)]
 NotNegative = Annotated[float, Range(ge=0, lt=math.inf)]
 
-# Read and written per logit by the passes of model/logprobs.py in fp32: the product's result (4), the maximum (4), exponentials in
-# place (8), their sum (4), the gradient in place (8), and its 16-bit copy (6).
+# Read and written per logit by the passes of model/logprobs.py in fp32: the product's result (4), the maximum (4), the
+# exponential in place (8), the sum (4), the gradient in place (8), and its 16-bit copy (6).
 LOGIT_BYTES = 34
 
 # Keys without a source.
@@ -60,8 +60,8 @@ class Machine:
         elementwise_efficiency: the same by dtype, of norms, gates, rotary embeddings and sums, where it was measured. On a CPU
             they are bound by arithmetic, and 16-bit types are converted.
         optimizer_gb_per_s: bytes that the optimizer's update reads and writes; without it, as element-wise kernels in fp32.
-        logits_g_per_s: 1e9 logits per second that pass the softmax of the log-probs and its gradient, beside the products;
-            without it, as element-wise kernels that move 34 bytes per logit.
+        logits_g_per_s: dtype -> 1e9 logits per second that pass the softmax of the log-probs and its gradient, beside the
+            products; without it, as element-wise kernels that move 34 bytes per logit.
         linear_width_efficiency: factor on ``linear_efficiency``, by the smaller one of a product's two other sizes.
         operator_us: time that an operator takes beside its arithmetic: a kernel's launch.
         reserved_gib: memory that tensors cannot have: the CUDA context, buffers of NCCL.
@@ -90,7 +90,7 @@ class Machine:
     memory_efficiency: Share = 0.8
     elementwise_efficiency: dict[str, float] = field(default_factory=dict)
     optimizer_gb_per_s: PositiveFiniteFloat | None = None
-    logits_g_per_s: PositiveFiniteFloat | None = None
+    logits_g_per_s: dict[str, float] = field(default_factory=dict)
     linear_width_efficiency: Curve = ((1.0, 1.0),)
     operator_us: NotNegative = 5.0
     reserved_gib: NotNegative = 2.0
@@ -129,11 +129,14 @@ class Machine:
             return self.optimizer_gb_per_s * 1e9
         return self.elementwise_bytes_per_s("float32")
 
-    @property
-    def logits_per_s(self) -> float:
-        """Logits that pass the softmax of the log-probs and its gradient, beside the products."""
-        if self.logits_g_per_s is not None:
-            return self.logits_g_per_s * 1e9
+    def logits_per_s(self, dtype: str) -> float:
+        """Logits that pass the softmax of the log-probs and its gradient, beside the products.
+
+        Args:
+            dtype: "bfloat16" or "float32", of hidden states and weights.
+        """
+        if dtype in self.logits_g_per_s:
+            return self.logits_g_per_s[dtype] * 1e9
         return self.elementwise_bytes_per_s("float32") / LOGIT_BYTES
 
     def peak_flops_per_s(self, dtype: str) -> float:
@@ -239,6 +242,9 @@ def machine_from(content: Any, where: str) -> Machine:
 
 
 def _check_curves(machine: Machine) -> None:
+    for dtype, rate in machine.logits_g_per_s.items():
+        if not 0 < rate < math.inf:
+            raise ConfigError(f"logits_g_per_s.{dtype}={rate} must be finite and positive; correct it")
     for dtype, share in machine.elementwise_efficiency.items():
         if not 0 < share <= 1:
             raise ConfigError(f"elementwise_efficiency.{dtype}={share} must be in (0, 1]; correct it")

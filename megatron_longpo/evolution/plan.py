@@ -333,6 +333,13 @@ class _Round:
             after.append("preprocess-held-out")
         evaluation, values = self._config("evaluate", EvaluationConfig, own)
         check_evaluation(evaluation)
+        array = self._evolution.resources_of(name).array
+        is_divided = array > 1 and self._evolution.evolve.executor == "slurm"
+        if is_divided and "preference" in evaluation.evaluate.tasks:
+            raise ConfigError(
+                f"{self._where}: resources.evaluate.array={array} divides the samples among tasks, but the suite preference "
+                "computes with all processes together; leave the array out, or preference out of evaluate.tasks"
+            )
         return self._stage(name, ("evaluate",), config=values, outputs=[output], after=after)
 
     @property

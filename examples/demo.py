@@ -30,6 +30,7 @@ def main() -> None:
     parser.add_argument("--folder", default=".demo", help="folder for everything that is made")
     parser.add_argument("--documents", type=int, default=14, help="number of essays; one pair in seven is held out")
     parser.add_argument("--train-epochs", type=float, default=1)
+    parser.add_argument("--prepare", action="store_true", help="only unpack the model and gather the essays")
     a = parser.parse_args()
     folder = Path(a.folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -54,6 +55,8 @@ def main() -> None:
     held_out = folder / "held_out"
     stage("model: SmolLM2-135M-Instruct, dequantised", model, lambda: unpack_model(model))
     stage("texts: essays", texts, lambda: gather_texts(texts, a.documents))
+    if a.prepare:
+        return
     stage(
         "pairs: the model asks and answers, on a chunk and on the whole text",
         pairs,

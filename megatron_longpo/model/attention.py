@@ -9,7 +9,9 @@ There are two forms of context parallelism (Megatron-LM's ``cp_comm_type``):
   and values. This works for any number of ranks and heads; places are assigned so that the causal work is balanced.
 
 Both split the heads into groups that follow the key-value heads (``AttentionPlan.head_groups``). All exchanges start at
-once, and each group is computed while the next one is still in flight.
+once, and each group is computed while the next one is still in flight. Where a rank has fewer key-value heads than groups,
+``a2a`` splits the query heads of one key-value head as well. ``allgather`` does not: all of its groups would wait for the same
+keys.
 
 Shape legend: S = places of the sequence, s = places on this rank, Q/K = query/key-value heads on this rank,
 G = query heads per key-value head (Q/K), D = head size.
@@ -31,7 +33,7 @@ from torch import Tensor
 from megatron_longpo.data.sequence import QuerySpan
 from megatron_longpo.errors import ConfigError
 from megatron_longpo.model.blocks import Blocks, block_attention, blocks_backward, blocks_forward, blocks_of
-from megatron_longpo.model.kernels import AttentionKernels
+from megatron_longpo.model.kernels import AttentionKernels, for_groups
 
 
 @dataclass
@@ -258,6 +260,40 @@ def _cut(heads: int, kv_heads: int, head_groups: int) -> list[slice]:
     return [slice(a, b) for a, b in itertools.pairwise(edges)]
 
 
+@dataclass(frozen=True)
+class HeadGroup:
+    """Heads that are exchanged and computed together.
+
+    Attributes:
+        queries, keys: the query heads, and the key-value heads that they attend to.
+        is_first, is_last: whether it is the first and the last group with these key-value heads. Keys and values travel with the
+            first, their gradients with the last.
+    """
+
+    queries: slice
+    keys: slice
+    is_first: bool
+    is_last: bool
+
+
+def head_groups_of(heads: int, kv_heads: int, head_groups: int) -> list[HeadGroup]:
+    """Split a rank's heads into at most ``head_groups`` groups; with fewer key-value heads than groups, those of one as well."""
+    by_keys = list(zip(_cut(heads, kv_heads, head_groups), _cut(kv_heads, kv_heads, head_groups), strict=True))
+    found = []
+    for q, k in by_keys:
+        inner = _cut(q.stop - q.start, q.stop - q.start, head_groups // len(by_keys))
+        found += [
+            HeadGroup(
+                slice(q.start + part.start, q.start + part.stop),
+                k,
+                is_first=part.start == 0,
+                is_last=part is inner[-1],
+            )
+            for part in inner
+        ]
+    return found
+
+
 # --------------------------------------------------------------------------------------------------
 # Context parallelism by all-to-all
 # --------------------------------------------------------------------------------------------------
@@ -325,22 +361,26 @@ class _UlyssesAttention(torch.autograd.Function):
         key, value = _copies(key, ranks), _copies(value, ranks)
         # Heads are split in order, so each rank's share is contiguous: [s, ranks, heads, D].
         query, key, value = (x.unflatten(1, (ranks, -1)) for x in (query, key, value))
+        groups = head_groups_of(query.shape[2], key.shape[2], plan.head_groups)
+        kernels = for_groups(plan.kernels, len(groups))
         going = []
-        kv_share = key.shape[2]
-        of_query, of_key = _cut(query.shape[2], kv_share, plan.head_groups), _cut(kv_share, kv_share, plan.head_groups)
-        for q, k in zip(of_query, of_key, strict=True):
+        for group in groups:
             # One exchange for all three.
-            going.append(_to_heads([query[:, :, q], key[:, :, k], value[:, :, k]], plan))
+            keys = [key[:, :, group.keys], value[:, :, group.keys]] if group.is_first else []
+            going.append(_to_heads([query[:, :, group.queries], *keys], plan))
         saved, back = [], []
-        for exchange in going:
-            q_SqD, k_SkD, v_SkD = exchange.wait()
-            out, lse = blocks_forward(q_SqD, k_SkD, v_SkD, plan.blocks, scale, plan.kernels)
-            saved += [q_SqD, k_SkD, v_SkD, lse]
+        for group, exchange in zip(groups, going, strict=True):
+            q_SqD, *keys = exchange.wait()
+            if group.is_first:
+                k_SkD, v_SkD = keys
+                saved += keys
+            out, lse = blocks_forward(q_SqD, k_SkD, v_SkD, plan.blocks, scale, kernels)
+            saved += [q_SqD, lse]
             back.append(_to_places([out], plan))
             del out
         whole = torch.empty_like(query, memory_format=torch.contiguous_format)
-        for q, exchange in zip(of_query, back, strict=True):
-            (whole[:, :, q],) = exchange.wait()
+        for group, exchange in zip(groups, back, strict=True):
+            (whole[:, :, group.queries],) = exchange.wait()
         out_sQD = whole.flatten(1, 2)
         ctx.save_for_backward(out_sQD, *saved)
         ctx.plan, ctx.scale = plan, scale
@@ -353,19 +393,32 @@ class _UlyssesAttention(torch.autograd.Function):
         ranks, (out_sQD, *saved) = _ranks(plan), ctx.saved_tensors
         grad, whole = (x.unflatten(1, (ranks, -1)) for x in (grad_out, out_sQD))
         kv_share = max(1, ctx.kv_heads // ranks)
-        of_query, of_key = _cut(grad.shape[2], kv_share, plan.head_groups), _cut(kv_share, kv_share, plan.head_groups)
-        going = [_to_heads([grad[:, :, q], whole[:, :, q]], plan) for q in of_query]
-        back = []
-        for i, exchange in enumerate(going):
+        groups = head_groups_of(grad.shape[2], kv_share, plan.head_groups)
+        kernels = for_groups(plan.kernels, len(groups))
+        going = [_to_heads([grad[:, :, group.queries], whole[:, :, group.queries]], plan) for group in groups]
+        kept, back = iter(saved), []
+        for group, exchange in zip(groups, going, strict=True):
             g_SqD, out = exchange.wait()
-            q, k, v, lse = saved[4 * i : 4 * i + 4]
-            gq, gk, gv = blocks_backward(g_SqD, q, k, v, out, lse, plan.blocks, ctx.scale, plan.kernels)
-            back.append(_to_places([gq, gk.to(k.dtype), gv.to(v.dtype)], plan))
+            if group.is_first:
+                k_SkD, v_SkD = next(kept), next(kept)
+            q_SqD, lse = next(kept), next(kept)
+            gq, gk, gv = blocks_backward(g_SqD, q_SqD, k_SkD, v_SkD, out, lse, plan.blocks, ctx.scale, kernels)
+            # The groups with the same keys add up, at least in fp32.
+            if group.is_first:
+                total_k, total_v = gk, gv
+            else:
+                total_k, total_v = total_k.add_(gk), total_v.add_(gv)
+            of_keys = [total_k.to(k_SkD.dtype), total_v.to(v_SkD.dtype)] if group.is_last else []
+            back.append(_to_places([gq, *of_keys], plan))
+            # Not kept while the next heads are computed.
+            del g_SqD, out, gq, gk, gv, of_keys
         grad_query = torch.empty_like(grad, memory_format=torch.contiguous_format)
         grad_key = grad.new_empty(grad.shape[0], ranks, kv_share, grad.shape[3])
         grad_value = torch.empty_like(grad_key)
-        for q, k, exchange in zip(of_query, of_key, back, strict=True):
-            grad_query[:, :, q], grad_key[:, :, k], grad_value[:, :, k] = exchange.wait()
+        for group, exchange in zip(groups, back, strict=True):
+            grad_query[:, :, group.queries], *of_keys = exchange.wait()
+            if group.is_last:
+                grad_key[:, :, group.keys], grad_value[:, :, group.keys] = of_keys
         return (
             grad_query.flatten(1, 2),
             _summed(grad_key.flatten(1, 2), ctx.kv_heads),
@@ -402,6 +455,8 @@ class _Exchange:
         """Wait, and return the parts: [S, heads, D] each if places were traded for heads, else [s, ranks, heads, D]."""
         self.work.wait()
         x = self.received
+        # What was sent and received is not kept while the next heads are computed.
+        del self.sent, self.received
         parts = (x.flatten(0, 1) if self.to_heads else x.transpose(0, 1)).split(self.sizes, dim=-2)
         # Separate tensors, because the backward frees them one by one.
         return [part.contiguous() for part in parts] if self.to_heads else list(parts)

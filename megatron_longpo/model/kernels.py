@@ -18,6 +18,7 @@ Shape legend: n = queries and m = keys of a block, Q/K = query/key-value heads, 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib
 import importlib.util
@@ -41,6 +42,10 @@ _HEAD_MULTIPLE = 8
 _FUSED_FROM = 2**31
 # Queries of one tile of the plain formula.
 _TILE = 512
+# FlashAttention 2's forward gives each multiprocessor a tile of this many queries of one head, and all keys.
+_FLASH_TILE = 128
+# Tiles per multiprocessor that are worth having, and keys that a tile should at least have.
+_FLASH_WAVES, _LEAST_KEYS = 2, 2048
 
 
 @dataclass(frozen=True)
@@ -148,6 +153,11 @@ class CudaFlash:
 
     The kernels take strided rows and heads, unit stride in the last dimension only. With dropout 0 the two random-state
     arguments of the backward are not read.
+
+    The forward has one tile per 128 queries and head, so a few branches on a long trunk leave most of the GPU idle: 900 queries
+    with 4 heads on 131072 keys are 32 tiles for 132 multiprocessors, and reached 63 TFLOP/s where 32 heads reached 318 (H200).
+    So the keys of such a block are cut into runs, each with a copy of the queries, and the results merged by log-sum-exp. (The
+    backward has tiles of keys, of which there are enough.)
     """
 
     name: str = "flash"
@@ -156,13 +166,18 @@ class CudaFlash:
         return [list(range(len(lengths)))] if lengths else []
 
     def forward(self, block: BlockInputs) -> tuple[Tensor, Tensor]:
-        q, k, v = block.q, block.k, block.v
-        head_size = q.shape[-1]
+        q = block.q
+        (n, heads, head_size), keys = q.shape, block.k.shape[0]
         of_q, of_k = block.runs
+        parts = 1 if block.causal else _key_parts(n, heads, keys)
+        if parts > 1:
+            of_q = (n,) * parts
+            of_k = tuple(keys * (i + 1) // parts - keys * i // parts for i in range(parts))
+            q = q.repeat(parts, 1, 1)
         out, lse, *_ = torch.ops.aten._flash_attention_forward(
             _padded(q),
-            _padded(k),
-            _padded(v),
+            _padded(block.k),
+            _padded(block.v),
             _boundaries(of_q, q.device),
             _boundaries(of_k, q.device),
             max(of_q),
@@ -172,7 +187,14 @@ class CudaFlash:
             False,
             scale=block.scale,
         )
-        return out[..., :head_size], lse
+        out = out[..., :head_size]
+        if parts == 1:
+            return out, lse
+        lse_QPn = lse.unflatten(1, (parts, n))
+        merged = lse_QPn.logsumexp(1)
+        weights_PnQ = (lse_QPn - merged.unsqueeze(1)).exp_().permute(1, 2, 0)
+        # The weights are fp32, so 16-bit outputs are rounded only once.
+        return (out.unflatten(0, (parts, n)) * weights_PnQ.unsqueeze(-1)).sum(0).to(q.dtype), merged
 
     def backward(self, block: BlockInputs, grad_out: Tensor, out: Tensor, lse: Tensor) -> Gradients:
         q, k, v = block.q, block.k, block.v
@@ -253,21 +275,27 @@ class CudaLargestFused:
     seen it first builds plans on the host: 0.12 to 0.19 s for the two directions together, which all layers share. The rows of
     a preference data set have nearly as many lengths as there are rows, so a block must be large enough for 32 layers to win
     that time back. (Measured with cuDNN 9.19 and torch 2.11: docs/gpu.md.)
+
+    Attributes:
+        fused, flash: the two.
+        groups: groups of as many heads that each layer computes one after another, with the same plan.
     """
 
     fused: CudaFused = CudaFused()
     flash: CudaFlash = CudaFlash()
     name: str = "auto"
+    groups: int = 1
 
     def calls(self, lengths: tuple[int, ...], heads: int, /) -> list[list[int]]:
-        large = [i for i, n in enumerate(lengths) if _is_large(n, n, heads, causal=True)]
+        large = [i for i, n in enumerate(lengths) if _is_large(n, n, heads * self.groups, causal=True)]
         small = [i for i in range(len(lengths)) if i not in large]
         return [[i] for i in large] + ([small] if small else [])
 
     def _for(self, block: BlockInputs) -> AttentionKernels:
         (queries, heads), keys = block.q.shape[:2], block.k.shape[0]
         is_single = len(block.runs[0]) == 1
-        return self.fused if is_single and _is_large(queries, keys, heads, causal=block.causal) else self.flash
+        is_large = _is_large(queries, keys, heads * self.groups, causal=block.causal)
+        return self.fused if is_single and is_large else self.flash
 
     def forward(self, block: BlockInputs) -> tuple[Tensor, Tensor]:
         return self._for(block).forward(block)
@@ -445,6 +473,17 @@ def _flash_version() -> str:
 
 def _is_large(queries: int, keys: int, heads: int, *, causal: bool) -> bool:
     return queries * keys * heads >= _FUSED_FROM * (2 if causal else 1)
+
+
+def for_groups(kernels: AttentionKernels, groups: int) -> AttentionKernels:
+    """Kernels for layers whose heads are computed in this many groups of equal size."""
+    return dataclasses.replace(kernels, groups=groups) if isinstance(kernels, CudaLargestFused) else kernels
+
+
+def _key_parts(queries: int, heads: int, keys: int) -> int:
+    """Into how many runs FlashAttention's forward cuts the keys of a full block, so that its tiles fill the GPU."""
+    tiles = -(-queries // _FLASH_TILE) * heads
+    return max(1, min(_FLASH_WAVES * platform.CURRENT.multiprocessors() // tiles, keys // _LEAST_KEYS))
 
 
 def _one_by_one(lengths: tuple[int, ...]) -> list[list[int]]:

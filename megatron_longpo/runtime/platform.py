@@ -99,6 +99,10 @@ class Platform:
         """CUDA compute capability of the current device; None on the CPU."""
         return torch.cuda.get_device_capability() if self.is_cuda else None
 
+    def multiprocessors(self) -> int:
+        """Multiprocessors of the current device, which compute tiles of a kernel side by side; 1 on the CPU."""
+        return int(torch.cuda.get_device_properties().multi_processor_count) if self.is_cuda else 1
+
     def to_device(self, arrays: Mapping[str, np.ndarray]) -> dict[str, torch.Tensor]:
         """Bring arrays to the device with one copy that the host does not wait for; on the CPU they are used as they are.
 

@@ -17,6 +17,7 @@ from functools import cached_property
 import torch
 
 from megatron_longpo.config import Config
+from megatron_longpo.model.attention import head_groups_of
 from megatron_longpo.model.gpt import padded_vocab_size
 from megatron_longpo.model.logprobs import chunk_tokens, default_chunk_bytes
 from megatron_longpo.model.shape import ModelShape
@@ -174,18 +175,14 @@ class Activations:
     def _attention_backward(self) -> int:
         """Most that the backward of an attention holds beyond what its layer saved."""
         q, k, fp32 = self._queries, self._keys, 4 / self._width
-        pieces = min(
-            HEAD_GROUPS, max(1, self._kv_heads // self.parallel.context_size) if self._is_ulysses else self._kv_heads
-        )
-        if self.parallel.context_size == 1:
-            pieces = 1
+        # The kernel's gradients of keys and values per query head.
+        expanded = 2 * q if self.shape.num_query_groups < self.shape.num_attention_heads else 0
+        if self._is_ulysses:
+            return self._ulysses_backward(expanded)
+        pieces = min(HEAD_GROUPS, self._kv_heads) if self.parallel.context_size > 1 else 1
         # Of one piece: gradient of the queries twice, those of keys and values in fp32 and as the kernel gives them, and the
         # kernel's fp32 sums and its keys' and values' gradients per query head.
-        expanded = 2 * q if self.shape.num_query_groups < self.shape.num_attention_heads else 0
         kernel = 2 * q + 2 * k * fp32 + 2 * k + q * fp32 + expanded
-        if self._is_ulysses:
-            # Output and gradient, sent and received, and by heads; gradients on their way back.
-            return int(self._hidden + q + 4 * q + (2 * q + kernel) / pieces + 2 * (q + 2 * k))
         if self.parallel.context_size > 1:
             # When the last piece is computed: keys and values of all ranks, their gradients in fp32, and those of the other
             # pieces on their way; then the kernel's own, or their gradients together and in the ranks' order.
@@ -195,6 +192,25 @@ class Activations:
             of_kernel = (2 * q + q * fp32 + expanded + 2 * everywhere) / pieces
             return int(self._hidden + 2 * q + 2 * everywhere / pieces + sums + max(of_kernel, 2 * sums / pieces))
         return int(self._hidden + q + kernel)
+
+    def _ulysses_backward(self, expanded: int) -> int:
+        q, k, fp32 = self._queries, self._keys, 4 / self._width
+        ranks = self.parallel.context_size
+        groups = head_groups_of(self._query_heads // ranks, max(1, self._kv_heads // ranks), HEAD_GROUPS)
+        part = 1 / len(groups)
+        # Keys of one group, of which there may be several with the same ones: their gradients are added up in fp32.
+        keys = k / len({group.keys.start for group in groups})
+        sums = 2 * keys * fp32 * (1 if groups[0].is_last else 2)
+        kernel = (2 * q + q * fp32 + expanded) * part + sums + 2 * keys
+        # Output and gradient, sent and received, of the groups that are not computed yet; gradients on their way back of those
+        # that are; output and gradient of one group by heads.
+        coming, returning = 4 * q * (1 - part), (2 * q + 4 * k) * (1 - part)
+        moments = (
+            4 * q + 2 * q * part,
+            max(coming, returning) + 2 * q * part + kernel,
+            2 * (q + 2 * k) + q + 2 * k,
+        )
+        return int(self._hidden + q + max(moments))
 
     def _logprobs(self) -> int:
         """What the log-probs hold: a chunk's logits and hidden states, and the last hidden states with their gradient."""

@@ -6,6 +6,8 @@ operators refuse, and read memory the way the kernels read it (which is not alwa
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -241,6 +243,43 @@ def test_large_blocks_go_to_cudnn_and_small_ones_together_to_flash(monkeypatch: 
     block_attention(q, k, v, blocks, 0.3, CudaLargestFused())
     # The trunk and both full blocks; the two branches in one call.
     assert operators.calls == {"cudnn": 3, "flash": 1}
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_flash_cuts_the_keys_of_a_block_whose_queries_do_not_fill_the_gpu(
+    monkeypatch: pytest.MonkeyPatch, kv_heads: int
+) -> None:
+    # 64 multiprocessors are to have 2 tiles each: four heads make one tile each, so 32 runs, of at least 10 of the 40 keys.
+    monkeypatch.setattr(type(kernels_module.platform.CURRENT), "multiprocessors", lambda _: 64)
+    monkeypatch.setattr(kernels_module, "_LEAST_KEYS", 10)
+    assert [kernels_module._key_parts(n, 4, 1000) for n in (1, 128, 129, 128 * 16, 128 * 17)] == [32, 32, 16, 2, 1]
+    assert kernels_module._key_parts(128, 4, 40) == 4 and kernels_module._key_parts(128, 4, 9) == 1
+    operators = _Operators()
+    operators.install(monkeypatch)
+    runs: list[int] = []
+    whole = operators._flash_attention_forward
+
+    def seen(*args: Any, **kwargs: Any) -> Any:
+        runs.append(args[3].numel() - 1)
+        return whole(*args, **kwargs)
+
+    monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", seen)
+    layout, tensors = tree(0, kv_heads=kv_heads)
+    blocks = blocks_of(layout.query_spans)
+    direction = torch.randn_like(tensors[0])
+    expected = _values(CpuFlash(), tensors, blocks, direction)
+    for found, value in zip(_values(CudaFlash(), tensors, blocks, direction), expected, strict=True):
+        torch.testing.assert_close(found, value, rtol=1e-4, atol=1e-5)
+    # All causal runs in one call, and the branches on their trunk's 39 places.
+    assert runs == [len(blocks.causal), 3] and len(blocks.full) == 1
+
+
+def test_groups_of_heads_share_the_plan_of_cudnn() -> None:
+    kernels = CudaLargestFused()
+    # A causal block of 32768 places: too small with one head, large enough as one of four groups.
+    assert kernels.calls((32768, 5, 6), 1) == [[0, 1, 2]]
+    assert kernels_module.for_groups(kernels, 4).calls((32768, 5, 6), 1) == [[0], [1, 2]]
+    assert kernels_module.for_groups(CudaFlash(), 4) == CudaFlash()
 
 
 def test_the_stand_in_shows_what_other_strides_of_the_output_do(monkeypatch: pytest.MonkeyPatch) -> None:

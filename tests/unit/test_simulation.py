@@ -146,6 +146,15 @@ def test_exchanges_are_counted_by_group(reports: dict[str, Report]) -> None:
     # 2 * 64 + 128 channels; half of what a rank holds, half of the places, goes to the other rank.
     assert sent["all_to_all", "cp"]["bytes"] >= 2 * 2 * 2 * 165 * (128 + 64 + 64 + 128) // 2
     assert sent["reduce_scatter", "dp_cp"]["calls"] == 1
+    # Each of the two layers has two exchanges forward and two backward, in four groups: two of each rank's two key-value heads'
+    # query heads; with one key-value head per rank, its two query heads are exchanged apart.
+    assert sent["all_to_all", "cp"]["calls"] == 2 * 4 * 4
+    alone = {row["collective"]: row for row in reports["cp4 rank 3"].exchanges if row["group"] == "cp"}
+    assert alone["all_to_all"]["calls"] == 2 * 4 * 2
+    # Keys and values travel once: queries, keys, values and output forward, the gradient and the output and their gradients
+    # backward, of 83 places in bf16, to three ranks of four.
+    channels = (128 + 2 * 64 + 128) + (128 + 128 + 128 + 2 * 64)
+    assert alone["all_to_all"]["bytes"] == 2 * 2 * 83 * channels * 3 // 4
     assert ("all_to_all", "cp") not in {(r["collective"], r["group"]) for r in reports["tp2-sp rank 1"].exchanges}
     assert {row["group"] for row in reports["tp2-sp rank 1"].exchanges} >= {"tp"}
     assert any(row["collective"] == "send" for row in reports["pp2 rank 0"].exchanges)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from megatron_longpo.config import Config, LoggingConfig, from_dict
 from megatron_longpo.errors import ConfigError, DataError, PlatformError
-from megatron_longpo.model.attention import check_ulysses, resolve_comm_type
+from megatron_longpo.model.attention import check_ulysses, head_groups_of, resolve_comm_type
 from megatron_longpo.model.gpt import padded_vocab_size
 from megatron_longpo.runtime import platform
 from megatron_longpo.runtime.balance import assign
@@ -157,6 +157,32 @@ def test_heads_and_context_ranks() -> None:
     assert resolve_comm_type("auto", 28, 4, 8, 1)[0] == "allgather"
     assert resolve_comm_type("auto", 32, 8, 8, 1)[0] == "a2a"
     assert resolve_comm_type("allgather", 32, 8, 8, 1)[0] == "allgather"
+
+
+def test_heads_of_one_key_value_head_are_exchanged_in_groups_too() -> None:
+    """Otherwise nothing of an exchange would be hidden where a rank has one key-value head, as a 7B's at CP 8."""
+
+    def groups(heads: int, kv_heads: int) -> list[tuple[int, int, int, int, bool, bool]]:
+        found = head_groups_of(heads, kv_heads, 4)
+        return [(*(g.queries.start, g.queries.stop), g.keys.start, g.keys.stop, g.is_first, g.is_last) for g in found]
+
+    assert groups(4, 1) == [
+        (0, 1, 0, 1, True, False),
+        (1, 2, 0, 1, False, False),
+        (2, 3, 0, 1, False, False),
+        (3, 4, 0, 1, False, True),
+    ]
+    # Of two key-value heads each is cut into two, of seven query heads as evenly as can be.
+    assert groups(14, 2) == [
+        (0, 3, 0, 1, True, False),
+        (3, 7, 0, 1, False, True),
+        (7, 10, 1, 2, True, False),
+        (10, 14, 1, 2, False, True),
+    ]
+    # Three cannot be cut into four groups evenly, and eight make four groups as they are.
+    assert groups(6, 3) == [(0, 2, 0, 1, True, True), (2, 4, 1, 2, True, True), (4, 6, 2, 3, True, True)]
+    assert groups(8, 8) == [(i, i + 2, i, i + 2, True, True) for i in (0, 2, 4, 6)]
+    assert groups(1, 1) == [(0, 1, 0, 1, True, True)]
 
 
 def test_vocabulary_is_rounded_up() -> None:

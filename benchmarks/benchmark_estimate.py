@@ -1,15 +1,18 @@
 """The memory estimate beside simulated peaks, over layouts, lengths and models: a table in Markdown.
 
-    python benchmarks/benchmark_estimate.py --layers 8
-    python benchmarks/benchmark_estimate.py --only mistral-7b
+    python benchmarks/benchmark_estimate.py --found pairs.jsonl
+    python benchmarks/benchmark_estimate.py --layers 8 --only mistral-7b
 
-No GPU is needed. A pair of eight layers takes about five seconds of one core, more with pipelines and allgather.
+No GPU is needed. A pair of a whole model takes about half a minute of one core, one of eight layers five seconds, more with
+pipelines and allgather. What is in ``--found`` is not simulated again, so a run that was broken off goes on.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from megatron_longpo.simulation.request import Request
@@ -125,21 +128,43 @@ PAIRS = (
 )
 
 
+# Pairs of one simulating process: it takes some seconds to start, and its results are written when it ends.
+_AT_ONCE = 3
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, help="depth of every model; default: its own")
     parser.add_argument("--only", help="a model")
+    parser.add_argument("--found", type=Path, help="file that keeps what was found, one JSON object a line")
     a = parser.parse_args()
     pairs = [pair for pair in PAIRS if a.only in (None, pair.model)]
-    reports = simulate([pair.request(a.layers) for pair in pairs], quiet=True)
+    found: dict[str, dict[str, Any]] = {}
+    if a.found is not None and a.found.exists():
+        found = {row["request"]: row for row in map(json.loads, a.found.read_text(encoding="utf-8").splitlines())}
+    left = [pair for pair in pairs if pair.request(a.layers).as_json() not in found]
+    for start in range(0, len(left), _AT_ONCE):
+        requests = [pair.request(a.layers) for pair in left[start : start + _AT_ONCE]]
+        for request, report in zip(requests, simulate(requests, quiet=True), strict=True):
+            row = {"request": request.as_json(), "layout": report.layout, "recompute": report.recompute}
+            row |= {"peak": report.peak_bytes, "estimate": report.estimate_bytes or 0}
+            row |= {
+                "place": report.peak["place"],
+                "tflop": sum(report.flops.values()) / 1e12,
+                "seconds": report.seconds,
+            }
+            found[row["request"]] = row
+            if a.found is not None:
+                with a.found.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(row) + "\n")
     print(
         "| model | layout | rank | tokens | recomputed | simulated GiB | estimate GiB | |\n|---|---|---|---|---|---|---|---|"
     )
-    for pair, report in zip(pairs, reports, strict=True):
-        estimate = report.estimate_bytes or 0
+    for pair in pairs:
+        row = found[pair.request(a.layers).as_json()]
         print(
-            f"| {pair.model} | {report.layout} | {pair.rank} | {pair.tokens:,} | {report.recompute} | "
-            f"{report.peak_bytes / _GIB:.2f} | {estimate / _GIB:.2f} | {100 * (estimate / report.peak_bytes - 1):+.1f}% |"
+            f"| {pair.model} | {row['layout']} | {pair.rank} | {pair.tokens:,} | {row['recompute']} | "
+            f"{row['peak'] / _GIB:.2f} | {row['estimate'] / _GIB:.2f} | {100 * (row['estimate'] / row['peak'] - 1):+.1f}% |"
         )
 
 

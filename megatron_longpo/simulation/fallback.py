@@ -47,17 +47,18 @@ def estimate(request: Request, card: Card) -> str:
     sizes: dict[str, Any] = {
         "tokens": layout.length,
         "num_microbatches": training.global_batch_size // (parallel.data_size * training.micro_batch_size),
-        # Ranks of a stage are consecutive.
-        "stage": request.rank // (request.world_size // pipeline),
         "on_cuda": True,
     }
     recompute = "as configured"
     if training.recompute_granularity == "auto":
-        found = memory.choices(plan.shape, plan.config, parallel, pairs=layout.attention_pairs, **sizes)
+        found = memory.choices(plan.shape, plan.config, parallel, pairs=layout.attention_pairs, stage=None, **sizes)
         available = card.memory_bytes - _CONTEXT_BYTES
         choice = memory.choose(found, [memory.free_bytes(c, available) for c in found])
         training, recompute = choice.applied_to(training), str(choice)
-    tensors = memory.step_bytes(plan.shape, dataclasses.replace(plan.config, training=training), parallel, **sizes)
+    # Ranks of a stage are consecutive.
+    stage = request.rank // (request.world_size // pipeline)
+    chosen = dataclasses.replace(plan.config, training=training)
+    tensors = memory.step_bytes(plan.shape, chosen, parallel, stage=stage, **sizes)
     if tensors is None:
         raise ConfigError(
             f"recompute_modules={','.join(training.recompute_modules)} is not in the estimate; use recompute_granularity=auto, "

@@ -50,7 +50,7 @@ class Choice:
         granularity: value of ``recompute_granularity``.
         modules: value of ``recompute_modules``.
         layers: value of ``recompute_num_layers``.
-        bytes_needed: estimated peak memory of this rank.
+        bytes_needed: estimated peak memory of a rank.
         extra: floating-point operations that are recomputed, as a share of those of a step.
     """
 
@@ -140,16 +140,15 @@ def decide_recompute(plan: RunPlan, data: DataSet, parallel: Parallel) -> RunPla
         tokens=tokens,
         pairs=sum(layout.attention_pairs for layout in micro_batch),
         num_microbatches=training.global_batch_size // (parallel.data_size * training.micro_batch_size),
-        stage=parallel.pipeline_rank,
+        stage=None,
     )
     # The processes of a node share its memory, but each has a GPU of its own.
     sharing = 1 if platform.CURRENT.is_cuda else int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    available = platform.CURRENT.available_memory_bytes() // sharing
-    free = torch.tensor([free_bytes(c, available) for c in found], dtype=torch.float64).to(platform.CURRENT.device)
-    # Stages need different amounts, and the processes of a node have not all allocated the same when they measure: the
-    # tightest rank counts.
-    dist.all_reduce(free, op=dist.ReduceOp.MIN)
-    choice = choose(found, free.tolist())
+    least = torch.tensor(platform.CURRENT.available_memory_bytes() // sharing).to(platform.CURRENT.device)
+    # The processes of a node have not all allocated the same when they measure: the tightest rank counts.
+    dist.all_reduce(least, op=dist.ReduceOp.MIN)
+    available = int(least)
+    choice = choose(found, [free_bytes(c, available) for c in found])
     need, have = choice.bytes_needed / 2**30, available / 2**30
     log(
         f"recompute: {choice} (estimate {need:.1f} GB of {have:.1f} GB available per process, longest micro batch {tokens} "
@@ -191,7 +190,7 @@ def choices(
     tokens: int,
     pairs: int,
     num_microbatches: int,
-    stage: int,
+    stage: int | None,
     on_cuda: bool | None = None,
 ) -> list[Choice]:
     """All ways to recompute, fewest operations first.
@@ -203,10 +202,11 @@ def choices(
         tokens: places of the longest micro batch, over all its context-parallel ranks.
         pairs: query-key pairs of that micro batch.
         num_microbatches: micro batches per step.
-        stage: pipeline rank.
+        stage: pipeline rank; None: for each choice the one that needs most.
         on_cuda: whether the run is on GPUs. Default: whether this process has one.
     """
     split = pipeline_split(config.parallel, shape.num_layers)
+    stages = range(parallel.pipeline_size) if stage is None else (stage,)
     largest = max(n for rank in split for n in rank)
     # Floating-point operations of a layer's forward.
     linear, attention = 2.0 * tokens * shape.layer_weights, 4.0 * pairs * shape.query_width
@@ -216,17 +216,10 @@ def choices(
 
     def choice(granularity: str, modules: tuple[str, ...], layers: int, extra: float) -> Choice:
         found = Choice(granularity, modules, layers, 0, extra)
-        tensors = step_bytes(
-            shape,
-            dataclasses.replace(config, training=found.applied_to(config.training)),
-            parallel,
-            tokens=tokens,
-            num_microbatches=num_microbatches,
-            stage=stage,
-            on_cuda=on_cuda,
-        )
-        assert tensors is not None
-        return dataclasses.replace(found, bytes_needed=tensors + _RESERVE_BYTES)
+        chosen = dataclasses.replace(config, training=found.applied_to(config.training))
+        sizes = {"tokens": tokens, "num_microbatches": num_microbatches, "on_cuda": on_cuda}
+        tensors = [step_bytes(shape, chosen, parallel, stage=each, **sizes) for each in stages]  # type: ignore[arg-type]
+        return dataclasses.replace(found, bytes_needed=max(n for n in tensors if n is not None) + _RESERVE_BYTES)
 
     found = [choice("selective", ("mlp_up",), 0, up / step)]
     if up / step > CHEAP:

@@ -188,6 +188,11 @@ def test_unequal_stages_choose_among_the_same() -> None:
     first, last = (memory.choices(SHAPE, plan.config, parallel, **sizes, stage=stage) for stage in (0, 1))
     assert [(c.granularity, c.layers, c.extra) for c in first] == [(c.granularity, c.layers, c.extra) for c in last]
     assert sorted(c.layers for c in first if c.granularity == "full") == [1, 2, 3]
+    # Of all stages the one that needs most, whichever rank asks.
+    neediest = memory.choices(SHAPE, plan.config, parallel, **sizes, stage=None)
+    assert [c.bytes_needed for c in neediest] == [
+        max(a.bytes_needed, b.bytes_needed) for a, b in zip(first, last, strict=True)
+    ]
     # In fp32 a parameter takes 16 bytes with gradient and states. The embedding and the output have 128 rows, padding included,
     # and the last stage has a norm more.
     layer = SHAPE.layer_weights + 2 * 48

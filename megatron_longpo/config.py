@@ -299,6 +299,11 @@ class CheckpointConfig:
     """Save and stop after a step divisible by this, to fit a job's time limit."""
     exit_duration_in_mins: PositiveFloat | None = None
     """Save and stop after this many minutes."""
+    exit_signal_handler: bool = True
+    """Save and stop, with exit status 75, after the step in which a process of the run gets a signal of exit_signal; the same
+    command then goes on. Off: signals have their usual effect, and what was done since the last checkpoint is done again."""
+    exit_signal: tuple[str, ...] = ("SIGTERM", "SIGUSR1")
+    """Signals that ask a run to save and stop, such as a scheduler's before a time limit."""
 
 
 @dataclass(frozen=True)
@@ -569,8 +574,17 @@ def _check_parallel(parallel: ParallelConfig) -> None:
         )
 
 
+# SIGKILL and SIGSTOP cannot be caught; the rest of the system's signals mean that something is broken.
+EXIT_SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2", "SIGXCPU")
+
+
 def _check_output(config: Config) -> None:
-    """Rules of what a run writes."""
+    """Rules of what a run writes, and of when it stops."""
+    for name in config.checkpoint.exit_signal:
+        if name not in EXIT_SIGNALS:
+            raise ConfigError(
+                f"exit_signal={name} is not a signal that a run can stop on; use {', '.join(EXIT_SIGNALS)}"
+            )
     for name, is_on in (
         *((name, getattr(config.checkpoint, name)) for name in ("async_save", "save_best", "save_hf_interval")),
         ("profile", config.logging.profile),

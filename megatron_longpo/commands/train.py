@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Sequence
 
 from megatron_longpo.command_line import ConfigOptions, parse_with_config
 from megatron_longpo.config import Config
+from megatron_longpo.runtime.signals import STOPPED
 
 
 def train(arguments: Sequence[str], *, prog: str) -> None:
@@ -30,8 +32,10 @@ def train(arguments: Sequence[str], *, prog: str) -> None:
 
     allow_model_sizes(config.model.model_size_factor)
     if config.checkpoint.save_hf_interval is None:
-        run(config)
-        return
-    from megatron_longpo.conversion.export_hf import export_hf
+        stop = run(config)
+    else:
+        from megatron_longpo.conversion.export_hf import export_hf
 
-    run(config, export=export_hf)
+        stop = run(config, export=export_hf)
+    if stop is not None and stop.is_urgent:
+        sys.exit(STOPPED)

@@ -297,6 +297,11 @@ class Checkpointer:
         if self.is_due(step, last=last, held_out=held_out):
             self.best = self._best_with(step, held_out)
             self._save(self.output, step, state, records)
+        elif self._saved_step == step and (best := self._best_with(step, held_out)) != self.best:
+            # Saved by an earlier launch, which had no time to evaluate it.
+            self.best = best
+            if self.parallel.rank == 0:
+                self._name_best(self.output, best)
 
     def _save(self, output: Path, step: int, state: TrainState, records: Sequence[dict[str, Any]]) -> None:
         # One at a time: another would need the memory of another copy.
@@ -374,9 +379,8 @@ class Checkpointer:
             shutil.rmtree(final, ignore_errors=True)
             os.replace(writing, final)
             write_atomically(output / LATEST, f"{step}\n".encode())
-            if best is not None and self._rule is not None and best.step == step:
-                write_best(output, self._rule, best)
-                log(f"step {step} has the best held-out {self._rule.metric} so far ({best.value:.4f}): {final}")
+            if best is not None and best.step == step:
+                self._name_best(output, best)
             keep = self.config.keep_last
             if keep is not None:
                 for old in whole_steps(output)[:-keep]:
@@ -389,6 +393,12 @@ class Checkpointer:
         # The trainer checked it before it was saved.
         self.good_step = step
         dist.barrier()
+
+    def _name_best(self, output: Path, best: Best | None) -> None:
+        assert best is not None and self._rule is not None
+        write_best(output, self._rule, best)
+        folder = folder_of(output, best.step)
+        log(f"step {best.step} has the best held-out {self._rule.metric} so far ({best.value:.4f}): {folder}")
 
     def _content(self, step: int, state: TrainState, *, is_loading: bool, with_rng: bool) -> dict[str, Any]:
         """State dictionary of a checkpoint, sharded."""

@@ -234,6 +234,10 @@ class Reporter:
         log(f"after step {record['step']}: {validation_line(record)}")
         self.plot()
 
+    def has_validation(self, step: int) -> bool:
+        """Whether the held-out data were evaluated after this step."""
+        return any(record["step"] == step for record in self.validations)
+
     def _line(self, r: dict[str, Any]) -> str:
         done = r["step"] - self._first_step
         left = (time.monotonic() - self._began) / max(1, done) * (self.train_iters - r["step"])

@@ -6,6 +6,7 @@ how the gradient gets its scale.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import math
@@ -15,13 +16,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from megatron.core.distributed import finalize_model_grads
 from torch.profiler import record_function
 
 from megatron_longpo.checkpoint.folders import folder_of
-from megatron_longpo.config import CheckpointConfig, Config, data_sources
+from megatron_longpo.config import Config, data_sources
 from megatron_longpo.data.sampler import BatchSampler, BlendSampler
 from megatron_longpo.errors import CheckpointError, ConfigError, LongPOError
 from megatron_longpo.runtime import platform, process_groups
@@ -29,6 +29,7 @@ from megatron_longpo.runtime.collectives import on_rank0
 from megatron_longpo.runtime.failure import keep_tracebacks_in
 from megatron_longpo.runtime.files import FolderLock, write_atomically
 from megatron_longpo.runtime.log import log
+from megatron_longpo.runtime.status import StatusFile
 from megatron_longpo.training.checkpointer import Checkpointer, TrainState
 from megatron_longpo.training.data_set import DataSet
 from megatron_longpo.training.metrics import Reporter, reduce_samples, validation_line
@@ -38,6 +39,7 @@ from megatron_longpo.training.plausibility import first_not_finite
 from megatron_longpo.training.preflight import cautions, check_run
 from megatron_longpo.training.profiler import Profiler
 from megatron_longpo.training.session import Session, open_session
+from megatron_longpo.training.stopping import Stop, StopCondition
 from megatron_longpo.training.trackers import Tracker, open_trackers
 
 # Given the folder of a checkpoint, writes a Hugging Face model to a new folder; collective.
@@ -52,6 +54,7 @@ class Trainer:
         session: data, model, reference and held-out evaluation.
         checkpointer: saves the run and resumes it.
         began: value of ``time.monotonic()`` when the program began.
+        status: file that says where the run is; None: there is none.
         trackers: opened trackers of this rank.
         export: writes a checkpoint's weights in Hugging Face's form, given its folder and the new one; collective. Needed with
             save_hf_interval.
@@ -63,11 +66,13 @@ class Trainer:
         checkpointer: Checkpointer,
         *,
         began: float,
+        status: StatusFile | None = None,
         trackers: Sequence[Tracker] = (),
         export: Export | None = None,
     ) -> None:
         plan, config = session.plan, session.config
         self.session, self.checkpointer = session, checkpointer
+        self.status = status or StatusFile(None, train_iters=plan.train_iters)
         self.plan, self.config, self.parallel = plan, config, session.parallel
         self.chunks, self.reference, self.held_out = session.chunks, session.reference, session.held_out
         self.model = wrap_for_training(self.chunks, config)
@@ -111,26 +116,46 @@ class Trainer:
         # A kill may have come between a checkpoint and its export.
         self._export_hf()
 
-    def train(self) -> None:
-        """Train to the last step, evaluating and saving on the way; collective."""
-        if self.step == 0:
+    def train(self) -> Stop | None:
+        """Train to the last step, evaluating and saving on the way; collective.
+
+        Returns:
+            Why it stopped before, or None.
+        """
+        with contextlib.closing(self.stop_condition):
+            stop = self._train()
+        self.profiler.close(self.step)
+        self.checkpointer.close()
+        self.reporter.close()
+        self.status.write("stopped" if stop else "finished", step=self.step, message=stop.reason if stop else "")
+        # A rank that ends with status 75 makes torchrun end the others, which may still be closing trackers.
+        dist.barrier()
+        return stop
+
+    def _train(self) -> Stop | None:
+        self.stop_condition.open()
+        self.status.write("running", step=self.step)
+        # A run that was stopped by a signal had no time for an evaluation after its last step.
+        if not on_rank0(lambda: self.reporter.has_validation(self.step)):
             self.evaluate()
+            if self.step:
+                self.save(last=False)
         while self.step < self.plan.train_iters:
             self.profiler.update(self.step)
             record = self.train_step()
             self.step += 1
             self.reporter.step(record)
-            self.evaluate()
+            self.status.beat(self.step)
             last = self.step == self.plan.train_iters
-            stop = not last and self.stop_condition.is_met(self.step)
-            self.save(last=last or stop)
-            if stop:
-                self._log(f"stopped after step {self.step} as requested; rerun the same command to continue")
-                break
+            stop = None if last else self.stop_condition.check(self.step)
+            if stop is None or not stop.is_urgent:
+                self.evaluate()
+            self.save(last=last or stop is not None)
+            if stop is not None:
+                self._log(f"stopped after step {self.step} {stop.reason}; rerun the same command to continue")
+                return stop
             self._collect_garbage()
-        self.profiler.close(self.step)
-        self.checkpointer.close()
-        self.reporter.close()
+        return None
 
     def train_step(self) -> dict[str, Any]:
         """Take one optimizer step; collective. Returns what metrics.jsonl records of it."""
@@ -239,31 +264,6 @@ def _sampler(plan: RunPlan, data: DataSet) -> BatchSampler | BlendSampler:
     return BlendSampler([len(part) for part in data.parts], shares, plan.samples_per_step, **order)
 
 
-class StopCondition:
-    """Whether a run is to stop early, to fit a job's time limit.
-
-    Args:
-        config: exit_interval and exit_duration_in_mins.
-        began: value of ``time.monotonic()`` when the program began.
-    """
-
-    def __init__(self, config: CheckpointConfig, *, began: float) -> None:
-        self._config, self._began = config, began
-
-    def is_met(self, step: int) -> bool:
-        """Whether to stop after this step; collective."""
-        interval, minutes = self._config.exit_interval, self._config.exit_duration_in_mins
-        if interval is not None and step % interval == 0:
-            return True
-        if minutes is None:
-            return False
-        # Clocks differ between ranks; that of rank 0 counts.
-        is_over = torch.tensor([time.monotonic() - self._began > minutes * 60], dtype=torch.int32)
-        is_over = is_over.to(platform.CURRENT.device)
-        dist.broadcast(is_over, src=0)
-        return bool(is_over.item())
-
-
 def hold_output(output: Path | None) -> FolderLock | None:
     """Lock the output folder of a run, which rank 0 holds until it ends; collective.
 
@@ -283,12 +283,15 @@ def hold_output(output: Path | None) -> FolderLock | None:
     return held[0] if held else None
 
 
-def start_training(session: Session, *, began: float, export: Export | None = None) -> Trainer:
+def start_training(
+    session: Session, *, began: float, status: StatusFile | None = None, export: Export | None = None
+) -> Trainer:
     """Turn an open session into a trainer that is ready for its next step; collective.
 
     Args:
         session: a session whose reference is not prepared yet.
         began: value of ``time.monotonic()`` when the program began.
+        status: see ``Trainer``.
         export: see ``Trainer``.
 
     Raises:
@@ -296,6 +299,8 @@ def start_training(session: Session, *, began: float, export: Export | None = No
     """
     # First, because they refuse another run's folder before the reference takes its hours.
     folder_lock = hold_output(session.plan.output)
+    if status is not None:
+        status.write("starting")
     checkpointer = Checkpointer(
         session.plan, session.parallel, reference_weights=session.reference.weights, folder_lock=folder_lock
     )
@@ -304,7 +309,7 @@ def start_training(session: Session, *, began: float, export: Export | None = No
     session.score_reference()
     if checkpointer.resume_step is None:
         session.load_weights()
-    trainer = Trainer(session, checkpointer, began=began, trackers=trackers, export=export)
+    trainer = Trainer(session, checkpointer, began=began, status=status, trackers=trackers, export=export)
     trainer.resume()
     return trainer
 
@@ -334,12 +339,15 @@ def evaluate_only(session: Session) -> None:
         write_atomically(plan.output / "validation.json", (json.dumps(content, indent=2) + "\n").encode())
 
 
-def run(config: Config, *, export: Export | None = None) -> None:
+def run(config: Config, *, export: Export | None = None) -> Stop | None:
     """Train, or only evaluate, as a configuration says.
 
     Args:
         config: configuration of the run.
         export: writes a checkpoint's weights in Hugging Face's form, for save_hf_interval; see ``Trainer``.
+
+    Returns:
+        Why training stopped before its last step, or None.
 
     Raises:
         LongPOError: anything that the user can fix; found before any long work wherever possible.
@@ -356,10 +364,17 @@ def run(config: Config, *, export: Export | None = None) -> None:
     session = open_session(plan)
     for line in cautions(plan):
         log(line, active=session.parallel.rank == 0)
+    stop = None
     if config.reference.reference_only:
         session.score_reference()
     elif config.training.skip_train:
         evaluate_only(session)
     else:
-        start_training(session, began=began, export=export).train()
+        status = StatusFile(plan.output if session.parallel.rank == 0 else None, train_iters=plan.train_iters)
+        try:
+            stop = start_training(session, began=began, status=status, export=export).train()
+        except LongPOError as error:
+            status.fail(str(error))
+            raise
     process_groups.stop_processes()
+    return stop

@@ -15,10 +15,12 @@ import psutil
 import pytest
 
 from megatron_longpo.checkpoint.folders import folder_of, latest_step
+from megatron_longpo.runtime.status import read_status
 from megatron_longpo.training.metrics import read_metrics
 from tests.support.data import make_data
 from tests.support.launch import PYTHON, Running, command, environment, run, torchrun
 from tests.support.models import make_model
+from tests.support.runs import assert_same_tensors, metrics_of
 
 
 @pytest.fixture(scope="module")
@@ -312,3 +314,40 @@ def test_data_that_were_replaced_between_launches_are_refused(model: Path, tmp_p
     flags: list[Any] = ["--data-path", str(tmp_path / "data")]
     done = run([PYTHON, *train(model, tmp_path / "run", *flags)], expect=2)
     assert "data_sha256=" in error_of(done.stderr)
+
+
+# --------------------------------------------------------------------------------------------------
+# Signals
+# --------------------------------------------------------------------------------------------------
+
+
+def test_a_signal_stops_a_run_which_then_goes_on(model: Path, tmp_path: Path) -> None:
+    """First one that only rank 1 gets, then one that torchrun passes on: the undisturbed run's numbers and weights."""
+    whole, output = tmp_path / "whole", tmp_path / "run"
+    flags = ["--save-interval", "100"]
+    run(torchrun(2, *train(model, whole, *flags)))
+    for step, what in ((2, "SIGUSR1"), (5, "SIGTERM to the launcher")):
+        # torchrun knows only success and failure.
+        done = meddle(model, output, what, *flags, rank=1, processes=2, MEDDLE_STEP=str(step)).wait(expect=1)
+        name = what.split()[0]
+        assert f"stopped after step {step} on {name}; rerun the same command to continue" in done.stdout
+        assert latest_step(output) == step and "error:" not in done.stderr
+        found = read_status(output)
+        assert (found.state, found.step, found.message) == ("stopped", step, f"on {name}")
+    run(torchrun(2, *train(model, output, *flags)))
+    assert read_status(output).state == "finished"
+    assert metrics_of(output) == metrics_of(whole) and len(metrics_of(output)) == 10
+    assert_same_tensors(folder_of(output, 10), folder_of(whole, 10))
+
+
+def test_a_single_process_says_by_its_status_that_it_goes_on(model: Path, tmp_path: Path) -> None:
+    """The evaluation after the step waits for the next launch."""
+    output = tmp_path / "run"
+    held_out = ["--valid-data-path", str(model / "data"), "--eval-interval", "2", "--save-best", "loss"]
+    meddle(model, output, "SIGTERM", *held_out).wait(expect=75)
+    path = output / "validation.jsonl"
+    assert [r["step"] for r in read_metrics(path)] == [0] and not (output / "best.json").exists()
+    done = run([PYTHON, *train(model, output, *held_out, "--exit-interval", "3")])
+    assert [r["step"] for r in read_metrics(path)] == [0, 2]
+    assert "step 2 has the best held-out loss so far" in done.stdout
+    assert json.loads((output / "best.json").read_text())["step"] == 2

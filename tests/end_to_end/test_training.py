@@ -17,7 +17,6 @@ import psutil
 import pytest
 import torch
 
-from megatron_longpo.checkpoint.distributed import DistributedReader
 from megatron_longpo.checkpoint.folders import folder_of, latest_step
 from megatron_longpo.checkpoint.huggingface import HuggingFaceWeights
 from megatron_longpo.text.chat import BUILT_IN_TEMPLATES
@@ -25,9 +24,8 @@ from megatron_longpo.training.metrics import SAMPLE_METRICS, read_metrics
 from tests.support.data import make_data, text_row, tokenised_row, write_lines
 from tests.support.launch import PYTHON, Running, command, environment, run, torchrun
 from tests.support.models import make_model
+from tests.support.runs import TIMED, assert_same_tensors, metrics_of
 from tests.support.tokenizers import make_fast_tokenizer, make_sentencepiece
-
-TIMED = {"tokens_per_second", "step_seconds", "peak_memory_gb"}
 
 
 @pytest.fixture(scope="module")
@@ -47,28 +45,6 @@ def train(model: Path, output: Path, *flags: str, data: Path | None = None) -> l
         *("--save", str(output), "--global-batch-size", "4", "--lr", "1e-3", "--adam-eps", "1e-4"),
         *("--no-tensorboard", "--preference-weight", "0.5", "--plot-interval", "1000", *flags),
     ]
-
-
-def metrics_of(output: Path) -> list[dict[str, Any]]:
-    return [{k: v for k, v in r.items() if k not in TIMED} for r in read_metrics(output / "metrics.jsonl")]
-
-
-def tensors_of(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """All stored tensors, optimizer's included."""
-    reader = DistributedReader(checkpoint)
-    return {key: reader.read(key, [0] * len(reader.shape(key)), reader.shape(key)) for key in reader._tensors}
-
-
-def assert_same_tensors(a: Path, b: Path, bound: float = 0.0) -> None:
-    first, second = tensors_of(a), tensors_of(b)
-    assert first.keys() == second.keys() and any(k.startswith("optimizer") for k in first)
-    for key, value in first.items():
-        if bound:
-            size = [slice(min(m, n)) for m, n in zip(value.shape, second[key].shape, strict=True)]
-            x, y = value[tuple(size)].double(), second[key][tuple(size)].double()
-            assert (x - y).norm() <= bound * y.norm() + 1e-12, key
-        else:
-            assert torch.equal(value, second[key]), key
 
 
 @pytest.mark.megatron_latest

@@ -88,6 +88,6 @@ def _torchrun(arguments: list[str]) -> None:
 
 def _worker(arguments: list[str]) -> None:
     # The agent's handlers are not the worker's.
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_DFL)
     _run(arguments)

@@ -1,4 +1,4 @@
-"""Training in which the environment variable MEDDLE says what happens after the second step, on the rank MEDDLE_RANK."""
+"""Training in which the environment variable MEDDLE says what happens after step MEDDLE_STEP (2), on the rank MEDDLE_RANK."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import resource
 import shutil
 import signal
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -54,6 +55,12 @@ def _limit_files(_: Trainer) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
 
 
+def _signal_launcher(_: Trainer) -> None:
+    os.kill(os.getppid(), signal.SIGTERM)
+    # Until it has passed the signal on.
+    time.sleep(2)
+
+
 def _fail_plot(_: Trainer) -> None:
     from megatron_longpo.training import metrics
 
@@ -74,6 +81,9 @@ MEDDLES: dict[str, Callable[[Trainer], None]] = {
     "limit": _limit_files,
     "curves": _fail_plot,
     "stop": lambda _: os.kill(os.getpid(), signal.SIGSTOP),
+    "SIGTERM": lambda _: os.kill(os.getpid(), signal.SIGTERM),
+    "SIGUSR1": lambda _: os.kill(os.getpid(), signal.SIGUSR1),
+    "SIGTERM to the launcher": _signal_launcher,
     "memory": lambda _: torch.empty(2**60),  # type: ignore[dict-item, return-value]
     "recursion": lambda _: (_ for _ in ()).throw(RecursionError("maximum recursion depth exceeded")),  # type: ignore[dict-item, return-value]
 }
@@ -81,7 +91,9 @@ MEDDLES: dict[str, Callable[[Trainer], None]] = {
 
 def _step(self: Trainer) -> dict[str, Any]:
     record = _original(self)
-    if self.step == 1 and os.environ["RANK"] == os.environ.get("MEDDLE_RANK", "0"):
+    if self.step == int(os.environ.get("MEDDLE_STEP", "2")) - 1 and os.environ["RANK"] == os.environ.get(
+        "MEDDLE_RANK", "0"
+    ):
         MEDDLES[os.environ["MEDDLE"]](self)
     return record
 

@@ -21,6 +21,7 @@ from megatron_longpo.commands.convert import ExportOptions, ImportOptions, Verif
 from megatron_longpo.commands.evolve import EvolveOptions
 from megatron_longpo.commands.preprocess import InspectOptions, PreprocessOptions
 from megatron_longpo.commands.simulate import SimulateOptions
+from megatron_longpo.commands.status import StatusOptions
 from megatron_longpo.config import Config
 from megatron_longpo.evaluation.settings import EvaluationConfig
 from megatron_longpo.evolution.settings import EvolveConfig, GateRule, Resources
@@ -79,6 +80,7 @@ PROGRAMS = {
     "evolve": "evolve",
     "self_evolve": "evolve",
     "simulate": "simulate",
+    "status": "status",
     "train": "train",
     "megatron_longpo.train": "train",
 }
@@ -186,6 +188,7 @@ OPTIONS = [
     *(Config, GenerationConfig, EvaluationConfig, PreprocessOptions, InspectOptions, SimulateOptions),
     *(ImportOptions, ExportOptions, VerifyOptions),
     *(EvolveOptions, EvolveConfig, Resources, GateRule),
+    *(StatusOptions,),
 ]
 
 

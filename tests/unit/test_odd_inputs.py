@@ -177,6 +177,7 @@ LINES = {
     "evolve": [["--config", "FILE"], ["--config", "FILE", "--check"], ["--config", "FILE", "--redo", "WORD"]],
     "evolve status": [["--config", "FILE"]],
     "evolve report": [["--config", "FILE"]],
+    "status": [["FOLDER"], ["FOLDER", "--alive", "60"]],
     "train": [["--data-path", "PREFIX", "--load", "FOLDER", "--save", "OUT"], ["--config", "FILE"]],
 }
 _NAMES = (
@@ -187,6 +188,7 @@ _NAMES = (
     "model.json",
     "results.json",
     "state.json",
+    "heartbeat.json",
 )
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gzip
 import json
+import os
+import signal
 import types
 import typing
 from pathlib import Path
@@ -20,14 +23,14 @@ from megatron_longpo.data.indexed import Manifest
 from megatron_longpo.data.preference import Sample
 from megatron_longpo.errors import CheckpointError, ConfigError
 from megatron_longpo.training import checkpointer as checkpointer_module
-from megatron_longpo.training import memory, session, trainer
+from megatron_longpo.training import memory, session, stopping
 from megatron_longpo.training.checkpointer import Checkpointer
 from megatron_longpo.training.held_out import HeldOut
 from megatron_longpo.training.objective import LOSS_TYPES, OBJECTIVES
 from megatron_longpo.training.plan import RunPlan
 from megatron_longpo.training.profiler import Profiler
 from megatron_longpo.training.reference import NoReference
-from megatron_longpo.training.trainer import StopCondition
+from megatron_longpo.training.stopping import Stop, StopCondition
 from tests.support.data import random_sample
 from tests.support.plans import SHAPE, plan_of
 
@@ -125,13 +128,37 @@ def test_another_run_is_refused_before_anything_long(monkeypatch: pytest.MonkeyP
 
 def test_a_run_stops_after_its_interval_or_its_minutes(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 1000.0
-    monkeypatch.setattr(trainer.time, "monotonic", lambda: now)
-    monkeypatch.setattr(trainer.dist, "broadcast", lambda *_, **__: None)
+    monkeypatch.setattr(stopping.time, "monotonic", lambda: now)
+    monkeypatch.setattr(stopping.dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(stopping.dist, "all_reduce", lambda *_, **__: None)
     interval = StopCondition(CheckpointConfig(exit_interval=3), began=0.0)
-    assert [s for s in range(1, 8) if interval.is_met(s)] == [3, 6]
-    assert StopCondition(CheckpointConfig(exit_duration_in_mins=16), began=0.0).is_met(1)
-    assert not StopCondition(CheckpointConfig(exit_duration_in_mins=17), began=0.0).is_met(1)
-    assert not StopCondition(CheckpointConfig(), began=0.0).is_met(1)
+    assert [s for s in range(1, 8) if interval.check(s)] == [3, 6]
+    assert StopCondition(CheckpointConfig(exit_duration_in_mins=16), began=0.0).check(1) == Stop("as requested")
+    assert not StopCondition(CheckpointConfig(exit_duration_in_mins=17), began=0.0).check(1)
+    assert not StopCondition(CheckpointConfig(), began=0.0).check(1)
+
+
+def test_a_run_stops_on_a_signal_that_any_rank_gets(monkeypatch: pytest.MonkeyPatch) -> None:
+    reduced: list[list[int]] = []
+    monkeypatch.setattr(stopping.dist, "all_reduce", lambda found, **_: reduced.append(found.tolist()))
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    with contextlib.closing(StopCondition(CheckpointConfig(), began=0.0)) as condition:
+        condition.open()
+        assert condition.check(1) is None
+        # Whoever stops a job may send several.
+        os.kill(os.getpid(), signal.SIGUSR1)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert condition.check(2) == Stop("on SIGUSR1", is_urgent=True)
+    assert reduced == [[0, 0], [int(signal.SIGUSR1), 0]]
+    assert {number: signal.getsignal(number) for number in before} == before
+
+    # What another rank got counts like one's own.
+    monkeypatch.setattr(stopping.dist, "all_reduce", lambda found, **_: found.fill_(int(signal.SIGTERM)))
+    assert StopCondition(CheckpointConfig(), began=0.0).check(1) == Stop("on SIGTERM", is_urgent=True)
+    # Nothing is asked for, so nothing is exchanged.
+    assert StopCondition(CheckpointConfig(exit_signal_handler=False), began=0.0).check(1) is None
+    with pytest.raises(ConfigError, match="exit_signal=SIGKILL is not a signal that a run can stop on; use SIGTERM, "):
+        check(from_dict({"checkpoint": {"exit_signal": ["SIGKILL"]}}, "test"))
 
 
 class _Data:

@@ -1,0 +1,108 @@
+"""Where a run is: a small file that says step and time, for whoever watches the run, restarts it or takes it for dead."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import time
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Literal
+
+from megatron_longpo.errors import DataError, one_line
+from megatron_longpo.runtime.files import write_atomically
+from megatron_longpo.runtime.reading import read_json
+from megatron_longpo.schema import convert_fields
+
+HEARTBEAT_FILE = "heartbeat.json"
+# A short step would otherwise write a file per step.
+_WRITE_SECONDS = 5.0
+
+State = Literal["starting", "running", "stopped", "failed", "finished"]
+
+
+@dataclass(frozen=True)
+class Status:
+    """Content of the file.
+
+    Attributes:
+        state: starting, running; stopped: it goes on when it is run again; failed: something must be changed first; finished.
+        step: optimizer steps done.
+        train_iters: optimizer steps of the whole run.
+        time: when this was written, with the time zone.
+        host: machine of rank 0.
+        pid: process of rank 0.
+        message: why the run stopped or failed.
+    """
+
+    state: State
+    step: int
+    train_iters: int
+    time: str
+    host: str
+    pid: int
+    message: str = ""
+
+    @property
+    def age_seconds(self) -> float:
+        """Seconds since it was written, by this machine's clock."""
+        return time.time() - datetime.fromisoformat(self.time).timestamp()
+
+
+class StatusFile:
+    """Writes OUTPUT/heartbeat.json. A run does not fail because this file cannot be written.
+
+    Args:
+        output: the run's folder; None: nothing is written.
+        train_iters: optimizer steps of the whole run.
+    """
+
+    def __init__(self, output: Path | None, *, train_iters: int) -> None:
+        self._output, self._train_iters = output, train_iters
+        self._step, self._written = 0, 0.0
+
+    def beat(self, step: int) -> None:
+        """Say that a step is done; at most once in some seconds."""
+        self._step = step
+        if time.monotonic() - self._written >= _WRITE_SECONDS:
+            self.write("running", step=step)
+
+    def fail(self, message: str) -> None:
+        """Say that the run failed. A run that has said nothing yet may be a second one on another's folder."""
+        if self._written:
+            self.write("failed", message=message)
+
+    def write(self, state: State, *, step: int | None = None, message: str = "") -> None:
+        """Say what the run does now."""
+        self._step = self._step if step is None else step
+        if self._output is None:
+            return
+        self._written = time.monotonic()
+        now = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
+        status = Status(state, self._step, self._train_iters, now, socket.gethostname(), os.getpid(), message)
+        with contextlib.suppress(OSError):
+            write_atomically(self._output / HEARTBEAT_FILE, (json.dumps(asdict(status)) + "\n").encode())
+
+
+def read_status(output: Path) -> Status:
+    """Read what a run last said.
+
+    Raises:
+        DataError: the folder has no such file, or it cannot be read.
+    """
+    path = output / HEARTBEAT_FILE
+    if not path.is_file():
+        raise DataError(
+            f"{path}: there is no such file; name the output folder of a run (--save) that has been started"
+        )
+    try:
+        status = Status(**convert_fields(Status, dict(read_json(path)), f"{path}: ", DataError))
+        datetime.fromisoformat(status.time)
+        return status
+    except (OSError, ValueError, TypeError) as error:
+        raise DataError(
+            f"{path}: cannot be read ({one_line(error)}); the run writes it again with its next step"
+        ) from None

@@ -1,0 +1,36 @@
+"""What runs left: their metrics and the tensors of their checkpoints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_longpo.checkpoint.distributed import DistributedReader
+from megatron_longpo.training.metrics import read_metrics
+
+# What differs between two runs that are equal.
+TIMED = {"tokens_per_second", "step_seconds", "peak_memory_gb"}
+
+
+def metrics_of(output: Path) -> list[dict[str, Any]]:
+    return [{k: v for k, v in r.items() if k not in TIMED} for r in read_metrics(output / "metrics.jsonl")]
+
+
+def tensors_of(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """All stored tensors, optimizer's included."""
+    reader = DistributedReader(checkpoint)
+    return {key: reader.read(key, [0] * len(reader.shape(key)), reader.shape(key)) for key in reader._tensors}
+
+
+def assert_same_tensors(a: Path, b: Path, bound: float = 0.0) -> None:
+    first, second = tensors_of(a), tensors_of(b)
+    assert first.keys() == second.keys() and any(k.startswith("optimizer") for k in first)
+    for key, value in first.items():
+        if bound:
+            size = [slice(min(m, n)) for m, n in zip(value.shape, second[key].shape, strict=True)]
+            x, y = value[tuple(size)].double(), second[key][tuple(size)].double()
+            assert (x - y).norm() <= bound * y.norm() + 1e-12, key
+        else:
+            assert torch.equal(value, second[key]), key

@@ -1,0 +1,75 @@
+"""The file that says where a run is, and the command that reads it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megatron_longpo import cli
+from megatron_longpo.errors import DataError
+from megatron_longpo.runtime import status as status_module
+from megatron_longpo.runtime.status import HEARTBEAT_FILE, StatusFile, read_status
+
+
+def status(*arguments: str) -> int:
+    with pytest.raises(SystemExit) as ending:
+        cli.function_of("status")(list(arguments), prog="status")
+    return int(str(ending.value.code))
+
+
+def test_the_exit_status_says_whether_to_run_it_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = StatusFile(tmp_path, train_iters=10)
+    codes = []
+    for state in ("starting", "running", "stopped", "failed", "finished"):
+        file.write(state, step=4, message="on SIGUSR1" if state == "stopped" else "")
+        codes.append(status(str(tmp_path)))
+    assert codes == [75, 75, 75, 2, 0]
+    line = capsys.readouterr().out.splitlines()[2]
+    assert line.startswith(f"{tmp_path}: stopped, step 4 of 10, 0 s ago on ") and line.endswith(" (on SIGUSR1)")
+
+
+def test_signs_of_life(tmp_path: Path) -> None:
+    StatusFile(tmp_path, train_iters=10).write("running", step=4)
+    assert status(str(tmp_path), "--alive", "60") == 0
+    path = tmp_path / HEARTBEAT_FILE
+    path.write_text(json.dumps({**json.loads(path.read_text()), "time": "2026-01-02T03:04:05+00:00"}))
+    assert status(str(tmp_path), "--alive", "60") == 1
+    StatusFile(tmp_path, train_iters=10).write("finished", step=10)
+    path.write_text(json.dumps({**json.loads(path.read_text()), "time": "2026-01-02T03:04:05+00:00"}))
+    assert status(str(tmp_path), "--alive", "60") == 0
+
+
+def test_steps_are_written_now_and_then_and_changes_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr(status_module.time, "monotonic", lambda: now)
+    file = StatusFile(tmp_path, train_iters=10)
+    # It may be a second run on another's folder, which has not said anything yet.
+    file.fail("another run works on it")
+    assert not (tmp_path / HEARTBEAT_FILE).exists()
+    file.beat(1)
+    now = 104.0
+    file.beat(2)
+    assert read_status(tmp_path).step == 1
+    now = 105.0
+    file.beat(3)
+    assert read_status(tmp_path).step == 3
+    file.beat(4)
+    file.fail("the loss is nan")
+    found = read_status(tmp_path)
+    assert (found.state, found.step, found.message) == ("failed", 4, "the loss is nan")
+
+
+def test_where_it_cannot_be_written_the_run_goes_on(tmp_path: Path) -> None:
+    StatusFile(tmp_path / "missing", train_iters=10).beat(1)
+    StatusFile(None, train_iters=10).beat(1)
+
+
+def test_what_is_no_status_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="there is no such file; name the output folder of a run"):
+        read_status(tmp_path)
+    for content in ("", "[]", "{}", '{"state": "done"}', '{"stat": 1}'):
+        (tmp_path / HEARTBEAT_FILE).write_text(content)
+        with pytest.raises(DataError, match=HEARTBEAT_FILE):
+            read_status(tmp_path)

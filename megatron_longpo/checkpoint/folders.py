@@ -15,7 +15,6 @@ moment finds the last complete one.
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +26,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megatron_longpo.checkpoint.checksums import CHECKSUMS, Damage, log_once, quick_damage
 from megatron_longpo.errors import CheckpointError, DamagedError, one_line
 from megatron_longpo.model.shape import FILE_NAME
+from megatron_longpo.runtime.checked_json import read_checked
 from megatron_longpo.runtime.collectives import all_gather_objects
 
 Item = TypeVar("Item")
@@ -105,9 +105,8 @@ def _best_of(output: Path) -> Path:
         CheckpointError: the run has none, or its folder is not there.
     """
     try:
-        step = json.loads((output / BEST).read_text(encoding="utf-8"))["step"]
-        folder = folder_of(output, int(step))
-    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+        folder = folder_of(output, int(read_checked(output / BEST)["step"]))
+    except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
         raise CheckpointError(
             f"{output / BEST}: cannot be read ({one_line(error)}); name an iter_* folder, or train with --save-best"
         ) from None

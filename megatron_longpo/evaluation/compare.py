@@ -8,7 +8,7 @@ side is drawn by itself. A mean over several tasks or lengths draws within each 
 from __future__ import annotations
 
 import dataclasses
-import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,16 +16,19 @@ from typing import Any
 
 import numpy as np
 
-from megatron_longpo.errors import ConfigError
+from megatron_longpo.errors import ConfigError, DataError
 from megatron_longpo.evaluation.folder import read_rows
 from megatron_longpo.evaluation.registry import suite_of
 from megatron_longpo.evaluation.report import load_pyplot, save_figure
 from megatron_longpo.evaluation.results import read_results
 from megatron_longpo.evaluation.samples import why_no_answer
 from megatron_longpo.evaluation.suites.base import Cell
+from megatron_longpo.runtime.checked_json import read_checked, write_checked
 from megatron_longpo.runtime.files import sha256_of, write_atomically
 from megatron_longpo.runtime.tables import Table
+from megatron_longpo.schema import convert_fields
 
+_COMPARISON = "comparison.json"
 DRAWS = 2000
 INTERVAL_PERCENT = (2.5, 97.5)
 # Drawn at a time: MMLU has fourteen thousand questions, so all draws at once would take gigabytes.
@@ -307,7 +310,7 @@ def write_comparison(folders: Sequence[Path], output: Path, seed: int = 1234) ->
         "seed": seed,
         "differences": [{**dataclasses.asdict(d), "is_clear": d.is_clear} for d in differences],
     }
-    write_atomically(output / "comparison.json", (json.dumps(content, indent=2) + "\n").encode())
+    write_checked(output / _COMPARISON, content)
     table = _table(f"{first} (first) against the others", differences)
     text = [
         f"# {first} against {others}",
@@ -325,6 +328,28 @@ def write_comparison(folders: Sequence[Path], output: Path, seed: int = 1234) ->
     _draw(differences, first, output / "comparison.png")
     table.print()
     return differences
+
+
+def read_comparison(folder: Path) -> list[Difference]:
+    """Read the lines of FOLDER/comparison.json.
+
+    Raises:
+        DataError: the file is missing or damaged, or is not a comparison.
+    """
+    path = folder / _COMPARISON
+    try:
+        lines = read_checked(path)["differences"]
+        found = []
+        for line in lines:
+            content = {key: value for key, value in line.items() if key != "is_clear"}
+            difference = Difference(**convert_fields(Difference, content, "", DataError))
+            figures = (difference.first_mean, difference.other_mean, difference.low, difference.high)
+            if not all(map(math.isfinite, figures)):
+                raise ValueError(f"{difference.suite} {difference.name} has figures that are not finite")
+            found.append(difference)
+        return found
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, DataError) as error:
+        raise DataError(f"{path}: is not a comparison ({error}); compare the evaluations again") from None
 
 
 def _table(title: str, differences: Sequence[Difference]) -> Table:

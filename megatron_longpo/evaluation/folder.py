@@ -21,10 +21,11 @@ from typing import Any, cast
 
 from megatron_longpo.errors import ConfigError, DataError
 from megatron_longpo.evaluation.samples import AnswerRow, cell_name
+from megatron_longpo.runtime.checked_json import read_checked, write_checked
 from megatron_longpo.runtime.files import FolderLock, open_regular, write_atomically
 from megatron_longpo.runtime.json_lines import OWN_LINES, decode_line, encode_line
 from megatron_longpo.runtime.log import log
-from megatron_longpo.runtime.reading import read_json, read_lines
+from megatron_longpo.runtime.reading import read_lines
 from megatron_longpo.runtime.share import Share
 
 # Waiting for other processes: when to give up on their folders, how often to look, how often to log.
@@ -104,7 +105,7 @@ class SuiteFolder:
                     f"{self.folder} holds answers made with other settings ({changes}); name another --output, or use --restart"
                 )
             if merged != before:
-                write_atomically(path, (json.dumps(merged, indent=2, ensure_ascii=False) + "\n").encode())
+                write_checked(path, merged)
         return merged
 
     def close(self) -> None:
@@ -159,7 +160,7 @@ class SuiteFolder:
         for key in keys:
             asked.setdefault(cell_name(key), []).append(key)
         cells |= asked
-        write_atomically(path, (json.dumps(cells) + "\n").encode())
+        write_checked(path, cells, indent=None)
         answers: dict[str, AnswerRow] = {}
         for row in self.rows():
             if row["key"] not in answers or not row.get("refused"):
@@ -278,15 +279,11 @@ def settings_of(folder: Path) -> dict[str, Any]:
 def _read_object(path: Path) -> dict[str, Any]:
     """Content of one of the folder's JSON files; empty if there is none."""
     try:
-        content = read_json(path)
-        if isinstance(content, dict):
-            return content
-        problem: object = "not an object"
+        return read_checked(path)
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
-        problem = error
-    raise DataError(f"{path}: cannot be read ({problem}); restore it, or start again with --restart")
+        raise DataError(f"{path}: cannot be read ({error}); restore it, or start again with --restart") from None
 
 
 def _drop_torn_line(path: Path) -> None:

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import time
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 from megatron_longpo.errors import ConfigError
-from megatron_longpo.runtime.files import write_atomically
-from megatron_longpo.runtime.reading import read_json
+from megatron_longpo.runtime.checked_json import read_checked, write_checked
 
 FORMAT = 1
 NAME = "results.json"
@@ -25,13 +22,9 @@ def read_results(output: Path) -> dict[str, Any]:
     """
     path = output / NAME
     try:
-        content = read_json(path)
+        content = read_checked(path)
         if content["format"] != FORMAT or not isinstance(content["suites"], dict):
             raise ValueError(f"format {content['format']}")
-        # Version 0.1.0 wrote none.
-        checksum = content.pop("sha256", None)
-        if checksum not in (None, _checksum(content)):
-            raise ValueError("its checksum differs, so it was changed or damaged")
         for name, suite in content["suites"].items():
             if not all(isinstance(suite[key], dict) for key in ("settings", "asked", "metrics")):
                 raise ValueError(f"suite {name} lacks its settings, samples or metrics")
@@ -39,7 +32,7 @@ def read_results(output: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: there is no such file; name a folder that evaluate.py wrote") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{path}: is not a result of this version ({error}); evaluate again") from None
-    return dict(content)
+    return content
 
 
 def read_or_begin(output: Path) -> dict[str, Any]:
@@ -49,14 +42,7 @@ def read_or_begin(output: Path) -> dict[str, Any]:
 
 def write_results(output: Path, content: dict[str, Any]) -> None:
     """Write results.json, with its checksum."""
-    # As it will be read: JSON has no whole numbers as keys.
-    content = json.loads(json.dumps(content))
-    checked = {**content, "sha256": _checksum(content)}
-    write_atomically(output / NAME, (json.dumps(checked, indent=2, ensure_ascii=False) + "\n").encode())
-
-
-def _checksum(content: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    write_checked(output / NAME, content)
 
 
 def with_result(

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from megatron_longpo.errors import ConfigError, DataError
+from megatron_longpo.errors import ConfigError, DataError, one_line
+from megatron_longpo.evaluation.compare import Difference, read_comparison
 from megatron_longpo.evolution.plan import Origin, Planner
 from megatron_longpo.evolution.settings import GateRule
-from megatron_longpo.runtime.files import write_atomically
-from megatron_longpo.runtime.reading import read_json
+from megatron_longpo.runtime.checked_json import read_checked, write_checked
 
 Decision = Literal["go", "back", "stop"]
 _SEVERITY: tuple[Decision, ...] = ("go", "back", "stop")
@@ -33,7 +32,7 @@ def decide(rules: Sequence[GateRule], comparison: Path, method: str) -> dict[str
     """
     findings: list[dict[str, Any]] = []
     decision: Decision = "go"
-    lines = _lines(comparison, method) if rules else []
+    lines = [line for line in read_comparison(comparison) if line.other == method] if rules else []
     for rule in rules:
         value = _value(rule, lines, comparison)
         passed = (rule.at_least is None or value >= rule.at_least) and (rule.at_most is None or value <= rule.at_most)
@@ -45,7 +44,7 @@ def decide(rules: Sequence[GateRule], comparison: Path, method: str) -> dict[str
 
 def write_gate(path: Path, content: dict[str, Any]) -> None:
     """Write gate.json."""
-    write_atomically(path, (json.dumps(content, indent=2) + "\n").encode())
+    write_checked(path, content)
 
 
 def read_gate(path: Path) -> Decision | None:
@@ -54,20 +53,47 @@ def read_gate(path: Path) -> Decision | None:
     Raises:
         DataError: the file cannot be read.
     """
+    content = _read(path)
+    decision: Decision | None = None if content is None else content["decision"]
+    return decision
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    """Content of gate.json; None if there is none.
+
+    Raises:
+        DataError: it cannot be read.
+    """
     try:
-        decision = read_json(path)["decision"]
-        if decision not in _SEVERITY:
-            raise ValueError(f"decision {decision!r}")
+        content = read_checked(path)
+        if content["decision"] not in _SEVERITY:
+            raise ValueError(f"decision {content['decision']!r}")
+        describe(content)
+        return content
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path}: holds no decision ({error}); remove it, and the gate is run again") from None
-    result: Decision = decision
-    return result
+        raise DataError(
+            f"{path}: holds no decision ({one_line(error)}); remove it, and decide again with --redo {path.parent.name}/gate"
+        ) from None
+
+
+def described(path: Path) -> str:
+    """The decision of a round's gate in one line.
+
+    Raises:
+        DataError: the file cannot be read.
+    """
+    content = _read(path)
+    return "not decided" if content is None else describe(content)
 
 
 def describe(content: dict[str, Any]) -> str:
-    """The decision in one line."""
+    """The decision in one line.
+
+    Args:
+        content: content of gate.json.
+    """
     words = {"go": "go on with the new model", "back": "go back to the model of before", "stop": "stop"}
     reasons = [
         f"{'passed' if finding['passed'] else 'failed'}: {rule['suite']} {rule['name']} {rule['length']} {rule['figure']} "
@@ -99,21 +125,14 @@ def origin_of(planner: Planner, index: int) -> Origin | None:
     return origin
 
 
-def _lines(comparison: Path, method: str) -> list[dict[str, Any]]:
-    content = read_json(comparison / "comparison.json")
-    return [line for line in content["differences"] if line["other"] == method]
-
-
-def _value(rule: GateRule, lines: Sequence[dict[str, Any]], comparison: Path) -> float:
-    found = [line for line in lines if (line["suite"], line["name"]) == (rule.suite, rule.name)]
+def _value(rule: GateRule, lines: Sequence[Difference], comparison: Path) -> float:
+    found = [line for line in lines if (line.suite, line.name) == (rule.suite, rule.name)]
     # A single length has no mean over all lengths.
     if rule.length != "all" or len(found) > 1:
-        found = [line for line in found if line["length"] == rule.length]
+        found = [line for line in found if line.length == rule.length]
     if found:
-        # comparison.json has no change of its own.
-        line = found[0]
-        return float(line["other_mean"] - line["first_mean"] if rule.figure == "change" else line[rule.figure])
-    known = ", ".join(f"{line['suite']} {line['name']} {line['length']}" for line in lines)
+        return float(getattr(found[0], rule.figure))
+    known = ", ".join(f"{line.suite} {line.name} {line.length}" for line in lines)
     raise ConfigError(
         f"the gate's rule is about {rule.suite} {rule.name} {rule.length}, but {comparison}/comparison.json has only {known}; "
         "name one of these as suite, name and length"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -12,8 +13,8 @@ from typing import Any, Literal
 
 from megatron_longpo.errors import DataError
 from megatron_longpo.evolution.plan import Stage
-from megatron_longpo.runtime.files import open_regular, write_atomically
-from megatron_longpo.runtime.reading import read_json
+from megatron_longpo.runtime.checked_json import read_checked, write_checked
+from megatron_longpo.runtime.files import open_regular
 from megatron_longpo.schema import convert_fields
 
 State = Literal["running", "done", "failed"]
@@ -56,19 +57,21 @@ def read_record(folder: Path) -> Record | None:
     """
     path = folder / _NAME
     try:
-        content = read_json(path)
-        return Record(**convert_fields(Record, content, f"{path}: ", DataError))
+        record = Record(**convert_fields(Record, read_checked(path), "", DataError))
+        if not 0 <= record.seconds < math.inf or record.processes < 1 or record.attempts < 0:
+            raise ValueError("a figure is out of its range")
+        return record
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, DataError) as error:
         raise DataError(
-            f"{path}: is not the record of a stage ({error}); remove it, and the stage is run again"
+            f"{path}: is not the record of a stage ({error}); restore it, or run the stage and those after it again with --redo"
         ) from None
 
 
 def write_record(folder: Path, record: Record) -> None:
     """Write the record of a stage."""
-    write_atomically(folder / _NAME, (json.dumps(asdict(record), indent=2) + "\n").encode())
+    write_checked(folder / _NAME, asdict(record))
 
 
 def settings_of(stage: Stage) -> dict[str, Any]:

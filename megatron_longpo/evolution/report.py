@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import base64
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jinja2
 
-from megatron_longpo.evolution.gate import describe
+from megatron_longpo.data.indexed import read_manifest
+from megatron_longpo.errors import DataError, one_line
+from megatron_longpo.evaluation.compare import Difference, read_comparison
+from megatron_longpo.evolution.gate import described
 from megatron_longpo.evolution.plan import Planner, RoundFolder
 from megatron_longpo.evolution.settings import Evolution, Round
 from megatron_longpo.evolution.status import StageStatus, read_status, time_in_words
+from megatron_longpo.runtime.checked_json import read_checked
 from megatron_longpo.runtime.files import write_atomically
-from megatron_longpo.runtime.reading import read_json
+from megatron_longpo.training.metrics import read_metrics
 
 _TEMPLATE = Path(__file__).with_name("report.html.j2")
 _METRICS = ("loss", "nll", "preference", "rewards/accuracies", "rewards/margins", "tokens_per_second")
@@ -53,25 +56,24 @@ def _overview(planner: Planner) -> list[Sequence[str]]:
     rows: list[Sequence[str]] = []
     for round_ in planner.evolution.rounds:
         for line in _differences(planner.folder(round_.name)):
-            if line["name"] == "average" or line["suite"] in ("needle", "preference"):
-                rows.append([round_.name, line["other"], *_line(line)])
+            if line.name == "average" or line.suite in ("needle", "preference"):
+                rows.append([round_.name, line.other, *_line(line)])
     return rows
 
 
-def _line(line: Mapping[str, Any]) -> list[str]:
+def _line(line: Difference) -> list[str]:
     """A line of a comparison, as texts."""
-    fractions = line["suite"] != "preference"
+    fractions = line.suite != "preference"
     scale, digits = (100.0, 1) if fractions else (1.0, 4)
-    change = line["other_mean"] - line["first_mean"]
-    interval = f"[{scale * line['low']:+.{digits}f}, {scale * line['high']:+.{digits}f}]"
+    interval = f"[{scale * line.low:+.{digits}f}, {scale * line.high:+.{digits}f}]"
     return [
-        f"{line['suite']} {line['name']}",
-        line["length"],
-        f"{scale * line['first_mean']:.{digits}f}",
-        f"{scale * line['other_mean']:.{digits}f}",
-        f"{scale * change:+.{digits}f}",
-        interval + (" *" if line["is_clear"] else ""),
-        str(line["samples"]),
+        f"{line.suite} {line.name}",
+        line.length,
+        f"{scale * line.first_mean:.{digits}f}",
+        f"{scale * line.other_mean:.{digits}f}",
+        f"{scale * line.change:+.{digits}f}",
+        interval + (" *" if line.is_clear else ""),
+        str(line.samples),
     ]
 
 
@@ -83,22 +85,21 @@ def _round(folder: RoundFolder, round_: Round, evolution: Evolution) -> dict[str
         methods.append(
             {
                 "name": method,
-                "training": _first_and_last(_lines(run / "metrics.jsonl"), _METRICS, thirds=True),
-                "held_out": _first_and_last(_lines(run / "validation.jsonl"), _HELD_OUT, thirds=False),
+                "training": _first_and_last(read_metrics(run / "metrics.jsonl"), _METRICS, thirds=True),
+                "held_out": _first_and_last(read_metrics(run / "validation.jsonl"), _HELD_OUT, thirds=False),
                 "curves": _png(run / "curves.png"),
                 "pictures": _pictures(folder.evaluation(method)),
             }
         )
-    gate = folder.gate
     return {
         "name": round_.name,
         "data": _data(folder),
         "lengths": _png(Path(f"{folder.data}.lengths.png")),
         "methods": methods,
         "before": _pictures(folder.before),
-        "comparison": [[line["other"], *_line(line)] for line in _differences(folder)],
+        "comparison": [[line.other, *_line(line)] for line in _differences(folder)],
         "comparison_picture": _png(folder.comparison / "comparison.png"),
-        "gate": describe(read_json(gate)) if gate.exists() else "not decided",
+        "gate": described(folder.gate),
     }
 
 
@@ -107,14 +108,20 @@ def _data(folder: RoundFolder) -> list[Sequence[str]]:
     rows: list[Sequence[str]] = []
     report = Path(f"{folder.pairs}.report") / "report.json"
     if report.exists():
-        content = read_json(report)
-        rows += [[str(name), f"{count:,}"] for name, count in content["counts"].items()]
-        rows += [[f"skipped: {reason}", f"{count:,}"] for reason, count in content["reasons"].items()]
+        try:
+            content = read_checked(report)
+            rows += [[str(name), f"{count:,}"] for name, count in content["counts"].items()]
+            rows += [[f"skipped: {reason}", f"{count:,}"] for reason, count in content["reasons"].items()]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise DataError(
+                f"{report}: cannot be read ({one_line(error)}); remove it, or merge the parts of the generation again"
+            ) from None
     for title, prefix in (("trained on", folder.data), ("held out", folder.held_out)):
-        manifest = Path(f"{prefix}.json")
-        if manifest.exists():
-            content = read_json(manifest)
-            rows += [[f"{title}: {key}", f"{content[key]:,}"] for key in ("samples", "turns", "tokens", "longest")]
+        if Path(f"{prefix}.json").exists():
+            manifest = read_manifest(prefix)
+            rows += [
+                [f"{title}: {key}", f"{getattr(manifest, key):,}"] for key in ("samples", "turns", "tokens", "longest")
+            ]
     return rows
 
 
@@ -147,22 +154,8 @@ def _cost(statuses: Sequence[StageStatus]) -> list[Sequence[str]]:
     ]
 
 
-def _differences(folder: RoundFolder) -> list[dict[str, Any]]:
-    path = folder.comparison / "comparison.json"
-    return list(read_json(path)["differences"]) if path.exists() else []
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    """Lines of a JSONL file that a run may still be writing."""
-    if not path.exists():
-        return []
-    lines = []
-    for text in path.read_text(encoding="utf-8").splitlines():
-        try:
-            lines.append(json.loads(text))
-        except ValueError:
-            continue
-    return lines
+def _differences(folder: RoundFolder) -> list[Difference]:
+    return read_comparison(folder.comparison) if folder.comparison.exists() else []
 
 
 def _pictures(folder: Path) -> list[tuple[str, str]]:

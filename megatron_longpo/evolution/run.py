@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import json
+import math
 import os
 import shlex
 import signal
@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from megatron_longpo.errors import ConfigError, DataError, LongPOError
+from megatron_longpo.errors import ConfigError, DataError, LongPOError, one_line
 from megatron_longpo.evolution.gate import decide, describe, origin_of, read_gate, write_gate
 from megatron_longpo.evolution.plan import Planner, Stage
 from megatron_longpo.evolution.records import (
@@ -30,10 +30,10 @@ from megatron_longpo.evolution.records import (
 )
 from megatron_longpo.evolution.settings import GateRule
 from megatron_longpo.evolution.split import split_pairs
+from megatron_longpo.runtime.checked_json import read_checked, write_checked
 from megatron_longpo.runtime.files import FolderLock, write_atomically
 from megatron_longpo.runtime.launcher import terminate_with_parent
 from megatron_longpo.runtime.log import log
-from megatron_longpo.runtime.reading import read_json
 from megatron_longpo.schema import convert_fields
 
 _PACKAGE_ROOT = Path(__file__).resolve().parents[2]
@@ -58,7 +58,11 @@ def run_rounds(planner: Planner) -> None:
     rounds = planner.evolution.rounds
     for index, round_ in enumerate(rounds):
         origin = origin_of(planner, index)
-        assert origin is not None
+        if origin is None:
+            before = rounds[index - 1].name
+            raise DataError(
+                f"{planner.folder(before).gate}: is gone, although its stage is done; restore it, or use --redo {before}/gate"
+            )
         stages = planner.stages(round_, origin)
         for number, stage in enumerate(stages, start=1):
             _run(planner, stage, f"{stage.id} ({number} of {len(stages)})")
@@ -100,8 +104,7 @@ def run_part(planner: Planner, stage_id: str) -> None:
     status = _tee(command, stage.folder / f"log-part-{part}.txt", environment(stage))
     if status:
         raise Failed(f"{stage_id}: part {part} ended with status {status}; submit again to resume")
-    content = {"seconds": time.monotonic() - began}
-    write_atomically(stage.folder / f"part-{part}.json", (json.dumps(content) + "\n").encode())
+    write_checked(stage.folder / f"part-{part}.json", {"seconds": time.monotonic() - began})
 
 
 def finish_parts(planner: Planner, stage_id: str) -> None:
@@ -115,8 +118,25 @@ def finish_parts(planner: Planner, stage_id: str) -> None:
     missing = [path.stem for path in paths if not path.exists()]
     if missing:
         raise DataError(f"{stage_id}: {', '.join(missing)} did not finish; submit again")
-    spent = max(float(read_json(path)["seconds"]) for path in paths)
+    spent = max(map(_seconds_of, paths))
     _run(planner, stage, f"{stage.id}: its {len(paths)} parts", parts_seconds=spent)
+
+
+def _seconds_of(path: Path) -> float:
+    """Time that a part took.
+
+    Raises:
+        DataError: its record cannot be read.
+    """
+    try:
+        seconds = float(read_checked(path)["seconds"])
+        if not 0 <= seconds < math.inf:
+            raise ValueError(f"seconds={seconds}")
+        return seconds
+    except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
+        raise DataError(
+            f"{path}: is not the record of a part ({one_line(error)}); remove it, and submit again"
+        ) from None
 
 
 def find_stage(planner: Planner, stage_id: str) -> Stage:

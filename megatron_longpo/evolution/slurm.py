@@ -7,7 +7,6 @@ the jobs of the later rounds, which depend on it, are cancelled by Slurm.
 
 from __future__ import annotations
 
-import json
 import shlex
 import shutil
 import subprocess
@@ -17,14 +16,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from megatron_longpo.errors import PlatformError, one_line
+from megatron_longpo.errors import DataError, PlatformError, one_line
 from megatron_longpo.evolution.gate import origin_of
 from megatron_longpo.evolution.plan import Origin, Planner, Stage
 from megatron_longpo.evolution.records import read_record
 from megatron_longpo.evolution.run import environment
-from megatron_longpo.runtime.files import write_atomically
+from megatron_longpo.runtime.checked_json import read_checked, write_checked
 from megatron_longpo.runtime.log import log
-from megatron_longpo.runtime.reading import read_json
 
 # Exit status of a gate that says stop.
 STOPPED = 3
@@ -46,7 +44,7 @@ def submit(planner: Planner) -> dict[str, str]:
             "evolve.executor=slurm, but there is no sbatch here; submit from a login node, or use executor=local"
         )
     path = planner.evolution.output / _JOBS
-    known = _still_queued(read_json(path)) if path.exists() else {}
+    known = _still_queued(_read_jobs(path)) if path.exists() else {}
     jobs: dict[str, str] = {}
     for stage in _stages(planner):
         record = read_record(stage.folder)
@@ -63,8 +61,23 @@ def submit(planner: Planner) -> dict[str, str]:
         else:
             jobs[stage.id] = _sbatch(stage, _options(stage, needs), [*_own_command(planner), "--stage", stage.id])
         log(f"{stage.id}: job {jobs[stage.id]}" + (f" after {', '.join(needs)}" if needs else ""))
-        write_atomically(path, (json.dumps({**known, **jobs}, indent=2) + "\n").encode())
+        write_checked(path, {**known, **jobs})
     return jobs
+
+
+def _read_jobs(path: Path) -> dict[str, Any]:
+    """Stage id -> job id of earlier submissions.
+
+    Raises:
+        DataError: they cannot be read.
+    """
+    try:
+        return read_checked(path)
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"{path}: cannot be read ({one_line(error)}), so jobs could be submitted twice; cancel those of these rounds, remove "
+            "the file, and submit again"
+        ) from None
 
 
 def _stages(planner: Planner) -> list[Stage]:

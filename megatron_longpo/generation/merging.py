@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from megatron_longpo.config import from_yaml
 from megatron_longpo.errors import DataError
 from megatron_longpo.generation.filters import LanguageFilter, why_not_keep
 from megatron_longpo.generation.pairs import DETAIL_CHARACTERS, chunk_text
@@ -24,6 +23,7 @@ from megatron_longpo.generation.stages import (
     joined,
     part_folder,
     part_folders,
+    read_config,
     read_stage_manifest,
     work_folder,
 )
@@ -148,7 +148,7 @@ def merge(output: Path) -> dict[str, Any]:
 
 
 def _merge(output: Path) -> dict[str, Any]:
-    config = from_yaml(work_folder(output) / "run.yaml", GenerationConfig)
+    config = read_config(output)
     language = LanguageFilter(config.filters.languages, config.filters.min_language_probability)
     report = Report(config.run.report_samples, config.run.seed)
     skipped_path = output.with_name(output.name + ".rejects.jsonl")

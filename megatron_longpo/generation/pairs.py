@@ -35,8 +35,17 @@ from megatron_longpo.errors import DataError
 from megatron_longpo.generation.chunks import Span, digest, group_units, take_units, units_of
 from megatron_longpo.generation.filters import LanguageFilter, is_refusal, questions_in, why_not_ask
 from megatron_longpo.generation.settings import GenerationConfig
-from megatron_longpo.generation.stages import STAGES, Line, Stage, joined, part_folder, part_folders, work_folder
-from megatron_longpo.runtime.files import HOLDER_FILE, FolderLock, write_atomically
+from megatron_longpo.generation.stages import (
+    STAGES,
+    Line,
+    Stage,
+    joined,
+    part_folder,
+    part_folders,
+    work_folder,
+    write_config,
+)
+from megatron_longpo.runtime.files import HOLDER_FILE, FolderLock
 from megatron_longpo.runtime.json_lines import decode_line
 from megatron_longpo.runtime.log import log
 from megatron_longpo.runtime.progress import Progress
@@ -549,7 +558,7 @@ def make_part(
         LanguageFilter(config.filters.languages, config.filters.min_language_probability)
         identities = stage_identities(config, engine.identity, files)
         stages = {name: Stage(folder, name, identities[name]) for name in STAGES}
-        write_atomically(work_folder(output) / "run.yaml", config.as_yaml().encode())
+        write_config(output, config)
         if not stages["documents"].finished:
             engine.check_ready()
             cut_documents(config, stages["documents"], rank, world_size)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ import jinja2
 import numpy as np
 
 from megatron_longpo.generation.stages import DocumentLines, Line
+from megatron_longpo.runtime.checked_json import write_checked
 from megatron_longpo.runtime.files import write_atomically
 from megatron_longpo.text.documents import DOMAINS
 
@@ -168,8 +168,7 @@ class Report:
             config: the run's configuration, to be shown.
         """
         folder.mkdir(parents=True, exist_ok=True)
-        content = self.as_dict()
-        write_atomically(folder / "report.json", json.dumps(content, indent=2, ensure_ascii=False).encode() + b"\n")
+        write_checked(folder / "report.json", self.as_dict())
         write_atomically(folder / "report.html", self.as_html(config).encode("utf-8", errors="replace"))
 
     def as_html(self, config: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import os
@@ -10,14 +11,19 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
+from megatron_longpo.config import from_yaml
 from megatron_longpo.errors import DataError
+from megatron_longpo.generation.settings import GenerationConfig
+from megatron_longpo.runtime.checked_json import read_checked, write_checked
 from megatron_longpo.runtime.files import open_regular, write_atomically
 from megatron_longpo.runtime.json_lines import OWN_LINES, decode_line, encode_line
-from megatron_longpo.runtime.reading import read_json
+from megatron_longpo.runtime.reading import read_bytes
 from megatron_longpo.runtime.reading import read_lines as bounded_lines
 
 STAGES = ("documents", "questions", "short", "long")
 _SCHEMA_VERSION = 1
+_CONFIG = "run.yaml"
+_CONFIG_CHECKSUM = "# SHA-256 of the lines above: "
 # Lines between two syncs to the disk.
 _SYNC_EVERY = 256
 _BRIEF_CHARACTERS = 120
@@ -48,6 +54,33 @@ def part_folder(output: Path, rank: int, world_size: int) -> Path:
 def part_folders(output: Path) -> list[Path]:
     """Folders of the parts that exist, of whatever split."""
     return sorted(p for p in work_folder(output).glob("part-*") if re.fullmatch(r"part-\d+-of-\d+", p.name))
+
+
+def write_config(output: Path, config: GenerationConfig) -> None:
+    """Write the configuration of a run for ``merge``; its last line is the checksum of the others."""
+    text = config.as_yaml()
+    content = f"{text}{_CONFIG_CHECKSUM}{hashlib.sha256(text.encode()).hexdigest()}\n"
+    write_atomically(work_folder(output) / _CONFIG, content.encode())
+
+
+def read_config(output: Path) -> GenerationConfig:
+    """The configuration of a run.
+
+    Raises:
+        DataError: it is damaged.
+        ConfigError: it is missing, or not one of this version.
+    """
+    path = work_folder(output) / _CONFIG
+    try:
+        text, mark, checksum = read_bytes(path).decode("utf-8", errors="replace").rpartition(_CONFIG_CHECKSUM)
+        # Version 0.1.0 wrote none.
+        if mark and hashlib.sha256(text.encode()).hexdigest() != checksum.strip():
+            raise DataError(
+                f"{path}: its checksum differs, so it was changed or damaged; run the parts again, which only write it anew"
+            )
+    except OSError:
+        pass
+    return from_yaml(path, GenerationConfig)
 
 
 class Stage:
@@ -97,7 +130,7 @@ class Stage:
             "records": self.records if self.finished else None,
             "identity": self.identity,
         }
-        write_atomically(self.manifest_path, json.dumps(content, indent=2).encode() + b"\n")
+        write_checked(self.manifest_path, content)
 
     def _whole_lines(self) -> int:
         """Number of whole lines; a partial last line that a kill left in an unfinished file is cut off."""
@@ -155,10 +188,10 @@ def read_stage_manifest(path: Path) -> dict[str, Any]:
         DataError: it is damaged, or of another version.
     """
     try:
-        content = read_json(path)
+        content = read_checked(path)
         is_whole = isinstance(content["identity"], dict) and type(content["finished"]) is bool
         if content["schema_version"] == _SCHEMA_VERSION and is_whole:
-            return dict(content)
+            return content
         problem = f"has another schema version than {_SCHEMA_VERSION}, or a key is damaged"
     except (OSError, ValueError, KeyError, TypeError) as error:
         problem = f"cannot be read ({error})"

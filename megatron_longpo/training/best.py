@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from megatron_longpo.checkpoint.folders import BEST, whole_steps
 from megatron_longpo.errors import ConfigError
-from megatron_longpo.runtime.files import write_atomically
+from megatron_longpo.runtime.checked_json import read_checked, write_checked
 from megatron_longpo.training.metrics import names_reported, read_metrics
 from megatron_longpo.training.objective import ObjectiveSpec
 
@@ -85,9 +81,9 @@ def read_best(output: Path, rule: Rule, until: int) -> Best | None:
     found = [
         Best(r["step"], float(r[rule.metric])) for r in read_metrics(output / "validation.jsonl") if rule.metric in r
     ]
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        content = json.loads((output / BEST).read_text(encoding="utf-8"))
-        if content.pop("sha256") == _checksum(content) and Rule(content["metric"], content["direction"]) == rule:
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        content = read_checked(output / BEST)
+        if Rule(content["metric"], content["direction"]) == rule:
             found.append(Best(int(content["step"]), float(content["value"])))
     steps = {step for step in whole_steps(output) if step <= until}
     best: Best | None = None
@@ -99,10 +95,4 @@ def read_best(output: Path, rule: Rule, until: int) -> Best | None:
 
 def write_best(output: Path, rule: Rule, best: Best) -> None:
     """Write OUTPUT/best.json, once the checkpoint has its name."""
-    content: Mapping[str, Any] = {"schema_version": 1, **asdict(rule), **asdict(best)}
-    text = json.dumps({**content, "sha256": _checksum(content)}, indent=2) + "\n"
-    write_atomically(output / BEST, text.encode())
-
-
-def _checksum(content: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    write_checked(output / BEST, {"schema_version": 1, **asdict(rule), **asdict(best)})

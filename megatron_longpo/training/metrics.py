@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, NamedTuple, TextIO
 
 import numpy as np
 import torch
@@ -19,10 +18,12 @@ from megatron_longpo.checkpoint.card import RUN_CONFIG
 from megatron_longpo.config import Config
 from megatron_longpo.errors import DataError, one_line
 from megatron_longpo.runtime import platform
-from megatron_longpo.runtime.files import write_atomically
+from megatron_longpo.runtime.files import open_regular, write_atomically
+from megatron_longpo.runtime.json_lines import decode_line, encode_line
 from megatron_longpo.runtime.log import log
 from megatron_longpo.runtime.process_groups import Parallel
 from megatron_longpo.runtime.progress import duration
+from megatron_longpo.runtime.reading import read_lines
 from megatron_longpo.training.objective import ObjectiveSpec
 from megatron_longpo.training.trackers import Tracker
 
@@ -124,30 +125,47 @@ def _gather_table(found: Sequence[SampleMetrics], names: Sequence[str], batch_si
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Read the whole lines of a metrics.jsonl; a line that a killed run left half-written is skipped."""
-    return _read_lines(path)[0]
+    """Read the whole lines of a metrics.jsonl; a line that is damaged, or that a killed run left half-written, is skipped."""
+    return [line.record for line in _read_lines(path).lines]
 
 
-def _read_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """The lines that hold metrics, and the number of others.
+class _MetricsLine(NamedTuple):
+    """A line that holds metrics, and its bytes."""
+
+    record: dict[str, Any]
+    raw: bytes
+
+
+class _MetricsFile(NamedTuple):
+    """The lines that hold metrics, and the number of others."""
+
+    lines: list[_MetricsLine]
+    skipped: int
+
+
+def _read_lines(path: Path) -> _MetricsFile:
+    """Read a file of metrics.
 
     Raises:
         DataError: there is something else than a file.
     """
-    records, skipped = [], 0
+    lines: list[_MetricsLine] = []
+    skipped = 0
     if path.exists() and not path.is_file():
         raise DataError(f"{path}: is not a file; move it away, the run writes its metrics there")
-    if path.exists():
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    if not path.exists():
+        return _MetricsFile(lines, skipped)
+    with open_regular(path) as stream:
+        for line in read_lines(stream):
             try:
-                record = json.loads(line)
-            except (ValueError, RecursionError):
-                record = None
-            if isinstance(record, dict) and type(record.get("step")) is int and _are_figures(record):
-                records.append(record)
+                record = decode_line(line.raw)
+            except ValueError:
+                record = {}
+            if type(record.get("step")) is int and _are_figures(record):
+                lines.append(_MetricsLine(record, line.raw.rstrip(b"\n") + b"\n"))
             else:
                 skipped += 1
-    return records, skipped
+    return _MetricsFile(lines, skipped)
 
 
 def _are_figures(record: dict[str, Any]) -> bool:
@@ -158,13 +176,13 @@ def _are_figures(record: dict[str, Any]) -> bool:
 
 def keep_until(path: Path, step: int) -> list[dict[str, Any]]:
     """Drop what a killed run logged after the checkpoint that it resumes from, so that no step appears twice."""
-    found, skipped = _read_lines(path)
-    records = [r for r in found if r["step"] <= step]
-    if skipped:
-        log(f"{path}: {skipped} line(s) that hold no metrics are dropped")
+    found = _read_lines(path)
+    kept = [line for line in found.lines if line.record["step"] <= step]
+    if found.skipped:
+        log(f"{path}: {found.skipped} line(s) that hold no metrics are dropped")
     if path.exists():
-        write_atomically(path, "".join(json.dumps(r) + "\n" for r in records).encode())
-    return records
+        write_atomically(path, b"".join(line.raw for line in kept))
+    return [line.record for line in kept]
 
 
 class Reporter:
@@ -210,7 +228,7 @@ class Reporter:
             return
         self.records.append(record)
         if self._stream is not None:
-            self._stream.write(json.dumps(record) + "\n")
+            self._stream.write(encode_line(record).decode())
             self._stream.flush()
         values = {name: value for name, value in record.items() if name != "step"}
         for tracker in self._trackers:
@@ -228,7 +246,7 @@ class Reporter:
         flat = {f"valid/{k}": v for k, v in record.items() if k not in ("step", "by_length")}
         if self.output is not None:
             with open(self.output / "validation.jsonl", "a", encoding="utf-8") as stream:
-                stream.write(json.dumps(record) + "\n")
+                stream.write(encode_line(record).decode())
         for tracker in self._trackers:
             tracker.log(flat, record["step"])
         log(f"after step {record['step']}: {validation_line(record)}")

@@ -7,7 +7,7 @@ run needs to continue the same record is kept in OUTPUT/trackers.json.
 from __future__ import annotations
 
 import importlib.util
-import json
+import logging
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
@@ -17,7 +17,8 @@ from typing import Any
 
 from megatron_longpo.config import Config, LoggingConfig
 from megatron_longpo.errors import ConfigError, one_line
-from megatron_longpo.runtime.files import write_atomically
+from megatron_longpo.runtime.checked_json import read_checked, write_checked
+from megatron_longpo.runtime.log import log
 
 _RECORD = "trackers.json"
 # MLflow's limits: parameters per call, and characters of a value.
@@ -242,9 +243,11 @@ def open_trackers(config: Config, output: Path) -> list[Tracker]:
     """
     path = output / _RECORD
     try:
-        ids = json.loads(path.read_text(encoding="utf-8"))
-        ids = ids if isinstance(ids, dict) else {}
-    except (OSError, ValueError, RecursionError):
+        ids = read_checked(path)
+    except FileNotFoundError:
+        ids = {}
+    except (OSError, ValueError) as error:
+        log(f"{path}: cannot be read ({one_line(error)}), so the trackers begin new records", level=logging.WARNING)
         ids = {}
     opened: list[Tracker] = []
     found: dict[str, str] = {}
@@ -263,5 +266,5 @@ def open_trackers(config: Config, output: Path) -> list[Tracker]:
         if run_id is not None:
             found[name] = run_id
     if found:
-        write_atomically(path, (json.dumps({**ids, **found}, indent=2) + "\n").encode())
+        write_checked(path, {**ids, **found})
     return opened

@@ -401,7 +401,7 @@ def _make_stages(folder: Path) -> None:
     for number in range(3):
         (folder / "texts" / f"{number}.txt").write_text(LONG_TEXT[number * 100 :])
     (folder / "config.yaml").write_text(_GENERATION)
-    with contextlib.chdir(folder) if hasattr(contextlib, "chdir") else contextlib.nullcontext():
+    with _within(folder) if hasattr(contextlib, "chdir") else contextlib.nullcontext():
         _command(
             *("generate", "--config", "config.yaml", "--documents", "texts", "--model", "model"),
             *("--output", "pairs.jsonl"),
@@ -646,6 +646,87 @@ def _read_yaml(folder: Path) -> None:
 
 
 # --------------------------------------------------------------------------------------------------
+# Rounds of self-evolution
+# --------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _within(folder: Path) -> Iterator[None]:
+    """Python 3.10 has no contextlib.chdir."""
+    before = os.getcwd()
+    os.chdir(folder)
+    try:
+        yield
+    finally:
+        os.chdir(before)
+
+
+def _make_evolution(folder: Path) -> None:
+    from megatron_longpo.commands.evolve import _planner
+    from megatron_longpo.data.indexed import Manifest
+    from megatron_longpo.evaluation.compare import Difference
+    from megatron_longpo.evolution import run
+    from megatron_longpo.evolution.gate import decide, origin_of, write_gate
+    from megatron_longpo.evolution.records import Record, write_record
+    from megatron_longpo.evolution.settings import GateRule
+    from megatron_longpo.evolution.split import split_pairs
+    from megatron_longpo.runtime.checked_json import write_checked
+    from megatron_longpo.runtime.files import sha256_of, write_checksum
+    from tests.support.rounds import write_rounds
+
+    with _within(folder):
+        # Names of folders that move with the files.
+        write_rounds(Path("."), resources={"generate": {"array": 2}}, rounds=[{"name": "first"}])
+        for name in ("model", "texts"):
+            Path(name).mkdir()
+        planner = _planner("rounds.yaml")
+        paths = planner.folder("first")
+        paths.root.mkdir(parents=True)
+        paths.pairs.write_text("".join(json.dumps({**text_row(n), "id": f"d{n}-{n:012x}"}) + "\n" for n in range(4)))
+        write_checksum(paths.pairs, sha256_of(paths.pairs))
+        split_pairs(paths.pairs, paths.train_pairs, paths.held_out_pairs, fraction=0.3, seed=1)
+        line = Difference("ruler", "average", "all", "longpo", 0.5, 0.75, 0.125, 0.375, True, 9)
+        paths.comparison.mkdir()
+        write_checked(paths.comparison / "comparison.json", {"first": "before", "differences": [vars(line)]})
+        write_gate(paths.gate, decide([GateRule(suite="ruler", at_least=0.0)], paths.comparison, "longpo"))
+        report = Path(f"{paths.pairs}.report")
+        report.mkdir()
+        write_checked(report / "report.json", {"counts": {"documents": 4}, "reasons": {"empty": 1}})
+        samples = Manifest(101, "uint16", None, None, None, samples=3, turns=5, tokens=99, longest=40, longest_short=9)
+        Path(f"{paths.data}.json").write_bytes(samples.as_json())
+        origin = origin_of(planner, 0)
+        assert origin is not None
+        for stage in planner.stages(planner.evolution.rounds[0], origin):
+            stage.folder.mkdir(parents=True)
+            settings = run.settings_of(stage)
+            write_record(stage.folder, Record("done", "", settings, run.outputs_of(stage), 9.5, 2, 1, 0))
+        write_checked(paths.stage("generate") / "part-0.json", {"seconds": 5.5})
+        write_checked(planner.evolution.output / "jobs.json", {"first/generate": "17", "first/split": "18"})
+
+
+def _read_evolution(folder: Path) -> Any:
+    from megatron_longpo.commands.evolve import _planner
+    from megatron_longpo.evaluation.compare import read_comparison
+    from megatron_longpo.evolution import run, slurm
+    from megatron_longpo.evolution.gate import origin_of
+    from megatron_longpo.evolution.report import write_report
+    from megatron_longpo.evolution.split import split_pairs
+    from megatron_longpo.evolution.status import read_status
+
+    with _within(folder):
+        planner = _planner("rounds.yaml")
+        paths = planner.folder(planner.evolution.rounds[0].name)
+        statuses = [(each.stage.id, each.word, each.record) for each in read_status(planner)]
+        jobs = slurm._read_jobs(planner.evolution.output / "jobs.json")
+        seconds = run._seconds_of(paths.stage("generate") / "part-0.json")
+        write_report(planner, Path("report.html"))
+        split_pairs(paths.pairs, paths.train_pairs, paths.held_out_pairs, fraction=0.3, seed=1)
+        drawn = paths.train_pairs.read_bytes()
+        known = sorted((k, str(v)) for k, v in jobs.items() if k.startswith("first/"))
+        return statuses, origin_of(planner, 1), read_comparison(paths.comparison), known, seconds, drawn
+
+
+# --------------------------------------------------------------------------------------------------
 # Small files of a run
 # --------------------------------------------------------------------------------------------------
 
@@ -832,6 +913,8 @@ def readers() -> dict[str, Reader]:
         Reader("suite_data", _make_suite_data, ("*",), _read_suite_data),
         Reader("short_data", _make_short_data, ("winogrande/*",), _read_short_data, batch=1, share=1.0),
         Reader("yaml", _make_yaml, ("*.yaml",), _read_yaml, batch=30, share=1.5),
+        Reader("evolution", _make_evolution, ("rounds.yaml", "rounds/jobs.json", "rounds/*/*.json*", "rounds/*/*/*.json",
+               "rounds/*/stages/*/*.json"), _read_evolution, checked=("rounds/*.json", "rounds/*/pairs.jsonl"), batch=20),
         Reader("run_files", _make_small, ("*", ".holder.json"), _read_small),
         Reader("server", _make_replies, ("*.http",), _ask, batch=20),
     ]  # fmt: skip

@@ -346,7 +346,7 @@ def test_a_stage_is_not_taken_as_done_with_what_was_made_anew(tmp_path: Path) ->
 
 def test_a_damaged_record_is_named(tmp_path: Path) -> None:
     (tmp_path / "record.json").write_text('{"state": "done"}')
-    with pytest.raises(DataError, match=r"record\.json: is not the record of a stage .* remove it"):
+    with pytest.raises(DataError, match=r"record\.json: is not the record of a stage .* --redo"):
         read_record(tmp_path)
 
 

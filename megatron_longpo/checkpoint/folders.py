@@ -160,6 +160,12 @@ def resolve(path: str | Path) -> Path:
     raise CheckpointError(f"{path}: there is no such folder; name a converted checkpoint or the output folder of a run")
 
 
+def is_one_of_several(path: str | Path, folder: Path) -> bool:
+    """Whether a run's folder holds older checkpoints than the one that ``resolve`` chose, which could be used instead of it."""
+    steps = [] if folder == Path(path) or Path(path).name == _BEST_NAME else whole_steps(Path(path))
+    return any(folder_of(Path(path), step) < folder for step in steps)
+
+
 # Checkpoints of runs that were found damaged while they were read, in this process.
 _FOUND: dict[Path, Damage] = {}
 

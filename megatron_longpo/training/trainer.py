@@ -20,7 +20,8 @@ import torch.distributed as dist
 from megatron.core.distributed import finalize_model_grads
 from torch.profiler import record_function
 
-from megatron_longpo.checkpoint.folders import folder_of
+from megatron_longpo.checkpoint.checksums import Verification
+from megatron_longpo.checkpoint.folders import folder_of, from_newest_good, is_one_of_several
 from megatron_longpo.config import Config, data_sources
 from megatron_longpo.data.sampler import BatchSampler, BlendSampler
 from megatron_longpo.errors import CheckpointError, ConfigError, LongPOError
@@ -339,6 +340,39 @@ def evaluate_only(session: Session) -> None:
         write_atomically(plan.output / "validation.json", (json.dumps(content, indent=2) + "\n").encode())
 
 
+def _verified(folder: Path) -> Path:
+    Verification(folder).wait()
+    return folder
+
+
+def _from_good_checkpoints(plan: RunPlan, config: Config) -> RunPlan:
+    """The plan with undamaged checkpoints, where load or reference_load names a run that has several; collective.
+
+    A single checkpoint is verified beside its load. Here another may have to be used, with a reference of its own, so this is
+    known before the model is built.
+
+    Args:
+        plan: plan by a first look at the checkpoints.
+        config: the configuration that it was made of.
+
+    Raises:
+        CheckpointError: all checkpoints of the run are damaged.
+    """
+    changed = False
+    for path, folder in (
+        (config.checkpoint.load, plan.load),
+        (config.reference.reference_load, plan.reference_load),
+    ):
+        if path is not None and is_one_of_several(path, folder):
+            log(f"{folder}: verifying its files before they are used", active=dist.get_rank() == 0)
+            changed |= from_newest_good(path, _verified) != folder
+    if not changed:
+        return plan
+    plan = make_plan(config, dist.get_world_size())
+    check_run(plan)
+    return plan
+
+
 def run(config: Config, *, export: Export | None = None) -> Stop | None:
     """Train, or only evaluate, as a configuration says.
 
@@ -361,6 +395,7 @@ def run(config: Config, *, export: Export | None = None) -> Stop | None:
         )
     platform.CURRENT.start_kernels_in_order(config.parallel.tensor_model_parallel_size)
     process_groups.start_processes(config.parallel.distributed_timeout_minutes)
+    plan = _from_good_checkpoints(plan, config)
     session = open_session(plan)
     for line in cautions(plan):
         log(line, active=session.parallel.rank == 0)

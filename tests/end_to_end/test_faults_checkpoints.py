@@ -204,6 +204,13 @@ def test_damage_of_large_files_is_found_by_a_run(made: Path, tmp_path: Path) -> 
     flip(folder_of(output, 2) / "__0_0.distcp")
     said = run(line(output, train_iters=2)).stdout
     assert "iter_0000002/__0_0.distcp: its content differs" in said and f"resumed from {folder_of(output, 1)}" in said
+    # Another run starts from the newest good one, and has it as its reference.
+    before = Path(shutil.copytree(made / "run", tmp_path / "before"))
+    flip(folder_of(before, 2) / "__1_0.distcp")
+    said = run(line(tmp_path / "after", load=before, train_iters=1, objective="dpo")).stdout
+    passed_over = [text for text in said.splitlines() if "so that checkpoint is passed over" in text]
+    assert len(passed_over) == 1 and "__1_0.distcp: its content differs" in passed_over[0]
+    assert f"{folder_of(before, 1)} is used" in passed_over[0]
     damaged = Path(shutil.copytree(made / "ckpt", tmp_path / "ckpt"))
     flip(damaged / "__0_0.distcp")
     for flags in ({"load": damaged}, {"reference_load": damaged}):

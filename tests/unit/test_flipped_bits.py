@@ -130,6 +130,10 @@ def make_run(folder: Path) -> None:
     (folder / "metrics.jsonl").write_bytes(b"".join(map(encode_line, lines)))
     lines = [{**line, "samples": 3, "by_length": {"512": {"loss": 1.0}}} for line in lines]
     (folder / "validation.jsonl").write_bytes(b"".join(map(encode_line, lines)))
+
+
+def make_holder(folder: Path) -> None:
+    """As a process that was killed leaves it."""
     FolderLock(folder, record=True)._close()
 
 
@@ -320,7 +324,7 @@ KINDS: dict[str, Kind] = {
     "run: metrics.jsonl": Kind(make_run, "metrics.jsonl", figures("metrics.jsonl")),
     "run: validation.jsonl": Kind(make_run, "validation.jsonl", figures("validation.jsonl")),
     # For people: the lock is the kernel's.
-    "run: .holder.json": Kind(make_run, ".holder.json", locked, unused=FLIPS, writes=True),
+    "run: .holder.json": Kind(make_holder, ".holder.json", locked, unused=FLIPS, writes=True),
     **{f"data: {name}": Kind(make_data, f"data.{name}", read_data) for name in ("bin", "idx", "json", "weights.npy")},
     **{
         f"preprocessing broken off: {name}": Kind(make_partial_data, f"data.partial/{name}", read_partial_data)

@@ -9,12 +9,20 @@ from megatron_longpo.evaluation.suites.base import Suite
 from megatron_longpo.evaluation.suites.infinitebench import InfiniteBenchSuite
 from megatron_longpo.evaluation.suites.needle import NeedleSuite
 from megatron_longpo.evaluation.suites.preference import PreferenceSuite
+from megatron_longpo.evaluation.suites.qa import QaSuite
 from megatron_longpo.evaluation.suites.ruler.suite import RulerSuite
 from megatron_longpo.evaluation.suites.short_context import ShortContextSuite
 
 SUITES: dict[str, Suite[Any]] = {
     suite.name: suite
-    for suite in (RulerSuite(), InfiniteBenchSuite(), NeedleSuite(), ShortContextSuite(), PreferenceSuite())
+    for suite in (
+        RulerSuite(),
+        InfiniteBenchSuite(),
+        NeedleSuite(),
+        QaSuite(),
+        ShortContextSuite(),
+        PreferenceSuite(),
+    )
 }
 
 

@@ -58,6 +58,11 @@ def token_f1(answer: str, references: Sequence[str]) -> float:
     return best
 
 
+def exact_match(answer: str, references: Sequence[str]) -> float:
+    """Whether the answer equals a reference, both normalised as SQuAD does."""
+    return float(normalized(answer) in map(normalized, references))
+
+
 def option_accuracy(answer: str, references: Sequence[str]) -> float:
     """Whether the answer names the right option (En.MC).
 
@@ -111,6 +116,7 @@ def rouge_lsum(answer: str, references: Sequence[str]) -> float:
 SCORERS: dict[str, Callable[[str, Sequence[str]], float]] = {
     "string_match_all": string_match_all,
     "string_match_part": string_match_part,
+    "exact_match": exact_match,
     "token_f1": token_f1,
     "option_accuracy": option_accuracy,
     "rouge_lsum": rouge_lsum,

@@ -20,9 +20,10 @@ class EvaluateConfig:
     """What is measured, and where the results go."""
 
     tasks: tuple[str, ...] = ("ruler",)
-    """Suites, separated by spaces or commas: ruler, infinitebench, needle, short, preference."""
+    """Suites, separated by spaces or commas: ruler, infinitebench, needle, qa, short, preference."""
     lengths: tuple[str, ...] = ("4096",)
-    """Lengths in tokens, prompt and answer together (ruler, needle); 4K means 4096. infinitebench truncates to the longest."""
+    """Lengths in tokens, prompt and answer together (ruler, needle); 4K means 4096. infinitebench truncates to the longest;
+    qa counts each document at the shortest that holds it."""
     output: str | None = None
     """Folder of the results. Rerun the same command to resume; --restart starts over."""
     seed: int = 1234

@@ -15,6 +15,7 @@ from megatron_longpo.evaluation.sections import SuiteConfig
 from megatron_longpo.evaluation.suites.infinitebench import InfiniteBenchConfig
 from megatron_longpo.evaluation.suites.needle import NeedleConfig
 from megatron_longpo.evaluation.suites.preference import PreferenceConfig
+from megatron_longpo.evaluation.suites.qa import QaConfig
 from megatron_longpo.evaluation.suites.ruler.suite import RulerConfig
 from megatron_longpo.evaluation.suites.short_context import ShortConfig
 from megatron_longpo.schema import check_ranges
@@ -27,6 +28,7 @@ class EvaluationConfig(SuiteConfig):
     ruler: RulerConfig = field(default_factory=RulerConfig)
     infinitebench: InfiniteBenchConfig = field(default_factory=InfiniteBenchConfig)
     needle: NeedleConfig = field(default_factory=NeedleConfig)
+    qa: QaConfig = field(default_factory=QaConfig)
     short: ShortConfig = field(default_factory=ShortConfig)
     preference: PreferenceConfig = field(default_factory=PreferenceConfig)
 

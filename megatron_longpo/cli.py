@@ -32,6 +32,8 @@ class Command:
 COMMANDS = {
     "train": Command("Train a model: LongPO, DPO or SFT.", "train", "train"),
     "status": Command("Show where a run is; the exit status says whether to run it again.", "status", "status"),
+    "watch": Command("Watch a run on the terminal.", "runs", "watch"),
+    "compare-runs": Command("Find the first step and metric in which two runs differ.", "runs", "compare_runs"),
     "simulate": Command("Simulate a rank's training step on a GPU that is not there.", "simulate", "simulate"),
     "convert import": Command("Convert a Hugging Face model to a checkpoint.", "convert", "import_"),
     "convert verify": Command("Compare a checkpoint with a Hugging Face model.", "convert", "verify"),

@@ -228,6 +228,9 @@ class TrainingConfig:
     that are not recomputed)."""
     seed: int = 1234
     """Seed of the sample order, and of the random numbers of each rank."""
+    deterministic_mode: bool = False
+    """Use only operations that give the same bits in every run on the same machines; slower on CUDA, and an operation that has
+    no such form ends the run. On the CPU every run is deterministic."""
     manual_gc_interval: int = 0
     """Steps between collections of Python's garbage, done by all ranks at the same time. 0: leave it to Python."""
 
@@ -312,6 +315,11 @@ class LoggingConfig:
 
     log_interval: Count = 1
     """Steps between progress lines. metrics.jsonl has every step."""
+    log_format: Literal["text", "json"] = "text"
+    """text: lines for people; json: one object per line, with time, level and message, and the metrics of a step by name."""
+    fingerprint_interval: Count | None = None
+    """Steps between fingerprints of the batch, the gradients and the weights in metrics.jsonl, by which `compare-runs` finds
+    where two runs of the same layout part. Default: none."""
     tensorboard: bool = True
     """Write TensorBoard events to OUTPUT/tensorboard."""
     wandb_project: str | None = None
@@ -330,6 +338,11 @@ class LoggingConfig:
     """Name of the run at SwanLab. Default: one that it makes up."""
     swanlab_mode: Literal["online", "local", "offline"] = "online"
     """online: SwanLab's server; local: its local dashboard; offline: files that are uploaded later."""
+    prometheus_port: Annotated[int, Range(ge=1, le=65535, fix="9400 is usually free")] | None = None
+    """Port at which rank 0 offers the latest metrics to Prometheus (extra `prometheus`)."""
+    prometheus_file: str | None = None
+    """File, ending in .prom, that has the latest metrics for the textfile collector of Prometheus' node exporter (extra
+    `prometheus`)."""
     plot_interval: Count = 25
     """Steps between updates of OUTPUT/curves.png, which is always drawn at the end."""
     profile: bool = False

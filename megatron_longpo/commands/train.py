@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from megatron_longpo.command_line import ConfigOptions, parse_with_config
 from megatron_longpo.config import Config
+from megatron_longpo.runtime.log import use_json
 from megatron_longpo.runtime.signals import STOPPED
 
 
@@ -26,6 +27,8 @@ def train(arguments: Sequence[str], *, prog: str) -> None:
         if first:
             print(config.as_yaml(), end="")
         return
+    if config.logging.log_format == "json":
+        use_json()
     # Not before the configuration is read: it imports torch and megatron-core.
     from megatron_longpo.model.shape import allow_model_sizes
     from megatron_longpo.training.trainer import run

@@ -1,11 +1,17 @@
 """Messages for people: one plain line each on standard output, through the standard logger ``megatron_longpo``.
 
+For programs that collect logs, the lines can be JSON objects instead.
+
 ``logging.getLogger("megatron_longpo").setLevel(...)`` makes the package quieter or more talkative.
 """
 
 from __future__ import annotations
 
+import json
 import logging
+from collections.abc import Mapping
+from datetime import datetime, timezone
+from typing import Any
 
 LOGGER = logging.getLogger("megatron_longpo")
 
@@ -27,6 +33,21 @@ class _ReportingRanks(logging.Filter):
         return record.levelno >= logging.WARNING or getattr(record, "active", True) or LOGGER.level <= logging.DEBUG
 
 
+class _Json(logging.Formatter):
+    """One JSON object per line: time, level, message, and the fields that the message was logged with."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        time = datetime.fromtimestamp(record.created, timezone.utc).isoformat(timespec="milliseconds")
+        content = {"time": time, "level": record.levelname.lower(), "message": record.getMessage()}
+        return json.dumps({**content, **getattr(record, "fields", {})})
+
+
+def use_json() -> None:
+    """Log JSON objects from now on."""
+    for handler in LOGGER.handlers:
+        handler.setFormatter(_Json())
+
+
 def _set_up() -> None:
     handler = _StandardOutput()
     handler.addFilter(_ReportingRanks())
@@ -39,12 +60,15 @@ def _set_up() -> None:
 _set_up()
 
 
-def log(message: str, *, active: bool = True, level: int = logging.INFO) -> None:
+def log(
+    message: str, *, active: bool = True, level: int = logging.INFO, fields: Mapping[str, Any] | None = None
+) -> None:
     """Log one line.
 
     Args:
         message: the line, printed as it is.
         active: whether this rank reports.
         level: level of the standard ``logging`` module.
+        fields: what the message says, by name; only JSON has it.
     """
-    LOGGER.log(level, "%s", message, extra={"active": active})
+    LOGGER.log(level, "%s", message, extra={"active": active, "fields": fields or {}})

@@ -90,6 +90,17 @@ class Platform:
         if self.is_cuda and tensor_parallel_size > 1 and torch.cuda.get_device_capability() < (10, 0):
             os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
 
+    def use_deterministic_algorithms(self) -> None:
+        """Let torch, cuBLAS, NCCL and Transformer Engine use only operations that give the same bits in every run; an operation
+        without such a form raises an error. To be called before the device is first used. Variables that the user sets win, as in
+        Megatron-LM, which asks its users to set them."""
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        os.environ.setdefault("NCCL_ALGO", "Ring")
+        os.environ.setdefault("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "0")
+        torch.use_deterministic_algorithms(True)
+        # Nothing here reads memory that was not written.
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
     def host_copy(self, tensor: torch.Tensor) -> torch.Tensor:
         """A copy in host memory; on CUDA in pinned memory, and the host does not wait for it."""
         copy = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=self.is_cuda)

@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import Any, TextIO
 
 import numpy as np
 import torch
@@ -16,14 +16,15 @@ from torch import Tensor
 
 from megatron_longpo.checkpoint.card import RUN_CONFIG
 from megatron_longpo.config import Config
-from megatron_longpo.errors import DataError, one_line
+from megatron_longpo.errors import one_line
+from megatron_longpo.runs.records import METRICS, VALIDATION, read_metric_lines
+from megatron_longpo.runs.records import read_metrics as read_metrics
 from megatron_longpo.runtime import platform
-from megatron_longpo.runtime.files import open_regular, write_atomically
-from megatron_longpo.runtime.json_lines import decode_line, encode_line
+from megatron_longpo.runtime.files import write_atomically
+from megatron_longpo.runtime.json_lines import encode_line
 from megatron_longpo.runtime.log import log
 from megatron_longpo.runtime.process_groups import Parallel
 from megatron_longpo.runtime.progress import duration
-from megatron_longpo.runtime.reading import read_lines
 from megatron_longpo.training.objective import ObjectiveSpec
 from megatron_longpo.training.trackers import Tracker
 
@@ -124,59 +125,9 @@ def _gather_table(found: Sequence[SampleMetrics], names: Sequence[str], batch_si
     return table
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Read the whole lines of a metrics.jsonl; a line that is damaged, or that a killed run left half-written, is skipped."""
-    return [line.record for line in _read_lines(path).lines]
-
-
-class _MetricsLine(NamedTuple):
-    """A line that holds metrics, and its bytes."""
-
-    record: dict[str, Any]
-    raw: bytes
-
-
-class _MetricsFile(NamedTuple):
-    """The lines that hold metrics, and the number of others."""
-
-    lines: list[_MetricsLine]
-    skipped: int
-
-
-def _read_lines(path: Path) -> _MetricsFile:
-    """Read a file of metrics.
-
-    Raises:
-        DataError: there is something else than a file.
-    """
-    lines: list[_MetricsLine] = []
-    skipped = 0
-    if path.exists() and not path.is_file():
-        raise DataError(f"{path}: is not a file; move it away, the run writes its metrics there")
-    if not path.exists():
-        return _MetricsFile(lines, skipped)
-    with open_regular(path) as stream:
-        for line in read_lines(stream):
-            try:
-                record = decode_line(line.raw)
-            except ValueError:
-                record = {}
-            if type(record.get("step")) is int and _are_figures(record):
-                lines.append(_MetricsLine(record, line.raw.rstrip(b"\n") + b"\n"))
-            else:
-                skipped += 1
-    return _MetricsFile(lines, skipped)
-
-
-def _are_figures(record: dict[str, Any]) -> bool:
-    """Whether all values are numbers. Those by length, of held-out data, have a level of their own."""
-    values = [v for name, v in record.items() if name != "by_length"]
-    return all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)
-
-
 def keep_until(path: Path, step: int) -> list[dict[str, Any]]:
     """Drop what a killed run logged after the checkpoint that it resumes from, so that no step appears twice."""
-    found = _read_lines(path)
+    found = read_metric_lines(path)
     kept = [line for line in found.lines if line.record["step"] <= step]
     if found.skipped:
         log(f"{path}: {found.skipped} line(s) that hold no metrics are dropped")
@@ -217,9 +168,9 @@ class Reporter:
             return
         output.mkdir(parents=True, exist_ok=True)
         (output / RUN_CONFIG).write_text(config.as_yaml(), encoding="utf-8")
-        path = output / "metrics.jsonl"
+        path = output / METRICS
         self.records = keep_until(path, resumed_step)
-        self.validations = keep_until(output / "validation.jsonl", resumed_step or -1)
+        self.validations = keep_until(output / VALIDATION, resumed_step or -1)
         self._stream = open(path, "a", encoding="utf-8")  # noqa: SIM115
 
     def step(self, record: dict[str, Any]) -> None:
@@ -230,11 +181,12 @@ class Reporter:
         if self._stream is not None:
             self._stream.write(encode_line(record).decode())
             self._stream.flush()
-        values = {name: value for name, value in record.items() if name != "step"}
+        # A fingerprint is compared, never drawn.
+        values = {n: v for n, v in record.items() if n != "step" and not n.startswith("fingerprint/")}
         for tracker in self._trackers:
             tracker.log(values, record["step"])
         if record["step"] % self.config.log_interval == 0 or record["step"] == self.train_iters:
-            log(self._line(record))
+            log(self._line(record), fields={"event": "step", **record, **self._progress(record["step"])})
         if self.output is not None and record["step"] % self.config.plot_interval == 0:
             self.plot()
 
@@ -245,11 +197,11 @@ class Reporter:
         self.validations.append(record)
         flat = {f"valid/{k}": v for k, v in record.items() if k not in ("step", "by_length")}
         if self.output is not None:
-            with open(self.output / "validation.jsonl", "a", encoding="utf-8") as stream:
+            with open(self.output / VALIDATION, "a", encoding="utf-8") as stream:
                 stream.write(encode_line(record).decode())
         for tracker in self._trackers:
             tracker.log(flat, record["step"])
-        log(f"after step {record['step']}: {validation_line(record)}")
+        log(f"after step {record['step']}: {validation_line(record)}", fields={"event": "held-out", **record})
         self.plot()
 
     def has_validation(self, step: int) -> bool:
@@ -257,14 +209,18 @@ class Reporter:
         return any(record["step"] == step for record in self.validations)
 
     def _line(self, r: dict[str, Any]) -> str:
-        done = r["step"] - self._first_step
-        left = (time.monotonic() - self._began) / max(1, done) * (self.train_iters - r["step"])
+        left = self._progress(r["step"])["seconds_left"]
         width = len(str(self.train_iters))
         return (
             f"step {r['step']:>{width}}/{self.train_iters} | loss {r['loss']:.4f} | nll {r['nll']:.4f} | margin "
             f"{r['rewards/margins']:+.4f} | acc {r['rewards/accuracies']:.2f} | grad norm {r['grad_norm']:.3f} | lr "
             f"{r['lr']:.2e} | {r['tokens_per_second']:,.0f} tokens/s | {duration(left)} left"
         )
+
+    def _progress(self, step: int) -> dict[str, float]:
+        done = step - self._first_step
+        left = (time.monotonic() - self._began) / max(1, done) * (self.train_iters - step)
+        return {"train_iters": self.train_iters, "seconds_left": round(left, 1)}
 
     def plot(self) -> None:
         """Draw OUTPUT/curves.png. A run does not fail because of its curves."""

@@ -1,4 +1,4 @@
-"""Experiment trackers: TensorBoard, Weights & Biases, MLflow and SwanLab behind one interface.
+"""Experiment trackers: TensorBoard, Weights & Biases, MLflow, SwanLab and Prometheus behind one interface.
 
 They are opened before any long work, so that a package, a server or credentials that are missing are known then. What a resumed
 run needs to continue the same record is kept in OUTPUT/trackers.json.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import re
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
@@ -118,6 +119,42 @@ class SwanLab(Tracker):
         self._run.finish()
 
 
+class Prometheus(Tracker):
+    """The latest metrics as gauges, at a port or in a file.
+
+    A gauge is named ``longpo_`` and the metric's name, with ``_`` for what Prometheus does not allow, and has the label ``run``.
+
+    Args:
+        run: name of the run.
+        port: port to listen at, or None.
+        path: file to write, or None.
+    """
+
+    def __init__(self, run: str, *, port: int | None = None, path: Path | None = None) -> None:
+        from prometheus_client import CollectorRegistry, start_http_server
+
+        self._run, self._path = run, path
+        self._registry = CollectorRegistry()
+        self._gauges: dict[str, Any] = {}
+        self._server = None if port is None else start_http_server(port, registry=self._registry)[0]
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        from prometheus_client import Gauge, write_to_textfile
+
+        for name, value in {**values, "step": step, "last_step_timestamp_seconds": time.time()}.items():
+            if name not in self._gauges:
+                gauge = "longpo_" + re.sub(r"\W", "_", name)
+                self._gauges[name] = Gauge(gauge, f"Metric {name} of a training run", ["run"], registry=self._registry)
+            self._gauges[name].labels(self._run).set(value)
+        if self._path is not None:
+            write_to_textfile(str(self._path), self._registry)
+
+    def close(self) -> None:
+        if self._server is not None:
+            self._server.shutdown()
+            self._server.server_close()
+
+
 @dataclass(frozen=True)
 class _Request:
     """What a tracker is opened for.
@@ -208,10 +245,25 @@ def _open_swanlab(request: _Request) -> tuple[Tracker, str]:
     return SwanLab(run), str(run.id)
 
 
+def _open_prometheus_port(request: _Request) -> tuple[Tracker, None]:
+    return Prometheus(request.output.name, port=request.config.logging.prometheus_port), None
+
+
+def _open_prometheus_file(request: _Request) -> tuple[Tracker, None]:
+    path = Path(str(request.config.logging.prometheus_file))
+    if path.suffix != ".prom":
+        raise ValueError("the collector reads only files that end in .prom")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return Prometheus(request.output.name, path=path), None
+
+
+_INSTALL_PROMETHEUS = "pip install prometheus-client"
 _KINDS = {
     "tensorboard": _Kind("tensorboard", "tensorboard", "pip install tensorboard", _open_tensorboard),
     "wandb": _Kind("wandb_project", "wandb", "pip install wandb", _open_wandb),
     "mlflow": _Kind("mlflow_experiment", "mlflow", "pip install mlflow-skinny, or mlflow", _open_mlflow),
+    "Prometheus' endpoint": _Kind("prometheus_port", "prometheus_client", _INSTALL_PROMETHEUS, _open_prometheus_port),
+    "Prometheus' file": _Kind("prometheus_file", "prometheus_client", _INSTALL_PROMETHEUS, _open_prometheus_file),
     "swanlab": _Kind("swanlab_project", "swanlab", "pip install swanlab", _open_swanlab),
 }
 

@@ -33,6 +33,7 @@ from megatron_longpo.runtime.log import log
 from megatron_longpo.runtime.status import StatusFile
 from megatron_longpo.training.checkpointer import Checkpointer, TrainState
 from megatron_longpo.training.data_set import DataSet
+from megatron_longpo.training.fingerprint import fingerprint, fingerprint_of_batch
 from megatron_longpo.training.metrics import Reporter, reduce_samples, validation_line
 from megatron_longpo.training.optimization import build_optimizer, build_scheduler, inner_optimizers, wrap_for_training
 from megatron_longpo.training.plan import RunPlan, make_plan
@@ -173,9 +174,12 @@ class Trainer:
             found = self.session.runner.forward_backward(self.model, self.session.data.train, numbers, reference)
         means = reduce_samples(found, len(numbers), self.parallel)
         self._check_finite("loss", means["loss"], numbers)
+        prints = self._fingerprints(numbers)
         with record_function("longpo/optimizer"):
             _, grad_norm, _ = self.optimizer.step()
         self._check_finite("gradient norm", float(grad_norm or 0.0), numbers)
+        if prints:
+            prints["fingerprint/weights"] = fingerprint(p for chunk in self.chunks for p in chunk.parameters())
         lr = self.optimizer.param_groups[0]["lr"]
         self.scheduler.step(increment=1)
 
@@ -192,7 +196,16 @@ class Trainer:
             "tokens_per_second": tokens / seconds,
             "step_seconds": seconds,
             "peak_memory_gb": platform.CURRENT.peak_memory_bytes() / 2**30,
+            **prints,
         }
+
+    def _fingerprints(self, numbers: Sequence[int]) -> dict[str, int]:
+        """Fingerprints of the batch and of the gradients if it is time to; collective."""
+        interval = self.config.logging.fingerprint_interval
+        if interval is None or (self.step + 1) % interval:
+            return {}
+        gradients = (p.main_grad for chunk in self.chunks for p in chunk.parameters() if p.requires_grad)
+        return {"fingerprint/batch": fingerprint_of_batch(numbers), "fingerprint/gradients": fingerprint(gradients)}
 
     def evaluate(self) -> None:
         """Evaluate the held-out data if it is time to; collective."""
@@ -393,6 +406,8 @@ def run(config: Config, *, export: Export | None = None) -> Stop | None:
         raise ConfigError(
             "save_hf_interval needs an export; start the run by `megatron-longpo train`, or pass one to run"
         )
+    if config.training.deterministic_mode:
+        platform.CURRENT.use_deterministic_algorithms()
     platform.CURRENT.start_kernels_in_order(config.parallel.tensor_model_parallel_size)
     process_groups.start_processes(config.parallel.distributed_timeout_minutes)
     plan = _from_good_checkpoints(plan, config)

@@ -20,6 +20,7 @@ import tyro
 from megatron_longpo.commands.convert import ExportOptions, ImportOptions, VerifyOptions
 from megatron_longpo.commands.evolve import EvolveOptions
 from megatron_longpo.commands.preprocess import InspectOptions, PreprocessOptions
+from megatron_longpo.commands.runs import CompareOptions, WatchOptions
 from megatron_longpo.commands.simulate import SimulateOptions
 from megatron_longpo.commands.status import StatusOptions
 from megatron_longpo.config import Config
@@ -34,7 +35,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").g
 LAUNCHERS = re.compile(r"(?:^|\s)(?:python|torchrun|sbatch|megatron-longpo)\s")
 PROGRAM = re.compile(
     r"(?:tools/(?P<tool>\w+)\.py|-m (?P<module>megatron_longpo\.\w+)|examples/slurm/(?P<batch>\w+)\.sbatch"
-    r"|megatron-longpo (?P<command>\w+))(?P<arguments>.*)"
+    r"|megatron-longpo (?P<command>[\w-]+))(?P<arguments>.*)"
 )
 
 
@@ -81,6 +82,8 @@ PROGRAMS = {
     "self_evolve": "evolve",
     "simulate": "simulate",
     "status": "status",
+    "watch": "watch",
+    "compare-runs": "compare-runs",
     "train": "train",
     "megatron_longpo.train": "train",
 }
@@ -186,6 +189,7 @@ def test_options_that_are_not_in_sections_are_one_table() -> None:
 
 OPTIONS = [
     *(Config, GenerationConfig, EvaluationConfig, PreprocessOptions, InspectOptions, SimulateOptions),
+    *(WatchOptions, CompareOptions),
     *(ImportOptions, ExportOptions, VerifyOptions),
     *(EvolveOptions, EvolveConfig, Resources, GateRule),
     *(StatusOptions,),

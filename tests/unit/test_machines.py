@@ -119,7 +119,11 @@ def test_what_was_not_measured_follows_from_the_bandwidth() -> None:
     assert machine.elementwise_bytes_per_s("bfloat16") == machine.optimizer_bytes_per_s == 800e9
     # 34 bytes per logit.
     assert machine.logits_per_s("bfloat16") == pytest.approx(800e9 / 34)
-    measured = {"elementwise_efficiency": {"bfloat16": 0.5}, "optimizer_gb_per_s": 300, "logits_g_per_s": {"float32": 7}}
+    measured = {
+        "elementwise_efficiency": {"bfloat16": 0.5},
+        "optimizer_gb_per_s": 300,
+        "logits_g_per_s": {"float32": 7},
+    }
     machine = machine_from(_file(memory_gb_per_s=1000, memory_efficiency=0.8, **measured), "here")
     assert machine.elementwise_bytes_per_s("bfloat16") == 500e9
     assert machine.elementwise_bytes_per_s("float32") == 800e9

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
+import socket
 from pathlib import Path
 from typing import Any
 
 import pytest
+import requests
 
 from megatron_longpo.config import Config, LoggingConfig
 from megatron_longpo.errors import ConfigError
 from megatron_longpo.training import trackers
+from megatron_longpo.training.metrics import REPORTED, SAMPLE_METRICS
 from megatron_longpo.training.trackers import open_trackers
+from tests.support.launch import ROOT
 
 
 def config(**logging: Any) -> Config:
@@ -85,3 +90,48 @@ def test_a_tracker_that_cannot_be_opened_is_named(tmp_path: Path, monkeypatch: p
     monkeypatch.setitem(trackers._KINDS, "swanlab", trackers._Kind(kind.field, kind.package, kind.install, refuse))
     with pytest.raises(ConfigError, match=r"swanlab_project=p: swanlab cannot be opened \(OSError: no route to host\)"):
         open_trackers(config(swanlab_project="p"), tmp_path)
+
+
+# --------------------------------------------------------------------------------------------------
+# Prometheus
+# --------------------------------------------------------------------------------------------------
+
+
+def test_prometheus_reads_the_latest_step_from_a_file(tmp_path: Path) -> None:
+    output = tmp_path / "my run"
+    output.mkdir()
+    track(output, config(prometheus_file=str(tmp_path / "collected" / "longpo.prom")), range(1, 4))
+    lines = (tmp_path / "collected" / "longpo.prom").read_text().splitlines()
+    assert 'longpo_loss{run="my run"} 0.3' in lines and 'longpo_step{run="my run"} 3.0' in lines
+    assert 'longpo_rewards_margins{run="my run"} 3.0' in lines
+    with pytest.raises(ConfigError, match=r"reads only files that end in \.prom"):
+        open_trackers(config(prometheus_file="metrics.txt"), tmp_path)
+
+
+def test_prometheus_scrapes_a_port(tmp_path: Path) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    (tracker,) = open_trackers(config(prometheus_port=port), tmp_path)
+    tracker.log({"loss": 0.5}, 1)
+    with pytest.raises(ConfigError, match=r"prometheus_port=\d+: Prometheus' endpoint cannot be opened"):
+        open_trackers(config(prometheus_port=port), tmp_path)
+    text = requests.get(f"http://127.0.0.1:{port}/metrics", timeout=10).text
+    tracker.close()
+    assert f'longpo_loss{{run="{tmp_path.name}"}} 0.5' in text
+    # The port is free again, as a run that resumes on the same machine needs it.
+    (again,) = open_trackers(config(prometheus_port=port), tmp_path)
+    again.close()
+
+
+def test_the_dashboard_asks_for_metrics_that_there_are(tmp_path: Path) -> None:
+    """Names of a step's metrics, and those of held-out data with ``valid/`` before them."""
+    of_step = (*SAMPLE_METRICS, "grad_norm", "lr", "tokens_per_second", "step_seconds", "peak_memory_gb")
+    names = {*of_step, *(f"valid/{name}" for name in REPORTED), "step", "last_step_timestamp_seconds"}
+    known = {"longpo_" + name.replace("/", "_") for name in names}
+    dashboard = json.loads((ROOT / "examples" / "grafana" / "longpo.json").read_text())
+    asked = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
+    found = {name for text in asked for name in re.findall(r"longpo_\w+", text)}
+    assert len(found) > 12 and found <= known
+    assert all('{run=~"$run"}' in text for text in asked)
+    assert {variable["name"] for variable in dashboard["templating"]["list"]} == {"datasource", "run"}

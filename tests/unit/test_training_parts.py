@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,10 @@ from megatron_longpo.model.attention import check_ulysses, head_groups_of, resol
 from megatron_longpo.model.gpt import padded_vocab_size
 from megatron_longpo.runtime import platform
 from megatron_longpo.runtime.balance import assign
+from megatron_longpo.runtime.log import LOGGER, log, use_json
+from megatron_longpo.training import fingerprint as fingerprints
 from megatron_longpo.training import held_out, metrics
+from megatron_longpo.training.fingerprint import fingerprint
 from megatron_longpo.training.metrics import Reporter, SampleMetrics, keep_until, read_metrics, reduce_samples
 from megatron_longpo.training.optimization import _become_rmsprop, build_scheduler, idle_line
 from megatron_longpo.training.reference import ReferenceCache
@@ -224,6 +228,48 @@ def test_reporter_writes_what_people_look_at(tmp_path: Path, capsys: pytest.Capt
     assert list((tmp_path / "tensorboard").iterdir())
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("step 1/2 | loss 0.5000") and "left" in lines[0]
+
+
+def test_a_step_as_an_object_on_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+    names = "loss nll rewards/margins rewards/accuracies grad_norm lr tokens_per_second"
+    reporter = Reporter(None, train_iters=4, resumed_step=0, config=Config(), active=True)
+    handlers = [(handler, handler.formatter) for handler in LOGGER.handlers]
+    use_json()
+    try:
+        reporter.step({"step": 1, **dict.fromkeys(names.split(), 0.5)})
+        log("plain words")
+    finally:
+        for handler, formatter in handlers:
+            handler.setFormatter(formatter)
+    step, words = (json.loads(line) for line in capsys.readouterr().out.splitlines())
+    assert step["event"] == "step" and step["step"] == 1 and step["rewards/margins"] == 0.5 and step["train_iters"] == 4
+    assert step["message"].startswith("step 1/4 | loss 0.5000") and step["seconds_left"] >= 0
+    assert words["message"] == "plain words" and words["level"] == "info"
+    assert datetime.fromisoformat(words["time"]).tzinfo is not None
+
+
+def test_a_fingerprint_changes_with_any_bit() -> None:
+    values = torch.arange(1000, dtype=torch.float32).reshape(10, 100)
+    before = fingerprint([values, values.bfloat16()])
+    assert before == fingerprint([values.clone(), values.bfloat16()])
+    other = values.clone()
+    other[7, 3] = math.nextafter(float(other[7, 3]), math.inf)  # rounds to the same fp32
+    assert fingerprint([other, values.bfloat16()]) == before
+    other.view(torch.int32)[7, 3] += 1
+    assert fingerprint([other, values.bfloat16()]) != before
+    # Neither two values nor two tensors may be swapped.
+    swapped = values.clone()
+    swapped[0, :2] = swapped[0, [1, 0]]
+    assert fingerprint([swapped, values.bfloat16()]) != before != fingerprint([values.bfloat16(), values])
+    assert fingerprint([]) == 0
+
+
+def test_a_fingerprint_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bits 5 and 6 count at places 1 and 2, and so do those of the chunk after: 5 + 12, then 17 * 31 + 7 * 3."""
+    bits = torch.tensor([5, 6, 7], dtype=torch.int32).view(torch.float32)
+    assert fingerprint([bits]) == 5 * 1 + 6 * 2 + 7 * 3
+    monkeypatch.setattr(fingerprints, "_CHUNK", 2)
+    assert fingerprint([bits]) == (5 * 1 + 6 * 2) * 31 + 7 * 3
 
 
 @settings(max_examples=20, deadline=None)

@@ -1,0 +1,1 @@
+"""Runs seen from outside, by what they write into their folders: reading it, comparing two runs, watching one."""

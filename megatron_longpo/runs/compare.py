@@ -186,7 +186,9 @@ def print_comparison(comparison: Comparison, first: str, other: str) -> None:
     for line in describe(comparison, first, other):
         console.print(line, markup=False)
     if comparison.differences:
-        table = Table("metric", "first differs at step", first, other, "relative difference")
+        table = Table()
+        for heading in ("metric", "step", Path(first).name, Path(other).name, "relative"):
+            table.add_column(heading, overflow="fold", no_wrap=heading == "metric")
         for found in comparison.differences:
             values = (_value(found.first), _value(found.other), f"{found.relative:.1e}")
             table.add_row(found.metric, str(found.step), *values)

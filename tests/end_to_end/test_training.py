@@ -86,8 +86,11 @@ def test_text_to_a_training_run(tmp_path: Path) -> None:
     run([*tool, str(tmp_path / "data"), "--tokenizer", str(hf), "--workers", "2"])
     assert (tmp_path / "data.lengths.png").stat().st_size > 1000
     flags = ["--turns", "independent", "--train-iters", "1", "--bf16", "--recompute-granularity", "full"]
-    run([PYTHON, *train(tmp_path, tmp_path / "run", *flags)])
+    flags += ["--deterministic-mode", "--log-format", "json"]
+    done = run([PYTHON, *train(tmp_path, tmp_path / "run", *flags)])
     assert len(metrics_of(tmp_path / "run")) == 1
+    logged = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [line["step"] for line in logged if line.get("event") == "step"] == [1]
 
     other = make_sentencepiece(tmp_path / "other")
     run([*tool, str(tmp_path / "wrong"), "--tokenizer", str(other), "--chat-template", "mistral"])
@@ -103,7 +106,8 @@ def test_killed_at_random_moments_and_resumed(model: Path, tmp_path: Path, async
     The first launch and the last are a user's: fresh interpreters.
     """
     layout = ["--use-distributed-optimizer", "--train-iters", "10", "--save-interval", "1", "--keep-last", "2"]
-    layout += ["--async-save"] if asynchronous else []
+    # The fingerprints are among the metrics that are compared.
+    layout += ["--fingerprint-interval", "1", *(["--async-save"] if asynchronous else [])]
     run(torchrun(2, *train(model, tmp_path / "whole", *layout)))
     output = tmp_path / "broken"
     seed = int(time.time())

@@ -226,6 +226,10 @@ class TrainingConfig:
     recompute_modules: tuple[str, ...] = ("core_attn",)
     """Modules for selective: core_attn, mlp, or mlp_up (the MLP's first product only; with full and block, that of the layers
     that are not recomputed)."""
+    cpu_offloading_num_layers: Annotated[int, Range(ge=0, fix="0 turns it off")] | None = None
+    """Layers of each stage whose activations wait in host memory between forward and backward: the first that are not recomputed
+    as a whole. Default: none, or what recompute_granularity=auto chooses on CUDA where computing a layer takes longer than
+    copying."""
     seed: int = 1234
     """Seed of the sample order, and of the random numbers of each rank."""
     deterministic_mode: bool = False
@@ -468,6 +472,17 @@ def check(config: Config) -> None:
     if config.parallel.grad_reduce_in_bf16 and not config.training.bf16:
         raise ConfigError("grad_reduce_in_bf16 is for training in bfloat16; set bf16 as well, or leave it out")
     _check_output(config)
+    training = config.training
+    if (
+        training.cpu_offloading_num_layers
+        and training.recompute_granularity == "full"
+        and training.recompute_method == "uniform"
+    ):
+        raise ConfigError(
+            f"cpu_offloading_num_layers={training.cpu_offloading_num_layers} concerns layers that are not recomputed as a whole, "
+            "and recompute_granularity=full with recompute_method=uniform recomputes all of them; use recompute_method=block, or "
+            "leave it out"
+        )
     unknown = set(config.training.recompute_modules) - set(RECOMPUTE_MODULES)
     if unknown:
         raise ConfigError(
@@ -796,6 +811,12 @@ def check_against_model(
         raise ConfigError(
             f"an interleaved pipeline needs its {micro_batches} micro batches per step to be a multiple of "
             f"pipeline_model_parallel_size={parallel.pipeline_model_parallel_size}; change global_batch_size"
+        )
+    largest = max(n for rank in pipeline_split(parallel, num_layers) for n in rank)
+    if training.cpu_offloading_num_layers and training.cpu_offloading_num_layers >= largest:
+        raise ConfigError(
+            f"cpu_offloading_num_layers={training.cpu_offloading_num_layers} must be less than the {largest} layers of a stage, "
+            "since the last one is needed at once; lower it"
         )
     if training.recompute_granularity == "full" and training.recompute_method == "uniform":
         stages = [n for rank in pipeline_split(parallel, num_layers) for n in rank]

@@ -24,11 +24,7 @@ from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.transformer_layer import (
-    TransformerLayer,
-    TransformerLayerSubmodules,
-    get_transformer_layer_offset,
-)
+from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules, get_transformer_layer_offset
 from torch import Tensor
 
 from megatron_longpo.config import Config, ParallelConfig, pipeline_split, virtual_pipeline_size
@@ -36,7 +32,15 @@ from megatron_longpo.model.attention import AttentionPlan, BlockAttention
 from megatron_longpo.model.implementation import LayerChoice, choose_layers
 from megatron_longpo.model.inputs import ModelInputs
 from megatron_longpo.model.kernels import kernels_for
-from megatron_longpo.model.layers import GatedMLP, NormColumnParallelLinear, NormFirst, RMSNorm, set_recompute_up
+from megatron_longpo.model.layers import (
+    GatedMLP,
+    NormColumnParallelLinear,
+    NormFirst,
+    PolicyLayer,
+    RMSNorm,
+    offload_layers,
+    set_recompute_up,
+)
 from megatron_longpo.model.logprobs import KnownGradients, chunk_tokens, default_chunk_bytes, token_logprobs
 from megatron_longpo.model.rotary import Rotary
 from megatron_longpo.model.shape import ModelShape
@@ -56,7 +60,7 @@ def layer_spec(use_transformer_engine: bool, qk_layernorm: bool = False) -> Modu
         column, row = NormColumnParallelLinear, RowParallelLinear
     head_norm = _norm(use_transformer_engine) if qk_layernorm else IdentityOp
     return ModuleSpec(
-        module=TransformerLayer,
+        module=PolicyLayer,
         submodules=TransformerLayerSubmodules(
             # The linear layers that follow the norms include them.
             input_layernorm=IdentityOp,
@@ -290,12 +294,15 @@ def build_model(
         model.implementation = implementation
         _mark_tensor_parallel(model)
         training = config.training
-        whole = {"full": layers if training.recompute_method == "uniform" else training.recompute_num_layers}
+        of_full = layers if training.recompute_method == "uniform" else training.recompute_num_layers
+        whole = of_full if training.recompute_granularity == "full" else 0
         set_recompute_up(
             model.decoder.layers,
-            whole.get(training.recompute_granularity, 0),
+            whole,
             training.recompute_granularity in ("selective", "full") and "mlp_up" in training.recompute_modules,
         )
+        if training.cpu_offloading_num_layers and not reference_layers:
+            offload_layers(model.decoder.layers, whole, training.cpu_offloading_num_layers)
         is_meta = any(p.is_meta for p in model.parameters())
         chunks.append(model if is_meta else model.to(platform.CURRENT.device))
     return chunks

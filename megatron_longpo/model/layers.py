@@ -19,8 +19,11 @@ from megatron.core.jit import jit_fuser
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 from torch.nn.functional import silu
+
+from megatron_longpo.model.offloading import HostActivations, keep
 
 
 def recompute_in_backward(tensor: Tensor, make: Callable[[], Tensor]) -> AbstractContextManager[Any]:
@@ -28,7 +31,8 @@ def recompute_in_backward(tensor: Tensor, make: Callable[[], Tensor]) -> Abstrac
 
     Args:
         tensor: tensor that is not saved. It is recognised by its storage, so its views are not saved either.
-        make: function that computes equal values from tensors that are saved anyway; called without recording gradients.
+        make: function that computes equal values from tensors that are saved anyway (``keep``); called without recording
+            gradients.
     """
     storage, numel = tensor.untyped_storage().data_ptr(), tensor.numel()
 
@@ -129,8 +133,8 @@ class NormFirst(torch.nn.Module):
         """Norm and project ``input_``, [s, 1, H]."""
         weight = self.layer_norm_weight
         normed, scale = _RMSNormFunction.apply(input_, weight, self.eps)
-        x, w = input_.detach(), weight.detach()
-        with recompute_in_backward(normed, lambda: _normalised(x, w, scale, self.eps)):
+        x, r, w = keep(input_), keep(scale), weight.detach()
+        with recompute_in_backward(normed, lambda: _normalised(x(), w, r(), self.eps)):
             return super().forward(normed, *args, **kwargs)  # type: ignore[misc]
 
 
@@ -221,16 +225,16 @@ class GatedMLP(MLP):
         both, bias = self.linear_fc1(hidden_states)
         assert bias is None
         if not self.recompute_up:
-            kept = both.detach()
+            kept = keep(both)
             activated = _SwiGLU.apply(both)
-            with recompute_in_backward(activated, lambda: _activated(kept)):
+            with recompute_in_backward(activated, lambda: _activated(kept())):
                 return self.linear_fc2(activated)
-        x = hidden_states.detach()
+        x = keep(hidden_states)
         # Recomputed for the down-projection's backward and used by the activation's, which comes right after it.
         waiting: list[Tensor] = []
 
         def make_both() -> Tensor:
-            return waiting.pop() if waiting else self.linear_fc1(x)[0]
+            return waiting.pop() if waiting else self.linear_fc1(x())[0]
 
         def make_activated() -> Tensor:
             waiting.append(make_both())
@@ -241,3 +245,48 @@ class GatedMLP(MLP):
         del both
         with recompute_in_backward(activated, make_activated):
             return self.linear_fc2(activated)
+
+
+# --------------------------------------------------------------------------------------------------
+# The layer
+# --------------------------------------------------------------------------------------------------
+
+
+class PolicyLayer(TransformerLayer):
+    """megatron-core's layer, whose saved tensors may wait in host memory.
+
+    Attributes:
+        number: its number in the model chunk.
+        host_activations: who offloads the chunk's layers; None: nobody.
+    """
+
+    number: int
+    host_activations: HostActivations | None = None
+
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Any]:
+        """Map hidden states, [s, 1, H], to hidden states and a context, which is None."""
+        if self.host_activations is None:
+            return super().forward(*args, **kwargs)  # type: ignore[no-any-return]
+        plan = kwargs["packed_seq_params"]
+        return self.host_activations.run(
+            self.number,
+            lambda: super(PolicyLayer, self).forward(*args, **kwargs),
+            [*self.parameters(), plan.cos_sR, plan.sin_sR],
+        )
+
+
+def offload_layers(layers: Iterable[torch.nn.Module], first: int, count: int) -> None:
+    """Have what some layers of a model chunk save wait in host memory, of all but the chunk's last layer.
+
+    Args:
+        layers: layers of the chunk.
+        first, count: number of the first layer, and how many.
+    """
+    layers = list(layers)
+    count = min(count, len(layers) - 1 - first)
+    if count <= 0:
+        return
+    host_activations = HostActivations(first, count)
+    for number, layer in enumerate(layers):
+        assert isinstance(layer, PolicyLayer)
+        layer.number, layer.host_activations = number, host_activations

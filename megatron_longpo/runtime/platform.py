@@ -150,6 +150,10 @@ class Platform:
         """Memory that this process can still allocate."""
         if self.is_cuda:
             return int(torch.cuda.mem_get_info()[0])
+        return self.host_memory_bytes()
+
+    def host_memory_bytes(self) -> int:
+        """Memory of the host that can still be allocated, by all processes together."""
         import psutil
 
         return min(int(psutil.virtual_memory().available), _left_in_control_group())
@@ -177,6 +181,44 @@ class Platform:
         torch.set_rng_state(state["cpu"])
         if self.is_cuda and "cuda" in state:
             torch.cuda.set_rng_state(state["cuda"])
+
+
+class HostTraffic:
+    """Streams that copy between the device and host memory beside the stream that computes; on the CPU everything is in order.
+
+    The caller holds a tensor that is copied to host memory until the computing stream has waited for the copy.
+    """
+
+    def __init__(self) -> None:
+        self._to_host: Any = torch.cuda.Stream()
+        self._to_device: Any = torch.cuda.Stream()
+
+    def send(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A copy in pinned memory of what the computing stream has made by now."""
+        self._to_host.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._to_host):
+            return CURRENT.host_copy(tensor)
+
+    def bring_back(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A copy on the device, in memory of the computing stream."""
+        there = torch.empty(tensor.shape, dtype=tensor.dtype, device=CURRENT.device)
+        # What was in that memory before may still be in use.
+        self._to_device.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._to_device):
+            return there.copy_(tensor, non_blocking=True)
+
+    def mark_sent(self) -> Any:
+        """A mark behind all copies to host memory so far, for ``wait``."""
+        return self._to_host.record_event()
+
+    def mark_received(self) -> Any:
+        """A mark behind all copies to the device so far, for ``wait``."""
+        return self._to_device.record_event()
+
+    def wait(self, mark: Any) -> None:
+        """Let the computing stream wait for a mark; the host does not wait."""
+        if mark is not None:
+            torch.cuda.current_stream().wait_event(mark)
 
 
 def _left_in_control_group(root: Path = Path("/sys/fs/cgroup"), process: Path = Path("/proc/self/cgroup")) -> int:

@@ -113,6 +113,7 @@ class Account(TorchDispatchMode):
         self._blocks: dict[int, tuple[int, str, str]] = {}
         self._lock = threading.RLock()
         self._hidden = 0
+        self.pinned = 0
         # Numbers of a received shape, by what the peers send: set by the world (world.py).
         self.received: Callable[[Tensor], Tensor | None] = lambda _: None
         self.group_name: Callable[[Any], str] = lambda _: "?"
@@ -121,6 +122,7 @@ class Account(TorchDispatchMode):
     def reset(self) -> None:
         """Forget what was counted; what is live stays."""
         self.operators = 0
+        self.pinned_peak = self.pinned
         self.peaks: dict[str, Peak] = {}
         self.curve = Curve()
         self.flops: collections.Counter[str] = collections.Counter()
@@ -203,7 +205,7 @@ class Account(TorchDispatchMode):
     # ---------------------------------------------------------------------------------------------
 
     def __torch_dispatch__(self, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+        kwargs = dict(kwargs or {})
         name, _, overload = func.name().partition(".")
         if name == "aten::_local_scalar_dense" and isinstance(args[0], FakeTensor):
             return self._number(args[0])
@@ -218,6 +220,8 @@ class Account(TorchDispatchMode):
         if name == "profiler::_record_function_enter_new" and str(args[0]).startswith("longpo/"):
             self.phase = str(args[0]).removeprefix("longpo/").replace("_", " ")
         out = func(*args, **kwargs)
+        if kwargs.get("pin_memory"):
+            self._pin(out)
         self.operators += 1
         inputs = [x for x in tree_iter((args, kwargs)) if isinstance(x, Tensor)]
         outputs = [x for x in tree_iter(out) if isinstance(x, Tensor)]
@@ -364,8 +368,21 @@ class Account(TorchDispatchMode):
         out, value = x.clone(), known(x)
         if value is not None:
             _know(out, value)
-        out.__dict__["_pinned"] = True
+        self._pin(out)
         return out
+
+    def _pin(self, x: Tensor) -> None:
+        """Mark a host tensor as page-locked, and count its bytes as long as it lives."""
+        x.__dict__["_pinned"] = True
+        storage = x.untyped_storage()
+        with self._lock:
+            self.pinned += storage.nbytes()
+            self.pinned_peak = max(self.pinned_peak, self.pinned)
+        weakref.finalize(storage, self._unpinned, storage.nbytes()).atexit = False
+
+    def _unpinned(self, size: int) -> None:
+        with self._lock:
+            self.pinned -= size
 
     def _exchange(self, name: str, args: Any) -> None:
         name = name.removeprefix("c10d::").strip("_")

@@ -46,6 +46,7 @@ _KINDS: tuple[tuple[str, tuple[str, ...], str], ...] = (
     ("model/layers.py", (), "norms"),
     ("model/gpt.py", (), "last hidden states"),
     ("training/batch.py", (), "inputs"),
+    ("runtime/platform.py", ("bring_back",), "back from host memory"),
     ("training/optimization.py", (), OPTIMIZER),
     ("core/optimizer/", (), "optimizer, temporary"),
     ("core/tensor_parallel/mappings.py", (), "exchange buffers"),

@@ -83,6 +83,7 @@ class Report:
         peak_bytes: most live bytes of the step.
         estimate_bytes: what training/memory.py estimates for it; None if it does not know what is recomputed.
         static_bytes: live bytes before the step.
+        host_bytes: most bytes of pinned host memory in the step.
         setup_peak_bytes: most live bytes before the first step.
         peak: moment of the peak: ``place``, ``operator``, ``phase``.
         kinds: live bytes at the peak, by kind.
@@ -107,6 +108,7 @@ class Report:
     peak_bytes: int = 0
     estimate_bytes: int | None = None
     static_bytes: int = 0
+    host_bytes: int = 0
     setup_peak_bytes: int = 0
     peak: dict[str, str] = field(default_factory=dict)
     kinds: dict[str, int] = field(default_factory=dict)

@@ -61,7 +61,8 @@ def _memory(report: Report, console: Console, most: int) -> None:
         title=f"peak {report.peak_bytes / _GIB:.2f} GiB in {report.peak['phase']}, at {report.peak['place']} "
         f"({report.peak['operator']}){estimate}",
         caption=f"set-up {report.setup_peak_bytes / _GIB:.2f}; "
-        + "; ".join(f"{phase} {live / _GIB:.2f}" for phase, live in report.phases.items()),
+        + "; ".join(f"{phase} {live / _GIB:.2f}" for phase, live in report.phases.items())
+        + (f"; pinned on the host {report.host_bytes / _GIB:.2f}" if report.host_bytes >= _GIB // 100 else ""),
     )
     memory.add_column("kind")
     memory.add_column("GiB", justify="right")

@@ -6,6 +6,7 @@ import collections
 import functools
 import gc
 import importlib
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -51,6 +52,9 @@ class Simulator:
             reference.load_weights = lambda *_, **__: None
         finally:
             torch.compile = compile_  # type: ignore[assignment]
+        # The host is another machine than this one.
+        platform: Any = importlib.import_module("megatron_longpo.runtime.platform")
+        platform.Platform.host_memory_bytes = lambda _: sys.maxsize
         # What is there now stays; a collection need not look at it again.
         gc.freeze()
         self.account = Account()
@@ -181,11 +185,13 @@ def _simulate(request: Request, folder: Path, account: Account) -> Report:
 def _recomputed(training: TrainingConfig) -> str:
     """What the backward recomputes, in words."""
     modules = ", ".join(training.recompute_modules)
+    waiting = training.cpu_offloading_num_layers
+    offloaded = f"; activations of {waiting} layer(s) of each stage in host memory" if waiting else ""
     if training.recompute_granularity == "full":
         if training.recompute_method == "uniform":
             return f"all layers, {training.recompute_num_layers} at a time"
-        return f"{training.recompute_num_layers} layer(s) of each stage, and {modules} of the others"
-    return modules if training.recompute_granularity == "selective" else "nothing"
+        return f"{training.recompute_num_layers} layer(s) of each stage, and {modules} of the others{offloaded}"
+    return (modules if training.recompute_granularity == "selective" else "nothing") + offloaded
 
 
 def _make_states(trainer: Any, account: Account) -> None:
@@ -200,6 +206,7 @@ def _make_states(trainer: Any, account: Account) -> None:
 def _fill(report: Report, account: Account) -> None:
     peak = max(account.peaks.values(), key=lambda p: p.live)
     report.peak_bytes = peak.live
+    report.host_bytes = account.pinned_peak
     report.peak = {"place": peak.place, "operator": peak.operator, "phase": peak.phase}
     report.kinds = _largest(peak.kinds)
     report.places = dict(list(_largest(peak.places).items())[:40])

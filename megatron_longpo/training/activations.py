@@ -156,6 +156,10 @@ class Activations:
         """Saved of a layer of which nothing is recomputed."""
         return self.without_mlp + 2 * self._mlp
 
+    def kept(self, *, recompute_up: bool) -> int:
+        """Saved of a layer that is not recomputed as a whole."""
+        return self.without_mlp if recompute_up else self.everything
+
     # What passes ------------------------------------------------------------------------------------
 
     def _mlp_backward(self, *, recomputed: bool) -> int:
@@ -224,7 +228,9 @@ class Activations:
 
     # The peak ---------------------------------------------------------------------------------------
 
-    def peak(self, layers: int, *, whole_layers: int, recompute_up: bool, in_flight: int = 1) -> PeakBytes:
+    def peak(
+        self, layers: int, *, whole_layers: int, recompute_up: bool, in_flight: int = 1, offloaded: int = 0
+    ) -> PeakBytes:
         """Most bytes of activations in a step.
 
         Args:
@@ -232,9 +238,13 @@ class Activations:
             whole_layers: how many of them, from the first, are recomputed as a whole.
             recompute_up: whether the others recompute their MLP's first product.
             in_flight: forwards of model chunks whose backward is outstanding when most of them are.
+            offloaded: how many of the layers that are not recomputed as a whole wait in host memory.
         """
-        kept = self.without_mlp if recompute_up else self.everything
-        chunk = whole_layers * self.layer_input + (layers - whole_layers) * kept
+        kept = self.kept(recompute_up=recompute_up)
+        saving = layers - whole_layers
+        waiting = whole_layers * self.layer_input + (saving - offloaded) * kept
+        # Of offloaded layers, the one that is computed and the one before it are on the device; in the backward, the one after.
+        chunk = waiting if not offloaded else max(waiting, whole_layers * self.layer_input + min(2, saving) * kept)
         # By the time of an attention's backward, what its MLP saved is gone.
         mlp_saved = self._hidden + (0 if recompute_up else 2 * self._mlp)
         moments = [PeakBytes(saved=chunk)]
@@ -261,5 +271,5 @@ class Activations:
             # Interleaved, tensors of two virtual stages are on their way.
             always += (4 if self.parallel.virtual_stages else 2) * self._hidden
         return dataclasses.replace(
-            largest, saved=largest.saved + last_input + (in_flight - 1) * chunk, buffers=int(always)
+            largest, saved=largest.saved + last_input + (in_flight - 1) * waiting, buffers=int(always)
         )

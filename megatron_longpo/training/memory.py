@@ -38,6 +38,12 @@ _USABLE = 0.9
 # Largest share of a step's operations that is recomputed without need.
 CHEAP = 0.1
 
+# Operations that a GPU does while it copies a byte to host memory: 600 TFLOP/s, more than any step here has reached, beside
+# 20 GB/s, less than PCIe 4.0 with 16 lanes gives.
+FLOPS_PER_COPIED_BYTE = 30_000
+# Share of the host's free memory that activations may take. torch rounds pinned memory up to powers of two.
+_HOST_SHARE, _PINNED_ROUNDING = 0.5, 2
+
 # How many of the most expensive samples are laid out to find the longest micro batch.
 _MEASURED_SAMPLES = 4
 
@@ -52,6 +58,8 @@ class Choice:
         layers: value of ``recompute_num_layers``.
         bytes_needed: estimated peak memory of a rank.
         extra: floating-point operations that are recomputed, as a share of those of a step.
+        offloaded: value of ``cpu_offloading_num_layers``.
+        host_bytes: estimated memory of the host that a rank takes for them.
     """
 
     granularity: str
@@ -59,8 +67,11 @@ class Choice:
     layers: int
     bytes_needed: int
     extra: float
+    offloaded: int = 0
+    host_bytes: int = 0
 
     def applied_to(self, training: TrainingConfig) -> TrainingConfig:
+        training = dataclasses.replace(training, cpu_offloading_num_layers=self.offloaded)
         if self.granularity == "none":
             return dataclasses.replace(training, recompute_granularity="none")
         if self.granularity == "selective":
@@ -74,11 +85,12 @@ class Choice:
         )
 
     def __str__(self) -> str:
+        offloaded = f"; activations of {self.offloaded} layer(s) of each stage in host memory" if self.offloaded else ""
         if self.granularity == "none":
-            return "nothing"
+            return f"nothing{offloaded}"
         if self.granularity == "selective":
-            return "the MLPs' up-projections"
-        return f"{self.layers} layer(s) of each stage, and the MLPs' up-projections of the others"
+            return f"the MLPs' up-projections{offloaded}"
+        return f"{self.layers} layer(s) of each stage, and the MLPs' up-projections of the others{offloaded}"
 
 
 @dataclass(frozen=True)
@@ -144,10 +156,12 @@ def decide_recompute(plan: RunPlan, data: DataSet, parallel: Parallel) -> RunPla
     )
     # The processes of a node share its memory, but each has a GPU of its own.
     sharing = 1 if platform.CURRENT.is_cuda else int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    least = torch.tensor(platform.CURRENT.available_memory_bytes() // sharing).to(platform.CURRENT.device)
+    on_host = platform.CURRENT.host_memory_bytes() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    least = torch.tensor([platform.CURRENT.available_memory_bytes() // sharing, on_host]).to(platform.CURRENT.device)
     # The processes of a node have not all allocated the same when they measure: the tightest rank counts.
     dist.all_reduce(least, op=dist.ReduceOp.MIN)
-    available = int(least)
+    available, on_host = least.tolist()
+    found = [c for c in found if c.host_bytes <= _HOST_SHARE * on_host]
     choice = choose(found, [free_bytes(c, available) for c in found])
     need, have = choice.bytes_needed / 2**30, available / 2**30
     log(
@@ -193,7 +207,7 @@ def choices(
     stage: int | None,
     on_cuda: bool | None = None,
 ) -> list[Choice]:
-    """All ways to recompute, fewest operations first.
+    """All ways to recompute and to wait in host memory, fewest operations first.
 
     Args:
         shape: shape of the model.
@@ -214,20 +228,37 @@ def choices(
     # The backward takes twice the linear layers, and five matmuls for the attention's two.
     step = 3 * linear + 3.5 * attention
 
-    def choice(granularity: str, modules: tuple[str, ...], layers: int, extra: float) -> Choice:
-        found = Choice(granularity, modules, layers, 0, extra)
+    on_cuda = platform.CURRENT.is_cuda if on_cuda is None else on_cuda
+    wanted = config.training.cpu_offloading_num_layers
+    activations = Activations(shape, config, parallel, tokens=tokens, is_last=True, on_cuda=on_cuda)
+    in_flight = max(_in_flight(config, shape, parallel, num_microbatches, each) for each in stages)
+    sharing = parallel.tensor_size * parallel.context_size
+
+    def choice(granularity: str, modules: tuple[str, ...], layers: int, extra: float, offloaded: int = 0) -> Choice:
+        kept = activations.kept(recompute_up="mlp_up" in modules)
+        host_bytes = _PINNED_ROUNDING * offloaded * kept * in_flight
+        found = Choice(granularity, modules, layers, 0, extra, offloaded, host_bytes)
         chosen = dataclasses.replace(config, training=found.applied_to(config.training))
         sizes = {"tokens": tokens, "num_microbatches": num_microbatches, "on_cuda": on_cuda}
         tensors = [step_bytes(shape, chosen, parallel, stage=each, **sizes) for each in stages]  # type: ignore[arg-type]
         return dataclasses.replace(found, bytes_needed=max(n for n in tensors if n is not None) + _RESERVE_BYTES)
 
-    found = [choice("selective", ("mlp_up",), 0, up / step)]
+    def with_offloading(granularity: str, modules: tuple[str, ...], extra: float) -> list[Choice]:
+        """Without whole layers recomputed: as many layers in host memory as wanted, or any number if it costs no time."""
+        kept = activations.kept(recompute_up="mlp_up" in modules)
+        is_hidden = on_cuda and (linear + attention) / sharing >= FLOPS_PER_COPIED_BYTE * kept
+        counts = range(largest if is_hidden else 1) if wanted is None else (min(wanted, largest - 1),)
+        # Fewer are better, though it makes no difference in operations.
+        return [choice(granularity, modules, 0, extra + 1e-9 * n, n) for n in counts]
+
+    found = with_offloading("selective", ("mlp_up",), up / step)
     if up / step > CHEAP:
-        found.append(choice("none", (), 0, 0.0))
+        found += with_offloading("none", (), 0.0)
     # The same choices, in the same order, on all ranks, whatever their numbers of layers.
     for layers in range(1, largest + 1):
         share = sum(min(layers, n) for rank in split for n in rank) / shape.num_layers
-        found.append(choice("full", ("mlp_up",), layers, (share * (linear + attention) + (1 - share) * up) / step))
+        extra = (share * (linear + attention) + (1 - share) * up) / step
+        found.append(choice("full", ("mlp_up",), layers, extra, max(0, min(wanted or 0, largest - layers - 1))))
     return sorted(found, key=lambda c: c.extra)
 
 
@@ -274,9 +305,8 @@ def step_parts(
     """``step_bytes`` by part."""
     on_cuda = platform.CURRENT.is_cuda if on_cuda is None else on_cuda
     training = config.training
-    split = pipeline_split(config.parallel, shape.num_layers)
     # The largest virtual stage of this rank stands for all of them.
-    virtual, layers = len(split[0]), max(split[stage])
+    layers = max(pipeline_split(config.parallel, shape.num_layers)[stage])
     whole, up = 0, False
     if training.recompute_granularity == "full":
         if training.recompute_method == "uniform" and training.recompute_num_layers > 1:
@@ -291,10 +321,15 @@ def step_parts(
         return None
     last = stage == parallel.pipeline_size - 1
     activations = Activations(shape, config, parallel, tokens=tokens, is_last=last, on_cuda=on_cuda)
-    in_flight = min(_chunks_in_flight(parallel.pipeline_size, virtual, stage), num_microbatches * virtual)
     return StepBytes(
         static_parts(shape, config, parallel, stage, on_cuda=on_cuda),
-        activations.peak(layers, whole_layers=whole, recompute_up=up, in_flight=in_flight),
+        activations.peak(
+            layers,
+            whole_layers=whole,
+            recompute_up=up,
+            in_flight=_in_flight(config, shape, parallel, num_microbatches, stage),
+            offloaded=max(0, min(training.cpu_offloading_num_layers or 0, layers - whole - 1)),
+        ),
     )
 
 
@@ -352,6 +387,12 @@ def static_parts(
     weights = (2 if bf16 else 4) * parameters * copies
     gradients = (2 if config.parallel.grad_reduce_in_bf16 else 4) * parameters
     return StaticBytes(parameters=parameters, weights=weights, gradients=gradients, optimizer=states)
+
+
+def _in_flight(config: Config, shape: ModelShape, parallel: Parallel, num_microbatches: int, stage: int) -> int:
+    """Forwards of model chunks of a rank whose backward is outstanding, when most of them are."""
+    virtual = len(pipeline_split(config.parallel, shape.num_layers)[0])
+    return min(_chunks_in_flight(parallel.pipeline_size, virtual, stage), num_microbatches * virtual)
 
 
 def _chunks_in_flight(pipeline: int, virtual: int, stage: int) -> int:

@@ -44,5 +44,5 @@ def _compared(parameters: Any) -> set[str]:
     values = parameters.params if parameters is not None else {}
     case: Case | None = values.get("case")
     if case is None:
-        return {values.get("name", "one")}
+        return {values[which] for which in ("name", "same") if which in values} or {"one"}
     return {case.name, case.oracle, *(["one-not-shared-bf16"] if case.bf16 else [])}

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from megatron_longpo.data.indexed import PreferenceData
 from megatron_longpo.data.preference import CHOSEN_RESPONSE, REJECTED_RESPONSE
@@ -181,6 +182,21 @@ def test_bf16_is_as_near_to_fp32_as_plain_bf16(results: dict[str, Any], family: 
     assert abs(found["metrics"]["loss"] - loss) <= max(
         BF16_BOUND * abs(plain["metrics"]["loss"] - loss), 2**-8 * abs(loss)
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "same"),
+    [
+        ("one-offloaded-up", "one-recompute-up"),
+        ("one-offloaded-attention", "one-recompute-selective"),
+        ("cp2-offloaded-up", "cp2"),
+    ],
+)
+def test_activations_in_host_memory_change_no_bit(results: dict[str, Any], name: str, same: str) -> None:
+    """What is recomputed is computed from the same numbers: cp2 recomputes nothing, or the same products."""
+    found, expected = results["qwen2"][name], results["qwen2"][same]
+    for kind in ("gradients", "weights"):
+        assert all(torch.equal(x, expected[kind][n]) for n, x in found[kind].items())
 
 
 @pytest.mark.parametrize("name", ["one", "one-simpo", "one-orpo"])

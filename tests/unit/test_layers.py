@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 import types
 from pathlib import Path
@@ -96,20 +97,24 @@ def _parallel(**degrees: Any) -> Parallel:
     return Parallel(**{**values, **degrees})
 
 
-def _choices(tokens: int, context: int) -> list[memory.Choice]:
+def _choices(tokens: int, context: int, *, on_cuda: bool = False, **training: Any) -> list[memory.Choice]:
     config = from_dict(
-        {"training": {"bf16": True}, "parallel": {"context_parallel_size": context, "use_distributed_optimizer": True}},
+        {
+            "training": {"bf16": True, **training},
+            "parallel": {"context_parallel_size": context, "use_distributed_optimizer": True},
+        },
         "test",
     )
     parallel = types.SimpleNamespace(**{**vars(_parallel(context_size=context)), "dp_cp_size": context})
     return memory.choices(
         _MISTRAL,
         config,
-        parallel,
+        parallel,  # type: ignore[arg-type]
         tokens=tokens,
         pairs=tokens * tokens // 2,
         num_microbatches=8,
-        stage=0,  # type: ignore[arg-type]
+        stage=0,
+        on_cuda=on_cuda,
     )
 
 
@@ -136,6 +141,26 @@ def test_no_more_is_computed_again_than_memory_demands() -> None:
     # other layers' inputs; recomputed as a whole it would take no less.
     nearest = memory.choose(found, [memory.free_bytes(c, 10**9) for c in found])
     assert nearest == by_layers[31] == min(found, key=lambda c: c.bytes_needed)
+
+
+def test_activations_wait_in_host_memory_before_layers_are_recomputed_if_copies_are_hidden() -> None:
+    """Mistral-7B over 8 GPUs: what a layer saves is copied while 30,000 operations per byte are computed at 128K, not at 64K."""
+    found = _choices(131072, 8, on_cuda=True)
+    kept = 16384 * ((2 * 4096 + 2 * 4096 + 2 * 1024) * 2 + (2 + 32) * 4)
+    linear, attention = 2 * 131072 * _MISTRAL.layer_weights / 8, 4 * 131072**2 / 2 * 4096 / 8
+    assert linear + attention > memory.FLOPS_PER_COPIED_BYTE * kept
+    first = [c for c in found if c.granularity == "selective"]
+    assert found[: len(first)] == first and [c.offloaded for c in first] == list(range(32))
+    # Each layer less on the GPU, as long as two are left there; pinned memory is counted twice.
+    needs = [c.bytes_needed for c in first]
+    assert [a - b for a, b in itertools.pairwise(needs)] == [kept] * 30 + [0]
+    assert [c.host_bytes for c in first] == [2 * n * kept for n in range(32)]
+    assert str(first[3]) == "the MLPs' up-projections; activations of 3 layer(s) of each stage in host memory"
+    assert {c.offloaded for c in _choices(65536, 8, on_cuda=True)} == {0}
+    assert {c.offloaded for c in _choices(131072, 8)} == {0}
+    # What is asked for is neither raised nor lowered.
+    assert {c.offloaded for c in _choices(131072, 8, on_cuda=True, cpu_offloading_num_layers=0)} == {0}
+    assert {c.offloaded for c in _choices(1024, 1, cpu_offloading_num_layers=4) if c.layers < 28} == {4}
 
 
 def test_a_longer_row_needs_more_recompute() -> None:

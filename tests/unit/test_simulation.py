@@ -75,9 +75,19 @@ ONLINE = {
 }
 
 
+OFFLOADED = {
+    f"{layers} offloaded": dataclasses.replace(
+        _ONE,
+        config={**_ONE.config, "training": {**_ONE.config["training"], "cpu_offloading_num_layers": layers}},
+        shape={**SHAPE, "num_layers": 6},
+    )
+    for layers in (0, 3)
+}
+
+
 @pytest.fixture(scope="module")
 def reports() -> dict[str, Report]:
-    requests = {**LAYOUTS, **ONLINE}
+    requests = {**LAYOUTS, **ONLINE, **OFFLOADED}
     return dict(zip(requests, simulate(list(requests.values()), quiet=True), strict=True))
 
 
@@ -138,6 +148,21 @@ def test_an_online_reference_is_scored_in_the_step_and_may_be_a_second_model(rep
     assert swapped.flops == resident.flops
     assert resident.kinds["weights"] == pytest.approx(2 * cached.kinds["weights"], rel=0.02)
     assert swapped.kinds["weights"] == cached.kinds["weights"]
+
+
+def test_activations_in_host_memory_are_not_on_the_gpu(reports: dict[str, Report]) -> None:
+    none, three = reports["0 offloaded"], reports["3 offloaded"]
+    # A place of a layer: two layer inputs, queries, keys, values, output and the MLP's first product in bf16; in fp32 a number of
+    # each of two norms, of which 329 are fewer than 4096 bytes, and the log-sum-exps of eight heads.
+    layer = 329 * ((2 * 48 + 128 + 64 + 64 + 128 + 2 * 96) * 2 + 8 * 4)
+    assert three.host_bytes == 3 * layer > none.host_bytes
+    # Blocks are multiples of 512 bytes; the peak is before the first layer comes back.
+    assert abs((none.peak_bytes - three.peak_bytes) / (3 * layer) - 1) < 0.02
+    assert three.flops == none.flops
+    own = [{row["place"] for row in report.waits} for report in (none, three)]
+    assert own[0] == own[1]
+    for report in (none, three):
+        assert report.violations == [] and report.peak_bytes <= (report.estimate_bytes or 0)
 
 
 def test_exchanges_are_counted_by_group(reports: dict[str, Report]) -> None:

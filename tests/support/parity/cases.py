@@ -43,6 +43,8 @@ _FULL = {"recompute_granularity": "full"}
 _SELECTIVE = {"recompute_granularity": "selective"}
 _MLP = {"recompute_granularity": "selective", "recompute_modules": ("mlp",)}
 _UP = {"recompute_granularity": "selective", "recompute_modules": ("mlp_up",)}
+# Activations of some layers in host memory.
+_OFFLOADED = {"cpu_offloading_num_layers": 3}
 _NOT_SHARED = {"prefix_sharing": False}
 _INDEPENDENT = {"turns": "independent"}
 _FEW = {"data_path": "few"}
@@ -84,6 +86,17 @@ _BASE = (
     Case(
         "one-recompute-block", 1, {"training": {**_UP, **_FULL, "recompute_method": "block", "recompute_num_layers": 2}}
     ),
+    Case(
+        "one-offloaded", 1, {"training": {"recompute_granularity": "none", **_OFFLOADED}}, families=("qwen2", "qwen3")
+    ),
+    Case("one-offloaded-up", 1, {"training": {**_UP, **_OFFLOADED}}, families=("qwen2",)),
+    Case(
+        "one-offloaded-block",
+        1,
+        {"training": {**_UP, **_FULL, **_OFFLOADED, "recompute_method": "block"}},
+        families=("qwen2",),
+    ),
+    Case("one-offloaded-attention", 1, {"training": {**_SELECTIVE, **_OFFLOADED}}, families=("qwen2",)),
     Case("one-chunked", 1, {"model": {"logprob_chunk_bytes": 8 * 101 * 16}}),
     Case("one-online-swapped", 1, {"reference": {"reference": "online"}}),
     Case("one-online-resident", 1, {"reference": {"reference": "online", "reference_model": "resident"}}),
@@ -158,6 +171,13 @@ _BASE = (
         {"parallel": _layout(cp=2), "data": _NOT_SHARED, "training": {"micro_batch_size": 2}},
     ),
     Case("cp2-distopt-recompute", 2, {"parallel": _layout(cp=2, use_distributed_optimizer=True), "training": _FULL}),
+    Case(
+        "pp2-offloaded",
+        2,
+        {"parallel": _layout(pp=2), "training": {"recompute_granularity": "none", "cpu_offloading_num_layers": 1}},
+        families=("qwen2",),
+    ),
+    Case("cp2-offloaded-up", 2, {"parallel": _layout(cp=2), "training": {**_UP, **_OFFLOADED}}, families=("qwen2",)),
     Case("dp2", 2, {"parallel": _layout()}),
     Case("dp2-distopt", 2, {"parallel": _layout(use_distributed_optimizer=True)}),
     Case(
@@ -213,6 +233,15 @@ _BASE = (
         "dp2-cp2-distopt-online",
         4,
         {"parallel": _layout(cp=2, use_distributed_optimizer=True), "reference": {"reference": "online"}},
+    ),
+    Case(
+        "tp2-sp-cp2-offloaded",
+        4,
+        {
+            "parallel": _layout(tp=2, cp=2, sequence_parallel=True, cp_comm_type="allgather"),
+            "training": {"recompute_granularity": "none", **_OFFLOADED},
+        },
+        families=("qwen2",),
     ),
     Case("cp4", 4, {"parallel": _layout(cp=4)}),
     Case(

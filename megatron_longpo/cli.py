@@ -34,6 +34,7 @@ COMMANDS = {
     "status": Command("Show where a run is; the exit status says whether to run it again.", "status", "status"),
     "watch": Command("Watch a run on the terminal.", "runs", "watch"),
     "compare-runs": Command("Find the first step and metric in which two runs differ.", "runs", "compare_runs"),
+    "replay": Command("Compute a step of a run again, and find where a value is not finite.", "replay", "replay"),
     "simulate": Command("Simulate a rank's training step on a GPU that is not there.", "simulate", "simulate"),
     "convert import": Command("Convert a Hugging Face model to a checkpoint.", "convert", "import_"),
     "convert verify": Command("Compare a checkpoint with a Hugging Face model.", "convert", "verify"),

@@ -20,6 +20,7 @@ from megatron_longpo.errors import ConfigError
 from megatron_longpo.schema import (
     Count,
     ModelSizeFactor,
+    NaturalNumber,
     PositiveFloat,
     Range,
     check_ranges,
@@ -314,6 +315,22 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True)
+class FaultsConfig:
+    """What a run does about numbers, machines and disks that fail."""
+
+    max_skipped_steps: NaturalNumber = 10
+    """Steps of the run that may be skipped because their loss or gradient is NaN, infinite or a spike; one more ends the run. A
+    skipped step changes no weight, and OUTPUT/skipped names its samples. 0: the first one ends the run."""
+    check_for_spiky_loss: bool = False
+    """Skip a step, too, whose loss is above the median of the last spiky_loss_window losses by more than spiky_loss_deviations
+    of their deviations (1.4826 times their median absolute deviation, and at least 1% of the median)."""
+    spiky_loss_deviations: PositiveFloat = 10.0
+    """Deviations above which a loss is a spike."""
+    spiky_loss_window: Annotated[int, Range(ge=20)] = 100
+    """Losses that a loss is compared with. With fewer than 20 of them, in the first steps, there are no spikes."""
+
+
+@dataclass(frozen=True)
 class LoggingConfig:
     """What is logged."""
 
@@ -383,6 +400,7 @@ class Config(Sections):
     training: TrainingConfig = field(default_factory=TrainingConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    faults: FaultsConfig = field(default_factory=FaultsConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
 
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -48,12 +48,14 @@ class RunProgress:
         layout: parallel layout that it was saved with.
         train_iters: optimizer steps of the whole run.
         identity: settings that must not change within the run, by name.
+        guard: what the rule for skipped steps goes by; empty in a run that began before there was one.
     """
 
     step: int
     layout: str
     train_iters: int
     identity: dict[str, Any]
+    guard: dict[str, Any] = field(default_factory=dict)
 
 
 def folder_of(output: Path, step: int) -> Path:

@@ -393,7 +393,7 @@ class _Round:
 def _for_reference(values: Mapping[str, Any]) -> dict[str, Any]:
     """The configuration of a run that only scores: without what log-probs do not depend on, so that another lr, say, does not
     score the data again."""
-    kept = {name: content for name, content in values.items() if name not in ("optimizer", "logging")}
+    kept = {name: content for name, content in values.items() if name not in ("optimizer", "faults", "logging")}
     kept["training"] = {k: v for k, v in kept.get("training", {}).items() if k not in _LENGTH_OF_RUN}
     kept["checkpoint"] = {"load": values["checkpoint"]["load"]}
     return merged(kept, {"reference": {"reference_only": True}})

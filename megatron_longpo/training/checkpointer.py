@@ -48,6 +48,7 @@ from megatron_longpo.training.optimization import counts_in_state, follow_config
 from megatron_longpo.training.optimizer_state import load_optimizer, optimizer_content
 from megatron_longpo.training.plan import RunPlan
 from megatron_longpo.training.plausibility import first_not_finite
+from megatron_longpo.training.skipping import StepGuard
 
 
 def run_identity(plan: RunPlan, reference_weights: str) -> dict[str, Any]:
@@ -112,11 +113,13 @@ class TrainState:
         chunks: the policy's model chunks.
         optimizer: megatron-core's optimizer over them.
         scheduler: schedule of the learning rate.
+        guard: decides which steps are skipped.
     """
 
     chunks: Sequence[PolicyModel]
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
+    guard: StepGuard
 
 
 def weights_state(chunks: Sequence[PolicyModel], parallel: Parallel) -> dict[str, Any]:
@@ -201,6 +204,7 @@ class Checkpointer:
     Attributes:
         resume_step: step of the newest readable checkpoint in the output folder; None: this is a new run.
         good_step: step of the newest checkpoint whose weights and states this launch has found finite; None: there is none.
+        saved_step: step of the newest checkpoint that this launch saved, began to save or resumed from; None: there is none.
         best: best checkpoint so far by the held-out metric of save_best; None: there is none.
 
     Raises:
@@ -223,7 +227,7 @@ class Checkpointer:
         self.best: Best | None = None
         # The save that goes on in the background.
         self._saving: Save | None = None
-        self._saved_step: int | None = None
+        self.saved_step: int | None = None
 
     def _find_checkpoints(self) -> list[int]:
         """Steps of the checkpoints that the run may resume from, newest first; the first of them can be read."""
@@ -256,7 +260,7 @@ class Checkpointer:
         interval = self.config.save_interval
         is_time = last or (interval is not None and step % interval == 0) or self.is_hf_due(step)
         is_time = is_time or self._best_with(step, held_out) != self.best
-        return self.output is not None and self._saved_step != step and is_time
+        return self.output is not None and self.saved_step != step and is_time
 
     def is_hf_due(self, step: int) -> bool:
         """Whether Hugging Face weights are to be written beside the checkpoint of this step."""
@@ -297,7 +301,7 @@ class Checkpointer:
         if self.is_due(step, last=last, held_out=held_out):
             self.best = self._best_with(step, held_out)
             self._save(self.output, step, state, records)
-        elif self._saved_step == step and (best := self._best_with(step, held_out)) != self.best:
+        elif self.saved_step == step and (best := self._best_with(step, held_out)) != self.best:
             # Saved by an earlier launch, which had no time to evaluate it.
             self.best = best
             if self.parallel.rank == 0:
@@ -306,7 +310,7 @@ class Checkpointer:
     def _save(self, output: Path, step: int, state: TrainState, records: Sequence[dict[str, Any]]) -> None:
         # One at a time: another would need the memory of another copy.
         self._finish_saving(output)
-        self._saved_step = step
+        self.saved_step = step
         writing = output / f".writing_{step:07d}"
         if self.parallel.rank == 0:
             if self._folder_lock is not None and not self._folder_lock.is_in_place:
@@ -409,6 +413,7 @@ class Checkpointer:
             layout=self.parallel.describe(),
             train_iters=self.plan.train_iters,
             identity=self.identity,
+            guard=state.guard.state(),
         )
         content["progress"] = dataclasses.asdict(progress)
         if self.config.no_save_optim and not is_loading:
@@ -455,7 +460,7 @@ class Checkpointer:
             if failure is None:
                 if self.parallel.rank == 0:
                     self._set_damaged_aside(self.output, step)
-                self._saved_step = self.good_step = self.resume_step = step
+                self.saved_step = self.good_step = self.resume_step = step
                 log(f"resumed from {folder} after step {step}", active=self.parallel.rank == 0)
                 return step
             first_error = first_error or failure
@@ -463,6 +468,23 @@ class Checkpointer:
         if first_error is not None:
             raise DamagedError(first_error)
         return 0
+
+    def load_step(self, step: int, state: TrainState) -> None:
+        """Load the run's checkpoint after some steps, and leave its folder as it is; collective.
+
+        Args:
+            step: one of ``steps_before``.
+            state: what is loaded into.
+
+        Raises:
+            CheckpointError: it is damaged.
+        """
+        assert self.output is not None
+        self._load_run(folder_of(self.output, step), state)
+
+    def steps_before(self, step: int) -> list[int]:
+        """Steps, below this one, after which there is a checkpoint of this run; newest first."""
+        return [saved for saved in self._resume_steps if saved < step]
 
     def _set_damaged_aside(self, output: Path, step: int) -> None:
         """Rename damaged checkpoints, so that they neither count nor stand in the way of those that come."""
@@ -496,6 +518,7 @@ class Checkpointer:
                 _separate_steps(inner, progress.step)
             _check_finite(folder, first_not_finite(state.chunks, inner_optimizers(state.optimizer)))
             state.scheduler.load_state_dict(loaded["scheduler"])
+            state.guard.load(progress.guard)
             if same_layout:
                 platform.CURRENT.set_rng_state(loaded["rng"])
         except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:

@@ -43,8 +43,17 @@ class DataSet:
         return int(self._ends[-1])
 
     def __getitem__(self, number: int) -> Sample:
+        part, inside = self._place_of(number)
+        return self.parts[part][inside]
+
+    def place_of(self, number: int) -> tuple[str, int]:
+        """Prefix that a sample belongs to, and its number there."""
+        part, inside = self._place_of(number)
+        return self.parts[part].prefix, inside
+
+    def _place_of(self, number: int) -> tuple[int, int]:
         part = self._part_of(number)
-        return self.parts[part][number - (int(self._ends[part - 1]) if part else 0)]
+        return part, int(number) - (int(self._ends[part - 1]) if part else 0)
 
     def _part_of(self, number: int) -> int:
         return int(np.searchsorted(self._ends, number, side="right"))

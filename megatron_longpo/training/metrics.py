@@ -211,6 +211,9 @@ class Reporter:
     def _line(self, r: dict[str, Any]) -> str:
         left = self._progress(r["step"])["seconds_left"]
         width = len(str(self.train_iters))
+        if "skipped" in r:
+            # Some of its values are not there, since they are not finite.
+            return f"step {r['step']:>{width}}/{self.train_iters} | skipped | {duration(left)} left"
         return (
             f"step {r['step']:>{width}}/{self.train_iters} | loss {r['loss']:.4f} | nll {r['nll']:.4f} | margin "
             f"{r['rewards/margins']:+.4f} | acc {r['rewards/accuracies']:.2f} | grad norm {r['grad_norm']:.3f} | lr "

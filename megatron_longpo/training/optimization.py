@@ -10,7 +10,7 @@ import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer import get_megatron_optimizer
-from megatron.core.optimizer.optimizer import MegatronOptimizer
+from megatron.core.optimizer.optimizer import ChainedOptimizer, MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_longpo.config import Config
@@ -43,7 +43,22 @@ def wrap_for_training(chunks: list[PolicyModel], config: Config) -> list[Distrib
     ]
 
 
-def build_optimizer(config: Config, model: list[DistributedDataParallel]) -> MegatronOptimizer:
+class Optimizer(ChainedOptimizer):
+    """megatron-core's optimizer, which leaves out an update by a gradient that is not finite.
+
+    It looks between the norm, which clipping needs anyway, and the update. megatron-core itself does so only with loss scaling
+    (fp16).
+    """
+
+    def get_grad_norm(self) -> float:
+        self._norm = float(super().get_grad_norm())
+        return self._norm
+
+    def step_with_ready_grads(self) -> bool:
+        return math.isfinite(self._norm) and bool(super().step_with_ready_grads())
+
+
+def build_optimizer(config: Config, model: list[DistributedDataParallel]) -> Optimizer:
     """Build megatron-core's optimizer over the model chunks."""
     optimizer_config = config.optimizer
     optimizer = get_megatron_optimizer(
@@ -68,7 +83,7 @@ def build_optimizer(config: Config, model: list[DistributedDataParallel]) -> Meg
     if optimizer_config.optimizer == "rmsprop":
         for inner in inner_optimizers(optimizer):
             _become_rmsprop(inner, optimizer_config.rmsprop_alpha)
-    return optimizer
+    return Optimizer(wrappers_of(optimizer))
 
 
 def wrappers_of(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:

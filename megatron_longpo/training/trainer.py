@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from megatron.core.distributed import finalize_model_grads
 from torch.profiler import record_function
@@ -34,13 +35,21 @@ from megatron_longpo.runtime.status import StatusFile
 from megatron_longpo.training.checkpointer import Checkpointer, TrainState
 from megatron_longpo.training.data_set import DataSet
 from megatron_longpo.training.fingerprint import fingerprint, fingerprint_of_batch
-from megatron_longpo.training.metrics import Reporter, reduce_samples, validation_line
+from megatron_longpo.training.metrics import (
+    SAMPLE_METRICS,
+    Reporter,
+    SampleMetrics,
+    gather_samples,
+    reduce_samples,
+    validation_line,
+)
 from megatron_longpo.training.optimization import build_optimizer, build_scheduler, inner_optimizers, wrap_for_training
 from megatron_longpo.training.plan import RunPlan, make_plan
 from megatron_longpo.training.plausibility import first_not_finite
 from megatron_longpo.training.preflight import cautions, check_run
 from megatron_longpo.training.profiler import Profiler
 from megatron_longpo.training.session import Session, open_session
+from megatron_longpo.training.skipping import StepGuard, path_of, write_skipped
 from megatron_longpo.training.stopping import Stop, StopCondition
 from megatron_longpo.training.trackers import Tracker, open_trackers
 
@@ -60,6 +69,7 @@ class Trainer:
         trackers: opened trackers of this rank.
         export: writes a checkpoint's weights in Hugging Face's form, given its folder and the new one; collective. Needed with
             save_hf_interval.
+        is_replay: whether steps of another run are only computed again, so that its folder stays as it is.
     """
 
     def __init__(
@@ -71,6 +81,7 @@ class Trainer:
         status: StatusFile | None = None,
         trackers: Sequence[Tracker] = (),
         export: Export | None = None,
+        is_replay: bool = False,
     ) -> None:
         plan, config = session.plan, session.config
         self.session, self.checkpointer = session, checkpointer
@@ -80,13 +91,16 @@ class Trainer:
         self.model = wrap_for_training(self.chunks, config)
         self.optimizer = build_optimizer(config, self.model)
         self.scheduler = build_scheduler(config, self.optimizer, plan.train_iters)
-        self.state = TrainState(chunks=self.chunks, optimizer=self.optimizer, scheduler=self.scheduler)
+        self.guard = StepGuard(config.faults)
+        self.state = TrainState(
+            chunks=self.chunks, optimizer=self.optimizer, scheduler=self.scheduler, guard=self.guard
+        )
         self.sampler = _sampler(plan, session.data.train)
         self._numbers: list[int] = []
         self.profiler = Profiler(config.logging, plan.output, self.parallel.rank)
         self.stop_condition = StopCondition(config.checkpoint, began=began)
         self.step = 0
-        self._export, self._trackers = export, trackers
+        self._export, self._trackers, self.is_replay = export, trackers, is_replay
         # Summary of the held-out data after this step, if they were evaluated.
         self._held_out: dict[str, Any] | None = None
         self._configure_schedule()
@@ -152,44 +166,59 @@ class Trainer:
             stop = None if last else self.stop_condition.check(self.step)
             if stop is None or not stop.is_urgent:
                 self.evaluate()
-            self.save(last=last or stop is not None)
+            self.save(last=last, stopping=stop is not None)
             if stop is not None:
                 self._log(f"stopped after step {self.step} {stop.reason}; rerun the same command to continue")
                 return stop
             self._collect_garbage()
         return None
 
-    def train_step(self) -> dict[str, Any]:
-        """Take one optimizer step; collective. Returns what metrics.jsonl records of it."""
-        clock = time.monotonic()
-        numbers = self.sampler.batch(self.step)
+    def forward_backward(self, numbers: Sequence[int]) -> list[SampleMetrics]:
+        """Compute the loss of a global batch and its gradients, which are in DDP's buffers afterwards; collective.
+
+        Args:
+            numbers: numbers of the samples.
+
+        Returns:
+            Metrics of this rank's samples, on the last pipeline stage.
+        """
         self._numbers = list(numbers)
         with record_function("longpo/reference"):
             reference = self.reference.logps(self.session.data.train, numbers)
-
         for chunk in self.model:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         with record_function("longpo/forward_backward"):
-            found = self.session.runner.forward_backward(self.model, self.session.data.train, numbers, reference)
+            return self.session.runner.forward_backward(self.model, self.session.data.train, numbers, reference)
+
+    def train_step(self) -> dict[str, Any]:
+        """Take one optimizer step; collective. Returns what metrics.jsonl records of it."""
+        clock = time.monotonic()
+        numbers = self.sampler.batch(self.step)
+        found = self.forward_backward(numbers)
         means = reduce_samples(found, len(numbers), self.parallel)
-        self._check_finite("loss", means["loss"], numbers)
+        fault, grad_norm = self.guard.fault_of_loss(means["loss"]), None
         prints = self._fingerprints(numbers)
-        with record_function("longpo/optimizer"):
-            _, grad_norm, _ = self.optimizer.step()
-        self._check_finite("gradient norm", float(grad_norm or 0.0), numbers)
+        if fault is None:
+            with record_function("longpo/optimizer"):
+                grad_norm = float(self.optimizer.step()[1])
+            fault = self.guard.fault_of_gradient(grad_norm)
         if prints:
             prints["fingerprint/weights"] = fingerprint(p for chunk in self.chunks for p in chunk.parameters())
         lr = self.optimizer.param_groups[0]["lr"]
         self.scheduler.step(increment=1)
+        if fault is None:
+            self.guard.take(means["loss"])
+        else:
+            self._skip(fault, numbers, found, means)
 
         platform.CURRENT.synchronize()
         seconds = time.monotonic() - clock
         tokens = int(means.pop("tokens"))
-        return {
+        record = {
             "step": self.step + 1,
             **means,
-            "grad_norm": float(grad_norm) if grad_norm is not None else 0.0,
+            "grad_norm": math.nan if grad_norm is None else grad_norm,
             "lr": lr,
             **{f"samples/{name}": count for name, count in self.session.data.train.counts(numbers).items()},
             "tokens": tokens,
@@ -198,6 +227,42 @@ class Trainer:
             "peak_memory_gb": platform.CURRENT.peak_memory_bytes() / 2**30,
             **prints,
         }
+        if fault is None:
+            return record
+        return {**{k: v for k, v in record.items() if math.isfinite(v)}, "skipped": len(self.guard.skipped)}
+
+    def describe(self, numbers: Sequence[int], found: Sequence[SampleMetrics]) -> list[dict[str, Any]]:
+        """Where each sample of a global batch is, and its own metrics; on every rank. Collective."""
+        table = gather_samples(found, SAMPLE_METRICS, len(numbers), self.parallel)
+        values = torch.stack([table[name] for name in SAMPLE_METRICS], dim=1).tolist()
+        described = []
+        for number, row in zip(numbers, values, strict=True):
+            prefix, inside = self.session.data.train.place_of(number)
+            described.append({"data": prefix, "sample": inside, **dict(zip(SAMPLE_METRICS, row, strict=True))})
+        return described
+
+    def _skip(
+        self, fault: str, numbers: Sequence[int], found: Sequence[SampleMetrics], means: dict[str, float]
+    ) -> None:
+        """Count this step as skipped, and write down its samples; collective.
+
+        Raises:
+            LongPOError: it is one too many.
+        """
+        step, output = self.step + 1, self.plan.output
+        self.guard.skip(step)
+        samples = self.describe(numbers, found)
+        where = ""
+        if output is not None and not self.is_replay:
+            where = f"; {path_of(output, step)} has the samples"
+            on_rank0(lambda: write_skipped(output, step, fault, metrics=means, samples=samples))
+        most = self.config.faults.max_skipped_steps
+        if self.guard.is_too_many:
+            raise LongPOError(
+                f"step {step}: {fault} (samples {list(numbers[:8])}), and max_skipped_steps={most} steps were skipped before; "
+                f"{self.checkpointer.advice(step - self.guard.streak)}{where}"
+            )
+        self._log(f"step {step} is skipped ({len(self.guard.skipped)} of at most {most}): {fault}{where}")
 
     def _fingerprints(self, numbers: Sequence[int]) -> dict[str, int]:
         """Fingerprints of the batch and of the gradients if it is time to; collective."""
@@ -218,12 +283,27 @@ class Trainer:
         self._held_out = found
         self.reporter.validation({"step": self.step, **found, "seconds": time.monotonic() - began})
 
-    def save(self, *, last: bool) -> None:
+    def save(self, *, last: bool, stopping: bool = False) -> None:
         """Save a checkpoint if it is time to; collective.
 
+        Args:
+            last: whether this is the run's last step.
+            stopping: whether the run stops here, to go on later.
+
         Raises:
-            LongPOError: a weight or an optimizer state is not finite; nothing is saved.
+            LongPOError: a weight or an optimizer state is not finite, or the run ends with steps that were skipped; nothing is
+                saved.
         """
+        streak, saved = self.guard.streak, self.checkpointer.saved_step
+        if last and streak > 1:
+            raise LongPOError(
+                f"step {self.step}: the run ends with {streak} skipped steps, so it is not finished; "
+                f"{self.checkpointer.advice(self.step - streak)}"
+            )
+        if streak and not (last or stopping) and saved is not None and saved >= self.step - streak:
+            # The same weights again would only take the place of older ones, and these may be what the run has to go back to.
+            return
+        last = last or stopping
         if self.checkpointer.is_due(self.step, last=last, held_out=self._held_out):
             name = first_not_finite(self.chunks, inner_optimizers(self.optimizer))
             if name is not None:

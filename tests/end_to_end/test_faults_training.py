@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 import pytest
 
-from megatron_longpo.checkpoint.folders import folder_of, latest_step
+from megatron_longpo.checkpoint.folders import folder_of, latest_step, whole_steps
 from megatron_longpo.runtime.status import read_status
 from megatron_longpo.training.metrics import read_metrics
 from tests.support.data import make_data
@@ -314,6 +314,64 @@ def test_data_that_were_replaced_between_launches_are_refused(model: Path, tmp_p
     flags: list[Any] = ["--data-path", str(tmp_path / "data")]
     done = run([PYTHON, *train(model, tmp_path / "run", *flags)], expect=2)
     assert "data_sha256=" in error_of(done.stderr)
+
+
+# --------------------------------------------------------------------------------------------------
+# Skipped steps
+# --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("what", ["nan loss", "gradient"])
+def test_a_step_that_is_not_finite_is_skipped_on_all_ranks(model: Path, tmp_path: Path, what: str) -> None:
+    """Step 3 of two ranks, one of which has the fault."""
+    output = tmp_path / "run"
+    flags = ["--exit-interval", "5"]
+    flags += ["--use-distributed-optimizer"] if what == "gradient" else []
+    done = meddle(model, output, what, *flags, rank=1, processes=2).wait()
+    fault = "the loss is nan" if what == "nan loss" else "the gradient norm is inf"
+    path = output / "skipped" / "step_0000003.json"
+    assert f"step 3 is skipped (1 of at most 10): {fault}; {path} has the samples" in done.stdout
+    records = read_metrics(output / "metrics.jsonl")
+    assert [(r["step"], r.get("skipped")) for r in records] == [(1, None), (2, None), (3, 1), (4, None), (5, None)]
+    assert ("loss" in records[2]) == (what == "gradient") and "grad_norm" not in records[2]
+    skipped = json.loads(path.read_text())
+    assert skipped["reason"] == fault and {s["data"] for s in skipped["samples"]} == {str(model / "data")}
+    assert len({s["sample"] for s in skipped["samples"]}) == 2
+    # The weights after it are those before it, which are saved already.
+    assert not folder_of(output, 3).exists() and latest_step(output) == 5
+    if what == "gradient":
+        return
+    line = torchrun(2, "-m", "megatron_longpo.cli", "replay", str(output), "3")
+    again = run(line).stdout.splitlines()
+    assert "step 3, from the checkpoint after step 2" in again and again[-1] == "all values are finite"
+    assert [line.split(":")[0] for line in again if line.startswith(str(model / "data"))] == [
+        f"{s['data']} sample {s['sample']}" for s in skipped["samples"]
+    ]
+
+
+def test_a_spike_is_skipped_and_one_too_many_ends_the_run(model: Path, tmp_path: Path) -> None:
+    """A run with spikes at steps 23 and 24 of 30 that resumes in between, and may skip only one."""
+    output = tmp_path / "run"
+    flags = ["--train-iters", "30", "--save-interval", "20", "--check-for-spiky-loss", "--max-skipped-steps", "1"]
+    done = meddle(model, output, "high loss", *flags, "--exit-interval", "23", MEDDLE_STEP="22").wait()
+    assert "step 23 is skipped (1 of at most 1): the loss of " in done.stdout and " is a spike (above " in done.stdout
+    done = meddle(model, output, "high loss", *flags, MEDDLE_STEP="24").wait(expect=2)
+    line = error_of(done.stderr)
+    assert line.startswith("error: step 25: the loss of ") and "max_skipped_steps=1 steps were skipped before" in line
+    assert read_status(output).state == "failed"
+
+
+def test_weights_that_were_destroyed_are_not_trained_on_and_replay_says_where(model: Path, tmp_path: Path) -> None:
+    """Every step after the first is skipped. The newest checkpoint but one is not given up for the same weights again."""
+    output = tmp_path / "run"
+    flags = ["--lr", "1e30", "--lr-decay-style", "constant", "--clip-grad", "0", "--adam-eps", "1e-8"]
+    done = run([PYTHON, *train(model, output, *flags, "--keep-last", "2")], expect=2)
+    line = error_of(done.stderr)
+    assert line.startswith("error: step 10: the run ends with 9 skipped steps") and "may fail again" in line
+    assert whole_steps(output) == [1]
+    again = run([PYTHON, "-m", "megatron_longpo.cli", "replay", str(output), "3"]).stdout
+    assert "the first value that is not finite is in the gradient of the output of decoder.layers.1 on rank 0" in again
+    assert "step 2 is trained again" not in again
 
 
 # --------------------------------------------------------------------------------------------------

@@ -61,6 +61,32 @@ def _signal_launcher(_: Trainer) -> None:
     time.sleep(2)
 
 
+def _spoil_loss(run: Trainer, value: float) -> None:
+    """In the next step the first sample of this rank has another loss."""
+    original = run.session.runner.forward_backward
+
+    def spoiled(*args: Any, **kwargs: Any) -> Any:
+        run.session.runner.forward_backward = original  # type: ignore[method-assign]
+        found = original(*args, **kwargs)
+        found[0].values["loss"][0] = value
+        return found
+
+    run.session.runner.forward_backward = spoiled  # type: ignore[method-assign]
+
+
+def _spoil_gradient(run: Trainer) -> None:
+    """In the next step this rank's gradient is infinite, before it is reduced over the ranks."""
+    config = run.chunks[0].config
+    original = config.finalize_model_grads_func
+
+    def spoiled(*args: Any, **kwargs: Any) -> Any:
+        config.finalize_model_grads_func = original
+        next(run.chunks[0].parameters()).main_grad.view(-1)[3] = float("inf")
+        return original(*args, **kwargs)
+
+    config.finalize_model_grads_func = spoiled
+
+
 def _fail_plot(_: Trainer) -> None:
     from megatron_longpo.training import metrics
 
@@ -81,6 +107,9 @@ MEDDLES: dict[str, Callable[[Trainer], None]] = {
     "limit": _limit_files,
     "curves": _fail_plot,
     "stop": lambda _: os.kill(os.getpid(), signal.SIGSTOP),
+    "nan loss": lambda run: _spoil_loss(run, float("nan")),
+    "high loss": lambda run: _spoil_loss(run, 1e6),
+    "gradient": _spoil_gradient,
     "SIGTERM": lambda _: os.kill(os.getpid(), signal.SIGTERM),
     "SIGUSR1": lambda _: os.kill(os.getpid(), signal.SIGUSR1),
     "SIGTERM to the launcher": _signal_launcher,

@@ -20,6 +20,7 @@ import tyro
 from megatron_longpo.commands.convert import ExportOptions, ImportOptions, VerifyOptions
 from megatron_longpo.commands.evolve import EvolveOptions
 from megatron_longpo.commands.preprocess import InspectOptions, PreprocessOptions
+from megatron_longpo.commands.replay import ReplayOptions
 from megatron_longpo.commands.runs import CompareOptions, WatchOptions
 from megatron_longpo.commands.simulate import SimulateOptions
 from megatron_longpo.commands.status import StatusOptions
@@ -84,6 +85,7 @@ PROGRAMS = {
     "status": "status",
     "watch": "watch",
     "compare-runs": "compare-runs",
+    "replay": "replay",
     "train": "train",
     "megatron_longpo.train": "train",
 }
@@ -192,7 +194,7 @@ OPTIONS = [
     *(WatchOptions, CompareOptions),
     *(ImportOptions, ExportOptions, VerifyOptions),
     *(EvolveOptions, EvolveConfig, Resources, GateRule),
-    *(StatusOptions,),
+    *(StatusOptions, ReplayOptions),
 ]
 
 

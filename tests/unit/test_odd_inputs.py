@@ -177,6 +177,7 @@ LINES = {
     "evolve": [["--config", "FILE"], ["--config", "FILE", "--check"], ["--config", "FILE", "--redo", "WORD"]],
     "evolve status": [["--config", "FILE"]],
     "evolve report": [["--config", "FILE"]],
+    "replay": [["FOLDER", "3"]],
     "status": [["FOLDER"], ["FOLDER", "--alive", "60"]],
     "train": [["--data-path", "PREFIX", "--load", "FOLDER", "--save", "OUT"], ["--config", "FILE"]],
 }

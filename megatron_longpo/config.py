@@ -449,6 +449,10 @@ def from_yaml(path: str | Path, root: type[Root] = Config) -> Root:  # type: ign
     return from_dict(read_yaml(path), f"--config {Path(path)}", root)
 
 
+# Settings, not data.
+_MOST_YAML_BYTES = 2**24
+
+
 def read_yaml(path: str | Path) -> Any:
     """Content of a YAML file.
 
@@ -457,7 +461,11 @@ def read_yaml(path: str | Path) -> Any:
     """
     path = Path(path)
     try:
-        text = path.read_bytes().decode("utf-8")
+        with open(path, "rb") as stream:
+            content = stream.read(_MOST_YAML_BYTES + 1)
+        if len(content) > _MOST_YAML_BYTES:
+            raise ConfigError(f"--config {path}: has more than {_MOST_YAML_BYTES} bytes; give a YAML file of settings")
+        text = content.decode("utf-8")
     except FileNotFoundError:
         raise ConfigError(f"--config {path}: there is no such file; name an existing YAML file") from None
     except (OSError, UnicodeDecodeError) as error:

@@ -81,6 +81,7 @@ class _LazySavePlanner(SavePlanner):
     def __init__(self, chunks: Sequence[LazyChunk], values: Iterator[Tensor]) -> None:
         self._chunks, self._values = chunks, values
         self._expected = iter(chunks)
+        self._written: Tensor | None = None
 
     def set_up_planner(self, state_dict: Any, storage_meta: Any = None, is_coordinator: bool = False) -> None:
         pass
@@ -111,9 +112,20 @@ class _LazySavePlanner(SavePlanner):
         chunk = next(self._expected)
         assert write_item.index.fqn == chunk.key, "chunks are written in the order of the plan"
         assert write_item.index.offset == torch.Size(chunk.offsets)
+        self._release()
         tensor = next(self._values)
         assert tuple(tensor.shape) == chunk.sizes and tensor.dtype == chunk.dtype
+        self._written = tensor
         return tensor
+
+    def _release(self) -> None:
+        """Give up the memory of the tensor that was written last: torch (2.13) keeps one per key until the file is complete."""
+        if self._written is not None:
+            storage = self._written.untyped_storage()
+            # Of a larger storage the writer makes a copy, and others may look at the rest of it.
+            if storage.nbytes() == self._written.nbytes and storage.resizable():
+                storage.resize_(0)
+            self._written = None
 
 
 def write_distributed(folder: Path, chunks: Sequence[LazyChunk]) -> None:

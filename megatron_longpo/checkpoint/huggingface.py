@@ -20,7 +20,8 @@ from torch import Tensor
 from megatron_longpo.checkpoint.prefetch import flushing
 from megatron_longpo.errors import CheckpointError, one_line
 from megatron_longpo.model.families import check_numbers
-from megatron_longpo.runtime.reading import read_json
+from megatron_longpo.model.shape import largest_size
+from megatron_longpo.runtime.reading import TooLarge, read_json
 
 DTYPES = {
     "float32": torch.float32,
@@ -72,11 +73,13 @@ def read_hf_config(folder: Path) -> dict[str, Any]:
     """
     path = folder / "config.json"
     try:
-        config = read_json(path, MAX_CONFIG_BYTES)
+        config = read_json(path, largest_size(MAX_CONFIG_BYTES))
     except FileNotFoundError:
         raise CheckpointError(
             f"{path}: no such file; use a complete Hugging Face model folder, as save_pretrained writes it"
         ) from None
+    except TooLarge as error:
+        raise CheckpointError(f"{path}: {error}; download it again, or raise model_size_factor") from None
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: cannot be read as JSON ({one_line(error)}); download it again") from None
     if not isinstance(config, dict):
@@ -112,10 +115,10 @@ def check_model_folder(folder: Path) -> None:
         )
         # At least: gate or up and down projections, and embeddings.
         weights = hidden * (2 * layers * width + vocabulary)
-        if weights > _MAX_WEIGHTS_PER_BYTE * stored and stored:
+        if weights > largest_size(_MAX_WEIGHTS_PER_BYTE * stored) and stored:
             raise CheckpointError(
                 f"{path}: describes at least {weights:,} weights, but its folder's weights have {stored:,} bytes; "
-                "download the model again"
+                "download the model again, or raise model_size_factor"
             )
 
 
@@ -166,8 +169,10 @@ class HuggingFaceWeights:
 
     def _find_indexed(self, index: Path) -> dict[str, _TensorInfo]:
         try:
-            weight_map = dict(read_json(index, MAX_INDEX_BYTES)["weight_map"])
+            weight_map = dict(read_json(index, largest_size(MAX_INDEX_BYTES))["weight_map"])
             files = sorted(set(weight_map.values()))
+        except TooLarge as error:
+            raise CheckpointError(f"{index}: {error}; download the model again, or raise model_size_factor") from None
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{index}: cannot be read ({one_line(error)}); download the model again") from None
         found = {}

@@ -56,6 +56,9 @@ class PreprocessOptions:
     """Longest short row in tokens; longer samples are skipped."""
     max_turns: Count = 4000
     """Most turns of a row; rows with more are skipped."""
+    max_turns_rendered_whole: Count = 400
+    """Most turns of a row if the chat template renders a turn by all earlier ones, which takes time that grows with the square
+    of the turns; rows with more are skipped."""
     template_seconds: PositiveFiniteFloat = 10.0
     """Longest time that the chat template may take to render a row."""
     template_memory_bytes: Annotated[int, Range(ge=2**26)] = 2**31
@@ -94,6 +97,7 @@ def preprocess(arguments: Sequence[str], *, prog: str) -> None:
         seq_length=options.seq_length,
         short_seq_length=options.short_seq_length,
         max_turns=options.max_turns,
+        max_turns_rendered_whole=options.max_turns_rendered_whole,
         chat_template_kwargs=parse_template_kwargs(options.chat_template_kwargs),
         template_date=_date_of(options.template_date),
         system_prompt=options.system_prompt,

@@ -19,7 +19,7 @@ from megatron_longpo.conversion.logits import BOUND, Agreement, compare_logits
 from megatron_longpo.conversion.output import final_name
 from megatron_longpo.errors import CheckpointError
 from megatron_longpo.model.shape import ModelShape
-from megatron_longpo.runtime.collectives import rank
+from megatron_longpo.runtime.collectives import raise_on_all_ranks, rank
 from megatron_longpo.runtime.log import log
 from megatron_longpo.runtime.progress import Progress
 from megatron_longpo.text.chat import load_tokenizer
@@ -119,8 +119,11 @@ def _verify(checkpoint: Path, hf: Path, *, changes: Changes, logits: LogitsCheck
     # Models with different tensors are not compared at all, so there is nothing to run side by side.
     if logits is not None and found.tensors:
         agreement = _compare_logits(checkpoint, hf, changes, logits)
-    if first and report is not None:
-        _write_report(report, found, agreement)
+    if report is not None:
+        # The other ranks must not wait for one that cannot write.
+        with raise_on_all_ranks(report):
+            if first:
+                _write_report(report, found, agreement)
     if not found.is_equal or (agreement is not None and not agreement.is_close):
         raise CheckpointError(
             f"{resolve(checkpoint)} and {final_name(hf)} are not the same model: {'; '.join(_reasons(found, agreement))}; "

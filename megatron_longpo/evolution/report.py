@@ -165,4 +165,4 @@ def _pictures(folder: Path) -> list[tuple[str, str]]:
 
 def _png(path: Path) -> str:
     """A PNG in base64; empty if there is none."""
-    return base64.b64encode(path.read_bytes()).decode() if path.exists() else ""
+    return base64.b64encode(path.read_bytes()).decode() if path.is_file() else ""

@@ -147,7 +147,7 @@ class ModelShape:
         """
         path = folder / FILE_NAME
         try:
-            content = read_json(path, MAX_BYTES)
+            content = read_json(path, largest_size(MAX_BYTES))
         except FileNotFoundError:
             raise CheckpointError(
                 f"{folder}: contains no {FILE_NAME}, so it is not a checkpoint of this project; convert a Hugging Face "
@@ -166,10 +166,10 @@ class ModelShape:
         shape.check(str(path))
         stored = sum(file.stat().st_size for file in folder.glob("*.distcp"))
         described = shape.num_layers * shape.layer_weights
-        if stored and described > stored:
+        if stored and described > largest_size(stored):
             raise CheckpointError(
                 f"{path}: describes at least {described:,} weights, but its .distcp files have {stored:,} bytes; they belong to "
-                "different models; convert the model again"
+                "different models; convert the model again, or raise model_size_factor"
             )
         return shape
 

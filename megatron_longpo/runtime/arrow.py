@@ -38,7 +38,27 @@ def read_batches(source: Any, file_bytes: int, limits: ReadingConfig = DEFAULT_R
 
     # The footer of the random-access format is not read: it could name other batches than those that were looked at.
     start = _STREAM_START if source.read(len(_MAGIC)) == _MAGIC else 0
+    check_batches(source, file_bytes, limits)
     source.seek(start)
+    yield from pyarrow.ipc.open_stream(source)
+
+
+def check_batches(source: Any, file_bytes: int, limits: ReadingConfig = DEFAULT_READING) -> None:
+    """Check how far the compressed buffers of an Arrow file grow.
+
+    Args:
+        source: ``pyarrow.NativeFile``.
+        file_bytes: size of the file.
+        limits: how far compressed buffers may grow.
+
+    Raises:
+        TooLarge: the buffers of a batch grow too far.
+        ValueError, pyarrow.ArrowException: the file is damaged.
+    """
+    import pyarrow
+
+    source.seek(0)
+    source.seek(_STREAM_START if source.read(len(_MAGIC)) == _MAGIC else 0)
     most = max(FREE_BYTES, limits.max_expansion * file_bytes)
     for number, message in enumerate(pyarrow.ipc.MessageReader.open_stream(source)):
         size = _decompressed_bytes(message)
@@ -47,8 +67,6 @@ def read_batches(source: Any, file_bytes: int, limits: ReadingConfig = DEFAULT_R
                 f"batch {number} decompresses to {size} bytes, more than {limits.max_expansion} times the size of the file; "
                 "if it is what it should be, raise max_expansion"
             )
-    source.seek(start)
-    yield from pyarrow.ipc.open_stream(source)
 
 
 def _decompressed_bytes(message: Any) -> int:

@@ -10,12 +10,14 @@ import contextlib
 import gzip
 import io
 import json
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO, NamedTuple, cast
 
+from megatron_longpo.errors import ConfigError
 from megatron_longpo.runtime.files import open_regular
 from megatron_longpo.schema import Count, Range
 
@@ -256,17 +258,45 @@ def check_expansion(metadata: Any, file_bytes: int, limits: ReadingConfig = DEFA
             )
 
 
-def read_bytes(path: Path, most: int = DEFAULT_READING.max_json_bytes) -> bytes:
+_OWN_JSON_VARIABLE = "MEGATRON_LONGPO_MAX_JSON_BYTES"
+
+
+def largest_own_json() -> int:
+    """Largest file of the package's own formats that is read whole, in bytes; an environment variable may raise it, since every
+    command reads such files.
+
+    Raises:
+        ConfigError: the variable is not a number.
+    """
+    text = os.environ.get(_OWN_JSON_VARIABLE, "")
+    if not text:
+        return DEFAULT_READING.max_json_bytes
+    if not text.isascii() or not text.isdigit() or not int(text):
+        raise ConfigError(
+            f"{_OWN_JSON_VARIABLE}={text} must be a number of bytes, such as {2**31}; correct or unset it"
+        )
+    return int(text)
+
+
+def read_bytes(path: Path, most: int | None = None) -> bytes:
     """Content of a file, decompressed by its name.
+
+    Args:
+        path: the file.
+        most: largest content in bytes; by default that of the package's own formats.
 
     Raises:
         OSError: it cannot be read.
-        TooLarge: it has more than ``most`` bytes.
+        TooLarge: it is larger.
     """
+    is_own, most = most is None, largest_own_json() if most is None else most
     with opened(path) as stream:
         content = stream.read(most + 1)
     if len(content) > most:
-        raise TooLarge(f"it has more than {most} bytes, the limit for a file that is read whole")
+        raise TooLarge(
+            f"it has more than {most} bytes, the limit for a file that is read whole"
+            + (f"; {_OWN_JSON_VARIABLE} may raise it" if is_own else "")
+        )
     return content
 
 
@@ -310,8 +340,12 @@ def _is_deep(value: Any, depth: int) -> bool:
     return True
 
 
-def read_json(path: Path, most: int = DEFAULT_READING.max_json_bytes) -> Any:
+def read_json(path: Path, most: int | None = None) -> Any:
     """Content of a JSON file in UTF-8; it may be compressed.
+
+    Args:
+        path: the file.
+        most: largest content in bytes; by default that of the package's own formats.
 
     Raises:
         OSError: it cannot be read.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -19,9 +20,9 @@ from megatron_longpo.config import (
 )
 from megatron_longpo.data import preference as p
 from megatron_longpo.data.indexed import Manifest, PreferenceData, SampleWriter, token_dtype
-from megatron_longpo.errors import ConfigError
+from megatron_longpo.errors import CheckpointError, ConfigError, one_line
 from megatron_longpo.model.families import shape_from_hf
-from megatron_longpo.model.shape import FILE_NAME, MAX_BYTES, ModelShape
+from megatron_longpo.model.shape import FILE_NAME, MAX_BYTES, ModelShape, largest_size
 from megatron_longpo.runtime.reading import read_json
 from megatron_longpo.simulation.request import Request
 from megatron_longpo.training.plan import RunPlan, make_plan
@@ -87,7 +88,19 @@ def _read_shape(model: str | None, config: Config) -> ModelShape:
         )
     if file.name == FILE_NAME:
         return ModelShape.read(file.parent)
-    return shape_from_hf(read_json(file, MAX_BYTES), str(file))
+    return shape_from_hf(_read(file), str(file))
+
+
+def _read(file: Path) -> dict[str, Any]:
+    """A model's config.json."""
+    try:
+        content = read_json(file, largest_size(MAX_BYTES))
+        if isinstance(content, dict):
+            return content
+        problem: object = "it is not a JSON object"
+    except (OSError, ValueError) as error:
+        problem = error
+    raise CheckpointError(f"{file}: cannot be read ({one_line(problem)}); name the shape of a model with --model")
 
 
 def _samples(request: Request, config: Config, shape: ModelShape) -> list[p.Sample]:

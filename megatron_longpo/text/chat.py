@@ -37,7 +37,7 @@ from megatron_longpo.data.preference import (
 )
 from megatron_longpo.data.vocabulary import folder_vocabulary_hash, sentencepiece_vocabulary, vocabulary_hash
 from megatron_longpo.errors import DataError, one_line
-from megatron_longpo.runtime.reading import read_bytes
+from megatron_longpo.runtime.reading import TooLarge, read_bytes
 from megatron_longpo.text.dialogue import Answer, Dialogue, TurnEnd, common_beginning
 from megatron_longpo.text.template_guard import (
     TEMPLATE_MEMORY_BYTES,
@@ -478,7 +478,7 @@ def load_tokenizer(
     # Neither built in nor a file: perhaps one of the tokenizer's own.
     is_own = path.is_dir() and chat_template not in BUILT_IN_TEMPLATES and not Path(chat_template or "").exists()
     name = chat_template if is_own else None
-    template = None if chat_template is None or is_own else _template_named(chat_template)
+    template = None if chat_template is None or is_own else _template_named(chat_template, template_memory_bytes)
     where = f"--tokenizer {path}: its chat template" if chat_template is None else f"--chat-template {chat_template}"
     if not path.exists():
         raise DataError(f"--tokenizer {path}: no such file or folder; give a tokenizer folder or a .model file")
@@ -498,15 +498,25 @@ def load_tokenizer(
     return tokenizer
 
 
-def _template_named(name: str) -> str:
-    """A built-in template, or the content of a file."""
+def _template_named(name: str, memory_bytes: int) -> str:
+    """A built-in template, or the content of a file.
+
+    Args:
+        name: name of the template, or path of the file.
+        memory_bytes: most memory that the template may take, of which its text may be a small part.
+    """
     if name in BUILT_IN_TEMPLATES:
         return BUILT_IN_TEMPLATES[name]
     try:
-        return read_bytes(Path(name), _TEMPLATE_BYTES).decode("utf-8")
+        return read_bytes(Path(name), memory_bytes // _MEMORY_PER_TEMPLATE_BYTE).decode("utf-8")
     except FileNotFoundError:
         raise DataError(
             f"--chat-template {name}: no such file; name a file, or one of {', '.join(BUILT_IN_TEMPLATES)}"
+        ) from None
+    except TooLarge as error:
+        raise DataError(
+            f"--chat-template {name}: {error}; shorten it, or raise template_memory_bytes={memory_bytes}, of which a text may "
+            f"be 1/{_MEMORY_PER_TEMPLATE_BYTE}"
         ) from None
     except (OSError, ValueError) as error:
         raise DataError(
@@ -514,7 +524,8 @@ def _template_named(name: str) -> str:
         ) from None
 
 
-_TEMPLATE_BYTES = 2**20
+# With 2 GiB of memory, a text of 1 MiB.
+_MEMORY_PER_TEMPLATE_BYTE = 2**11
 
 
 def _own_template(path: Path, templates: str | Mapping[str, str] | None, name: str | None) -> str:
@@ -586,7 +597,7 @@ _RECENT_MESSAGES = 5
 # Characters at the end of a document in which the cut before its question is looked for.
 _CUT_CHARACTERS = 256
 # Most turns of a dialogue whose template depends on all earlier turns.
-_MOST_TURNS_RENDERED_WHOLE = 400
+MAX_TURNS_RENDERED_WHOLE = 400
 
 
 EarlierAnswers = Literal["finished", "as_answered"]
@@ -599,6 +610,7 @@ def encode_sample(
     *,
     system: str | None = None,
     earlier_answers: EarlierAnswers = "finished",
+    max_turns_rendered_whole: int = MAX_TURNS_RENDERED_WHOLE,
 ) -> Sample:
     """Tokenise a document with its turns.
 
@@ -610,6 +622,7 @@ def encode_sample(
         earlier_answers: how answers that are not the last are laid out, where the template renders the last one differently.
             ``finished``: as the template renders them in the finished dialogue, without thinking that it drops from there;
             ``as_answered``: each as the last one of its dialogue, as the model wrote it.
+        max_turns_rendered_whole: most turns, if the template renders a turn by all earlier ones: time grows with their square.
 
     Returns:
         The sample's pieces.
@@ -629,11 +642,11 @@ def encode_sample(
             sample = None
         if sample is not None:
             return sample
-        if len(turns) > _MOST_TURNS_RENDERED_WHOLE:
+        if len(turns) > max_turns_rendered_whole:
             raise BadRow(
                 "too_many_turns",
-                f"the row has {len(turns)} turns, and the chat template renders a turn by more than the one before it; such "
-                f"rows may have {_MOST_TURNS_RENDERED_WHOLE}",
+                f"the row has {len(turns)} turns, and the chat template renders a turn by more than the one before it; "
+                f"max_turns_rendered_whole is {max_turns_rendered_whole}",
             )
     encoder = Encoder(tokenizer, system=system)
     try:

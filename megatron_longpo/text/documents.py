@@ -15,6 +15,7 @@ import pyarrow.parquet
 from megatron_longpo.errors import DataError, one_line
 from megatron_longpo.runtime.files import open_regular
 from megatron_longpo.runtime.log import log
+from megatron_longpo.runtime.parquet import check_pages
 from megatron_longpo.runtime.reading import (
     DEFAULT_READING,
     ReadingConfig,
@@ -283,6 +284,7 @@ def _rows_of_parquet(path: Path, column: str, limits: ReadingConfig) -> Iterator
                 f"--documents {path}: is not a parquet file ({one_line(error)}); give a whole one"
             ) from None
         check_expansion(file.metadata, path.stat().st_size, limits)
+        check_pages(path, limits)
         if column not in file.schema_arrow.names:
             raise DataError(
                 f"--documents {path}: has no column {column!r}; name the text's column with --text-column, one of "

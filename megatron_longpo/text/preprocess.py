@@ -37,6 +37,7 @@ from megatron_longpo.errors import DataError, one_line
 from megatron_longpo.runtime.arrow import read_batches
 from megatron_longpo.runtime.files import check_checksum, open_regular, sha256_of
 from megatron_longpo.runtime.log import log
+from megatron_longpo.runtime.parquet import check_pages
 from megatron_longpo.runtime.progress import Progress
 from megatron_longpo.runtime.reading import (
     DEFAULT_READING,
@@ -49,7 +50,15 @@ from megatron_longpo.runtime.reading import (
     read_json,
     read_json_rows,
 )
-from megatron_longpo.text.chat import ChatTokenizer, EarlierAnswers, Turn, encode_sample, load_tokenizer, turn_of
+from megatron_longpo.text.chat import (
+    MAX_TURNS_RENDERED_WHOLE,
+    ChatTokenizer,
+    EarlierAnswers,
+    Turn,
+    encode_sample,
+    load_tokenizer,
+    turn_of,
+)
 from megatron_longpo.text.chat_rows import (
     ROW_KEYS,
     encode_chat_row,
@@ -86,6 +95,7 @@ class Settings:
         seq_length: longest long row in tokens; longer samples are skipped. None sets no limit.
         short_seq_length: longest short row in tokens (paper: 32768); turns with a longer one are skipped.
         max_turns: most turns of a row; a row with more is skipped.
+        max_turns_rendered_whole: the same, if the chat template renders a turn by all earlier ones.
         chat_template_kwargs: arguments of the chat template.
         template_date: the date that the chat template is told, if it asks for one; None: that of the output that is resumed, or
             today's in UTC.
@@ -106,6 +116,7 @@ class Settings:
     seq_length: int | None = None
     short_seq_length: int = 32768
     max_turns: int = MAX_TURNS
+    max_turns_rendered_whole: int = MAX_TURNS_RENDERED_WHOLE
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     template_date: datetime.date | None = None
     system_prompt: str | None = None
@@ -273,6 +284,7 @@ def _read_columns(path: Path, limits: ReadingConfig) -> Iterator[RawRow]:
             if path.suffix == ".parquet":
                 table = pyarrow.parquet.ParquetFile(stream, pre_buffer=False)
                 check_expansion(table.metadata, path.stat().st_size, limits)
+                check_pages(path, limits)
                 batches = table.iter_batches(batch_size=1)
             else:
                 batches = read_batches(pyarrow.memory_map(str(path)), path.stat().st_size, limits)
@@ -415,7 +427,14 @@ def _text_sample(
             skipped.append(SkippedRow(error.reason, str(error), turn=number))
     if not good:
         return None
-    return encode_sample(tokenizer, context, good, system=system, earlier_answers=settings.earlier_answers)
+    return encode_sample(
+        tokenizer,
+        context,
+        good,
+        system=system,
+        earlier_answers=settings.earlier_answers,
+        max_turns_rendered_whole=settings.max_turns_rendered_whole,
+    )
 
 
 def _system_of(value: dict[str, Any], settings: Settings, tokenizer: ChatTokenizer) -> str | None:

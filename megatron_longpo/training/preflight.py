@@ -151,6 +151,11 @@ def _check_writable(name: str, folder: Path) -> None:
     existing = _existing(folder)
     if not existing.is_dir():
         raise ConfigError(f"{name}={folder}: {existing} is not a folder; choose another")
+    if os.statvfs(existing).f_flag & os.ST_RDONLY:
+        raise ConfigError(
+            f"{name}={folder}: {existing} is on a read-only file system; mount it writable, or choose another "
+            f"--{name.replace('_', '-')}"
+        )
     if not os.access(existing, os.W_OK | os.X_OK):
         raise ConfigError(
             f"{name}={folder}: {existing} cannot be written to; change its permissions, or choose another "

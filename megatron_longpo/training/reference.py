@@ -32,6 +32,7 @@ from megatron_longpo.runtime.files import FolderLock, holder_of, sha256_of, writ
 from megatron_longpo.runtime.log import log
 from megatron_longpo.runtime.process_groups import Parallel
 from megatron_longpo.runtime.progress import Progress
+from megatron_longpo.runtime.reading import read_bytes, read_json
 from megatron_longpo.training.checkpointer import load_weights
 from megatron_longpo.training.data_set import DataSet
 from megatron_longpo.training.plan import RunPlan
@@ -44,6 +45,7 @@ _SAMPLES_PER_RANK = 8
 # Sums of thousands of log-probs near zero may end a little above it.
 _ROUNDING = 0.1
 _DIGEST_BYTES = 32
+_MOST_HEADER_BYTES = 2**16
 _POLL_SECONDS = 2.0
 
 
@@ -262,6 +264,11 @@ class ReferenceCache:
     def path(self) -> Path:
         return self.folder / f"{self.name}.npy"
 
+    @property
+    def _most_bytes(self) -> int:
+        """Most bytes of a file of a table: its values, and a header or a checksum."""
+        return self.num_samples * 2 * 8 + _MOST_HEADER_BYTES
+
     def read(self) -> np.ndarray | None:
         """Read the whole table; None if there is none.
 
@@ -271,7 +278,7 @@ class ReferenceCache:
         if not self.path.exists():
             return None
         try:
-            content = self.path.read_bytes()
+            content = read_bytes(self.path, self._most_bytes)
             table = np.load(io.BytesIO(content), allow_pickle=False)
         except Exception as error:  # numpy raises a dozen kinds for a file that is not one of its own
             raise DataError(f"{self.path}: cannot be read ({one_line(error)}); remove it to compute it again") from None
@@ -297,10 +304,10 @@ class ReferenceCache:
         """Checksum of the table; None: it was written before there were any."""
         path = self.folder / f"{self.name}.json"
         try:
-            found = json.loads(path.read_bytes())
+            found = read_json(path)
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, RecursionError) as error:
+        except (OSError, ValueError) as error:
             raise DataError(
                 f"{path}: cannot be read ({one_line(error)}); remove it and {self.path.name} to compute them again"
             ) from None
@@ -336,7 +343,12 @@ class ReferenceCache:
         table = np.full((self.num_samples, 2), np.nan)
         if not path.exists():
             return table
-        content = path.read_bytes()
+        try:
+            content = read_bytes(path, self._most_bytes)
+        except (OSError, ValueError) as error:
+            raise DataError(
+                f"{path}: cannot be read ({one_line(error)}); remove it to score all samples again"
+            ) from None
         if len(content) == table.nbytes + _DIGEST_BYTES:
             content, digest = content[:-_DIGEST_BYTES], content[-_DIGEST_BYTES:]
             if hashlib.sha256(content).digest() != digest:

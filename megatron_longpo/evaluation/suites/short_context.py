@@ -34,7 +34,10 @@ from megatron_longpo.evaluation.suites.base import (
     percent,
     score_text,
 )
+from megatron_longpo.runtime.arrow import check_batches
 from megatron_longpo.runtime.files import open_regular
+from megatron_longpo.runtime.parquet import check_pages
+from megatron_longpo.runtime.reading import DEFAULT_READING, ReadingConfig, TooLarge, check_expansion
 from megatron_longpo.runtime.tables import Table
 from megatron_longpo.schema import Count
 from megatron_longpo.text.inputs import is_beside_data, saved_datasets
@@ -189,7 +192,9 @@ class ShortContextSuite(BatchSuite[list[LoadedTask]]):
     def prepare(self, launch: Launch) -> list[LoadedTask]:
         options = launch.config.section(ShortConfig)
         data = Path(options.short_data) if options.short_data else None
-        return load_tasks(names(options.short_tasks), data, options.short_limit, launch.config.evaluate.seed)
+        return load_tasks(
+            names(options.short_tasks), data, options.short_limit, launch.config.evaluate.seed, launch.config.reading
+        )
 
     @override
     def begin(self, launch: Launch, inputs: list[LoadedTask], engine: Engine | None) -> ReadySuite:
@@ -286,9 +291,17 @@ class LocalData:
     files: dict[str, list[str]]
 
 
-def local_data(folder: Path) -> LocalData | None:
+def local_data(folder: Path, limits: ReadingConfig = DEFAULT_READING) -> LocalData | None:
     """The data set in a folder: ``SPLIT/*.arrow`` as ``save_to_disk`` writes it, or ``SPLIT*.parquet``, ``SPLIT*.jsonl``; None if
-    there is none."""
+    there is none.
+
+    Args:
+        folder: the folder.
+        limits: what is too large to be read.
+
+    Raises:
+        DataError: a file is not of the kind that its name says, or too large.
+    """
     for suffix, kind in _KINDS.items():
         files = {}
         for split in _SPLITS:
@@ -298,18 +311,35 @@ def local_data(folder: Path) -> LocalData | None:
             )
             files[split] = sorted(str(path) for path in saved or paths if not is_beside_data(path, folder))
         for path in itertools.chain(*files.values()):
-            _refuse_special(path)
+            _check_file(Path(path), kind, limits)
         if any(files.values()):
             return LocalData(kind, {split: found for split, found in files.items() if found})
     return None
 
 
-def _refuse_special(path: str) -> None:
-    """Raise DataError for a FIFO or a device, which the package datasets would wait for."""
+def _check_file(path: Path, kind: str, limits: ReadingConfig) -> None:
+    """Raise DataError for a file that the package datasets would wait for, unpack to any size, or read into any memory."""
+    # They take seconds to import, and only this suite needs them.
+    import pyarrow
+    import pyarrow.parquet
+    from datasets.utils.extract import Extractor
+
     try:
-        open_regular(Path(path)).close()
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error}); name the data sets with --short-data") from None
+        open_regular(path).close()
+        packed = Extractor.infer_extractor_format(str(path))
+        if packed:
+            raise ValueError(f"it is packed ({packed}), and would be unpacked to any size; unpack it")
+        size = path.stat().st_size
+        if kind == "parquet":
+            check_expansion(pyarrow.parquet.ParquetFile(path).metadata, size, limits)
+            check_pages(path, limits)
+        elif kind == "arrow":
+            with pyarrow.memory_map(str(path)) as source:
+                check_batches(source, size, limits)
+        elif path.suffix == ".json" and size > limits.max_json_bytes:
+            raise TooLarge(f"it has {size} bytes; max_json_bytes is {limits.max_json_bytes}")
+    except (OSError, ValueError, pyarrow.ArrowException) as error:
+        raise DataError(f"{path}: cannot be read ({one_line(error)}); name the data sets with --short-data") from None
 
 
 @dataclass(frozen=True)
@@ -329,7 +359,7 @@ class _TaskFile:
     local: dict[str, Any]
 
 
-def _task_files(task: str, data: Path | None) -> list[_TaskFile]:
+def _task_files(task: str, data: Path | None, limits: ReadingConfig) -> list[_TaskFile]:
     """What to load for a task: one file, or one per subject.
 
     Raises:
@@ -351,7 +381,7 @@ def _task_files(task: str, data: Path | None) -> list[_TaskFile]:
     task_files = []
     for name, path in yaml_files.items():
         subject = name.removeprefix(f"{task}_") if spec.has_subjects else "."
-        found = next((x for folder in folders if (x := local_data(folder / subject))), None)
+        found = next((x for folder in folders if (x := local_data(folder / subject, limits))), None)
         if found is None:
             # Some of MMLU's subjects may be absent.
             continue
@@ -387,7 +417,9 @@ def _task_files(task: str, data: Path | None) -> list[_TaskFile]:
     return task_files
 
 
-def load_tasks(tasks: list[str], data: Path | None, limit: int | None, seed: int) -> list[LoadedTask]:
+def load_tasks(
+    tasks: list[str], data: Path | None, limit: int | None, seed: int, reading: ReadingConfig = DEFAULT_READING
+) -> list[LoadedTask]:
     """Load tasks with all their requests, the examples drawn by seed as the harness does.
 
     Args:
@@ -395,6 +427,7 @@ def load_tasks(tasks: list[str], data: Path | None, limit: int | None, seed: int
         data: folder of local data sets, or None for the hub.
         limit: most questions of each task, or None.
         seed: seed of the examples.
+        reading: what is too large to be read.
 
     Raises:
         ConfigError: the harness is not installed.
@@ -410,7 +443,7 @@ def load_tasks(tasks: list[str], data: Path | None, limit: int | None, seed: int
     manager = TaskManager()
     loaded = []
     for task in tasks:
-        for task_file in _task_files(task, data):
+        for task_file in _task_files(task, data, reading):
             name = task_file.name
             try:
                 harness = _load(manager, task_file)

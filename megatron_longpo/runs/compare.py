@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from rich.console import Console
 from rich.table import Table
 
-from megatron_longpo.errors import DataError
+from megatron_longpo.config import read_yaml
+from megatron_longpo.errors import ConfigError, DataError
 from megatron_longpo.runs.records import METRICS, VALIDATION, read_metrics
 
 # What two runs with the same numbers still differ in: the clock, the machine's memory.
@@ -125,7 +125,7 @@ def _by_step(folder: Path) -> dict[int, dict[str, Any]]:
 def _order(record: Mapping[str, Any]) -> dict[str, Any]:
     """A step's metrics in the order in which they come about: first the samples, at the end the new weights."""
     place = {"fingerprint/batch": 0, "fingerprint/gradients": 2, "grad_norm": 3, "fingerprint/weights": 4}
-    names = sorted((name for name in record if name != "step"), key=lambda name: place.get(name, 1))
+    names = sorted((name for name in record if name not in ("step", "by_length")), key=lambda name: place.get(name, 1))
     return {name: record[name] for name in names}
 
 
@@ -163,8 +163,8 @@ def _settings(first: Path, other: Path) -> dict[str, tuple[Any, Any]]:
     contents = []
     for folder in (first, other):
         try:
-            content = yaml.safe_load((folder / "run.yaml").read_text(encoding="utf-8"))
-        except (OSError, ValueError, yaml.YAMLError):
+            content = read_yaml(folder / "run.yaml")
+        except ConfigError:
             return {}
         contents.append(dict(_flat(content)))
     names = list(dict.fromkeys([*contents[0], *contents[1]]))

@@ -12,6 +12,8 @@ from megatron_longpo.runtime.reading import read_lines
 
 METRICS = "metrics.jsonl"
 VALIDATION = "validation.jsonl"
+# Larger whole numbers are damage, and no floating-point numbers.
+_MOST = 2**63
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -61,4 +63,4 @@ def read_metric_lines(path: Path) -> MetricsFile:
 def _are_figures(record: dict[str, Any]) -> bool:
     """Whether all values are numbers. Those by length, of held-out data, have a level of their own."""
     values = [v for name, v in record.items() if name != "by_length"]
-    return all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)
+    return all(isinstance(v, float) or (type(v) is int and abs(v) < _MOST) for v in values)

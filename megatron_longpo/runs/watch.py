@@ -10,14 +10,14 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import yaml
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from megatron_longpo.errors import DataError
+from megatron_longpo.config import read_yaml
+from megatron_longpo.errors import ConfigError, DataError
 from megatron_longpo.runs.records import METRICS, VALIDATION, read_metrics
 from megatron_longpo.runtime.progress import duration
 from megatron_longpo.runtime.status import HEARTBEAT_FILE, Status, read_status
@@ -132,8 +132,8 @@ def look(folder: Path) -> View:
 
 def _configured_iters(folder: Path) -> int | None:
     try:
-        found = yaml.safe_load((folder / "run.yaml").read_text(encoding="utf-8"))["training"]["train_iters"]
-    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
+        found = read_yaml(folder / "run.yaml")["training"]["train_iters"]
+    except (ConfigError, KeyError, TypeError):
         return None
     return found if isinstance(found, int) else None
 
@@ -204,8 +204,13 @@ def _headline(view: View) -> Text:
 
 def _speed(view: View) -> Text:
     recent = view.records[-_RECENT:]
-    seconds = sum(record["step_seconds"] for record in recent) / len(recent)
-    words = [f"{seconds:.2f} s per step", f"{sum(r['tokens'] for r in recent) / len(recent) / seconds:,.0f} tokens/s"]
+    seconds = sum(record.get("step_seconds", 0.0) for record in recent) / len(recent)
+    if not seconds:
+        return Text("")
+    words = [
+        f"{seconds:.2f} s per step",
+        f"{sum(r.get('tokens', 0) for r in recent) / len(recent) / seconds:,.0f} tokens/s",
+    ]
     if view.train_iters and not view.has_ended:
         words.append(f"{duration(seconds * (view.train_iters - view.step))} left")
     return Text(", ".join(words))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import socket
 import time
@@ -13,8 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from megatron_longpo.errors import DataError, one_line
-from megatron_longpo.runtime.files import write_atomically
-from megatron_longpo.runtime.reading import read_json
+from megatron_longpo.runtime.checked_json import read_checked, write_checked
 from megatron_longpo.schema import convert_fields
 
 HEARTBEAT_FILE = "heartbeat.json"
@@ -84,7 +82,7 @@ class StatusFile:
         now = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
         status = Status(state, self._step, self._train_iters, now, socket.gethostname(), os.getpid(), message)
         with contextlib.suppress(OSError):
-            write_atomically(self._output / HEARTBEAT_FILE, (json.dumps(asdict(status)) + "\n").encode())
+            write_checked(self._output / HEARTBEAT_FILE, asdict(status), indent=None)
 
 
 def read_status(output: Path) -> Status:
@@ -99,10 +97,10 @@ def read_status(output: Path) -> Status:
             f"{path}: there is no such file; name the output folder of a run (--save) that has been started"
         )
     try:
-        status = Status(**convert_fields(Status, dict(read_json(path)), f"{path}: ", DataError))
+        status = Status(**convert_fields(Status, read_checked(path), "", DataError))
         datetime.fromisoformat(status.time)
         return status
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, DataError) as error:
         raise DataError(
             f"{path}: cannot be read ({one_line(error)}); the run writes it again with its next step"
         ) from None

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import gzip
 import hashlib
+import io
 import json
 import os
 import random
@@ -736,6 +737,7 @@ def _make_small(folder: Path) -> None:
 
     from megatron_longpo.config import Config
     from megatron_longpo.model.shape import ModelShape
+    from megatron_longpo.runtime.status import StatusFile
     from megatron_longpo.training.held_out import kept_rows  # noqa: F401
 
     record = {
@@ -751,6 +753,10 @@ def _make_small(folder: Path) -> None:
     (folder / "validation.jsonl").write_text(json.dumps({**record, "samples": 3}) + "\n")
     (folder / ".holder.json").write_text(json.dumps({"host": "h", "process": 1, "started": "now", "command": "c"}))
     (folder / "latest_checkpointed_iteration.txt").write_text("5\n")
+    StatusFile(folder, train_iters=9).write("running", step=5)
+    (folder / "other").mkdir()
+    for name in ("metrics.jsonl", "validation.jsonl"):
+        shutil.copy(folder / name, folder / "other")
     (folder / "run.yaml").write_text(yaml.safe_dump(yaml.safe_load(Config().as_yaml())))
     from megatron_longpo.checkpoint.card import training_record
     from megatron_longpo.data.indexed import Manifest
@@ -768,10 +774,14 @@ def _make_small(folder: Path) -> None:
 
 
 def _read_small(folder: Path) -> None:
+    from rich.console import Console
+
     from megatron_longpo.checkpoint.card import write_card
     from megatron_longpo.checkpoint.folders import passed_over, whole_steps
     from megatron_longpo.errors import LongPOError
     from megatron_longpo.model.shape import ModelShape
+    from megatron_longpo.runs.compare import compare_runs
+    from megatron_longpo.runs.watch import look, render
     from megatron_longpo.runtime.files import FolderLock, holder_of
     from megatron_longpo.training.metrics import keep_until, read_metrics
 
@@ -787,6 +797,8 @@ def _read_small(folder: Path) -> None:
         lambda: _curves(folder),
         lambda: (holder_of(folder), FolderLock(folder, record=True).release()),
         lambda: (passed_over(folder), whole_steps(folder)),
+        lambda: Console(file=io.StringIO()).print(render(look(folder))),
+        lambda: compare_runs(folder, folder / "other"),
         card,
     ):
         try:

@@ -49,6 +49,7 @@ from megatron_longpo.runtime.checked_json import read_checked, write_checked
 from megatron_longpo.runtime.files import FolderLock, check_checksum, sha256_of, write_checksum
 from megatron_longpo.runtime.json_lines import encode_line
 from megatron_longpo.runtime.share import Share
+from megatron_longpo.runtime.status import StatusFile, read_status
 from megatron_longpo.training.best import Best, Rule, write_best
 from megatron_longpo.training.metrics import read_metrics
 from megatron_longpo.training.reference import ReferenceCache
@@ -135,6 +136,7 @@ def make_run(folder: Path) -> None:
 def make_holder(folder: Path) -> None:
     """As a process that was killed leaves it."""
     FolderLock(folder, record=True)._close()
+    StatusFile(folder, train_iters=9).write("running", step=5)
 
 
 def figures(name: str) -> Callable[[Path], Any]:
@@ -325,6 +327,7 @@ KINDS: dict[str, Kind] = {
     "run: validation.jsonl": Kind(make_run, "validation.jsonl", figures("validation.jsonl")),
     # For people: the lock is the kernel's.
     "run: .holder.json": Kind(make_holder, ".holder.json", locked, unused=FLIPS, writes=True),
+    "run: heartbeat.json": Kind(make_holder, "heartbeat.json", read_status, unused=20),
     **{f"data: {name}": Kind(make_data, f"data.{name}", read_data) for name in ("bin", "idx", "json", "weights.npy")},
     **{
         f"preprocessing broken off: {name}": Kind(make_partial_data, f"data.partial/{name}", read_partial_data)

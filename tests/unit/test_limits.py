@@ -50,7 +50,7 @@ def test_files_of_a_model_may_be_larger_by_the_factor(
         HuggingFaceWeights(model)
     factor(10)
     assert read_hf_config(model)["model_type"] == "llama"
-    with pytest.raises(CheckpointError, match="beside model.safetensors.index.json"):
+    with pytest.raises(CheckpointError, match=r"beside model\.safetensors"):
         HuggingFaceWeights(model)
 
 
@@ -92,7 +92,7 @@ def test_own_files_have_a_limit_that_the_environment_raises(tmp_path: Path, monk
     path = tmp_path / "a.json"
     write_checked(path, {"text": "x" * 1000})
     monkeypatch.setenv("MEGATRON_LONGPO_MAX_JSON_BYTES", "1000")
-    with pytest.raises(TooLarge, match="more than 1000 bytes.*MEGATRON_LONGPO_MAX_JSON_BYTES may raise it"):
+    with pytest.raises(TooLarge, match=r"more than 1000 bytes.*MEGATRON_LONGPO_MAX_JSON_BYTES may raise it"):
         read_checked(path)
     monkeypatch.setenv("MEGATRON_LONGPO_MAX_JSON_BYTES", "2000")
     assert read_checked(path) == {"text": "x" * 1000}
@@ -152,7 +152,7 @@ def test_pages_that_are_larger_than_the_footer_says_are_refused(
         lambda: list(read_rows([path], 0)),
         lambda: local_data(tmp_path / "winogrande"),
     ):
-        with pytest.raises(DataError, match="the pages of row group 0 decompress to more than .* raise max_expansion"):
+        with pytest.raises(DataError, match=r"the pages of row group 0 decompress to more than .* raise max_expansion"):
             read()
     check_pages(path, ReadingConfig(max_expansion=10**6))
 

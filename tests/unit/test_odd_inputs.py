@@ -190,6 +190,7 @@ _NAMES = (
     "results.json",
     "state.json",
     "heartbeat.json",
+    "metrics.jsonl",
 )
 
 

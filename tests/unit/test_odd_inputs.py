@@ -178,6 +178,8 @@ LINES = {
     "evolve status": [["--config", "FILE"]],
     "evolve report": [["--config", "FILE"]],
     "replay": [["FOLDER", "3"]],
+    "compare-runs": [["FOLDER", "FOLDER"]],
+    "watch": [["FOLDER", "--once"]],
     "status": [["FOLDER"], ["FOLDER", "--alive", "60"]],
     "train": [["--data-path", "PREFIX", "--load", "FOLDER", "--save", "OUT"], ["--config", "FILE"]],
 }

@@ -146,6 +146,39 @@ class Platform:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return int(peak) if sys.platform == "darwin" else int(peak) * 1024
 
+    def device_count(self) -> int:
+        """GPUs of this node, or cores that this process may use."""
+        if self.is_cuda:
+            return int(torch.cuda.device_count())
+        return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+    def memory_bytes(self) -> int:
+        """Memory of the device; on the CPU that of the system."""
+        if self.is_cuda:
+            return int(torch.cuda.mem_get_info()[1])
+        import psutil
+
+        return int(psutil.virtual_memory().total)
+
+    def used_memory_bytes(self) -> int:
+        """Memory that is not free: of the device, or the resident set of this process."""
+        if self.is_cuda:
+            free, total = torch.cuda.mem_get_info()
+            return int(total - free)
+        import psutil
+
+        return int(psutil.Process().memory_info().rss)
+
+    def describe_device(self) -> str:
+        """Name of the GPU, or of the processor."""
+        if self.is_cuda:
+            return str(torch.cuda.get_device_name())
+        with contextlib.suppress(OSError):
+            names = re.search(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.M)
+            if names:
+                return names[1].strip()
+        return os_platform.processor() or os_platform.machine()
+
     def available_memory_bytes(self) -> int:
         """Memory that this process can still allocate."""
         if self.is_cuda:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Generic, TypeVar
@@ -104,3 +105,20 @@ def parse_with_config(
         quiet=quiet,
     )
     return line.options, line.settings
+
+
+def given_flags(settings: type[Any], arguments: Sequence[str]) -> frozenset[str]:
+    """Fields of a configuration's sections whose flags are on a command line.
+
+    Args:
+        settings: the configuration, a dataclass of sections.
+        arguments: the command line.
+    """
+    flags = {argument.split("=", 1)[0].replace("_", "-") for argument in arguments if argument.startswith("--")}
+    default = settings()
+    names = {
+        f.name for section in dataclasses.fields(settings) for f in dataclasses.fields(getattr(default, section.name))
+    }
+    return frozenset(
+        n for n in names if flags.intersection((f"--{n}".replace("_", "-"), f"--no-{n}".replace("_", "-")))
+    )

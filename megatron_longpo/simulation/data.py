@@ -27,8 +27,8 @@ from megatron_longpo.runtime.reading import read_json
 from megatron_longpo.simulation.request import Request
 from megatron_longpo.training.plan import RunPlan, make_plan
 
-_QUESTION = 16
-_SHORT = 1024
+QUESTION_TOKENS = 16
+SHORT_TOKENS = 1024
 
 
 def plan_of(request: Request, folder: Path) -> RunPlan:
@@ -69,22 +69,33 @@ def plan_of(request: Request, folder: Path) -> RunPlan:
 
 
 def _shape(request: Request, config: Config) -> ModelShape:
-    shape = ModelShape(**request.shape) if request.shape is not None else _read_shape(request.model, config)
+    shape = ModelShape(**request.shape) if request.shape is not None else read_shape(request.model, config)
     # In place of the hash of weights that are not there.
     return shape.replace(weights_hash="simulated")
 
 
-def _read_shape(model: str | None, config: Config) -> ModelShape:
+def read_shape(model: str | None, config: Config, *, flag: str = "model") -> ModelShape:
+    """Shape of a model.
+
+    Args:
+        model: path of a folder with ``model.json`` or Hugging Face's ``config.json``, or of such a file; None: the
+            configuration's ``load``.
+        config: configuration of the run.
+        flag: name of the option that gives the model, for errors.
+
+    Raises:
+        ConfigError, CheckpointError: neither is given, or it cannot be read.
+    """
     if model is None:
         if config.checkpoint.load is None:
-            raise ConfigError("neither a model nor load is given; name one with --model DIR or --load CKPT")
+            raise ConfigError(f"neither {flag} nor load is given; name a model with --{flag} DIR or --load CKPT")
         return ModelShape.read(resolve(config.checkpoint.load))
     path = Path(model)
     names = (FILE_NAME, "config.json")
     file = next((path / name for name in names if (path / name).is_file()), path)
     if not file.is_file():
         raise ConfigError(
-            f"model={model} has neither {FILE_NAME} nor config.json; name a folder or a file with the shape of a model"
+            f"{flag}={model} has neither {FILE_NAME} nor config.json; name a folder or a file with the shape of a model"
         )
     if file.name == FILE_NAME:
         return ModelShape.read(file.parent)
@@ -131,13 +142,13 @@ def _batch_size(request: Request, config: Config, shape: ModelShape) -> int:
     return each * count
 
 
-def made_up_sample(tokens: int, *, answer: int, turns: int, vocab_size: int) -> p.Sample:
-    """A sample whose chosen row has ``tokens`` tokens.
+def made_up_sample(tokens: int, *, answer: int, turns: int, vocab_size: int, short: int = SHORT_TOKENS) -> p.Sample:
+    """A sample whose chosen row has ``tokens`` tokens, and whose short rows have a chunk of up to ``short``.
 
     Raises:
         ConfigError: there is no room for a document.
     """
-    shortest = turns * (_QUESTION + answer) + 1
+    shortest = turns * (QUESTION_TOKENS + answer) + 1
     if tokens < shortest:
         raise ConfigError(
             f"tokens={tokens} must be at least {shortest} for {turns} turn(s) with answers of {answer} tokens; raise it, or "
@@ -148,17 +159,17 @@ def made_up_sample(tokens: int, *, answer: int, turns: int, vocab_size: int) -> 
     def run(n: int) -> np.ndarray:
         return rng.integers(0, vocab_size, n).astype(np.int64)
 
-    document = run(tokens - turns * (_QUESTION + answer))
+    document = run(tokens - turns * (QUESTION_TOKENS + answer))
     pieces = [p.Piece(document, p.CONTEXT)]
     for turn in range(turns):
-        question, chosen, rejected = run(_QUESTION), run(answer), run(max(1, answer * 3 // 4))
+        question, chosen, rejected = run(QUESTION_TOKENS), run(answer), run(max(1, answer * 3 // 4))
         pieces.append(p.Piece(question, p.PROMPT))
         if turn:
             pieces.append(p.Piece(question, p.Mode.OWN_PROMPT))
         pieces += [
             p.Piece(chosen, p.CHOSEN_RESPONSE),
             p.Piece(rejected, p.REJECTED_RESPONSE),
-            p.Piece(np.concatenate([document[:_SHORT], question]), p.SHORT_PROMPT),
+            p.Piece(np.concatenate([document[:short], question]), p.SHORT_PROMPT),
             p.Piece(chosen, p.SHORT_CHOSEN_RESPONSE),
             p.Piece(rejected, p.SHORT_REJECTED_RESPONSE),
         ]

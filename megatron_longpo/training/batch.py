@@ -39,7 +39,7 @@ from megatron_longpo.training.objective import (
 )
 
 # Tiles per rank with cp_comm_type=allgather. Two balance a plain causal sequence (zigzag); branches need more.
-_TILES = 4
+TILES = 4
 
 # How many context-parallel exchanges are in flight at once. More overlap hides more latency but makes each matmul smaller.
 HEAD_GROUPS = 4
@@ -110,7 +110,7 @@ class MicroBatch:
             layout,
             multiple=parts * (parallel.tensor_size if parallel.sequence_parallel else 1),
             parts=parts,
-            tiles=_TILES if gather else 1,
+            tiles=TILES if gather else 1,
         )
         padded = sum(r.length for ranges in ranges_of_rank for r in ranges)
         own = shard(layout, ranges_of_rank[part], padded)

@@ -10,9 +10,10 @@ from urllib.parse import urlparse
 
 from megatron_longpo.checkpoint.assets import template_hash, template_of
 from megatron_longpo.checkpoint.folders import ASSETS, latest_step
-from megatron_longpo.config import data_sources
+from megatron_longpo.config import Config, data_sources
 from megatron_longpo.data.indexed import Manifest
 from megatron_longpo.errors import CheckpointError, ConfigError
+from megatron_longpo.model.shape import ModelShape
 from megatron_longpo.training.best import rule_of
 from megatron_longpo.training.plan import RunPlan
 from megatron_longpo.training.trackers import check_trackers
@@ -41,7 +42,7 @@ def check_run(plan: RunPlan) -> None:
             # A table that is there may be the one that is asked for, and reading it takes no permission to write.
             if not any(folder.glob("*.npy")):
                 _check_writable("reference_cache", folder)
-    needed, free = checkpoint_bytes(plan), _free(plan.output)
+    needed, free = checkpoint_bytes(plan.shape, plan.config), _free(plan.output)
     if free < needed:
         raise ConfigError(
             f"save={plan.output}: a checkpoint needs at least {needed / 1e9:.1f} GB, but the disk has {free / 1e9:.1f} GB free; "
@@ -61,9 +62,8 @@ def _cache_folders(plan: RunPlan) -> list[Path]:
     return [Path(f"{prefix}.reference") for prefix in prefixes]
 
 
-def checkpoint_bytes(plan: RunPlan) -> int:
+def checkpoint_bytes(shape: ModelShape, config: Config) -> int:
     """Size of one checkpoint in bytes, at least: weights, and the optimizer's master weights and moments."""
-    shape, config = plan.shape, plan.config
     heads = 2 if shape.untie_embeddings_and_output_weights else 1
     weights = shape.num_layers * shape.layer_weights + heads * shape.vocab_size * shape.hidden_size
     per_weight = 2 if config.training.bf16 else 4
@@ -138,7 +138,7 @@ def _disk_cautions(plan: RunPlan, output: Path) -> list[str]:
     done = latest_step(output) or 0
     interval = checkpoint.save_interval
     count = 1 if interval is None else plan.train_iters // interval - done // interval
-    needed, free = count * checkpoint_bytes(plan), _free(output)
+    needed, free = count * checkpoint_bytes(plan.shape, plan.config), _free(output)
     if needed <= free:
         return []
     return [

@@ -1,0 +1,287 @@
+"""Which layouts fit, and which of them are the fastest.
+
+Layouts are taken in the order of their time without any recomputation, which is the least that they can take, until no
+further one can be among the best. Memory is the trainer's own estimate (``training/memory.py``).
+"""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+import functools
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from megatron_longpo.config import Config, TrainingConfig
+from megatron_longpo.errors import ConfigError
+from megatron_longpo.model.shape import ModelShape
+from megatron_longpo.planner.machine import Machine
+from megatron_longpo.planner.space import RECOMPUTE, Candidate, candidate_of, candidates
+from megatron_longpo.planner.timing import StepTime, TimeModel
+from megatron_longpo.planner.workload import Workload
+from megatron_longpo.training.memory import StepBytes, step_parts
+
+# Share of the memory that the estimate may take; what fragmentation and NCCL need is beyond it (docs/simulation.md).
+USABLE = 0.92
+
+
+@dataclass(frozen=True)
+class Recompute:
+    """What the backward recomputes.
+
+    Attributes:
+        up: the MLPs' first products, of layers that are not recomputed as a whole.
+        whole_layers: layers of each virtual stage that are recomputed as a whole.
+    """
+
+    up: bool
+    whole_layers: int = 0
+
+    def applied_to(self, training: TrainingConfig) -> TrainingConfig:
+        if not self.up and not self.whole_layers:
+            return dataclasses.replace(training, recompute_granularity="none")
+        if not self.whole_layers:
+            return dataclasses.replace(training, recompute_granularity="selective", recompute_modules=("mlp_up",))
+        return dataclasses.replace(
+            training,
+            recompute_granularity="full",
+            recompute_method="block",
+            recompute_num_layers=self.whole_layers,
+            recompute_modules=("mlp_up",),
+        )
+
+    def __str__(self) -> str:
+        if self.whole_layers:
+            return f"{self.whole_layers} layer(s) per stage, MLP up-projections of the others"
+        return "MLP up-projections" if self.up else "nothing"
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of the fullest rank at its peak.
+
+    Attributes:
+        bytes: by part.
+        stage: its pipeline stage.
+        reserved: what tensors cannot have.
+    """
+
+    bytes: StepBytes
+    stage: int
+    reserved: float
+
+    @property
+    def total(self) -> float:
+        """Bytes of tensors."""
+        return self.bytes.total
+
+    def parts(self) -> dict[str, float]:
+        static, passing = self.bytes.static, self.bytes.activations
+        return {
+            "weights": static.weights,
+            "gradients": static.gradients,
+            "optimizer": static.optimizer,
+            "saved activations": passing.saved,
+            "backward": passing.backward,
+            "log-prob chunk": passing.logprobs,
+            "exchange buffers": passing.buffers,
+            "reserve": self.reserved,
+        }
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A layout with what it takes.
+
+    Attributes:
+        candidate: the layout; its configuration says what is recomputed.
+        recompute: what is recomputed.
+        memory, time: peak memory and time of a step.
+    """
+
+    candidate: Candidate
+    recompute: Recompute
+    memory: Memory
+    time: StepTime
+
+    @property
+    def config(self) -> Config:
+        return self.candidate.config
+
+    @property
+    def seconds(self) -> float:
+        return self.time.total
+
+    def describe(self) -> str:
+        return f"{self.candidate.describe()}; recompute {self.recompute}"
+
+
+@dataclass(frozen=True)
+class Search:
+    """What is planned.
+
+    Attributes:
+        config: configuration of the run.
+        shape: shape of the model.
+        machine: GPUs.
+        world_size: their number.
+        workload: samples.
+        given: fields that keep their value.
+    """
+
+    config: Config
+    shape: ModelShape
+    machine: Machine
+    world_size: int
+    workload: Workload
+    given: frozenset[str] = frozenset()
+
+    @functools.cached_property
+    def times(self) -> TimeModel:
+        return TimeModel(self.machine, self.shape, self.workload)
+
+    @property
+    def usable_bytes(self) -> float:
+        """Bytes that tensors of a step may take."""
+        memory = self.machine.memory_bytes
+        return min(USABLE * memory, memory - self.machine.reserved_bytes)
+
+    def best(self, count: int = 10) -> list[Plan]:
+        """The fastest plans that fit, fastest first; none if nothing does.
+
+        Raises:
+            ConfigError: no layout is allowed at all.
+        """
+        ordered = self.ordered
+        found: list[Plan] = []
+        for least, candidate in ordered:
+            if len(found) == count and least >= found[-1].seconds:
+                break
+            plan = self.fitted(candidate)
+            if plan is not None:
+                bisect.insort(found, plan, key=lambda p: p.seconds)
+                del found[count:]
+        return found
+
+    @functools.cached_property
+    def ordered(self) -> Sequence[tuple[float, Candidate]]:
+        """Candidates with the least time that they can take, fastest first."""
+        times, least = self.times, self._choices(1)[0]
+        timed = [
+            (times.step(c, up=least.up, whole_layers=least.whole_layers).total, c)
+            for c in candidates(self.config, self.shape, self.world_size, self.given)
+        ]
+        if not timed:
+            raise ConfigError(self._why_none())
+        return sorted(timed, key=lambda item: item[0])
+
+    def _why_none(self) -> str:
+        config = self.config
+        fixed = ", ".join(
+            f"{name}={getattr(section, name)}"
+            for section in (config.parallel, config.training)
+            for name in sorted(self.given)
+            if hasattr(section, name)
+        )
+        return (
+            f"no layout of {self.world_size} GPUs is allowed with global_batch_size={config.training.global_batch_size}"
+            f"{', ' + fixed if fixed else ''}: the data-parallel size must divide the batch, tensor parallelism the heads and "
+            "pipeline stages the layers; change the number of GPUs, or fix fewer settings"
+        )
+
+    def fitted(self, candidate: Candidate) -> Plan | None:
+        """A candidate with the least recomputation that fits, or None."""
+        plan = self.tightest(candidate)
+        return plan if plan.memory.total <= self.usable_bytes else None
+
+    def tightest(self, candidate: Candidate) -> Plan:
+        """A candidate with the least recomputation that fits; with the most if nothing does."""
+        choices = self._choices(max(n for rank in candidate.split for n in rank))
+        # Each choice takes less memory and more time than the one before it.
+        first = bisect.bisect_left(
+            range(len(choices) - 1),
+            True,
+            key=lambda i: self.memory(candidate, choices[i]).total <= self.usable_bytes,
+        )
+        return self.plan(candidate, choices[first])
+
+    def plan(self, candidate: Candidate, recompute: Recompute) -> Plan:
+        """A candidate with what it takes."""
+        chosen = _with_recompute(candidate, recompute)
+        time = self.times.step(candidate, up=recompute.up, whole_layers=recompute.whole_layers)
+        return Plan(chosen, recompute, self.memory(candidate, recompute), time)
+
+    def memory(self, candidate: Candidate, recompute: Recompute) -> Memory:
+        """Peak memory of the fullest stage."""
+        config = _with_recompute(candidate, recompute).config
+        stages = {0, len(candidate.split) - 1}
+        layers = [sum(rank) for rank in candidate.split]
+        if len(set(layers)) > 1:
+            stages.add(layers.index(max(layers)))
+        found = []
+        for stage in sorted(stages):
+            parts = step_parts(
+                self.shape,
+                config,
+                candidate.parallel,
+                tokens=candidate.micro_batch_size * self.workload.longest.places,
+                num_microbatches=candidate.micro_batches,
+                stage=stage,
+                on_cuda=self.machine.device == "cuda",
+            )
+            assert parts is not None
+            found.append(Memory(parts, stage, self.machine.reserved_bytes))
+        return max(found, key=lambda memory: memory.total)
+
+    def _choices(self, layers: int) -> list[Recompute]:
+        """What may be recomputed, least first, for virtual stages of so many layers."""
+        training = self.config.training
+        if training.recompute_granularity == "auto" or not self.given.intersection(RECOMPUTE):
+            return [Recompute(False), Recompute(True), *(Recompute(True, n) for n in range(1, layers + 1))]
+        found = recompute_of(training, layers)
+        if found is None:
+            raise ConfigError(
+                f"recompute_modules={','.join(training.recompute_modules)} is not in the estimate of memory; use "
+                "recompute_granularity=auto, none, full, or selective with mlp_up"
+            )
+        return [found]
+
+    def as_configured(self) -> Plan:
+        """The configuration's own layout, whether it fits or not.
+
+        Raises:
+            ConfigError: the trainer does not take it.
+        """
+        candidate = candidate_of(self.config, self.shape, self.world_size)
+        training = self.config.training
+        if training.recompute_granularity == "auto":
+            return dataclasses.replace(self, given=frozenset()).tightest(candidate)
+        layers = max(n for rank in candidate.split for n in rank)
+        found = recompute_of(training, layers)
+        if found is None:
+            raise ConfigError(
+                f"recompute_modules={','.join(training.recompute_modules)} is not in the estimate of memory; use "
+                "recompute_granularity=auto, none, full, or selective with mlp_up"
+            )
+        return self.plan(candidate, found)
+
+    def closest(self) -> Plan:
+        """The plan that is closest to fitting: the least memory of all."""
+        plans: Iterable[Plan] = (self.tightest(candidate) for _, candidate in self.ordered)
+        return min(plans, key=lambda plan: plan.memory.total)
+
+
+def recompute_of(training: TrainingConfig, layers: int) -> Recompute | None:
+    """What a configuration recomputes; None if the estimate does not know it."""
+    if training.recompute_granularity == "none":
+        return Recompute(False)
+    if training.recompute_granularity == "selective":
+        return Recompute(True) if set(training.recompute_modules) == {"mlp_up"} else None
+    if training.recompute_method == "uniform":
+        return Recompute(True, layers) if training.recompute_num_layers == 1 else None
+    return Recompute("mlp_up" in training.recompute_modules, min(layers, training.recompute_num_layers))
+
+
+def _with_recompute(candidate: Candidate, recompute: Recompute) -> Candidate:
+    training = recompute.applied_to(candidate.config.training)
+    return dataclasses.replace(candidate, config=dataclasses.replace(candidate.config, training=training))

@@ -93,9 +93,9 @@ class Result:
         return {
             "layout": plan.candidate.describe(),
             "recompute": str(plan.recompute),
-            "step_seconds": round(plan.seconds, 4),
+            "step_seconds": float(f"{plan.seconds:.6g}"),
             "tokens_per_second": round(self.tokens_per_second(plan), 1),
-            "seconds": {name: round(s, 5) for name, s in plan.time.parts.items()},
+            "seconds": {name: float(f"{s:.6g}") for name, s in plan.time.parts.items()},
             "peak_bytes": int(plan.memory.total),
             "bytes": {name: int(size) for name, size in plan.memory.parts().items()},
             "stage_of_peak": plan.memory.stage,

@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from megatron_longpo.config import Config
+from megatron_longpo.model.attention import head_groups_of
 from megatron_longpo.model.gpt import padded_vocab_size
 from megatron_longpo.model.shape import ModelShape
 from megatron_longpo.planner.links import Group
@@ -32,6 +33,8 @@ _OPTIMIZER_BYTES = {"adam": 72 + 26, "rmsprop": 56 + 26}
 # Operators of a layer's forward and backward, and those that an exchange of context parallelism adds.
 _FORWARD_OPERATORS, _BACKWARD_OPERATORS, _EXCHANGE_OPERATORS = 45, 90, 60
 
+# Softmaxes and gradients of a logit that is made twice, as a share of one of a known gradient: its first pass is 20 of 34 bytes.
+_TWICE = 1.6
 # A forward's share of a layer's operators.
 _FORWARD_SHARE = _FORWARD_OPERATORS / (_FORWARD_OPERATORS + _BACKWARD_OPERATORS)
 
@@ -43,18 +46,16 @@ class Passes:
     Attributes:
         norm: over [r, H] for one norm.
         gate: over [s, F] for the gated activation.
-        logits: bytes per logit.
     """
 
     norm: tuple[float, float]
     gate: tuple[float, float]
-    logits: tuple[float, float]
 
 
 # On CUDA norms and gates are single kernels; on a CPU they are torch's plain operators.
 _PASSES = {
-    "cuda": Passes(norm=(2, 5), gate=(3, 8), logits=(24, 14)),
-    "cpu": Passes(norm=(7, 23), gate=(5, 16), logits=(24, 14)),
+    "cuda": Passes(norm=(2, 5), gate=(3, 8)),
+    "cpu": Passes(norm=(7, 23), gate=(5, 16)),
 }
 
 PARTS = (
@@ -77,9 +78,15 @@ PARTS = (
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of an optimizer step by part; those of the slowest pipeline stage, and the bubble that it waits."""
+    """Seconds of an optimizer step by part.
+
+    Attributes:
+        parts: those of the slowest pipeline stage, and the bubble that it waits.
+        stage: that stage.
+    """
 
     parts: Mapping[str, float]
+    stage: int
 
     @functools.cached_property
     def total(self) -> float:
@@ -142,10 +149,13 @@ class TimeModel:
         logprobs, logprob_elements, logprob_exchange = self._logprobs(candidate, rows, groups)
         send = self._send(candidate, rows, groups)
         last = len(candidate.split) - 1
-        # Stages with as many layers take as long; the last one also computes the log-probs.
-        kinds = collections.Counter((chunks, rank == last) for rank, chunks in enumerate(candidate.split))
+        # Stages with as many layers take as long, but for the ends: the first has the embedding, the last the log-probs.
+        kinds: dict[tuple[tuple[int, ...], bool, bool], list[int]] = collections.defaultdict(list)
+        for rank, chunks in enumerate(candidate.split):
+            kinds[chunks, rank == 0, rank == last].append(rank)
+        embedding = 2 * self._tensor_exchange(candidate, Sizes.of(candidate, self.shape, rows), groups)
         stages = []
-        for (chunks, is_last), count in kinds.items():
+        for (chunks, is_first, is_last), ranks in kinds.items():
             n = sum(chunks)
             whole = sum(min(whole_layers, c) for c in chunks)
             parts = {
@@ -153,7 +163,7 @@ class TimeModel:
                 "attention": n * layer.attention,
                 "recompute": whole * layer.forward + (n - whole) * up * layer.up_again,
                 "element-wise": n * layer.elementwise + is_last * logprob_elements,
-                "TP exchange": n * layer.tensor_exchange + is_last * logprob_exchange,
+                "TP exchange": n * layer.tensor_exchange + is_first * embedding + is_last * logprob_exchange,
                 "CP exchange": n * layer.context_exchange,
                 "log-probs": is_last * logprobs,
                 "PP exchange": send * len(chunks),
@@ -162,9 +172,9 @@ class TimeModel:
             launches = (n + whole * _FORWARD_SHARE) * layer.operators * self.machine.operator_us * 1e-6
             # A GPU computes while the host goes ahead; on a CPU the two are one.
             parts["launches"] = max(0.0, launches - busy) if self.machine.device == "cuda" else launches
-            stages.append((busy + parts["launches"], count, parts))
-        slowest, _, of_slowest = max(stages, key=lambda stage: stage[0])
-        through = sum(seconds * count for seconds, count, _ in stages)
+            stages.append((busy + parts["launches"], ranks, parts))
+        slowest, ranks, of_slowest = max(stages, key=lambda stage: stage[0])
+        through = sum(seconds * len(ranks) for seconds, ranks, _ in stages)
         imbalance = self.workload.imbalance(
             self.shape,
             data=parallel.data_size,
@@ -179,7 +189,7 @@ class TimeModel:
         found["stragglers"] = 0.0
         if parallel.world_size > 1:
             found["stragglers"] = self.machine.straggler_slowdown * sum(found.values())
-        return StepTime({name: found.get(name, 0.0) for name in PARTS})
+        return StepTime({name: found.get(name, 0.0) for name in PARTS}, ranks[0])
 
     # Parts ------------------------------------------------------------------------------------------
 
@@ -217,7 +227,7 @@ class TimeModel:
         attention_forward = work / machine.attention_flops_per_s(dtype, length=rows.longest, is_backward=False)
         attention_backward = 2.5 * work / machine.attention_flops_per_s(dtype, length=rows.longest, is_backward=True)
 
-        memory, passes = machine.memory_bytes_per_s, _PASSES[machine.device]
+        memory, passes = machine.elementwise_bytes_per_s(dtype), _PASSES[machine.device]
         copies, copies_backward = self._exchange_copies(candidate, sizes)
         # Two norms, two additions of the residual, rotation of queries and keys (seven passes), a copy of the values, the gate.
         forward_bytes = width * (r * hidden * (2 * passes.norm[0] + 6) + s * (7 * (q + k) + 2 * k + passes.gate[0] * f))
@@ -296,7 +306,9 @@ class TimeModel:
             first = group.gather(w * everywhere, pieces)
             last, back = 0.0, group.gather(4 * everywhere, pieces)
         else:
-            pieces = min(HEAD_GROUPS, max(1, sizes.kv_heads // parallel.context_size))
+            ranks = parallel.context_size
+            heads = self.shape.num_attention_heads // parallel.tensor_size
+            pieces = len(head_groups_of(heads // ranks, max(1, sizes.kv_heads // ranks), HEAD_GROUPS))
             moved = q + 2 * k * sizes.copies
             first, last = group.all_to_all(w * s * moved, pieces), group.all_to_all(w * s * q, pieces)
         if not sizes.gathers_keys:
@@ -326,10 +338,7 @@ class TimeModel:
         # Three products where the gradient is known, four where logits are made twice.
         rate = machine.linear_flops_per_s(sizes.dtype, rows=max(1.0, known + later), width=shape.hidden_size)
         products = 2 * (3 * known + 4 * later) * sizes.vocabulary * shape.hidden_size / rate
-        first, second = _PASSES[machine.device].logits
-        elements = (
-            sizes.vocabulary * (known * (first + second) + later * (2 * first + second)) / machine.memory_bytes_per_s
-        )
+        elements = sizes.vocabulary * (known + _TWICE * later) / machine.logits_per_s(sizes.dtype)
         hidden = shape.hidden_size * sizes.width
         if sizes.gathers:
             exchange = groups.tensor.gather(hidden * (2 * known + 3 * later), 2)
@@ -380,7 +389,7 @@ class TimeModel:
         size = _OPTIMIZER_BYTES[config.optimizer.optimizer] * weights / shards
         # The gradient buffer is set to zero.
         size += (2 if config.parallel.grad_reduce_in_bf16 else 4) * weights
-        return size / self.machine.memory_bytes_per_s
+        return size / self.machine.optimizer_bytes_per_s
 
     # The reference ----------------------------------------------------------------------------------
 

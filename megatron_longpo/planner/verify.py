@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from megatron_longpo.planner.machine import Curve, Machine
 from megatron_longpo.planner.search import Plan, Search
-from megatron_longpo.simulation.request import Card, Request
+from megatron_longpo.planner.timing import TimeModel
+from megatron_longpo.simulation.request import Card, Report, Request
 from megatron_longpo.simulation.start import simulate
 
 _GIB = 2**30
@@ -21,7 +24,8 @@ class Verified:
         layout: the plan's layout.
         stage: pipeline stage of the rank that was simulated.
         estimate_bytes, peak_bytes: peak of the tensors, as planned and as simulated.
-        tflop, planned_tflop: operations of the rank, as simulated and as planned.
+        tflop: operations of the rank in a step, as simulated.
+        seconds, planned_seconds: time of a step by what was simulated and as planned.
         fits: whether the simulated peak is within what may be used.
         violations: what kernels and collectives would not take.
     """
@@ -31,6 +35,8 @@ class Verified:
     estimate_bytes: int
     peak_bytes: int
     tflop: float
+    seconds: float
+    planned_seconds: float
     fits: bool
     violations: tuple[str, ...]
 
@@ -39,7 +45,8 @@ class Verified:
         broken = f"; not taken by a kernel: {'; '.join(self.violations)}" if self.violations else ""
         return (
             f"simulated: {self.layout}, stage {self.stage}: peak {self.peak_bytes / _GIB:.2f} GiB, estimate {change:+.1%}, "
-            f"{self.tflop:,.4g} TFLOP per step and rank, {'fits' if self.fits else 'does not fit'}{broken}"
+            f"{self.tflop:,.4g} TFLOP per step and rank, {self.seconds:.4g} s by what was simulated (planned "
+            f"{self.planned_seconds:.4g}), {'fits' if self.fits else 'does not fit'}{broken}"
         )
 
 
@@ -67,11 +74,79 @@ def verify(plans: Sequence[Plan], search: Search, *, length: int | None, answer:
                 estimate_bytes=int(plan.memory.total),
                 peak_bytes=report.peak_bytes,
                 tflop=sum(report.flops.values()) * plan.candidate.micro_batches / report.micro_batches / 1e12,
+                seconds=simulated_seconds(plan, search, report),
+                planned_seconds=plan.seconds,
                 fits=report.peak_bytes <= search.usable_bytes,
                 violations=tuple(str(row["problem"]) for row in report.violations),
             )
         )
     return found
+
+
+def simulated_seconds(plan: Plan, search: Search, report: Report) -> float:
+    """Time of a step by the operations and bytes that were simulated of its slowest stage, at the machine's rates.
+
+    Each part that the plan has is scaled by what was simulated over what was planned. Parts that a simulation does not count
+    (element-wise work, the optimizer, the fill of a pipeline) stay.
+    """
+    few = dataclasses.replace(plan.candidate, micro_batches=report.micro_batches)
+    recompute = plan.recompute
+    operations, exchanges = (
+        TimeModel(unit, search.shape, search.workload).step(few, up=recompute.up, whole_layers=recompute.whole_layers)
+        for unit in units(search.machine)
+    )
+    sent: collections.Counter[str] = collections.Counter()
+    for row in report.exchanges:
+        sent[row["group"]] += row["bytes"]
+    flops = report.flops
+    computed = flops.get("linear layers", 0) + flops.get("attention", 0)
+    planned = operations.parts["linear"] + operations.parts["attention"] + operations.parts["recompute"]
+    ratios = {
+        **dict.fromkeys(("linear", "attention", "recompute"), computed / planned),
+        "log-probs": _ratio(flops.get("log-probs", 0), operations.parts["log-probs"]),
+        "TP exchange": _ratio(sent["tp"], exchanges.parts["TP exchange"]),
+        "CP exchange": _ratio(sent["cp"], exchanges.parts["CP exchange"]),
+        "DP exchange": _ratio(sent["dp_cp"], exchanges.parts["DP exchange"]),
+    }
+    return sum(seconds * ratios.get(name, 1.0) for name, seconds in plan.time.parts.items())
+
+
+def _ratio(found: float, planned: float) -> float:
+    return found / planned if found and planned else 1.0
+
+
+def units(machine: Machine) -> tuple[Machine, Machine]:
+    """Machines on which seconds are operations, and on which they are bytes that a rank sends, none of them hidden."""
+    fast = 1e30
+    flat: dict[str, Curve] = dict.fromkeys(machine.linear_efficiency, ((1.0, 1.0),))
+    plain = dataclasses.replace(
+        machine,
+        device="cpu",
+        memory_gb_per_s=fast,
+        elementwise_efficiency={},
+        optimizer_gb_per_s=None,
+        logits_g_per_s={},
+        linear_efficiency=flat,
+        linear_width_efficiency=((1.0, 1.0),),
+        attention_forward_efficiency=flat,
+        attention_backward_efficiency=flat,
+        node_link_latency_us=0.0,
+        network_latency_us=0.0,
+        operator_us=0.0,
+        straggler_slowdown=0.0,
+    )
+    operations = dataclasses.replace(
+        plain, peak_tflops=dict.fromkeys(flat, 1e-12), node_link_gb_per_s=fast, network_gb_per_s=fast
+    )
+    # One node, so that all bytes go over one link.
+    exchanges = dataclasses.replace(
+        plain,
+        peak_tflops=dict.fromkeys(flat, fast),
+        node_link_gb_per_s=1e-9,
+        network_gb_per_s=1e-9,
+        gpus_per_node=2**30,
+    )
+    return operations, exchanges
 
 
 def request_of(plan: Plan, search: Search, stage: int, *, length: int | None, answer: int, turns: int) -> Request:

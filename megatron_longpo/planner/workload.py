@@ -17,7 +17,7 @@ from megatron_longpo.config import Config, data_sources
 from megatron_longpo.data.indexed import PreferenceData
 from megatron_longpo.data.preference import Mode, Sample, short_rows
 from megatron_longpo.data.sampler import assign_batch
-from megatron_longpo.data.sequence import SequenceLayout, assign_places, keys_per_place
+from megatron_longpo.data.sequence import Row, SequenceLayout, assign_places, keys_per_place
 from megatron_longpo.errors import ConfigError
 from megatron_longpo.model.blocks import blocks_of
 from megatron_longpo.model.shape import ModelShape
@@ -101,12 +101,12 @@ def visible_pairs(layout: SequenceLayout, window: int | None) -> int:
     return halves + sum((b.query_end - b.query) * (b.key_end - b.key) for b in blocks.full)
 
 
-def _shared(rows: Sequence) -> tuple[int, int]:  # type: ignore[type-arg]
-    """Places and pairs of short rows, two and two of which share their prompt."""
+def _shared(rows: Sequence[Row]) -> tuple[int, int]:
+    """Places and pairs of short rows, two and two of which share their prompt but for its last token."""
     places = pairs = 0
     for i in range(0, len(rows), 2):
         lengths = [len(row.tokens_L) - 1 for row in rows[i : i + 2]]
-        prompts = [int(np.count_nonzero(row.response_L < 0)) for row in rows[i : i + 2]]
+        prompts = [int(np.count_nonzero(row.response_L < 0)) - 1 for row in rows[i : i + 2]]
         trunk = min(*prompts, *lengths) if len(lengths) > 1 else 0
         branches = [n - trunk for n in lengths]
         places += trunk + sum(branches)

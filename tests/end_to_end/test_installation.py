@@ -79,8 +79,9 @@ def test_pip_install_gives_the_console_command(wheel: Path, tmp_path: Path) -> N
         assert done.returncode == 0, done.stderr
         return done.stdout
 
-    assert "{train,status,watch,compare-runs,replay,simulate,convert,preprocess,generate,evaluate,evolve}" in command(
-        "--help"
+    assert (
+        "{train,status,watch,compare-runs,replay,simulate,plan,convert,preprocess,generate,evaluate,evolve}"
+        in command("--help")
     )
     assert "seed: 5" in command("train", "--seed", "5", "--print-config")
     assert "--max-shard-size" in command("convert", "export", "--help")

@@ -19,6 +19,7 @@ import tyro
 
 from megatron_longpo.commands.convert import ExportOptions, ImportOptions, VerifyOptions
 from megatron_longpo.commands.evolve import EvolveOptions
+from megatron_longpo.commands.plan import PlanOptions
 from megatron_longpo.commands.preprocess import InspectOptions, PreprocessOptions
 from megatron_longpo.commands.replay import ReplayOptions
 from megatron_longpo.commands.runs import CompareOptions, WatchOptions
@@ -74,6 +75,7 @@ def accept(name: str, arguments: list[str]) -> None:
 PROGRAMS = {
     "convert": "convert",
     "convert_checkpoint": "convert",
+    "plan": "plan",
     "preprocess": "preprocess",
     "preprocess_preference_data": "preprocess",
     "generate": "generate",
@@ -190,7 +192,7 @@ def test_options_that_are_not_in_sections_are_one_table() -> None:
 
 
 OPTIONS = [
-    *(Config, GenerationConfig, EvaluationConfig, PreprocessOptions, InspectOptions, SimulateOptions),
+    *(Config, GenerationConfig, EvaluationConfig, PreprocessOptions, InspectOptions, SimulateOptions, PlanOptions),
     *(WatchOptions, CompareOptions),
     *(ImportOptions, ExportOptions, VerifyOptions),
     *(EvolveOptions, EvolveConfig, Resources, GateRule),

@@ -12,9 +12,16 @@ import pytest
 import torch
 
 from megatron_longpo.commands.simulate import simulate as command
+from megatron_longpo.config import Config, from_dict
 from megatron_longpo.errors import ConfigError, PlatformError
 from megatron_longpo.model import contracts
 from megatron_longpo.model.kernels import _shared, rows_of_groups
+from megatron_longpo.model.shape import ModelShape
+from megatron_longpo.planner.machine import load_machine
+from megatron_longpo.planner.space import candidate_of
+from megatron_longpo.planner.timing import TimeModel
+from megatron_longpo.planner.verify import units
+from megatron_longpo.planner.workload import made_up
 from megatron_longpo.simulation import shim
 from megatron_longpo.simulation.request import Report, Request
 from megatron_longpo.simulation.start import simulate
@@ -219,6 +226,37 @@ def _backward_call(out_KGnD: torch.Tensor) -> contracts.Call:
 def _beyond_device(call: contracts.Call) -> list[str]:
     found = contracts.violations("aten::_scaled_dot_product_efficient_attention_backward", call)
     return [line for line in found if "must be on the GPU" not in line]
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_the_planner_counts_what_the_step_does(name: str, reports: dict[str, Report]) -> None:
+    """Operations of the slowest stage by kind, and the bytes that it sends by group; here 300 tokens, where padding and biases
+    weigh more than in any real run."""
+    request, report = LAYOUTS[name], reports[name]
+    shape, config = ModelShape(**request.shape), from_dict(request.config, "test", Config)
+    candidate = dataclasses.replace(candidate_of(config, shape, request.world_size), micro_batches=report.micro_batches)
+    workload = made_up(config, shape, length=TOKENS, answer=ANSWER, turns=1, short=1024, samples=None)
+    operations, exchanges = (
+        TimeModel(unit, shape, workload).step(candidate, up=False, whole_layers=0)
+        for unit in units(load_machine("a100-80g"))
+    )
+    if request.rank // (request.world_size // candidate.parallel.pipeline_size) != operations.stage:
+        pytest.skip("another stage takes longer")
+    found = operations.parts
+    # With allgather, tiles are padded, and the simulated rank may be another than the most loaded one.
+    exact = 0.05 if candidate.parallel.comm_type == "allgather" else 1e-6
+    assert found["linear"] == pytest.approx(report.flops["linear layers"], rel=exact)
+    assert found["attention"] == pytest.approx(report.flops["attention"], rel=exact)
+    if "log-probs" in report.flops:
+        # The places that have a loss are not the same number on all context-parallel ranks.
+        assert found["log-probs"] == pytest.approx(
+            report.flops["log-probs"], rel=0.15 if candidate.parallel.context_size > 1 else 1e-6
+        )
+    sent: dict[str, int] = {}
+    for row in report.exchanges:
+        sent[row["group"]] = sent.get(row["group"], 0) + row["bytes"]
+    for part, group, near in (("TP exchange", "tp", 0.12), ("CP exchange", "cp", 0.02), ("DP exchange", "dp_cp", 0.02)):
+        assert exchanges.parts[part] == pytest.approx(sent.get(group, 0), rel=near, abs=100), part
 
 
 def test_the_output_handed_over_as_a_view_breaks_the_contract_of_the_memory_efficient_backward() -> None:

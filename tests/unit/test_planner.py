@@ -1,0 +1,403 @@
+"""The planner: numbers by hand, layouts that the trainer takes, answers that change as they must."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_longpo.command_line import given_flags
+from megatron_longpo.commands.plan import plan as command
+from megatron_longpo.config import Config, OptimizerConfig, TrainingConfig, check, check_against_model, from_yaml
+from megatron_longpo.errors import ConfigError
+from megatron_longpo.model.shape import ModelShape
+from megatron_longpo.planner.failures import best_saving
+from megatron_longpo.planner.links import Group
+from megatron_longpo.planner.machine import Machine, load_machine
+from megatron_longpo.planner.search import Recompute, Search
+from megatron_longpo.planner.space import candidates
+from megatron_longpo.planner.timing import TimeModel
+from megatron_longpo.planner.workload import Rows, made_up
+from megatron_longpo.runtime.balance import assign
+from megatron_longpo.simulation.data import made_up_sample
+
+MISTRAL = ModelShape(
+    family="mistral",
+    num_layers=32,
+    hidden_size=4096,
+    ffn_hidden_size=14336,
+    num_attention_heads=32,
+    num_query_groups=8,
+    kv_channels=128,
+    vocab_size=32000,
+    layernorm_epsilon=1e-5,
+    add_qkv_bias=False,
+    untie_embeddings_and_output_weights=True,
+    rotary_base=1e6,
+    max_position_embeddings=32768,
+)
+SMALL = MISTRAL.replace(
+    num_layers=4,
+    hidden_size=512,
+    ffn_hidden_size=1024,
+    num_attention_heads=8,
+    num_query_groups=4,
+    kv_channels=64,
+    vocab_size=1000,
+)
+CONFIG = Config(training=TrainingConfig(bf16=True), optimizer=OptimizerConfig(optimizer="rmsprop"))
+A100 = load_machine("a100-80g")
+
+
+def search_of(
+    length: int, gpus: int, *, shape: ModelShape = MISTRAL, config: Config = CONFIG, machine: Machine = A100
+) -> Search:
+    workload = made_up(config, shape, length=length, answer=256, turns=1, short=2048, samples=None)
+    return Search(config, shape, machine, gpus, workload)
+
+
+# --------------------------------------------------------------------------------------------------
+# Rows
+# --------------------------------------------------------------------------------------------------
+
+
+def test_rows_are_counted_as_the_trainer_lays_them_out() -> None:
+    """1000 tokens with an answer of 100: 999 places of the chosen row, and a branch of 75 from the last common token on."""
+    rows = Rows.of(made_up_sample(1000, answer=100, turns=1, vocab_size=50, short=30), CONFIG, SMALL)
+    trunk, chosen, rejected = 1000 - 100 - 1, 100, 75
+    assert rows.places == trunk + chosen + rejected
+    assert (
+        rows.pairs == (trunk + chosen) * (trunk + chosen + 1) // 2 + rejected * trunk + rejected * (rejected + 1) // 2
+    )
+    # The trunk's places have the NLL only; a prompt's last token predicts each answer's first.
+    assert (rows.known_losses, rows.later_losses) == (trunk, chosen + rejected)
+    assert (rows.longest, rows.chosen) == (999, 1000)
+    # Two short rows of 30 + 16 tokens and an answer share all but the last token of their prompt.
+    assert rows.short_places == 45 + 100 + 75
+
+
+def test_a_sliding_window_leaves_fewer_pairs() -> None:
+    rows = Rows.of(made_up_sample(1000, answer=100, turns=1, vocab_size=50), CONFIG, SMALL.replace(window_size=64))
+    # Every query sees 64 keys, the first 63 fewer.
+    assert rows.pairs == rows.places * 64 - 63 * 64 // 2
+
+
+def test_gathered_keys_are_balanced_over_any_number_of_ranks() -> None:
+    rows = Rows.of(made_up_sample(100_000, answer=100, turns=1, vocab_size=50), CONFIG, SMALL)
+    assert [round(rows.imbalance(n), 2) for n in (2, 64, 1024)] == [1.0, 1.0, 1.01]
+
+
+def test_assignment_does_not_take_longer_than_it_must() -> None:
+    """Thousands of ranks with four tiles each: 16384 items and 4096 bins took minutes with a search for each."""
+    began = time.monotonic()
+    found = assign([float(i % 97) for i in range(16384)], 4096, equal_counts=True)
+    assert time.monotonic() - began < 5
+    assert {len(items) for items in found} == {4}
+
+
+# --------------------------------------------------------------------------------------------------
+# Links
+# --------------------------------------------------------------------------------------------------
+
+
+def links(**changes: Any) -> Machine:
+    return dataclasses.replace(
+        A100,
+        node_link_gb_per_s=100.0,
+        network_gb_per_s=10.0,
+        node_link_latency_us=0.0,
+        network_latency_us=0.0,
+        **{"gpus_per_node": 8, **changes},
+    )
+
+
+@pytest.mark.parametrize(
+    ("size", "stride", "gather"),
+    [
+        # In a node: 3/4 of a gigabyte over 100 GB/s.
+        (4, 1, 0.75 / 100),
+        (4, 2, 0.75 / 100),
+        # Two nodes with eight members each, whose adapters make eight rings of 10 GB/s.
+        (16, 1, 15 / 16 / 80),
+        # One member per node: one adapter.
+        (4, 8, 0.75 / 10),
+        # Members 4 apart: two per node.
+        (8, 4, 7 / 8 / 20),
+        (1, 1, 0.0),
+    ],
+)
+def test_a_gather_takes_the_links_of_its_group(size: int, stride: int, gather: float) -> None:
+    group = Group(size, stride, links())
+    assert group.gather(1e9) == pytest.approx(gather)
+    assert group.all_reduce(1e9) == pytest.approx(2 * gather)
+
+
+def test_an_all_to_all_leaves_the_node_with_what_is_for_other_nodes() -> None:
+    """16 ranks on two nodes: each sends a half of what it has to the other node, at 10 GB/s."""
+    assert Group(16, 1, links()).all_to_all(1e9) == pytest.approx(0.5 / 10)
+    assert Group(8, 1, links()).all_to_all(1e9) == pytest.approx(7 / 8 / 100)
+
+
+def test_small_all_reduces_of_many_nodes_go_by_a_tree() -> None:
+    """A ring over 128 nodes takes 127 steps, a tree 14."""
+    machine = dataclasses.replace(links(), network_latency_us=10.0)
+    assert Group(128, 8, machine).all_reduce(8.0) == pytest.approx(2 * 7 * 10e-6, rel=1e-3)
+    assert Group(128, 8, machine).gather(8.0) == pytest.approx(127 * 10e-6, rel=1e-3)
+
+
+# --------------------------------------------------------------------------------------------------
+# Failures
+# --------------------------------------------------------------------------------------------------
+
+
+def test_checkpoints_are_written_as_often_as_daly_says() -> None:
+    """A checkpoint of 60 s, a failure a day: sqrt(2 60 86400) = 3220 s to the first order (Young), 3180 s by Daly."""
+    saving = best_saving(save=60, gpu_hours_between_failures=24 * 1000, gpus=1000, restart=600)
+    assert saving.mean_time == 86400
+    assert saving.interval == pytest.approx(3220 * (1 + math.sqrt(60 / 172800) / 3 + 60 / 172800 / 9) - 60, rel=1e-3)
+
+    def lost(interval: float) -> float:
+        exponent = (interval + 60) / 86400
+        return 86400 * math.exp(600 / 86400) * math.expm1(exponent) / interval - 1
+
+    assert saving.lost_share == pytest.approx(lost(saving.interval))
+    assert saving.lost_share < min(lost(saving.interval * 1.2), lost(saving.interval / 1.2))
+    # First order: C / t + t / 2M + R / M.
+    assert saving.lost_share == pytest.approx(60 / 3180 + 3180 / 172800 + 600 / 86400, rel=0.05)
+
+
+def test_nothing_is_lost_where_nothing_fails() -> None:
+    saving = best_saving(save=60, gpu_hours_between_failures=math.inf, gpus=8, restart=600)
+    assert (saving.interval, saving.lost_share) == (math.inf, 0.0)
+
+
+# --------------------------------------------------------------------------------------------------
+# Layouts
+# --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("world", [1, 3, 8, 12])
+def test_every_layout_is_one_that_the_trainer_takes(world: int) -> None:
+    found = list(
+        candidates(
+            dataclasses.replace(CONFIG, training=TrainingConfig(global_batch_size=24)), SMALL, world, frozenset()
+        )
+    )
+    assert found
+    for candidate in found:
+        check(candidate.config)
+        check_against_model(candidate.config, world_size=world, num_layers=4, attention_heads=8, key_value_heads=4)
+        parallel = candidate.parallel
+        ranks = parallel.tensor_size * parallel.pipeline_size * parallel.context_size * parallel.data_size
+        assert ranks == world
+        assert candidate.micro_batches * candidate.micro_batch_size * parallel.data_size == 24
+        assert sum(map(sum, candidate.split)) == 4 and min(min(chunks) for chunks in candidate.split) >= 1
+    assert len({repr(c.config) for c in found}) == len(found)
+
+
+def test_settings_that_are_given_stay() -> None:
+    given = given_flags(
+        Config, ["--tensor-model-parallel-size", "2", "--no-sequence-parallel", "--cp_comm_type=allgather"]
+    )
+    assert given == {"tensor_model_parallel_size", "sequence_parallel", "cp_comm_type"}
+    parallel = dataclasses.replace(CONFIG.parallel, tensor_model_parallel_size=2, cp_comm_type="allgather")
+    found = list(candidates(dataclasses.replace(CONFIG, parallel=parallel), SMALL, 8, given))
+    assert {(c.parallel.tensor_size, c.parallel.sequence_parallel, c.parallel.comm_type) for c in found} == {
+        (2, False, "allgather")
+    }
+    assert len({c.parallel.context_size for c in found}) > 1
+
+
+def test_pipelines_may_count_embedding_and_loss_as_layers() -> None:
+    """30 layers on 4 ranks: only with both."""
+    found = [
+        c for c in candidates(CONFIG, SMALL.replace(num_layers=30), 4, frozenset()) if c.parallel.pipeline_size == 4
+    ]
+    assert {tuple(sum(rank) for rank in c.split) for c in found} == {(7, 8, 8, 7)}
+
+
+# --------------------------------------------------------------------------------------------------
+# Time
+# --------------------------------------------------------------------------------------------------
+
+
+def test_a_step_is_the_sum_of_operations_over_rates() -> None:
+    """One GPU of 100 TFLOP/s that does nothing else: six products per weight and token, and 14 per pair and channel."""
+    plain = ((1.0, 1.0),)
+    machine = dataclasses.replace(
+        A100,
+        peak_tflops={"bfloat16": 100.0},
+        linear_efficiency={"bfloat16": plain},
+        linear_width_efficiency=plain,
+        attention_forward_efficiency={"bfloat16": plain},
+        attention_backward_efficiency={"bfloat16": plain},
+    )
+    search = search_of(4000, 1, shape=SMALL, machine=machine)
+    (candidate,) = [c for c in candidates(CONFIG, SMALL, 1, frozenset()) if c.micro_batch_size == 1]
+    parts = TimeModel(machine, SMALL, search.workload).step(candidate, up=False, whole_layers=0).parts
+    rows = search.workload.mean
+    assert parts["linear"] == pytest.approx(8 * 6 * rows.places * 4 * SMALL.layer_weights / 100e12)
+    assert parts["attention"] == pytest.approx(8 * 4 * 14 * rows.pairs * SMALL.query_width / 100e12)
+    losses = 3 * rows.known_losses + 4 * rows.later_losses
+    assert parts["log-probs"] == pytest.approx(8 * 2 * losses * 1000 * 512 / 100e12)
+    assert not any(
+        parts[name] for name in ("TP exchange", "CP exchange", "PP exchange", "DP exchange", "bubble", "recompute")
+    )
+    again = TimeModel(machine, SMALL, search.workload).step(candidate, up=True, whole_layers=0).parts["recompute"]
+    assert again > 8 * 2 * rows.places * 4 * SMALL.hidden_size * 2 * SMALL.ffn_hidden_size / 100e12
+
+
+def test_a_pipeline_waits_for_its_first_and_last_micro_batch() -> None:
+    """Stages alike: (stages - 1) / micro batches of the time, and a half of it with two virtual stages."""
+    config = dataclasses.replace(CONFIG, training=TrainingConfig(bf16=True, global_batch_size=16))
+    search = search_of(8192, 4, shape=SMALL.replace(num_layers=16, vocab_size=8), config=config)
+    bubbles = {}
+    for candidate in candidates(config, search.shape, 4, frozenset()):
+        parallel = candidate.parallel
+        counted = candidate.config.parallel
+        if (
+            parallel.pipeline_size == 4
+            and candidate.micro_batch_size == 1
+            and not counted.account_for_loss_in_pipeline_split
+        ):
+            time_ = search.times.step(candidate, up=False, whole_layers=0)
+            busy = time_.total - sum(time_.parts[n] for n in ("bubble", "DP exchange", "optimizer", "stragglers"))
+            bubbles[parallel.virtual_stages] = time_.parts["bubble"] / busy
+    assert bubbles[None] == pytest.approx(3 / 16, rel=0.02)
+    assert bubbles[2] == pytest.approx(3 / 32, rel=0.05)
+
+
+def test_less_memory_is_met_by_more_recomputation_and_then_by_another_layout() -> None:
+    wide = search_of(65536, 8).best(1)[0]
+    machine = dataclasses.replace(A100, memory_gib=24.0)
+    narrow = search_of(65536, 8, machine=machine).best(1)[0]
+    assert wide.recompute == Recompute(False)
+    assert narrow.memory.total <= 0.92 * 24 * 2**30 < wide.memory.total
+    assert narrow.seconds > wide.seconds
+
+
+# --------------------------------------------------------------------------------------------------
+# Answers change as they must
+# --------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    st.sampled_from((4096, 16384, 50000)),
+    st.sampled_from((1, 2, 6, 8)),
+    st.sampled_from(("a100-80g", "h100-sxm", "l40s")),
+)
+def test_answers_change_as_they_must(length: int, gpus: int, name: str) -> None:
+    machine = load_machine(name)
+    config = dataclasses.replace(CONFIG, training=TrainingConfig(bf16=True, global_batch_size=48))
+    (best,) = search_of(length, gpus, shape=SMALL, config=config, machine=machine).best(1)
+    # Twice the length: more than twice the time, at most four times; no less memory in the same layout.
+    longer = search_of(2 * length, gpus, shape=SMALL, config=config, machine=machine)
+    (twice,) = longer.best(1)
+    assert 1.9 * best.seconds < twice.seconds < 4.1 * best.seconds
+    assert longer.memory(best.candidate, best.recompute).total > best.memory.total
+    # Twice the GPUs: faster, but not more than twice as fast.
+    (more,) = search_of(length, 2 * gpus, shape=SMALL, config=config, machine=machine).best(1)
+    assert 0.45 * best.seconds < more.seconds < best.seconds
+    # Half the memory: not faster, and it fits.
+    half = dataclasses.replace(machine, memory_gib=machine.memory_gib / 2)
+    found = search_of(length, gpus, shape=SMALL, config=config, machine=half).best(1)
+    assert not found or (found[0].seconds >= best.seconds and found[0].memory.total <= 0.92 * half.memory_bytes)
+    # Links twice as slow: not faster.
+    slow = dataclasses.replace(
+        machine, node_link_gb_per_s=machine.node_link_gb_per_s / 2, network_gb_per_s=machine.network_gb_per_s / 2
+    )
+    assert search_of(length, gpus, shape=SMALL, config=config, machine=slow).best(1)[0].seconds >= best.seconds
+
+
+def test_the_best_are_the_best_of_all() -> None:
+    """The search stops early; going through everything finds the same."""
+    search = search_of(32768, 8, machine=dataclasses.replace(A100, memory_gib=40.0))
+    every = [plan for _, candidate in search.ordered if (plan := search.fitted(candidate)) is not None]
+    assert [p.seconds for p in search.best(10)] == sorted(p.seconds for p in every)[:10]
+
+
+def test_sixteen_thousand_gpus_and_four_million_tokens_take_seconds() -> None:
+    config = dataclasses.replace(CONFIG, training=TrainingConfig(bf16=True, global_batch_size=512))
+    shape = MISTRAL.replace(
+        num_layers=80, hidden_size=8192, ffn_hidden_size=28672, num_attention_heads=64, vocab_size=128256
+    )
+    began = time.process_time()
+    (best,) = search_of(4_000_000, 16384, shape=shape, config=config, machine=load_machine("h100-sxm")).best(1)
+    # Of this process, whatever else the machine does.
+    assert time.process_time() - began < 10
+    assert best.candidate.parallel.context_size > 8
+
+
+# --------------------------------------------------------------------------------------------------
+# The command
+# --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    SMALL.write(folder)
+    return folder
+
+
+def test_the_command_writes_what_train_takes(tmp_path: Path, model: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "plan"
+    flags = ["--hf", str(model), "--gpus", "4", "--length", "8192", "--samples", "1000", "--dollars-per-gpu-hour", "2"]
+    command(
+        [*flags, "--optimizer", "rmsprop", "--with-generation", "--with-evaluation", "--output", str(out)], prog="plan"
+    )
+    printed = capfd.readouterr().out
+    assert "the best 10, fastest first:" in printed and "limited by" in printed and "slower by" in printed
+    assert "the run: 125 steps" in printed and "dollars" in printed and "generation" in printed
+    found = json.loads((out / "plan.json").read_text())
+    assert found["schema_version"] == 1 and len(found["plans"]) == 10
+    best = found["plans"][0]
+    assert sum(best["seconds"].values()) == pytest.approx(best["step_seconds"], rel=1e-3)
+    assert sum(best["bytes"].values()) - best["bytes"]["reserve"] == pytest.approx(best["peak_bytes"], abs=16)
+    config = from_yaml(out / "train.yaml")
+    check(config)
+    check_against_model(config, world_size=4, num_layers=4, attention_heads=8, key_value_heads=4)
+    assert config.training.bf16 and config.data.seq_length == 8192
+    assert yaml.safe_load((out / "train.yaml").read_text())["parallel"] == best["parallel"]
+    for theme in ("light", "dark"):
+        assert (out / f"plan_{theme}.svg").read_text().startswith("<?xml")
+
+
+def test_the_yaml_s_own_layout_stands_beside_the_best(
+    tmp_path: Path, model: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run.yaml"
+    run.write_text("parallel: {context_parallel_size: 4}\ntraining: {bf16: true}\ndata: {seq_length: 8192}\n")
+    command(["--config", str(run), "--hf", str(model), "--gpus", "4"], prog="plan")
+    assert "as configured: TP 1, PP 1, CP 4 a2a, DP 1" in capfd.readouterr().out
+    command(["--config", str(run), "--hf", str(model), "--gpus", "6"], prog="plan")
+    assert "the configured layout is none for 6 GPUs: tensor 1 x pipeline 1 x context 4" in capfd.readouterr().out
+
+
+def test_where_nothing_fits_it_says_what_would(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    MISTRAL.write(model)
+    with pytest.raises(ConfigError, match="nothing fits 1 x a100-40g with rows of 131,"):
+        command(["--hf", str(model), "--gpus", "1", "--gpu", "a100-40g", "--length", "131072"], prog="plan")
+    printed = capfd.readouterr().out
+    assert "nothing fits. Closest: TP 1" in printed
+    assert "would fit with 8 GPUs: TP 8" in printed
+
+
+def test_a_world_without_any_layout_is_refused_with_the_reason(model: Path) -> None:
+    flags = ["--hf", str(model), "--gpus", "7", "--length", "4096", "--context-parallel-size", "2"]
+    with pytest.raises(
+        ConfigError, match="no layout of 7 GPUs is allowed with global_batch_size=8, context_parallel_size=2"
+    ):
+        command(flags, prog="plan")

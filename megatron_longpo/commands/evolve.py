@@ -15,6 +15,7 @@ from megatron_longpo.commands.preprocess import PreprocessOptions
 from megatron_longpo.errors import ConfigError
 from megatron_longpo.evolution.plan import Planner
 from megatron_longpo.evolution.settings import read_evolution
+from megatron_longpo.runtime.signals import STOPPED
 
 _FLAG_TYPES: dict[str, type] = {"preprocess": PreprocessOptions, "import": ImportOptions, "export": ExportOptions}
 _Config = Annotated[str, tyro.conf.arg(metavar="FILE.yaml")]
@@ -58,7 +59,8 @@ class ReportOptions:
 
 def evolve(arguments: Sequence[str], *, prog: str) -> None:
     """Evolve a model through rounds: pairs by the model itself, training, export, evaluation, and a gate that decides about the
-    next round. Each stage is one of the other commands. Rerun the same command to resume."""
+    next round. Each stage is one of the other commands. Rerun the same command to resume. Exit status 75: training was broken
+    off, and goes on when the command is run again."""
     options = parse(EvolveOptions, arguments, prog=prog, description=" ".join((evolve.__doc__ or "").split()))
     if options.stage is None and (options.part or options.finish):
         raise ConfigError("--part and --finish belong to one stage; name it with --stage ROUND/STAGE")
@@ -75,15 +77,17 @@ def evolve(arguments: Sequence[str], *, prog: str) -> None:
         run.redo(planner, options.redo)
     elif options.stage is None and planner.evolution.evolve.executor == "slurm":
         slurm.submit(planner)
-    elif options.stage is None:
-        run.run_rounds(planner)
-    elif options.part:
+    elif options.part and options.stage is not None:
         run.run_part(planner, options.stage)
-    elif options.finish:
+    elif options.finish and options.stage is not None:
         run.finish_parts(planner, options.stage)
     else:
-        run.run_stage(planner, options.stage)
-        round_name, name = options.stage.split("/", 1)
+        try:
+            run.run_rounds(planner) if options.stage is None else run.run_stage(planner, options.stage)
+        except run.Interrupted as error:
+            log(f"error: {error}")
+            sys.exit(STOPPED)
+        round_name, _, name = (options.stage or "").partition("/")
         if name == "gate" and read_gate(planner.folder(round_name).gate) == "stop":
             # The jobs of later rounds depend on this one's success.
             sys.exit(slurm.STOPPED)

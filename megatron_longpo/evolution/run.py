@@ -34,17 +34,25 @@ from megatron_longpo.runtime.checked_json import read_checked, write_checked
 from megatron_longpo.runtime.files import FolderLock, write_atomically
 from megatron_longpo.runtime.launcher import terminate_with_parent
 from megatron_longpo.runtime.log import log
+from megatron_longpo.runtime.status import read_status
 from megatron_longpo.schema import convert_fields
 
 _PACKAGE_ROOT = Path(__file__).resolve().parents[2]
 # Between SIGTERM and SIGKILL of a stage; a checkpoint may be under way.
 _GRACE_SECONDS = 120.0
+# Slurm's signals reach every process of a step. The ranks know SIGUSR1, and save; torchrun would be ended by it, and they with
+# it.
+_WITHOUT_USR1 = ("bash", "-c", 'trap "" USR1; exec "$@"', "longpo")
 _TAIL_LINES = 5
 _TAIL_BYTES = 4096
 
 
 class Failed(LongPOError):
     """A stage ended with an error."""
+
+
+class Interrupted(Failed):
+    """A stage was broken off and goes on when it is run again, with nothing to be changed."""
 
 
 def run_rounds(planner: Planner) -> None:
@@ -303,17 +311,28 @@ def _run(planner: Planner, stage: Stage, title: str, *, parts_seconds: float | N
             record = finished(record, outputs=outputs, seconds=time.monotonic() - began, status=status)
             write_record(stage.folder, record)
     if record.state != "done":
-        _raise_failed(stage, status)
+        _raise_failed(stage, status, time.monotonic() - began)
 
 
-def _raise_failed(stage: Stage, status: int) -> None:
+def _raise_failed(stage: Stage, status: int, seconds: float) -> None:
+    """Say why a stage failed that has run for some seconds."""
     logged = stage.folder / "log.txt"
     if status == 0:
         lacks = ", ".join(str(path) for path in stage.outputs if not path.exists())
         raise Failed(f"{stage.id}: its command ended well but did not make {lacks}; see {logged}")
-    raise Failed(
+    error = Interrupted if stage.kind == "train" and _goes_on(stage.outputs[0], seconds) else Failed
+    raise error(
         f"{stage.id}: ended with status {status}: {_tail(logged)} (all of it: {logged}); rerun the same command to resume"
     )
+
+
+def _goes_on(output: Path, seconds: float) -> bool:
+    """Whether a training run of the last seconds was broken off. One that never came to a sign of life has another mistake."""
+    try:
+        status = read_status(output)
+    except DataError:
+        return False
+    return status.state not in ("finished", "failed") and status.age_seconds <= seconds
 
 
 def _tail(path: Path) -> str:
@@ -408,7 +427,7 @@ def launcher(stage: Stage) -> list[str]:
         host, job = os.environ["MASTER_ADDR"], os.environ["SLURM_JOB_ID"]
         port = os.environ.get("MASTER_PORT", 20000 + int(job) % 20000)
         return [
-            *("srun", "--kill-on-bad-exit=1", "--ntasks-per-node=1", *torchrun, "--nnodes", str(nodes)),
+            *("srun", "--kill-on-bad-exit=1", "--ntasks-per-node=1", *_WITHOUT_USR1, *torchrun, "--nnodes", str(nodes)),
             *("--rdzv-backend", "c10d", "--rdzv-endpoint", f"{host}:{port}", "--rdzv-id", job),
         ]
     return [*torchrun, "--standalone"] if processes > 1 else [sys.executable]
@@ -420,7 +439,14 @@ def environment(stage: Stage) -> dict[str, str]:
     processes = stage.resources.nproc_per_node or 1
     # Else torchrun gives each process one thread, and prints a warning.
     threads = os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
-    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": threads}
+    # Else torchrun kills processes that save 30 seconds after SIGTERM.
+    grace = os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(int(_GRACE_SECONDS) - 10))
+    return {
+        **os.environ,
+        "PYTHONPATH": path,
+        "OMP_NUM_THREADS": threads,
+        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": grace,
+    }
 
 
 def _tee(command: list[str], path: Path, variables: dict[str, str]) -> int:

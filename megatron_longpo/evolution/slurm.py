@@ -23,10 +23,26 @@ from megatron_longpo.evolution.records import read_record
 from megatron_longpo.evolution.run import environment
 from megatron_longpo.runtime.checked_json import read_checked, write_checked
 from megatron_longpo.runtime.log import log
+from megatron_longpo.runtime.signals import STOPPED as GOES_ON
 
 # Exit status of a gate that says stop.
 STOPPED = 3
 _JOBS = "jobs.json"
+# Three minutes before the time limit the batch shell gets SIGUSR1, and its stage SIGTERM, upon which it saves what it has. A job
+# whose stage was broken off is requeued under its number, so that those which depend on it go on waiting.
+_SIGNAL = "--signal=B:USR1@180"
+_SCRIPT = f"""\
+export MASTER_ADDR=${{MASTER_ADDR:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)}}
+out_of_time=no
+trap 'out_of_time=yes; kill -TERM $!' USR1
+COMMAND &
+status=0
+while kill -0 $! 2>/dev/null; do wait $! && status=0 || status=$?; done
+if [ "${{SLURM_RESTART_COUNT:-0}}" -lt 20 ] && {{ [ "$out_of_time" = yes ] || [ "$status" -eq {GOES_ON} ]; }}; then
+  scontrol requeue "$SLURM_JOB_ID"
+fi
+exit "$status"
+"""
 
 
 def submit(planner: Planner) -> dict[str, str]:
@@ -114,6 +130,7 @@ def _options(stage: Stage, needs: list[str], log_name: str = "slurm.txt") -> lis
         f"--nodes={stage.resources.nodes}",
         "--ntasks-per-node=1",
         "--requeue",
+        _SIGNAL,
         "--open-mode=append",
         f"--output={stage.folder / log_name}",
     ]
@@ -125,8 +142,7 @@ def _options(stage: Stage, needs: list[str], log_name: str = "slurm.txt") -> lis
 
 def _sbatch(stage: Stage, options: list[str], command: list[str]) -> str:
     """Submit a job; its id."""
-    master = 'export MASTER_ADDR=${MASTER_ADDR:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)}'
-    script = f"{master}; exec {shlex.join(command)}"
+    script = _SCRIPT.replace("COMMAND", shlex.join(command))
     done = subprocess.run(
         ["sbatch", "--parsable", *options, f"--wrap={script}"],
         capture_output=True,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from megatron_longpo.evolution.settings import GateRule, merged
 from megatron_longpo.evolution.split import split_pairs
 from megatron_longpo.evolution.status import read_status
 from megatron_longpo.runtime.files import HOLDER_FILE, FolderLock
+from megatron_longpo.runtime.status import StatusFile
 from tests.support.rounds import write_rounds
 
 
@@ -424,10 +426,36 @@ def test_the_report_shows_what_is_there_and_escapes_it(tmp_path: Path) -> None:
     assert "&lt;script&gt;" in page and "<script>" not in page and 'src="http' not in page
 
 
+def test_training_that_was_broken_off_is_told_from_training_that_failed(tmp_path: Path) -> None:
+    assert not run._goes_on(tmp_path, 60.0)
+    file = StatusFile(tmp_path, train_iters=9)
+    for state, goes_on in (("running", True), ("stopped", True), ("failed", False), ("finished", False)):
+        file.write(state, step=3)  # type: ignore[arg-type]
+        assert run._goes_on(tmp_path, 60.0) == goes_on
+    # The sign of life is that of a launch before.
+    file.write("running", step=3)
+    assert not run._goes_on(tmp_path, -1.0)
+
+
+@pytest.mark.parametrize(("status", "requeued"), [(75, True), (1, False), (0, False)])
+def test_a_job_whose_stage_was_broken_off_is_requeued(tmp_path: Path, status: int, requeued: bool) -> None:
+    """The job's own shell, with a stand-in for scontrol."""
+    (tmp_path / "scontrol").write_text('#!/bin/sh\n[ "$1" = show ] && echo node0 || echo "$*" >requeued\n')
+    (tmp_path / "scontrol").chmod(0o755)
+    script = slurm._SCRIPT.replace("COMMAND", f"sh -c 'echo $MASTER_ADDR >master; exit {status}'")
+    variables = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n"}
+    ended = subprocess.run(["sh", "-c", script], cwd=tmp_path, env=variables, check=False).returncode
+    assert ended == status and (tmp_path / "requeued").exists() == requeued
+    assert (tmp_path / "master").read_text() == "node0\n"
+
+
 def test_jobs_depend_on_what_they_need(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With stand-ins for sbatch and squeue; the real ones are tried where there is a Slurm."""
     for name, body in (
-        ("sbatch", 'n=$(wc -l <"$JOBS"); printf "%s\\n" "$*" >>"$JOBS"; echo "$((n + 100));cluster"'),
+        (
+            "sbatch",
+            'n=$(wc -l <"$JOBS"); echo "$*" | tr "\\n" " " >>"$JOBS"; echo >>"$JOBS"; echo "$((n + 100));cluster"',
+        ),
         ("squeue", "echo 101"),
     ):
         (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")

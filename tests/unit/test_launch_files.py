@@ -113,11 +113,16 @@ def test_a_manifest_starts_training(name: str, monkeypatch: pytest.MonkeyPatch) 
 def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with srun, scontrol and scancel, which write their arguments to files in it."""
     programs = {
-        # A step that goes on until somebody signals it, if it is to.
-        "srun": 'printf "%s\\n" "$@" >srun.args\n'
+        # The configuration and the status of the run, else a step, which goes on until somebody signals it, if it is to.
+        "srun": 'case "$*" in\n'
+        '*--print-config*) printf "checkpoint:\\n  load: l\\n  save: the run\\n";exit;;\n'
+        '*"status the run --alive"*) exit "$(cat silent)";;\n'
+        '*"status the run"*) exit "$(cat answer)";;\n'
+        "esac\n"
+        'printf "%s\\n" "$@" >srun.args\n'
         'echo "$OMP_NUM_THREADS" >threads\n'
-        "[ -e hold ] || exit 0\n"
-        "trap 'exit 7' USR1\n"
+        '[ -e hold ] || exit "$(cat status)"\n'
+        "trap 'exit 7' USR1 TERM\n"
         "echo $$ >started\nwhile :; do sleep 0.05; done",
         "scontrol": 'case $1 in show) echo node0; echo node1;; *) echo "$*" >>scontrol.args;; esac',
         "scancel": 'echo "$*" >>scancel.args; kill -USR1 "$(cat started)"',
@@ -126,6 +131,8 @@ def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
         (tmp_path / name).chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    for name, status in (("status", 0), ("silent", 0), ("answer", 75)):
+        (tmp_path / name).write_text(str(status))
     job = {"JOB_ID": "41", "JOB_NODELIST": "node[0-1]", "JOB_NUM_NODES": "2", "GPUS_ON_NODE": "4", "CPUS_ON_NODE": "30"}
     for key, value in job.items():
         monkeypatch.setenv(f"SLURM_{key}", value)
@@ -163,6 +170,32 @@ def test_a_container_holds_the_step(slurm: Path, monkeypatch: pytest.MonkeyPatch
     assert "--container-mounts=/data:/data,/runs:/runs" in batch(slurm, "train")
 
 
+@pytest.mark.parametrize(
+    ("silent", "answer", "restarts", "requeued"),
+    [
+        (0, 75, 0, True),
+        (0, 2, 0, False),  # something must be changed first
+        (1, 75, 0, False),  # the sign of life is an earlier launch's
+        (0, 75, 20, False),  # often enough
+    ],
+)
+def test_a_training_job_is_requeued_if_its_run_goes_on(
+    slurm: Path, monkeypatch: pytest.MonkeyPatch, silent: int, answer: int, restarts: int, requeued: bool
+) -> None:
+    for name, status in (("status", 1), ("silent", silent), ("answer", answer)):
+        (slurm / name).write_text(str(status))
+    monkeypatch.setenv("SLURM_RESTART_COUNT", str(restarts))
+    batch(slurm, "train", status=1)
+    assert (slurm / "scontrol.args").exists() == requeued
+
+
+@pytest.mark.parametrize(("status", "requeued"), [(75, True), (2, False), (0, False)])
+def test_rounds_are_requeued_if_training_goes_on(slurm: Path, status: int, requeued: bool) -> None:
+    (slurm / "status").write_text(str(status))
+    batch(slurm, "evolve", status=status)
+    assert (slurm / "scontrol.args").exists() == requeued
+
+
 @pytest.mark.parametrize("name", ["train", "generate", "evaluate", "evolve"])
 def test_a_job_that_is_out_of_time_is_requeued(slurm: Path, name: str) -> None:
     (slurm / "hold").touch()
@@ -175,7 +208,7 @@ def test_a_job_that_is_out_of_time_is_requeued(slurm: Path, name: str) -> None:
         job.send_signal(signal.SIGUSR1)
         status = job.wait(20)
     finally:
-        if job.poll() is None or name != "train":
+        if job.poll() is None or name in ("generate", "evaluate"):
             os.killpg(job.pid, signal.SIGKILL)
     assert (slurm / "scontrol.args").read_text() == "requeue 41\n"
     if name == "train":

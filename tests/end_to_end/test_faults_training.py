@@ -97,24 +97,23 @@ DAMAGES: dict[str, Callable[[Path], None]] = {
 }
 
 
-def test_a_damaged_checkpoint_is_named_and_an_older_one_used(model: Path, tmp_path: Path) -> None:
-    """Two at a time, as the machine has cores."""
-    names = list(DAMAGES)
-    for start in range(0, len(names), 2):
-        pair = names[start : start + 2]
-        running = []
-        for name in pair:
-            output = tmp_path / name
-            shutil.copytree(model / "run", output)
-            DAMAGES[name](folder_of(output, 3))
-            running.append(Running([PYTHON, *train(model, output, "--exit-interval", "4")]))
-        for name, process in zip(pair, running, strict=True):
-            output, done = tmp_path / name, process.wait()
-            assert "Traceback" not in done.stderr, (name, done.stderr)
-            (line,) = [line for line in done.stdout.splitlines() if "it is now damaged_iter_0000003" in line]
-            assert str(folder_of(output, 3)) in line and "resumes from step 2" in line, name
-            assert (output / "damaged_iter_0000003").is_dir() and latest_step(output) == 4
-            assert [r["step"] for r in read_metrics(output / "metrics.jsonl")] == [1, 2, 3, 4]
+def test_damaged_checkpoints_are_named_and_an_older_one_used(model: Path, tmp_path: Path) -> None:
+    """One of each kind of damage, all newer than the good one."""
+    output = tmp_path / "run"
+    shutil.copytree(model / "run", output)
+    damaged = {name: folder_of(output, 4 + number) for number, name in enumerate(DAMAGES)}
+    for name, folder in damaged.items():
+        shutil.copytree(folder_of(output, 3), folder)
+        DAMAGES[name](folder)
+    done = run([PYTHON, *train(model, output, "--exit-interval", "4")])
+    assert "Traceback" not in done.stderr, done.stderr
+    for name, folder in damaged.items():
+        aside = f"damaged_{folder.name}"
+        (line,) = [line for line in done.stdout.splitlines() if f"it is now {aside}" in line]
+        assert str(folder) in line and "resumes from step 3" in line, name
+        assert (output / aside).is_dir()
+    assert latest_step(output) == 4
+    assert [r["step"] for r in read_metrics(output / "metrics.jsonl")] == [1, 2, 3, 4]
 
 
 def test_where_no_checkpoint_is_good_none_is_touched(model: Path, tmp_path: Path) -> None:

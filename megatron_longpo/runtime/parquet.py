@@ -22,11 +22,12 @@ _TAIL = struct.Struct("<I4s")
 _TRUE, _FALSE, _BYTE, _DOUBLE, _BINARY, _LIST, _SET, _MAP, _STRUCT, _UUID = 1, 2, 3, 7, 8, 9, 10, 11, 12, 13
 _INTEGERS = (4, 5, 6)
 _FIXED_BYTES = {_BYTE: 1, _DOUBLE: 8, _UUID: 16}
-_DEEPEST = 64
+_DEEPEST = 32
 # A footer may always have this size. It is read in Python, a megabyte or two per second.
 _FREE_FOOTER_BYTES = 2**26
-# pyarrow's own limit.
+# pyarrow's own limits.
 _MOST_ELEMENTS = 10**6
+_MOST_PAGE_HEADER_BYTES = 2**24
 # Field numbers: FileMetaData.row_groups, RowGroup.columns, ColumnChunk.meta_data.
 _ROW_GROUPS, _COLUMNS, _META_DATA = 4, 1, 3
 # ColumnMetaData: num_values, total_compressed_size, data_page_offset, dictionary_page_offset.
@@ -83,7 +84,7 @@ def _page_bytes(content: mmap.mmap, size: int, column: dict[int, Any], most: int
     end = min(size, place + _number(meta, _COMPRESSED))
     left, total = _number(meta, _NUM_VALUES), 0
     while place < end and left > 0 and total <= most:
-        reader = _Reader(content, place, size)
+        reader = _Reader(content, place, min(size, place + _MOST_PAGE_HEADER_BYTES))
         header = reader.struct()
         total += _number(header, _PAGE_UNCOMPRESSED)
         for key in (_DATA_HEADER, _DATA_HEADER_V2):
@@ -126,8 +127,6 @@ class _Reader:
 
     def struct(self, depth: int = 0) -> dict[int, Any]:
         """Fields of a struct, by number. Texts and the like are left out."""
-        if depth > _DEEPEST:
-            raise _damaged("metadata nested too deeply")
         fields: dict[int, Any] = {}
         number = 0
         while kind := self._byte():
@@ -136,6 +135,8 @@ class _Reader:
         return fields
 
     def _value(self, kind: int, depth: int) -> Any:
+        if depth > _DEEPEST:
+            raise _damaged("metadata nested too deeply")
         if kind in (_TRUE, _FALSE):
             return kind == _TRUE
         if kind in _INTEGERS:

@@ -4,9 +4,10 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 STAMP = $(VENV)/.installed
 DEMO ?= .demo
+REPRODUCTION ?= .reproduction
 EXTRAS ?= dev,demo,eval
 
-.PHONY: setup demo test test-fast test-latest lint audit docs clean
+.PHONY: setup demo reproduction-small test test-fast test-latest lint audit docs clean
 
 setup: $(STAMP)
 
@@ -21,6 +22,10 @@ $(STAMP): setup.py constraints.txt
 
 demo: $(STAMP)
 	$(BIN)/python examples/demo.py --folder $(DEMO)
+
+# The experiment of docs/reproduction.md: hours. Rerun it to resume.
+reproduction-small: $(STAMP)
+	$(BIN)/python examples/reproduction/small/run.py --folder $(REPRODUCTION)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -1,0 +1,220 @@
+"""Tables and the figure of the reproduction, from the evaluations' own files: F/results.md, results.json, results.png."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_longpo.evaluation.scoring import token_f1
+
+# Lengths up to which the model is made.
+SHORT = 512
+DRAWS = 2000
+_SEED_OF_METHOD = re.compile(r"(.+)-seed\d+")
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean and its 95 % bootstrap interval over questions; those of several seeds are drawn together."""
+
+    mean: float
+    low: float
+    high: float
+    questions: int
+
+
+@dataclass(frozen=True)
+class Result:
+    """One model, or the same method's models of several seeds.
+
+    Attributes:
+        round: round that made it; empty for the models before.
+        method: method, or what was done instead.
+        seeds: number of models.
+        exact_match, f1, needle: length -> score.
+        short, long: exact match over the lengths up to 512 tokens, and over those beyond, up to the round's.
+    """
+
+    round: str
+    method: str
+    seeds: int
+    exact_match: dict[int, Interval]
+    f1: dict[int, Interval]
+    needle: dict[int, Interval]
+    short: Interval | None
+    long: Interval | None
+
+
+def write(folder: Path) -> None:
+    """Write the tables and the figure of what is there."""
+    found = results(folder)
+    content = {"results": [asdict(result) for result in found], "seconds": _read(folder / "seconds.json")}
+    (folder / "results.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    (folder / "results.md").write_text(tables(found), encoding="utf-8")
+    if found:
+        draw(found, folder / "results.png")
+    print(f"{folder / 'results.md'}, results.json, results.png: {len(found)} models", flush=True)
+
+
+def results(folder: Path) -> list[Result]:
+    """Results of all evaluations below a folder that are there."""
+    found = []
+    for path in sorted((folder / "examined").glob("*/results.json"), key=lambda p: (p.parent.name != "model", str(p))):
+        found.append(_result("", path.parent.name, [path.parent]))
+    rounds = sorted((folder / "rounds").glob("*/pairs.jsonl"), key=lambda p: _length(p.parent.name))
+    for pairs in rounds:
+        evaluations: dict[str, list[Path]] = {}
+        for path in sorted(pairs.parent.glob("*/*/results.json")):
+            name = path.parent.name
+            same = _SEED_OF_METHOD.fullmatch(name)
+            evaluations.setdefault(same[1] if same else name, []).append(path.parent)
+        found += [_result(pairs.parent.name, method, folders) for method, folders in evaluations.items()]
+    return found
+
+
+def _length(name: str) -> int:
+    """Tokens of a round's name such as 4K."""
+    return int(name[:-1]) * 1024 if name.endswith("K") else int(name)
+
+
+def _result(round_: str, method: str, folders: Sequence[Path]) -> Result:
+    """The result of one method's evaluations."""
+    questions = [_rows(folder / "qa" / "samples.jsonl") for folder in folders]
+    needles = [_rows(folder / "needle" / "samples.jsonl") for folder in folders]
+    lengths = sorted({row["length"] for rows in questions for row in rows})
+    longest = _length(round_) if round_ else max(lengths, default=0)
+    exact = {n: _scores(questions, [n], lambda row: row["score"]) for n in lengths}
+    beyond = [n for n in lengths if SHORT < n <= longest]
+    within = [n for n in lengths if n <= SHORT]
+    return Result(
+        round=round_,
+        method=method,
+        seeds=len(folders),
+        exact_match={n: interval(scores) for n, scores in exact.items()},
+        f1={
+            n: interval(_scores(questions, [n], lambda row: token_f1(row["answer"], row["references"])))
+            for n in lengths
+        },
+        needle={
+            n: interval(_scores(needles, [n], lambda row: row["score"]))
+            for n in sorted({row["length"] for rows in needles for row in rows})
+        },
+        short=interval(np.concatenate([exact[n] for n in within])) if within else None,
+        long=interval(np.concatenate([exact[n] for n in beyond])) if beyond else None,
+    )
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def _scores(seeds: Sequence[Sequence[Mapping[str, Any]]], lengths: Sequence[int], score: Any) -> np.ndarray:
+    """[questions] mean over the seeds' models of each question's score."""
+    of_question: dict[str, list[float]] = {}
+    for rows in seeds:
+        for row in rows:
+            if row["length"] in lengths:
+                of_question.setdefault(row["key"], []).append(score(row))
+    return np.array([np.mean(scores) for scores in of_question.values()])
+
+
+def interval(scores: np.ndarray) -> Interval:
+    """Mean of scores, with its interval."""
+    rng = np.random.default_rng(1234)
+    means = scores[rng.integers(0, len(scores), (DRAWS, len(scores)))].mean(1)
+    low, high = np.percentile(means, (2.5, 97.5))
+    return Interval(float(scores.mean()), float(low), float(high), len(scores))
+
+
+# --------------------------------------------------------------------------------------------------
+# Showing
+# --------------------------------------------------------------------------------------------------
+
+
+def tables(found: Sequence[Result]) -> str:
+    """The tables in Markdown."""
+    lengths = sorted({n for result in found for n in result.exact_match})
+    head = ["round", "model", "seeds"]
+    parts = [
+        _table(
+            "Held-out questions, exact match in percent (95 % interval)",
+            [*head, *map(str, lengths), f"to {SHORT}", "beyond"],
+            [
+                [*_head(r), *(_text(r.exact_match.get(n)) for n in lengths), _text(r.short), _text(r.long)]
+                for r in found
+            ],
+        ),
+        _table(
+            "Held-out questions, F1 in percent",
+            [*head, *map(str, lengths)],
+            [[*_head(r), *(_text(r.f1.get(n)) for n in lengths)] for r in found],
+        ),
+        _table(
+            "Needle map, found in percent",
+            [*head, *map(str, lengths)],
+            [[*_head(r), *(_text(r.needle.get(n)) for n in lengths)] for r in found],
+        ),
+    ]
+    return "\n".join(parts)
+
+
+def _head(result: Result) -> list[str]:
+    return [result.round or "before", result.method, str(result.seeds)]
+
+
+def _text(value: Interval | None) -> str:
+    return "-" if value is None else f"{100 * value.mean:.1f} ({100 * value.low:.0f} to {100 * value.high:.0f})"
+
+
+def _table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return f"{title}:\n\n" + "".join("| " + " | ".join(line) + " |\n" for line in lines)
+
+
+def draw(found: Sequence[Result], path: Path) -> None:
+    """Short against long quality, by round and method."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    shown = [result for result in found if result.short and result.long]
+    figure, axis = plt.subplots(figsize=(9, 0.45 * len(shown) + 1.6))
+    places = np.arange(len(shown))[::-1]
+    for name, color, shift in (("short", "tab:blue", 0.12), ("long", "tab:red", -0.12)):
+        values: list[Interval] = [getattr(result, name) for result in shown]
+        means = np.array([100 * v.mean for v in values])
+        errors = np.array([[100 * (v.mean - v.low), 100 * (v.high - v.mean)] for v in values]).T
+        label = f"to {SHORT} tokens" if name == "short" else f"{SHORT} tokens to the round's length"
+        axis.errorbar(means, places + shift, xerr=errors, fmt="o", color=color, capsize=3, label=label)
+    axis.set_yticks(places, [f"{result.round or 'before'}: {result.method}" for result in shown])
+    axis.set(xlim=(-2, 102), xlabel="held-out questions, exact match in percent (95 % interval)")
+    axis.grid(axis="x", alpha=0.3)
+    axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncol=2, frameon=False)
+    figure.tight_layout()
+    figure.savefig(path, dpi=140)
+    plt.close(figure)
+
+
+def _read(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def main() -> None:
+    """Write the tables of a folder."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--folder", type=Path, required=True, help="folder of run.py")
+    write(parser.parse_args().folder)
+
+
+if __name__ == "__main__":
+    main()

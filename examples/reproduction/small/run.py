@@ -1,0 +1,376 @@
+"""LongPO on a model that is made here: tokenizer, pretraining, three rounds by several methods, evaluation, tables and a figure.
+
+    python examples/reproduction/small/run.py --folder F                 # everything; rerun to resume
+    python examples/reproduction/small/run.py --folder F --until model   # the model and its examination only
+
+Every stage is one of the project's command lines, and prints it. A finished stage is not run again, an interrupted one resumes.
+
+    F/random  F/making/STEP/  F/model       random weights; data and run of each step; the model
+    F/questions.jsonl  F/essays/  F/short.*  held-out questions, texts and dialogues
+    F/books/ROUND.jsonl                     documents of the rounds
+    F/examined/                             the model before any round, also with RoPE changed and nothing else
+    F/rounds.yaml  F/rounds/                configuration and folder of `evolve`
+    F/results.md  F/results.json  F/results.png
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any
+
+import model as models
+import report
+import world
+import yaml
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent.parent.parent
+UNTIL = ("random", "making", "model", "examined", "rounds", "report")
+# Seeds of what is drawn: texts of each purpose have their own.
+_SEEDS = {"making": 1, "short": 2, "questions": 3, "books": 4}
+
+
+@dataclass(frozen=True)
+class Amounts:
+    """How much of everything.
+
+    Attributes:
+        size: key of `sizes` in making.yaml.
+        making: factor of the rows of all making steps.
+        epochs: times that each row is used.
+        books: documents per round.
+        questions: documents per length that the model is asked about, six questions each.
+        seeds: times that each method is trained.
+        methods: methods of rounds.yaml.
+        rounds: rounds.
+    """
+
+    size: str
+    making: float
+    epochs: float
+    books: int
+    questions: int
+    seeds: int
+    methods: tuple[str, ...]
+    rounds: int
+
+
+AMOUNTS = {
+    # About three hours for the model on two cores, and a night for the rounds.
+    "full": Amounts(
+        "small", 10.0, 1, 600, 40, 3, ("longpo", "sft", "dpo", "long-reference", "no-nll", "independent"), 3
+    ),
+    # Some twenty minutes of one core for the model: does it learn at all?
+    "pilot": Amounts("tiny", 1.0, 1, 64, 10, 1, ("longpo", "sft", "dpo"), 1),
+    # Seconds, for the tests: everything runs, nothing is learnt.
+    "smoke": Amounts("tiny", 0.002, 1, 6, 1, 1, ("longpo", "sft"), 1),
+}
+
+
+class Reproduction:
+    """The stages.
+
+    Args:
+        folder: folder of everything that is made.
+        amounts: how much of everything.
+    """
+
+    def __init__(self, folder: Path, amounts: Amounts) -> None:
+        self.folder, self.amounts = folder, amounts
+        self.making: dict[str, Any] = yaml.safe_load((HERE / "making.yaml").read_text(encoding="utf-8"))
+        self.seconds_path = folder / "seconds.json"
+
+    # ---------------------------------------------------------------------------------- running
+
+    def stage(self, name: str, done: Path, work: Callable[[], None]) -> None:
+        """Run a stage whose last product is missing."""
+        if done.exists():
+            print(f"== {name}: already done ({done})", flush=True)
+            return
+        print(f"== {name}", flush=True)
+        began = time.monotonic()
+        work()
+        seconds = json.loads(self.seconds_path.read_text()) if self.seconds_path.exists() else {}
+        seconds[name] = seconds.get(name, 0.0) + time.monotonic() - began
+        self.seconds_path.write_text(json.dumps(seconds, indent=2) + "\n")
+
+    def tool(self, *arguments: object) -> None:
+        """Run one of the project's commands.
+
+        Raises:
+            SystemExit: it fails; it has said why.
+        """
+        words = [*map(str, arguments)]
+        print("$ megatron-longpo " + " ".join(words), flush=True)
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+        code = subprocess.run(
+            [sys.executable, "-m", "megatron_longpo.cli", *words], check=False, env=environment
+        ).returncode
+        if code:
+            sys.exit(code)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(self.folder / "random")
+
+    @cached_property
+    def count(self) -> world.Count:
+        """Counts tokens; sentences of essays come again and again."""
+
+        @cache
+        def count(text: str) -> int:
+            return len(self.tokenizer.encode(text, add_special_tokens=False))
+
+        return count
+
+    # ---------------------------------------------------------------------------------- making
+
+    def make_model(self) -> None:
+        """The model: random weights, the making steps, an export."""
+        folder, size = self.folder, models.Size(**self.making["sizes"][self.amounts.size])
+        start = folder / "random"
+        self.stage("random model", start, lambda: models.make_model(start, size, seed=1234))
+        if self.until == "random":
+            return
+        weights = folder / "making" / "checkpoint"
+        self.stage("import", weights, lambda: self.tool("convert", "import", "--hf", start, "--output", weights))
+        for number, step in enumerate(self.making["steps"]):
+            weights = self._step(number, step, weights)
+        target = folder / "model"
+        self.stage(
+            "export", target, lambda: self.tool("convert", "export", "--checkpoint", weights, "--output", target)
+        )
+
+    def _step(self, number: int, step: Mapping[str, Any], load: Path) -> Path:
+        """One making step; the folder of its run."""
+        name, rows = step["name"], step["rows"]
+        own = self.folder / "making" / name
+        own.mkdir(parents=True, exist_ok=True)
+        texts = world.essays_of(held_out=False) if rows["essays"] else []
+        rng = random.Random(f"{_SEEDS['making']}/{name}")
+        count = max(64, int(rows["count"] * self.amounts.making))
+
+        def made() -> Iterable[dict[str, Any]]:
+            for _ in range(count):
+                dialogue = world.making_dialogue(texts, rows["tokens"], self.count, rng, repeats=rows["repeats"])
+                yield world.tokenised(dialogue, self.tokenizer)
+
+        self._preprocess(f"making {name}: data", own / "rows.jsonl", own / "data", made)
+        run = own / "run"
+        config = merged(self.making["defaults"], step.get("train", {}))
+        config = merged(
+            config,
+            {
+                "data": {"data_path": str(own / "data")},
+                "training": {"train_epochs": self.amounts.epochs, "seed": 1234 + number},
+                "checkpoint": {"load": str(load), "save": str(run)},
+            },
+        )
+        path = own / "train.yaml"
+        write(path, yaml.safe_dump(config))
+
+        def train() -> None:
+            self.tool("train", "--config", path)
+            (run / "done").touch()
+
+        self.stage(f"making {name}: training", run / "done", train)
+        return run
+
+    def _preprocess(self, name: str, rows: Path, prefix: Path, made: Callable[[], Iterable[dict[str, Any]]]) -> None:
+        """Write tokenised rows and make binaries of them."""
+
+        def work() -> None:
+            write_rows(rows, made())
+            size = len(self.tokenizer)
+            self.tool(
+                "preprocess", "--input", rows, "--vocab-size", size, "--output-prefix", prefix, "--keep-duplicates"
+            )
+
+        self.stage(name, Path(f"{prefix}.json"), work)
+
+    # ---------------------------------------------------------------------------------- examining
+
+    def examine(self) -> None:
+        """What the model can do before any round, at all lengths; and with RoPE changed and nothing else."""
+        folder = self.folder
+        self._questions()
+        evaluation = rounds_file()["defaults"]["evaluate"]
+        self._evaluate("model before any round", folder / "model", folder / "examined" / "model", evaluation)
+        for each in rounds_file()["rounds"][: self.amounts.rounds]:
+            base = each["train"]["model"]["rotary_base"]
+            stretched = folder / "stretched" / each["name"]
+            checkpoint = stretched.with_name(f"{each['name']}.checkpoint")
+
+            def stretch(base: float = base, checkpoint: Path = checkpoint, stretched: Path = stretched) -> None:
+                if not checkpoint.exists():
+                    rope = ("--rotary-base", base)
+                    self.tool("convert", "import", "--hf", folder / "model", "--output", checkpoint, *rope)
+                self.tool("convert", "export", "--checkpoint", checkpoint, "--output", stretched)
+
+            self.stage(f"RoPE of {each['name']} only", stretched, stretch)
+            output = folder / "examined" / f"rope-{each['name']}"
+            self._evaluate(f"model with RoPE of {each['name']} only", stretched, output, evaluation)
+
+    def _questions(self) -> None:
+        folder = self.folder
+        lengths = rounds_file()["defaults"]["evaluate"]["evaluate"]["lengths"]
+        path = folder / "questions.jsonl"
+        rng = random.Random(f"{_SEEDS['questions']}")
+        self.stage(
+            "held-out questions",
+            path,
+            lambda: write_rows(
+                path,
+                (q for n in lengths for q in world.examination(n, self.amounts.questions, self.count, rng)),
+            ),
+        )
+        texts = folder / "essays"
+        self.stage("held-out essays", texts / "essays.txt", lambda: write(texts / "essays.txt", held_out_text()))
+        words = folder / "words.txt"
+        self.stage("words", words, lambda: write(words, "\n".join(world.all_words()) + "\n"))
+        rng_short = random.Random(f"{_SEEDS['short']}")
+
+        def dialogues() -> Iterable[dict[str, Any]]:
+            for _ in range(25 * self.amounts.questions):
+                dialogue = world.making_dialogue(
+                    world.essays_of(held_out=True), 440, self.count, rng_short, repeats=0.0
+                )
+                yield world.tokenised(dialogue, self.tokenizer)
+
+        self._preprocess("held-out dialogues", folder / "short.jsonl", folder / "short", dialogues)
+
+    def _evaluate(self, name: str, model: Path, output: Path, evaluation: Mapping[str, Any]) -> None:
+        config = merged(evaluation, {"engine": {"model": str(model)}, "evaluate": {"output": str(output)}})
+        config = merged(config, self._materials())
+        path = self.folder / "examined" / f"{output.name}.yaml"
+
+        def work() -> None:
+            write(path, yaml.safe_dump(config))
+            self.tool("evaluate", "--config", path)
+            (output / "done").touch()
+
+        self.stage(name, output / "done", work)
+
+    def _materials(self) -> dict[str, Any]:
+        """Files of the evaluation."""
+        return {
+            "qa": {"qa_data": str(self.folder / "questions.jsonl")},
+            "ruler": {"haystack": [str(self.folder / "essays")], "words": str(self.folder / "words.txt")},
+        }
+
+    # ---------------------------------------------------------------------------------- rounds
+
+    def run_rounds(self) -> None:
+        """Documents, and `evolve` on them."""
+        folder, config = self.folder, self.rounds()
+        for each in config["rounds"]:
+            documents = each["generate"]["documents"]
+            path = Path(documents["documents"][0])
+            rng = random.Random(f"{_SEEDS['books']}/{each['name']}")
+            shortest, longest = documents["min_document_tokens"], documents["max_document_tokens"]
+
+            def books(path: Path = path, rng: random.Random = rng, low: int = shortest, high: int = longest) -> None:
+                # Line feeds between paragraphs are not counted: some room for them.
+                lengths = (
+                    rng.randint(low + (high - low) // 4, high - (high - low) // 4) for _ in range(self.amounts.books)
+                )
+                write_rows(path, ({"text": world.book(n, self.count, rng)} for n in lengths))
+
+            self.stage(f"documents of {each['name']}", path, books)
+        path = folder / "rounds.yaml"
+        write(path, yaml.safe_dump(config, sort_keys=False))
+        # It knows by itself what is done.
+        self.tool("evolve", "--config", path)
+
+    def rounds(self) -> dict[str, Any]:
+        """rounds.yaml with this folder's paths, and each method once per seed."""
+        folder, config = self.folder, rounds_file()
+        methods: dict[str, Any] = {}
+        for seed in range(self.amounts.seeds):
+            for name in self.amounts.methods:
+                changes = merged(config["methods"][name], {"training": {"seed": 1234 + seed}})
+                methods[name if seed == 0 else f"{name}-seed{seed + 1}"] = changes
+        rounds = config["rounds"][: self.amounts.rounds]
+        for each in rounds:
+            each["generate"]["documents"]["documents"] = [str(folder / "books" / f"{each['name']}.jsonl")]
+        return {
+            "evolve": {"model": str(folder / "model"), "output": str(folder / "rounds"), "held_out_fraction": 0.05},
+            "methods": methods,
+            "defaults": merged(config["defaults"], {"evaluate": self._materials()}),
+            "rounds": rounds,
+        }
+
+    def run(self, until: str) -> None:
+        """All stages up to one."""
+        self.until = until
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.make_model()
+        if until in ("random", "making", "model"):
+            return
+        self.examine()
+        if until != "examined":
+            self.run_rounds()
+        report.write(self.folder)
+
+
+def rounds_file() -> dict[str, Any]:
+    """Content of rounds.yaml."""
+    content: dict[str, Any] = yaml.safe_load((HERE / "rounds.yaml").read_text(encoding="utf-8"))
+    return content
+
+
+def merged(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested mappings, the second's values over the first's."""
+    result = dict(first)
+    for key, value in second.items():
+        both = isinstance(value, Mapping) and isinstance(result.get(key), Mapping)
+        result[key] = merged(result[key], value) if both else value
+    return result
+
+
+def held_out_text() -> str:
+    """The essays that are kept for examining."""
+    return "\n\n".join(" ".join(essay) for essay in world.essays_of(held_out=True)) + "\n"
+
+
+def write(path: Path, text: str) -> None:
+    """Write a file that is complete or not there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Write JSON Lines that are complete or not there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w", encoding="utf-8") as stream:
+        stream.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    os.replace(partial, path)
+
+
+def main() -> None:
+    """Run the stages."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, required=True, help="folder for everything that is made")
+    parser.add_argument("--amounts", choices=AMOUNTS, default="full", help="how much of everything")
+    parser.add_argument("--until", choices=UNTIL, default="report", help="last stage")
+    a = parser.parse_args()
+    Reproduction(a.folder.resolve(), AMOUNTS[a.amounts]).run(a.until)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,189 @@
+"""The small reproduction's texts, rows, settings and tables; its runs are hours, and not part of the tests."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+from megatron_longpo.config import from_dict
+from megatron_longpo.data.preference import Mode, from_tokenised
+from tests.support.launch import ROOT
+
+FOLDER = ROOT / "examples" / "reproduction" / "small"
+NAMES = ("world", "model", "report", "run")
+
+
+@pytest.fixture(scope="module")
+def modules() -> Iterator[dict[str, ModuleType]]:
+    """The scripts, which import each other by name as scripts of one folder do."""
+    import importlib
+
+    sys.path.insert(0, str(FOLDER))
+    try:
+        yield {name: importlib.import_module(name) for name in NAMES}
+    finally:
+        sys.path.remove(str(FOLDER))
+        for name in NAMES:
+            sys.modules.pop(name, None)
+
+
+class WordTokenizer:
+    """A token per word or sign."""
+
+    def convert_tokens_to_ids(self, tokens: list[str]) -> list[int]:
+        return [1 + ["<|user|>", "<|assistant|>", "<|end|>"].index(token) for token in tokens]
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        assert not add_special_tokens
+        return [4 + len(word) for word in re.findall(r"\w+|[^\w\s]", text)]
+
+
+def count(text: str) -> int:
+    return len(re.findall(r"\w+|[^\w\s]", text))
+
+
+ESSAYS = [tuple(f"Sentence {n} of essay {e} is here." for n in range(40)) for e in range(3)]
+
+
+def test_facts_ask_what_they_say(modules: dict[str, ModuleType]) -> None:
+    world = modules["world"]
+    facts = world.draw_facts(random.Random(0), 60, list(world.KINDS))
+    assert len({fact.question for fact in facts}) == 60 and {fact.kind for fact in facts} == set(world.KINDS)
+    for fact in facts:
+        assert fact.value in fact.sentence and fact.value in fact.answer and fact.value not in fact.question
+        # What else the sentence tells is in the question or the same in all facts of the kind.
+        subject = world.KINDS[fact.kind].question.partition("{a}")
+        assert fact.question.startswith(subject[0]) and fact.question.endswith(subject[2])
+        assert fact.question[len(subject[0]) : len(fact.question) - len(subject[2])] in fact.sentence
+    from megatron_longpo.evaluation.suites.ruler.definitions import NEEDLE, NIAH_PREFIX_OF_ONE
+
+    (magic, *_) = [fact for fact in facts if fact.kind == "magic"]
+    key = re.search(r"for (\S+) is", magic.sentence)
+    assert key and magic.sentence == NEEDLE.format(kind="numbers", key=key[1], value=magic.value)
+    assert magic.answer.startswith(NIAH_PREFIX_OF_ONE.format(kind="number", query=key[1]).strip())
+
+
+def test_documents_hold_all_facts_within_their_length(modules: dict[str, ModuleType]) -> None:
+    world = modules["world"]
+    rng = random.Random(1)
+    facts = world.draw_facts(rng, 8, ["home", "pet"])
+    text = world.document(ESSAYS, facts, 300, count, rng)
+    assert 280 <= count(text) <= 300 and all(text.count(fact.sentence) == 1 for fact in facts)
+    places = [text.index(fact.sentence) / len(text) for fact in facts]
+    assert min(places) < 0.3 and max(places) > 0.7
+    for seed in range(200):
+        dialogue = world.making_dialogue(ESSAYS, 120, count, random.Random(seed), repeats=0.2)
+        assert count(dialogue.text.removeprefix(world.MAGIC)) <= 120
+        assert dialogue.turns
+        if dialogue.turns[0][0] == world.REPEAT:
+            assert dialogue.turns[0][1] == dialogue.text
+    again = world.making_dialogue(ESSAYS, 120, count, random.Random(7), repeats=0.2)
+    assert again == world.making_dialogue(ESSAYS, 120, count, random.Random(7), repeats=0.2)
+
+
+def test_rows_have_a_loss_on_answers_only(modules: dict[str, ModuleType]) -> None:
+    world = modules["world"]
+    dialogue = world.Dialogue("Ada lives in Rome.", (("Where does Ada live?", "In Rome."), ("Repeat", "Ada")))
+    row = world.tokenised(dialogue, WordTokenizer())
+    assert row["chosen_input_ids"] == [1, 7, 9, 6, 8, 5, 9, 8, 7, 8, 5, 3, 2, 6, 8, 5, 3, 1, 10, 3, 2, 7, 3]
+    assert row["chosen_labels"] == [-100] * 13 + [6, 8, 5, 3] + [-100] * 4 + [7, 3]
+    sample = from_tokenised(row, 100)
+    assert sample.length(Mode.CHOSEN) == 23
+
+
+def test_essays_are_either_learnt_or_examined(modules: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch) -> None:
+    world = modules["world"]
+    monkeypatch.setattr(world, "essays", lambda: tuple((f"{n}",) for n in range(15)))
+    assert world.essays_of(held_out=True) == [("0",), ("7",), ("14",)]
+    assert len(world.essays_of(held_out=False)) == 12
+    monkeypatch.setattr(world, "essays_of", lambda *, held_out: ESSAYS)
+    rows = list(world.examination(256, 2, count, random.Random(0)))
+    assert len(rows) == 12 and len({row["context"] for row in rows}) == 2
+    assert all(row["answers"][0] in row["context"] and count(row["context"]) <= 192 for row in rows)
+    book = world.book(500, count, random.Random(0))
+    assert 450 < count(book) <= 500 and book.count("\n\n") > 5
+
+
+def test_every_word_is_of_one_list_entry(modules: dict[str, ModuleType]) -> None:
+    for listed in modules["world"].words().values():
+        assert len(set(listed)) == len(listed) and all(re.fullmatch(r"[A-Za-z]+", word) for word in listed)
+
+
+@pytest.mark.parametrize("amounts", ["full", "pilot", "smoke"])
+def test_all_settings_are_accepted(modules: dict[str, ModuleType], tmp_path: Path, amounts: str) -> None:
+    from megatron_longpo.commands.evolve import evolve
+    from megatron_longpo.config import Config, check
+
+    run = modules["run"]
+    reproduction = run.Reproduction(tmp_path, run.AMOUNTS[amounts])
+    path = tmp_path / "rounds.yaml"
+    path.write_text(yaml.safe_dump(reproduction.rounds(), sort_keys=False))
+    evolve(["--config", str(path), "--check"], prog="evolve")
+    for step in reproduction.making["steps"]:
+        values = run.merged(reproduction.making["defaults"], step.get("train", {}))
+        given = {"data": {"data_path": "d"}, "checkpoint": {"load": "l", "save": "s"}}
+        check(from_dict(run.merged(values, given), "test", Config))
+
+
+def test_the_preference_weight_goes_with_the_length(modules: dict[str, ModuleType]) -> None:
+    for each in modules["run"].rounds_file()["rounds"]:
+        length = each["generate"]["documents"]["seq_length"]
+        assert each["train"]["objective"]["preference_weight"] == pytest.approx(0.01 * 131072 / length)
+
+
+def write_evaluation(folder: Path, scores: dict[int, list[float]]) -> None:
+    rows = [
+        {
+            "key": f"qa/home/{n}/{i}",
+            "length": n,
+            "score": score,
+            "answer": "in Rome" if score else "in",
+            "references": ["Rome"],
+        }
+        for n, of_length in scores.items()
+        for i, score in enumerate(of_length)
+    ]
+    (folder / "qa").mkdir(parents=True)
+    (folder / "qa" / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "results.json").write_text("{}")
+
+
+def test_tables_pool_the_seeds_of_a_method(modules: dict[str, ModuleType], tmp_path: Path) -> None:
+    report: Any = modules["report"]
+    write_evaluation(tmp_path / "examined" / "model", {256: [1, 1], 512: [1, 0], 1024: [0, 0], 2048: [0, 0]})
+    rounds = tmp_path / "rounds" / "1K"
+    write_evaluation(rounds / "longpo" / "longpo", {256: [1, 1], 512: [1, 1], 1024: [1, 0], 2048: [1, 1]})
+    write_evaluation(rounds / "longpo-seed2" / "longpo-seed2", {256: [1, 1], 512: [1, 1], 1024: [1, 1], 2048: [1, 1]})
+    (rounds / "pairs.jsonl").write_text("")
+    before, longpo = report.results(tmp_path)
+    assert (before.round, before.method, before.seeds) == ("", "model", 1)
+    assert (longpo.round, longpo.method, longpo.seeds) == ("1K", "longpo", 2)
+    assert before.short.mean == 0.75 and before.short.questions == 4
+    # Beyond the range of the model, but not of the round.
+    assert longpo.long.mean == 0.75 and longpo.long.questions == 2 and longpo.exact_match[2048].mean == 1
+    # "in Rome" against "Rome": precision 1/2, recall 1.
+    assert longpo.f1[256].mean == pytest.approx(2 / 3)
+    report.write(tmp_path)
+    text = (tmp_path / "results.md").read_text()
+    assert "| 1K | longpo | 2 | 100.0 (100 to 100) | 100.0 (100 to 100) | 75.0 (50 to 100) |" in text
+    assert (tmp_path / "results.png").stat().st_size > 1000
+
+
+def test_intervals_by_hand(modules: dict[str, ModuleType]) -> None:
+    found = modules["report"].interval(np.array([1.0] * 50 + [0.0] * 50))
+    # The normal interval: 1.96 * sqrt(0.25 / 100).
+    assert (
+        found.mean == 0.5
+        and found.low == pytest.approx(0.402, abs=0.02)
+        and found.high == pytest.approx(0.598, abs=0.02)
+    )

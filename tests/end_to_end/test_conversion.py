@@ -33,9 +33,9 @@ from megatron_longpo.model.attention import AttentionPlan
 from megatron_longpo.model.inputs import ModelInputs
 from megatron_longpo.model.rotary import rotary_of
 from megatron_longpo.model.shape import ModelShape
+from megatron_longpo.runtime.process_groups import destroy_groups
 from megatron_longpo.training.checkpointer import load_weights
 from tests.support.data import make_data
-from tests.support.groups import destroy_groups
 from tests.support.launch import PYTHON, command, run, torchrun
 from tests.support.models import FAMILIES, VARIANTS, make_model
 

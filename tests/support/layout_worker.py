@@ -13,10 +13,10 @@ from pathlib import Path
 from megatron_longpo.config import from_dict
 from megatron_longpo.runtime import process_groups
 from megatron_longpo.runtime.failure import run_or_fail
+from megatron_longpo.runtime.process_groups import destroy_groups
 from megatron_longpo.training.plan import make_plan
 from megatron_longpo.training.session import open_session
 from megatron_longpo.training.trainer import start_training
-from tests.support.groups import destroy_groups
 
 LAYOUTS = {
     1: {"tp1": {}},

@@ -78,7 +78,7 @@ def simulate(arguments: Sequence[str], *, prog: str) -> None:
         log(f"no simulation but an estimate, since {error}")
         from megatron_longpo.simulation.fallback import estimate
 
-        log(estimate(request, card))
+        log(str(estimate(request, card)))
         return
     print_report(report, Console())
     if options.json is not None:

@@ -50,7 +50,7 @@ def plan_of(request: Request, folder: Path) -> RunPlan:
     # What tells a checkpoint from another folder.
     (checkpoint / ".metadata").touch()
     batch = _batch_size(request, config, shape)
-    _write(samples, shape, folder / "samples", count=batch)
+    write_samples(samples, shape, folder / "samples", count=batch)
     training = dataclasses.replace(
         config.training, global_batch_size=batch, train_iters=config.training.train_iters or 1000, skip_train=False
     )
@@ -176,7 +176,7 @@ def made_up_sample(tokens: int, *, answer: int, turns: int, vocab_size: int, sho
     return p.Sample(tuple(pieces))
 
 
-def _write(samples: list[p.Sample], shape: ModelShape, prefix: Path, *, count: int) -> None:
+def write_samples(samples: list[p.Sample], shape: ModelShape, prefix: Path, *, count: int) -> None:
     manifest = Manifest(
         vocab_size=shape.vocab_size,
         dtype=token_dtype(shape.vocab_size),

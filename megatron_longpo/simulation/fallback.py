@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,36 @@ from megatron_longpo.training.batch import policy_layout
 _CONTEXT_BYTES = 2**30
 
 
-def estimate(request: Request, card: Card) -> str:
-    """The estimate of a request's peak, in words.
+@dataclass(frozen=True)
+class Estimate:
+    """The estimate of a request's peak.
+
+    Attributes:
+        layout: degrees of parallelism, in words.
+        tokens: places of a micro batch, over all its context-parallel ranks.
+        recompute: what is recomputed, in words.
+        tensor_bytes: bytes of tensors of the rank at the peak of a step.
+    """
+
+    layout: str
+    tokens: int
+    recompute: str
+    tensor_bytes: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.layout}, {self.tokens:,} tokens per micro batch, recompute: {self.recompute}: about "
+            f"{self.tensor_bytes / 2**30:.1f} GiB of tensors at the peak"
+        )
+
+
+def estimate(request: Request, card: Card, *, on_cuda: bool = True) -> Estimate:
+    """The estimate of a request's peak.
+
+    Args:
+        request: what is estimated.
+        card: the GPU; without one, its memory is that of a process.
+        on_cuda: whether it is for a GPU.
 
     Raises:
         LongPOError: as for a training run.
@@ -47,7 +76,7 @@ def estimate(request: Request, card: Card) -> str:
     sizes: dict[str, Any] = {
         "tokens": layout.length,
         "num_microbatches": training.global_batch_size // (parallel.data_size * training.micro_batch_size),
-        "on_cuda": True,
+        "on_cuda": on_cuda,
     }
     recompute = "as configured"
     if training.recompute_granularity == "auto":
@@ -64,7 +93,4 @@ def estimate(request: Request, card: Card) -> str:
             f"recompute_modules={','.join(training.recompute_modules)} is not in the estimate; use recompute_granularity=auto, "
             "none, full, or selective with mlp_up"
         )
-    return (
-        f"{parallel.describe()}, {layout.length:,} tokens per micro batch, recompute: {recompute}: about "
-        f"{tensors / 2**30:.1f} GiB of tensors at the peak"
-    )
+    return Estimate(parallel.describe(), layout.length, recompute, tensors)

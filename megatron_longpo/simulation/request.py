@@ -94,6 +94,8 @@ class Report:
         waits: rows of ``what``, ``place``, ``times`` that the host waits for the GPU.
         host_work: operators on tensors of the host within the step, by place.
         kernels: rows of ``operator``, ``given`` (types, shapes, strides), ``calls``.
+        blocks: rows of ``direction``, ``lengths``, ``calls`` and, of each tensor that the attention kernels are given, shape,
+            strides and offset in its storage.
         violations: rows of ``problem``, ``place``, ``times``: what kernels and collectives do not take.
         operators: number of operators called.
         curve: ``at`` (number of the operator), ``live``, ``kinds``, ``phases``: live bytes over the step.
@@ -119,6 +121,7 @@ class Report:
     waits: list[dict[str, Any]] = field(default_factory=list)
     host_work: dict[str, int] = field(default_factory=dict)
     kernels: list[dict[str, Any]] = field(default_factory=list)
+    blocks: list[dict[str, Any]] = field(default_factory=list)
     violations: list[dict[str, Any]] = field(default_factory=list)
     operators: int = 0
     curve: dict[str, Any] = field(default_factory=dict)

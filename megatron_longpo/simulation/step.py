@@ -6,6 +6,7 @@ import collections
 import functools
 import gc
 import importlib
+import json
 import sys
 import tempfile
 import time
@@ -108,6 +109,7 @@ class Simulator:
 
 
 def _simulate(request: Request, folder: Path, account: Account) -> Report:
+    from megatron_longpo.simulation.blocks import record_blocks
     from megatron_longpo.simulation.data import plan_of
     from megatron_longpo.training import memory
     from megatron_longpo.training.checkpointer import Checkpointer
@@ -122,6 +124,8 @@ def _simulate(request: Request, folder: Path, account: Account) -> Report:
     data = open_data(plan)
     plan = memory.decide_recompute(plan, data.train, parallel)
     session = Session(plan, parallel, data)
+    blocks: collections.Counter[str] = collections.Counter()
+    record_blocks(session.chunks, blocks)
     groups = {
         "tp": session.chunks[0].pg_collection.tp,
         "cp": parallel.context_group,
@@ -165,6 +169,7 @@ def _simulate(request: Request, folder: Path, account: Account) -> Report:
     account.phase = "forward backward"
     report.static_bytes = account.live
     account.reset()
+    blocks.clear()
     trainer.train_step()
     report.layout = parallel.describe()
     report.estimate_bytes = memory.step_bytes(
@@ -178,6 +183,7 @@ def _simulate(request: Request, folder: Path, account: Account) -> Report:
     report.recompute = _recomputed(plan.config.training)
     attention = session.chunks[0].attention
     report.attention = f"{attention.kernels.name} ({attention.reason})"
+    report.blocks = [{**json.loads(given), "calls": count} for given, count in blocks.items()]
     _fill(report, account)
     return report
 

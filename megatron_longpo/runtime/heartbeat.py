@@ -28,7 +28,7 @@ def start_heartbeat() -> None:
         return
     _stop = threading.Event()
     key = _key(dist.get_rank())
-    threading.Thread(target=_beat, args=(_own_connection(), key, _stop), name="heartbeat", daemon=True).start()
+    threading.Thread(target=_beat, args=(own_store(), key, _stop), name="heartbeat", daemon=True).start()
 
 
 def stop_heartbeat() -> None:
@@ -46,7 +46,7 @@ def silent_ranks() -> list[int]:
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return []
     with contextlib.suppress(Exception):
-        store, world = _own_connection(), dist.get_world_size()
+        store, world = own_store(), dist.get_world_size()
         before = [store.add(_key(rank), 0) for rank in range(world)]
         time.sleep(_LISTEN_SECONDS)
         return [rank for rank in range(world) if store.add(_key(rank), 0) == before[rank] and rank != dist.get_rank()]
@@ -57,8 +57,8 @@ def _key(rank: int) -> str:
     return f"megatron_longpo/beats/{rank}"
 
 
-def _own_connection() -> Any:
-    """The store of the process group. A connection of its own, where torch has that: others wait on theirs for minutes."""
+def own_store() -> Any:
+    """The store of the process group, by a connection of its own where torch has that: others wait on theirs for minutes."""
     import torch.distributed as dist
 
     store: Any = dist.distributed_c10d._get_default_store()

@@ -20,6 +20,7 @@ import os
 import platform as os_platform
 import re
 import resource
+import subprocess
 import sys
 import types
 from collections.abc import Callable, Iterator, Mapping
@@ -34,6 +35,56 @@ from megatron_longpo.errors import PlatformError
 from megatron_longpo.runtime.unpickling import load_checkpoints_safely
 
 _VARIABLE = "MEGATRON_LONGPO_PLATFORM"
+
+
+@dataclass(frozen=True)
+class DeviceFacts:
+    """What this process's device is, for reports. Empty texts where it is the CPU, or where the driver does not tell.
+
+    Attributes:
+        name: the card's name, or the processor's architecture.
+        memory_bytes: memory of the card, or of the machine.
+        capability: CUDA compute capability.
+        driver: version of the NVIDIA driver.
+        runtime: version of CUDA that torch was built for.
+        cudnn, nccl: versions of these libraries.
+        cards: number of cards on this node.
+        links: what connects the cards of this node, such as ``NV18 x 7``.
+    """
+
+    name: str
+    memory_bytes: int
+    capability: str = ""
+    driver: str = ""
+    runtime: str = ""
+    cudnn: str = ""
+    nccl: str = ""
+    cards: int = 0
+    links: str = ""
+
+
+_QUERY_SECONDS = 20
+
+
+def _nvidia_smi(*arguments: str) -> str:
+    """Output of nvidia-smi; empty if it is not there or fails. The driver's version is not told by CUDA itself."""
+    try:
+        done = subprocess.run(
+            ["nvidia-smi", *arguments], capture_output=True, text=True, timeout=_QUERY_SECONDS, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout if done.returncode == 0 else ""
+
+
+def links_in(topology: str) -> str:
+    """Kinds of links between the cards in the matrix of ``nvidia-smi topo -m``, from the first card, with their numbers."""
+    # The headings are underlined by escape sequences.
+    lines = [re.sub(r"\x1b\[[0-9;]*m", "", line).split() for line in topology.splitlines()]
+    row = next((line for line in lines if line[:1] == ["GPU0"] and "X" in line), [])
+    cards = sum(line[:1] != [] and re.fullmatch(r"GPU\d+", line[0]) is not None and "X" in line for line in lines)
+    kinds = [kind for kind in row[1 : cards + 1] if kind != "X"]
+    return ", ".join(f"{kind} x {kinds.count(kind)}" for kind in dict.fromkeys(kinds))
 
 
 @dataclass(frozen=True)
@@ -113,6 +164,26 @@ class Platform:
     def multiprocessors(self) -> int:
         """Multiprocessors of the current device, which compute tiles of a kernel side by side; 1 on the CPU."""
         return int(torch.cuda.get_device_properties().multi_processor_count) if self.is_cuda else 1
+
+    def facts(self) -> DeviceFacts:
+        """What this process's device is; asks the driver, which takes a moment."""
+        if not self.is_cuda:
+            import psutil
+
+            return DeviceFacts(os_platform.machine(), int(psutil.virtual_memory().total))
+        properties = torch.cuda.get_device_properties(self.device)
+        nccl: Any = torch.cuda.nccl.version()
+        return DeviceFacts(
+            name=properties.name,
+            memory_bytes=int(properties.total_memory),
+            capability=f"{properties.major}.{properties.minor}",
+            driver=(_nvidia_smi("--query-gpu=driver_version", "--format=csv,noheader").split() or [""])[0],
+            runtime=str(torch.version.cuda or ""),
+            cudnn=str(torch.backends.cudnn.version() or ""),
+            nccl=".".join(map(str, nccl)) if isinstance(nccl, tuple) else str(nccl),
+            cards=torch.cuda.device_count(),
+            links=links_in(_nvidia_smi("topo", "-m")),
+        )
 
     def to_device(self, arrays: Mapping[str, np.ndarray]) -> dict[str, torch.Tensor]:
         """Bring arrays to the device with one copy that the host does not wait for; on the CPU they are used as they are.

@@ -455,6 +455,11 @@ def kernels_for(device_type: str, dtype: torch.dtype, head_size: int, wanted: st
     return Choice(CudaLargestFused(), f"cuDNN {cudnn} for large blocks, else {flash}")
 
 
+def names_of(kernels: AttentionKernels) -> tuple[str, ...]:
+    """Names of all kernels that a choice may run."""
+    return (kernels.fused.name, kernels.flash.name) if isinstance(kernels, CudaLargestFused) else (kernels.name,)
+
+
 @functools.cache
 def _flash_version() -> str:
     """Which FlashAttention stands behind torch's operators; FlashAttention 3 is put there where it can be."""

@@ -12,10 +12,13 @@ from megatron_longpo.checkpoint.assets import template_hash, template_of
 from megatron_longpo.checkpoint.folders import ASSETS, latest_step
 from megatron_longpo.config import Config, data_sources
 from megatron_longpo.data.indexed import Manifest
-from megatron_longpo.errors import CheckpointError, ConfigError
+from megatron_longpo.errors import CheckpointError, ConfigError, PlatformError
+from megatron_longpo.model.kernels import names_of
 from megatron_longpo.model.shape import ModelShape
+from megatron_longpo.runtime import machine_record, platform
 from megatron_longpo.training.best import rule_of
 from megatron_longpo.training.plan import RunPlan
+from megatron_longpo.training.session import Session
 from megatron_longpo.training.trackers import check_trackers
 
 _SHOWN_HASH = 12
@@ -42,7 +45,7 @@ def check_run(plan: RunPlan) -> None:
             # A table that is there may be the one that is asked for, and reading it takes no permission to write.
             if not any(folder.glob("*.npy")):
                 _check_writable("reference_cache", folder)
-    needed, free = checkpoint_bytes(plan.shape, plan.config), _free(plan.output)
+    needed, free = checkpoint_bytes(plan.shape, plan.config), free_bytes(plan.output)
     if free < needed:
         raise ConfigError(
             f"save={plan.output}: a checkpoint needs at least {needed / 1e9:.1f} GB, but the disk has {free / 1e9:.1f} GB free; "
@@ -71,6 +74,30 @@ def checkpoint_bytes(shape: ModelShape, config: Config) -> int:
         moments = 2 if config.optimizer.optimizer == "adam" else 1
         per_weight += 4 * moments + (4 if config.training.bf16 else 0)
     return weights * per_weight
+
+
+def refuse_wrong_kernels(session: Session) -> None:
+    """Refuse what the last ``megatron-longpo doctor`` found wrong on this machine, if the run would use it.
+
+    Raises:
+        PlatformError: a kernel or implementation of the run is wrong here.
+    """
+    path = machine_record.record_path()
+    record = None if path is None else machine_record.read_record(path)
+    if record is None or not record.wrong:
+        return
+    current, model = platform.CURRENT, session.chunks[0]
+    dtype = model.config.params_dtype
+    used = [machine_record.attention_kernel(name, dtype) for name in names_of(model.attention.kernels)]
+    used += [machine_record.common_kernel(name, dtype) for name in machine_record.COMMON]
+    if model.implementation.is_transformer_engine:
+        used.append(machine_record.LAYERS)
+    machine = machine_record.machine_of(current.name, current.facts())
+    for wrong in machine_record.wrong_kernels(record, machine, used):
+        raise PlatformError(
+            f"{wrong.kernel}: megatron-longpo doctor found it wrong on this machine ({path}, {record.date}: {wrong.detail}); "
+            f"{wrong.remedy}. If the machine was mended, run the doctor again; {machine_record.VARIABLE}=ignore trains anyway"
+        )
 
 
 def cautions(plan: RunPlan) -> list[str]:
@@ -138,7 +165,7 @@ def _disk_cautions(plan: RunPlan, output: Path) -> list[str]:
     done = latest_step(output) or 0
     interval = checkpoint.save_interval
     count = 1 if interval is None else plan.train_iters // interval - done // interval
-    needed, free = count * checkpoint_bytes(plan.shape, plan.config), _free(output)
+    needed, free = count * checkpoint_bytes(plan.shape, plan.config), free_bytes(output)
     if needed <= free:
         return []
     return [
@@ -148,30 +175,35 @@ def _disk_cautions(plan: RunPlan, output: Path) -> list[str]:
 
 
 def _check_writable(name: str, folder: Path) -> None:
-    existing = _existing(folder)
-    if not existing.is_dir():
-        raise ConfigError(f"{name}={folder}: {existing} is not a folder; choose another")
-    if os.statvfs(existing).f_flag & os.ST_RDONLY:
+    found = existing(folder)
+    if not found.is_dir():
+        raise ConfigError(f"{name}={folder}: {found} is not a folder; choose another")
+    if os.statvfs(found).f_flag & os.ST_RDONLY:
         raise ConfigError(
-            f"{name}={folder}: {existing} is on a read-only file system; mount it writable, or choose another "
+            f"{name}={folder}: {found} is on a read-only file system; mount it writable, or choose another "
             f"--{name.replace('_', '-')}"
         )
-    if not os.access(existing, os.W_OK | os.X_OK):
+    if not os.access(found, os.W_OK | os.X_OK):
         raise ConfigError(
-            f"{name}={folder}: {existing} cannot be written to; change its permissions, or choose another "
+            f"{name}={folder}: {found} cannot be written to; change its permissions, or choose another "
             f"--{name.replace('_', '-')}"
         )
 
 
-def _existing(path: Path) -> Path:
+def existing(path: Path) -> Path:
     """The path, or the nearest folder above it that exists."""
     path = Path(os.path.abspath(path))
     return next((folder for folder in (path, *path.parents) if folder.exists()), path)
 
 
-def _free(folder: Path) -> int:
+def free_bytes(folder: Path) -> int:
+    """Free bytes of the disk that a folder is on, or will be.
+
+    Raises:
+        CheckpointError: the disk cannot be asked.
+    """
     try:
-        return shutil.disk_usage(_existing(folder)).free
+        return shutil.disk_usage(existing(folder)).free
     except OSError as error:
         raise CheckpointError(
             f"{folder}: its disk cannot be asked for its space ({error}); choose another folder"

@@ -46,7 +46,7 @@ from megatron_longpo.training.metrics import (
 from megatron_longpo.training.optimization import build_optimizer, build_scheduler, inner_optimizers, wrap_for_training
 from megatron_longpo.training.plan import RunPlan, make_plan
 from megatron_longpo.training.plausibility import first_not_finite
-from megatron_longpo.training.preflight import cautions, check_run
+from megatron_longpo.training.preflight import cautions, check_run, refuse_wrong_kernels
 from megatron_longpo.training.profiler import Profiler
 from megatron_longpo.training.session import Session, open_session
 from megatron_longpo.training.skipping import StepGuard, path_of, write_skipped
@@ -492,6 +492,7 @@ def run(config: Config, *, export: Export | None = None) -> Stop | None:
     process_groups.start_processes(config.parallel.distributed_timeout_minutes)
     plan = _from_good_checkpoints(plan, config)
     session = open_session(plan)
+    refuse_wrong_kernels(session)
     for line in cautions(plan):
         log(line, active=session.parallel.rank == 0)
     stop = None

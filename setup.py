@@ -28,7 +28,14 @@ setup(
     python_requires=">=3.10,<3.14",
     packages=find_packages(include=["megatron_longpo", "megatron_longpo.*"]),
     package_data={
-        "megatron_longpo": ["py.typed", "generation/*.j2", "text/*.j2", "evolution/*.j2", "planner/machines/*.yaml"]
+        "megatron_longpo": [
+            "py.typed",
+            "generation/*.j2",
+            "text/*.j2",
+            "evolution/*.j2",
+            "planner/machines/*.yaml",
+            "doctor/*.json",
+        ]
     },
     entry_points={"console_scripts": ["megatron-longpo = megatron_longpo.cli:main"]},
     install_requires=[

@@ -168,6 +168,11 @@ class _SwiGLU(torch.autograd.Function):
         return result
 
 
+def gated(both: Tensor) -> Tensor:
+    """silu(gate) * up of the concatenated gate and up, [..., 2 F] to [..., F]."""
+    return _SwiGLU.apply(both)
+
+
 def set_recompute_up(layers: Iterable[torch.nn.Module], recomputed: int, wanted: bool) -> None:
     """Choose the MLPs that recompute their up-projection: those in layers that are not recomputed as a whole.
 
@@ -226,7 +231,7 @@ class GatedMLP(MLP):
         assert bias is None
         if not self.recompute_up:
             kept = keep(both)
-            activated = _SwiGLU.apply(both)
+            activated = gated(both)
             with recompute_in_backward(activated, lambda: _activated(kept())):
                 return self.linear_fc2(activated)
         x = keep(hidden_states)
@@ -241,7 +246,7 @@ class GatedMLP(MLP):
             return _activated(waiting[0])
 
         with recompute_in_backward(both, make_both):
-            activated = _SwiGLU.apply(both)
+            activated = gated(both)
         del both
         with recompute_in_backward(activated, make_activated):
             return self.linear_fc2(activated)

@@ -80,7 +80,7 @@ def test_pip_install_gives_the_console_command(wheel: Path, tmp_path: Path) -> N
         return done.stdout
 
     assert (
-        "{train,status,watch,compare-runs,replay,simulate,plan,convert,preprocess,generate,evaluate,evolve}"
+        "{train,status,watch,compare-runs,replay,simulate,plan,doctor,convert,preprocess,generate,evaluate,evolve}"
         in command("--help")
     )
     assert "seed: 5" in command("train", "--seed", "5", "--print-config")

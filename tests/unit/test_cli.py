@@ -239,6 +239,7 @@ def test_a_missing_file_is_named() -> None:
 PROGRAMS = {
     "megatron_longpo.cli": ["-m", "megatron_longpo.cli"],
     "megatron_longpo.train": ["-m", "megatron_longpo.train"],
+    "megatron_longpo.doctor": ["-m", "megatron_longpo.doctor"],
     **{
         tool: [f"tools/{tool}.py"]
         for tool in ("convert_checkpoint", "evaluate", "generate_preference_data", "preprocess_preference_data")

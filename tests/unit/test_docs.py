@@ -18,6 +18,7 @@ import pytest
 import tyro
 
 from megatron_longpo.commands.convert import ExportOptions, ImportOptions, VerifyOptions
+from megatron_longpo.commands.doctor import DoctorOptions
 from megatron_longpo.commands.evolve import EvolveOptions
 from megatron_longpo.commands.plan import PlanOptions
 from megatron_longpo.commands.preprocess import InspectOptions, PreprocessOptions
@@ -84,6 +85,8 @@ PROGRAMS = {
     "evolve": "evolve",
     "self_evolve": "evolve",
     "simulate": "simulate",
+    "doctor": "doctor",
+    "megatron_longpo.doctor": "doctor",
     "status": "status",
     "watch": "watch",
     "compare-runs": "compare-runs",
@@ -193,7 +196,7 @@ def test_options_that_are_not_in_sections_are_one_table() -> None:
 
 OPTIONS = [
     *(Config, GenerationConfig, EvaluationConfig, PreprocessOptions, InspectOptions, SimulateOptions, PlanOptions),
-    *(WatchOptions, CompareOptions),
+    *(WatchOptions, CompareOptions, DoctorOptions),
     *(ImportOptions, ExportOptions, VerifyOptions),
     *(EvolveOptions, EvolveConfig, Resources, GateRule),
     *(StatusOptions, ReplayOptions),

@@ -13,6 +13,7 @@ import torch
 
 from megatron_longpo.commands.simulate import simulate as command
 from megatron_longpo.config import Config, from_dict
+from megatron_longpo.doctor import calls
 from megatron_longpo.errors import ConfigError, PlatformError
 from megatron_longpo.model import contracts
 from megatron_longpo.model.kernels import _shared, rows_of_groups
@@ -90,11 +91,21 @@ OFFLOADED = {
     )
     for layers in (0, 3)
 }
+# Some of the layouts that block_calls.json is of.
+RECORDED = {
+    key: calls.requests()[key]
+    for key in (
+        ("small", "single", "7B, TP 2 + SP, CP 2 a2a"),
+        ("small", "single", "window, TP 1"),
+        ("large", "packed", "7B, TP 1"),
+        ("large", "packed", "28 heads, CP 2 allgather"),
+    )
+}
 
 
 @pytest.fixture(scope="module")
-def reports() -> dict[str, Report]:
-    requests = {**LAYOUTS, **ONLINE, **OFFLOADED}
+def reports() -> dict[Any, Report]:
+    requests: dict[Any, Request] = {**LAYOUTS, **ONLINE, **OFFLOADED, **RECORDED}
     return dict(zip(requests, simulate(list(requests.values()), quiet=True), strict=True))
 
 
@@ -146,6 +157,16 @@ def test_bytes_and_operations_of_one_process_are_those_counted_by_hand(reports: 
     pairs = sum(n * (n + 1) // 2 for n in (trunk, chosen, rejected)) + trunk * (chosen + rejected)
     # Two products per pair and channel forward, five backward.
     assert report.flops["attention"] == (2 + 5) * 2 * 2 * 128 * pairs
+
+
+@pytest.mark.parametrize("key", RECORDED, ids=" ".join)
+def test_the_doctor_s_calls_are_those_of_the_simulation(key: tuple[str, str, str], reports: dict[Any, Report]) -> None:
+    """Every kind of call that a layout makes is in the file; if not: python -m megatron_longpo.doctor.calls."""
+    size, kind, _ = key
+    content = json.loads(calls.FILE.read_text(encoding="utf-8"))[size][kind]
+    recorded = {calls.signature(row) for rows in content.values() for row in rows}
+    assert reports[key].blocks
+    assert {calls.signature(row) for row in reports[key].blocks} <= recorded
 
 
 def test_an_online_reference_is_scored_in_the_step_and_may_be_a_second_model(reports: dict[str, Report]) -> None:

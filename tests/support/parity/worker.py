@@ -14,14 +14,14 @@ from typing import Any
 import torch
 
 from megatron_longpo.config import Config, from_dict
+from megatron_longpo.doctor.canonical import canonical, gather_gradient_shards
 from megatron_longpo.runtime import process_groups
 from megatron_longpo.runtime.failure import run_or_fail
+from megatron_longpo.runtime.process_groups import destroy_groups
 from megatron_longpo.training.metrics import reduce_samples
 from megatron_longpo.training.plan import make_plan
 from megatron_longpo.training.session import open_session
 from megatron_longpo.training.trainer import start_training
-from tests.support.groups import destroy_groups
-from tests.support.parity.canonical import canonical, gather_gradient_shards
 from tests.support.parity.cases import CASES, Case
 
 STEPS = 3

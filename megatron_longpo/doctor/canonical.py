@@ -7,8 +7,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+
+# isort: off
+from megatron_longpo.runtime import platform as platform  # must precede megatron-core
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
+
+# isort: on
 from torch import Tensor
 
 from megatron_longpo.model.families import entries_of
@@ -31,13 +36,30 @@ def gather_gradient_shards(model: Sequence[Any]) -> None:
                 dist.all_gather_into_tensor(bucket.grad_data, mine, group=group)
 
 
+def _about(key: str) -> Callable[[str], str]:
+    return lambda message: f"copies of {key}: {message}"
+
+
 def canonical(
     chunks: Sequence[PolicyModel],
     shape: ModelShape,
     parallel: Parallel,
     value_of: Callable[[torch.nn.Parameter], Tensor],
 ) -> dict[str, Tensor]:
-    """Hugging Face name -> whole tensor on rank 0 (empty elsewhere). Copies of one shard on several ranks must agree."""
+    """Gather whole tensors, on the host; collective.
+
+    Args:
+        chunks: this rank's chunks of a model.
+        shape: its shape.
+        parallel: its layout.
+        value_of: tensor of a parameter, as large as the parameter: itself, or its gradient.
+
+    Returns:
+        Tensors by Hugging Face's names on rank 0; nothing elsewhere.
+
+    Raises:
+        AssertionError: on rank 0, if copies of a shard on several ranks differ.
+    """
     kept = []
     for chunk in chunks:
         for parameter in chunk.parameters():
@@ -47,7 +69,7 @@ def canonical(
     state = weights_state(chunks, parallel)
     apply_factories(state)
     shards = [
-        (s.key, tuple(s.global_shape), tuple(s.global_offset), s.prepend_axis_num, s.data.detach().clone())
+        (s.key, tuple(s.global_shape), tuple(s.global_offset), s.prepend_axis_num, s.data.detach().cpu().clone())
         for s in nested_values(state)
         if isinstance(s, ShardedTensor)
     ]
@@ -66,9 +88,7 @@ def canonical(
         filled = seen.setdefault(key, torch.zeros(size, dtype=torch.bool))
         here = tuple(slice(o, o + n) for o, n in zip(offset, data.shape, strict=True))
         if filled[here].any():
-            torch.testing.assert_close(
-                target[here], data, rtol=1e-5, atol=1e-7, msg=lambda m, k=key: f"copies of {k}: {m}"
-            )
+            torch.testing.assert_close(target[here], data, rtol=1e-5, atol=1e-7, msg=_about(key))
         target[here] = data
         filled[here] = True
     result = {}

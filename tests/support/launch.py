@@ -26,17 +26,18 @@ from unittest import mock
 import psutil
 import pytest
 
-from megatron_longpo.runtime import platform
-from tests.support import forked
-from tests.support.gpus import too_few
+from tests.support import forked, gpus
 
 ROOT = Path(__file__).parent.parent.parent
 PYTHON = sys.executable
 
 
 def environment(**extra: str) -> dict[str, str]:
-    """Environment of a launched process: one thread per process, since the processes of a launch share two cores."""
-    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **extra}
+    """Environment of a launched process: one thread per process, since the processes of a launch share two cores.
+
+    Where there are GPUs, it is on CUDA.
+    """
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **gpus.launched(), **extra}
 
 
 def free_port() -> int:
@@ -46,8 +47,8 @@ def free_port() -> int:
 
 
 def torchrun(processes: int, *arguments: str) -> list[str]:
-    """Command line of a launch on this machine; skips the test if the platform is CUDA and a rank would have no GPU."""
-    if reason := too_few(processes):
+    """Command line of a launch on this machine; skips the test if there are GPUs and a rank would have none."""
+    if reason := gpus.too_few(processes):
         pytest.skip(reason)
     return [
         PYTHON,
@@ -152,8 +153,8 @@ class Running:
         self._streams = [Path(self._folder.name) / name for name in ("stdout", "stderr")]
         env = dict(env or environment())
         self._process: _Process
-        # What CUDA's driver has been asked in the server, even how many GPUs there are, cannot be asked again in its children.
-        if fresh or platform.CURRENT.is_cuda:
+        # The server's torch has been prepared for the CPU, and a fork cannot use what CUDA's driver was asked before it.
+        if fresh or gpus.COUNT:
             with open(self._streams[0], "wb") as stdout, open(self._streams[1], "wb") as stderr:
                 self._process = subprocess.Popen(
                     self.command, stdout=stdout, stderr=stderr, env=env, cwd=folder, start_new_session=True

@@ -26,6 +26,7 @@ from megatron_longpo.model.kernels import (
     Unfused,
     kernels_for,
 )
+from megatron_longpo.runtime import platform
 from tests.support.attention import tree
 
 
@@ -334,7 +335,9 @@ def test_what_a_kernel_cannot_do_is_refused(
         kernels_for(device, dtype, head_size, wanted)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="the real operators need a GPU")
+@pytest.mark.skipif(
+    not platform.CURRENT.is_cuda, reason="the real operators need a process on a GPU (test_gpus.py starts one)"
+)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("heads", [(8, 2, 64), (32, 8, 128), (4, 1, 128), (4, 4, 16), (4, 2, 12)], ids=str)
 @pytest.mark.parametrize("kernels", _ON_CUDA, ids=lambda k: k.name)

@@ -290,10 +290,24 @@ _BF16 = tuple(
     )
 )
 
+# Three kinds of parallelism at once, for machines with eight GPUs.
+_EIGHT = tuple(
+    Case(name, 8, {"parallel": parallel}, families=("qwen2",))
+    for name, parallel in (
+        ("tp2-sp-pp2-cp2", _layout(tp=2, pp=2, cp=2, sequence_parallel=True)),
+        (
+            "dp2-tp2-sp-cp2-allgather-distopt",
+            _layout(tp=2, cp=2, sequence_parallel=True, cp_comm_type="allgather", use_distributed_optimizer=True),
+        ),
+        ("dp2-pp2-vpp2-cp2", _layout(pp=2, cp=2, num_layers_per_virtual_pipeline_stage=1)),
+        ("cp8-allgather", _layout(cp=8, cp_comm_type="allgather")),
+    )
+)
+
 # What families differ in (scaled and partial RoPE, windows, norms of heads) meets every way to cut a sequence or a head.
 _EVERY_FAMILY = {"one", "one-not-shared", "tp2", "pp2", "cp2", "cp2-allgather", "tp2-pp2", "tp2-sp-cp2-recompute"}
 _WITH_VARIANTS = tuple(
     dataclasses.replace(c, families=FAMILIES + VARIANTS) if c.name in _EVERY_FAMILY else c for c in _BASE
 )
 
-CASES = (*_WITH_VARIANTS, *_SIX, *_BF16)
+CASES = (*_WITH_VARIANTS, *_SIX, *_BF16, *_EIGHT)

@@ -1,0 +1,60 @@
+"""What the planner says of steps whose throughput was published or measured; docs/planner.md shows the same figures."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from types import ModuleType
+
+import pytest
+
+from tests.support.launch import ROOT
+
+
+@pytest.fixture(scope="module")
+def published() -> ModuleType:
+    path = ROOT / "benchmarks" / "benchmark_published.py"
+    spec = importlib.util.spec_from_file_location("benchmark_published", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    # Its dataclasses look their module up.
+    sys.modules["benchmark_published"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_authors_throughputs_follow_from_a_model_of_their_step(published: ModuleType) -> None:
+    figures = published.authors()
+    assert [f.published for f in figures] == [4401, 4120, 2744]
+    assert all(abs(f.error) <= 0.2 for f in figures), [f"{f.error:+.1%}" for f in figures]
+
+
+def test_the_model_of_their_step_counts_what_two_separate_rows_take(published: ModuleType) -> None:
+    machine = published.load_machine("a800-80g")
+    step = published.AuthorsStep(machine, 8)
+    # 218 million weights per layer.
+    assert step.layer_weights == 4096 * (2 * 4096 + 2 * 1024) + 3 * 4096 * 14336 == 218_103_808
+    # Attention of both rows at 131072 tokens: the forward twice and the backward, 2 + 2 + 5 products of S^2 / 2 pairs, two
+    # operations each, 4096 channels, 32 layers, by 8 GPUs.
+    forward, backward = step._attention(131072, is_backward=False), step._attention(131072, is_backward=True)
+    rate = machine.attention_flops_per_s("bfloat16", length=131072, is_backward=False)
+    assert forward == pytest.approx(2 * 131072**2 * 4096 / 8 / rate)
+    assert backward > 2.5 * forward
+    attention = 2 * 32 * (2 * forward + backward)
+    # At that length most of the step.
+    assert 0.6 < attention / step.seconds(131072) < 0.8
+    # Twice the length and twice the GPUs: twice the attention per GPU.
+    assert 1.7 < published.AuthorsStep(machine, 16).seconds(262144) / step.seconds(131072) < 2
+
+
+def test_ours_is_at_least_twice_as_fast_on_the_authors_cards(published: ModuleType) -> None:
+    theirs = [f.ours for f in published.authors()]
+    assert all(mine > 2 * other for mine, other in zip(published.ours_on_their_cards(), theirs, strict=True))
+
+
+@pytest.mark.parametrize("source", ["this project on one H200", "Megatron-LM", "Llama 3", "torchtitan", "NeMo"])
+def test_other_published_steps_are_within_a_quarter(published: ModuleType, source: str) -> None:
+    # Our own are what the constants of Hopper cards were made from.
+    bound = 0.1 if source == "this project on one H200" else 0.25
+    figures = published.others()[source]
+    assert all(abs(f.error) <= bound for f in figures), [f"{f.what}: {f.error:+.1%}" for f in figures]

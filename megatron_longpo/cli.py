@@ -37,6 +37,7 @@ COMMANDS = {
     "replay": Command("Compute a step of a run again, and find where a value is not finite.", "replay", "replay"),
     "simulate": Command("Simulate a rank's training step on a GPU that is not there.", "simulate", "simulate"),
     "plan": Command("Plan a run: what fits, how fast, on how many GPUs.", "plan", "plan"),
+    "plan calibrate": Command("Measure this machine for the planner.", "calibrate", "calibrate"),
     "doctor": Command("Examine a machine: does it compute right and fast?", "doctor", "doctor"),
     "convert import": Command("Convert a Hugging Face model to a checkpoint.", "convert", "import_"),
     "convert verify": Command("Compare a checkpoint with a Hugging Face model.", "convert", "verify"),

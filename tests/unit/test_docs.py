@@ -17,6 +17,7 @@ import grimp
 import pytest
 import tyro
 
+from megatron_longpo.commands.calibrate import CalibrateOptions
 from megatron_longpo.commands.convert import ExportOptions, ImportOptions, VerifyOptions
 from megatron_longpo.commands.doctor import DoctorOptions
 from megatron_longpo.commands.evolve import EvolveOptions
@@ -199,7 +200,7 @@ OPTIONS = [
     *(WatchOptions, CompareOptions, DoctorOptions),
     *(ImportOptions, ExportOptions, VerifyOptions),
     *(EvolveOptions, EvolveConfig, Resources, GateRule),
-    *(StatusOptions, ReplayOptions),
+    *(StatusOptions, ReplayOptions, CalibrateOptions),
 ]
 
 

@@ -37,12 +37,14 @@ class Check:
         name: what it is.
         run: yields what this rank found; the argument tells where it is. Run on every rank.
         remedy: what to do if it hangs or fails as a whole.
+        kernel: name of the kernel that it is about, which training refuses in that case; empty: none.
         optional: left out when the time of the whole examination is over.
     """
 
     name: str
     run: Callable[[Ranks], Iterable[Line]]
     remedy: str = ""
+    kernel: str = ""
     optional: bool = False
 
 
@@ -112,7 +114,7 @@ class Examination:
         except Exception as error:  # whatever a broken library raises is a finding
             failure = one_line(describe(error))
             seconds = time.monotonic() - clock
-            lines.append(Line(check.name, "fail", failure, check.remedy, seconds=seconds))
+            lines.append(Line(check.name, "fail", failure, check.remedy, check.kernel, seconds))
         ranks.post(
             f"{number}/found/{ranks.rank}", {"lines": [dataclasses.asdict(x) for x in lines], "failure": failure}
         )
@@ -186,7 +188,8 @@ class Examination:
             if silent:
                 where += f"; no sign of life from rank {ranges(silent)}"
             why = f"while rank {ranges(failed)} failed" if failed else f"within {self._check_seconds:.0f} s"
-            line = Line(check.name, "fail", f"hangs: no answer {why} from {where}", check.remedy, seconds=seconds)
+            detail = f"hangs: no answer {why} from {where}"
+            line = Line(check.name, "fail", detail, check.remedy, check.kernel, seconds)
             self.report.lines.append(dataclasses.replace(line, ranks=tuple(missing)))
         self._give_up()
 

@@ -21,7 +21,7 @@ _REMEDY = "--transformer-impl local"
 
 def implementation_check(workshop: Workshop) -> Check:
     """A step with Transformer Engine's layers, in the first layout that the ranks allow."""
-    return Check(NAME, lambda ranks: _check(ranks, workshop), _REMEDY)
+    return Check(NAME, lambda ranks: _check(ranks, workshop), _REMEDY, LAYERS)
 
 
 def _check(ranks: Ranks, workshop: Workshop) -> Iterator[Line]:

@@ -102,7 +102,9 @@ def kernel_checks(attention_backend: str) -> list[Check]:
     """
     device = Device.current()
     kernels = [*_attention(device, attention_backend), *_others(device)]
-    return [Check(k.name, functools.partial(_check_kernel, looked=k, device=device), k.remedy) for k in kernels]
+    return [
+        Check(k.name, functools.partial(_check_kernel, looked=k, device=device), k.remedy, k.kernel) for k in kernels
+    ]
 
 
 def _check_kernel(_: Ranks, *, looked: _Looked, device: Device) -> Iterator[Line]:

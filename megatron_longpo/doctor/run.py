@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import functools
 import math
@@ -95,8 +96,10 @@ def _by_itself(order: Order, workshop: Workshop) -> list[Line]:
         if examination.is_given_up:
             _write(report, order.output)
             report.print(_console())
-            print(f"rank {os.environ.get('RANK', '0')} hangs by itself", file=sys.stderr, flush=True)
-            _record(lines, 1)
+            rank = int(os.environ.get("RANK", "0"))
+            print(f"rank {rank} hangs by itself", file=sys.stderr, flush=True)
+            # Within its own examination it is rank 0 of 1.
+            _record([dataclasses.replace(line, ranks=()) for line in lines], 1)
 
     examination = Examination(
         Ranks.alone(), report, check_seconds=order.check_seconds, on_change=lambda _: None, on_end=on_end
@@ -122,7 +125,8 @@ def _together(order: Order, workshop: Workshop, by_itself: list[Line], fp32_prod
         if dist.get_rank() == 0:
             report.print(_console())
             log(f"report: {order.output}")
-        _record(lines, local_size)
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            _record(lines, local_size)
         if dist.get_rank() == 0:
             shutil.rmtree(shared, ignore_errors=True)
 
@@ -170,7 +174,7 @@ def _console() -> Console:
 def _record(lines: list[Line], local_size: int) -> None:
     """Leave on this host which of its kernels are wrong, for training to read."""
     path = record_path()
-    if path is None or os.environ.get("LOCAL_RANK", "0") != "0":
+    if path is None:
         return
     rank = int(os.environ.get("RANK", "0"))
     here = range(rank, rank + local_size)

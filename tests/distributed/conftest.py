@@ -21,12 +21,12 @@ def parity_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Cases that have fewer GPUs than ranks are skipped one by one, so that the list of skipped tests names each."""
+    """Cases that have fewer GPUs than ranks are skipped, and pytest's summary names each: it folds skips of equal reasons."""
     for item in items:
         case = getattr(getattr(item, "callspec", None), "params", {}).get("case")
         reason = too_few(case.processes) if isinstance(case, Case) else None
         if reason:
-            item.add_marker(pytest.mark.skip(reason=reason))
+            item.add_marker(pytest.mark.skip(reason=f"{item.callspec.id}: {reason}"))  # type: ignore[attr-defined]
 
 
 @pytest.fixture(scope="session")

@@ -1,367 +1,183 @@
-"""The planner's predictions beside real training runs on this machine's CPU, in one sitting: calibrate, predict, then run.
+"""The planner's choice of a layout beside brute force: every layout simulated with the real step, for random small cases.
 
-    python benchmarks/benchmark_plan.py --output plan-benchmark
+    python benchmarks/benchmark_plan.py --cases 20 --results results.jsonl
 
-The machine is measured first, once for runs of one process and once for runs of two (``megatron-longpo plan calibrate``). Then
-all predictions are written to OUTPUT/predictions.json, with the time. Only then the runs begin: the training command itself, on
-random models and random rows. Rerun the same command to resume a sitting that broke off; --redo-runs keeps calibration and
-predictions and runs everything again.
-
-A quiet machine is needed: what else runs makes steps slower than predicted. The load is noted with each run.
+No GPU is needed. Of each layout the first rank of its fullest and of its slowest stage is simulated, with as little
+recomputation as fits by the simulated peak; its time is what was simulated at the machine's rates. A case takes up to 60
+simulations of a second or two. What is in the file of results is not computed again. The table is Markdown.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import datetime
 import json
-import os
-import shutil
-import statistics
-import subprocess
-import sys
-import time
+import random
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+from megatron_longpo.config import Config, OptimizerConfig, TrainingConfig
+from megatron_longpo.model.shape import ModelShape
+from megatron_longpo.planner.machine import load_machine
+from megatron_longpo.planner.search import Plan, Recompute, Search
+from megatron_longpo.planner.space import Candidate
+from megatron_longpo.planner.verify import request_of, simulated_seconds
+from megatron_longpo.planner.workload import made_up
+from megatron_longpo.simulation.request import Card
+from megatron_longpo.simulation.start import simulate
 
-from common import CONVERT, describe_machine
-from megatron_longpo.runtime.tables import markdown_table
-
-ROOT = Path(__file__).parent.parent
-_ANSWER, _SHORT = 128, 256
-# Each run computes this many steps; the first one touches all memory for the first time and does not count.
-_STEPS = 4
-# The largest distances that are wanted.
-_TIME_BOUND, _MEMORY_BOUND = 0.15, 0.10
+_ANSWER = 128
 
 
 @dataclass(frozen=True)
 class Case:
-    """A run.
+    """A model, a length and some GPUs.
 
     Attributes:
-        model: name in ``MODELS``.
-        length: tokens of the longest row.
-        layout: ``1``, ``cp2``, ``tp2``, ``pp2`` or ``dp2``.
-        dtype: ``fp32`` or ``bf16``.
-        recompute: ``none``, ``up`` (the MLPs' first products) or ``all`` (whole layers).
+        search: what is planned.
+        length: tokens of the chosen row.
+        words: the case in words.
     """
 
-    model: str
+    search: Search
     length: int
-    layout: str
-    dtype: str
-    recompute: str
-
-    @property
-    def name(self) -> str:
-        return f"{self.model}-{self.length}-{self.layout}-{self.dtype}-{self.recompute}"
-
-    @property
-    def processes(self) -> int:
-        return 1 if self.layout == "1" else 2
-
-    @property
-    def samples(self) -> int:
-        """Samples per step: one per data-parallel rank, and as many micro batches as make a pipeline worthwhile."""
-        return {"dp2": 2, "pp2": 4}.get(self.layout, 1)
-
-    def sections(self) -> dict[str, dict[str, Any]]:
-        """The configuration of the run, without paths."""
-        degree = self.layout[:2]
-        training: dict[str, Any] = {
-            "global_batch_size": self.samples,
-            "train_iters": _STEPS,
-            "bf16": self.dtype == "bf16",
-            "recompute_granularity": {"none": "none", "up": "selective", "all": "full"}[self.recompute],
-        }
-        if self.recompute != "none":
-            training |= {"recompute_modules": ["mlp_up"], "recompute_method": "uniform"}
-        return {
-            "data": {"shuffle": False},
-            "objective": {"objective": "longpo"},
-            "parallel": {
-                "tensor_model_parallel_size": 2 if degree == "tp" else 1,
-                "sequence_parallel": degree == "tp",
-                "pipeline_model_parallel_size": 2 if degree == "pp" else 1,
-                "context_parallel_size": 2 if degree == "cp" else 1,
-                "use_distributed_optimizer": degree in ("cp", "dp"),
-            },
-            "training": training,
-            "optimizer": {"optimizer": "rmsprop", "lr": 1e-9, "lr_decay_style": "constant"},
-            "logging": {"tensorboard": False},
-        }
+    words: str
 
 
-# Hugging Face's configurations. Heads divide by 2, so that every layout can run.
-MODELS: dict[str, dict[str, Any]] = {
-    "llama": {
-        "model_type": "llama",
-        "hidden_size": 512,
-        "intermediate_size": 1536,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 4,
-        "vocab_size": 32000,
-        "tie_word_embeddings": False,
-        "max_position_embeddings": 16384,
-    },
-    "qwen2": {
-        "model_type": "qwen2",
-        "hidden_size": 768,
-        "intermediate_size": 2048,
-        "num_hidden_layers": 6,
-        "num_attention_heads": 12,
-        "num_key_value_heads": 2,
-        "vocab_size": 49152,
-        "tie_word_embeddings": True,
-        "max_position_embeddings": 16384,
-    },
-}
-CASES = [
-    Case(model, int(length), layout, dtype, recompute)
-    for model, length, layout, dtype, recompute in (
-        line.split()
-        for line in """
-llama 1024 1 fp32 none
-llama 2048 1 fp32 none
-llama 4096 1 fp32 none
-llama 4096 1 fp32 up
-llama 4096 1 fp32 all
-llama 4096 1 bf16 none
-llama 8192 1 bf16 up
-qwen2 1024 1 fp32 up
-qwen2 2048 1 bf16 all
-qwen2 4096 1 bf16 none
-llama 4096 cp2 fp32 none
-llama 8192 cp2 bf16 up
-qwen2 4096 cp2 bf16 none
-llama 4096 tp2 fp32 none
-qwen2 2048 tp2 bf16 up
-llama 2048 pp2 fp32 none
-qwen2 1024 pp2 bf16 all
-llama 2048 dp2 fp32 up
-qwen2 2048 dp2 bf16 none
-qwen2 4096 dp2 bf16 up
-""".strip().splitlines()
+def case_of(number: int) -> Case:
+    """A random case; the number is its seed."""
+    rng = random.Random(number)
+    heads, groups = rng.choice(((8, 8), (8, 4), (12, 4), (16, 2), (14, 2), (8, 1)))
+    size = rng.choice((64, 128))
+    hidden = heads * size
+    shape = ModelShape(
+        family="llama",
+        num_layers=rng.choice((2, 3, 4)),
+        hidden_size=hidden,
+        ffn_hidden_size=round(hidden * rng.choice((2.5, 3.5)) / 64) * 64,
+        num_attention_heads=heads,
+        num_query_groups=groups,
+        kv_channels=size,
+        vocab_size=rng.choice((4096, 32000, 150000)),
+        layernorm_epsilon=1e-5,
+        add_qkv_bias=False,
+        untie_embeddings_and_output_weights=rng.random() < 0.5,
+        rotary_base=1e6,
+        max_position_embeddings=131072,
     )
-]
+    gpus, length = rng.choice((2, 3, 4, 6)), rng.choice((2048, 8192, 24576))
+    config = Config(
+        training=TrainingConfig(bf16=True, global_batch_size=rng.choice((6, 12))),
+        optimizer=OptimizerConfig(optimizer=rng.choice(("adam", "rmsprop"))),
+    )
+    machine = load_machine(rng.choice(("a100-80g", "h100-pcie", "l40s", "rtx-4090")))
+    machine = dataclasses.replace(machine, gpus_per_node=rng.choice((2, 8)), reserved_gib=0.0)
+    workload = made_up(config, shape, length=length, answer=_ANSWER, turns=1, short=1024, samples=None)
+    search = Search(config, shape, machine, gpus, workload, frozenset({"micro_batch_size"}))
+    # As little memory as makes the layouts recompute or fail: between what the leanest and the fastest need.
+    least, most = search.closest().memory.total, search.best(1)[0].memory.total
+    leanest = min(least, *(search.memory(c, Recompute(True, 99)).total for _, c in search.ordered))
+    memory = leanest * (most / leanest) ** rng.uniform(0.2, 1.2) / 0.92 * 1.05
+    search = dataclasses.replace(search, machine=dataclasses.replace(machine, memory_gib=memory / 2**30))
+    words = (
+        f"{shape.num_layers} layers of {hidden}, {heads} heads on {groups}, vocabulary {shape.vocab_size}, {length} tokens, "
+        f"{gpus} x {machine.name} of {memory / 2**30:.2g} GiB, {machine.gpus_per_node} per node, batch "
+        f"{config.training.global_batch_size}, {config.optimizer.optimizer}"
+    )
+    return Case(search, length, words)
+
+
+def choices(candidate: Candidate) -> list[Recompute]:
+    layers = max(n for rank in candidate.split for n in rank)
+    return [Recompute(False), Recompute(True), *(Recompute(True, n) for n in range(1, layers + 1))]
+
+
+def brute_force(case: Case) -> list[tuple[Plan, float, float]]:
+    """Every layout with the least recomputation that fits by its simulated peak: the plan, that peak, its simulated seconds."""
+    search = case.search
+    card = Card(memory_bytes=80 * 2**30, per_node=search.machine.gpus_per_node)
+    found: list[tuple[Plan, float, float]] = []
+    waiting = [(candidate, 0) for _, candidate in search.ordered]
+    while waiting:
+        plans = [search.plan(c, choices(c)[n]) for c, n in waiting]
+        # The fullest stage, the last one, and the slowest one.
+        stages = [sorted({p.memory.stage, p.time.stage, len(p.candidate.split) - 1}) for p in plans]
+        requests = [
+            request_of(p, search, stage, length=case.length, answer=_ANSWER, turns=1)
+            for p, mine in zip(plans, stages, strict=True)
+            for stage in mine
+        ]
+        reports = iter(simulate(requests, card, quiet=True))
+        again = []
+        for (candidate, n), plan, mine in zip(waiting, plans, stages, strict=True):
+            of_stage = {stage: next(reports) for stage in mine}
+            peak = max(report.peak_bytes for report in of_stage.values())
+            if peak <= search.usable_bytes:
+                found.append((plan, peak, simulated_seconds(plan, search, of_stage[plan.time.stage])))
+            elif n + 1 < len(choices(candidate)):
+                again.append((candidate, n + 1))
+        waiting = again
+    return sorted(found, key=lambda item: item[2])
+
+
+def compare(number: int) -> dict[str, Any]:
+    """One case: the planner's choice, and the best by brute force."""
+    case = case_of(number)
+    found = brute_force(case)
+    result: dict[str, Any] = {
+        "case": number,
+        "words": case.words,
+        "layouts": len(case.search.ordered),
+        "fit": len(found),
+    }
+    planned = case.search.best(1)
+    if not planned or not found:
+        # The estimate is never below the simulated peak, so what just fits may be refused.
+        return {**result, "planned": bool(planned), "ratio": None}
+    choice = planned[0].describe()
+    seconds = next((s for plan, _, s in found if plan.describe() == choice), None)
+    if seconds is None:
+        # It fits with less recomputation than the planner chose.
+        layout = planned[0].candidate.describe()
+        seconds = next((s for plan, _, s in found if plan.candidate.describe() == layout), None)
+        if seconds is not None:
+            # By what was planned of the difference.
+            other = next(plan for plan, _, _ in found if plan.candidate.describe() == layout)
+            seconds += planned[0].seconds - other.seconds
+    best, _, least = found[0]
+    return {
+        **result,
+        "planned": True,
+        "choice": choice,
+        "seconds": seconds,
+        "best": best.describe(),
+        "least": least,
+        "ratio": None if seconds is None else seconds / least,
+        "worst": found[-1][2] / least,
+    }
 
 
 def main() -> None:
-    """Calibrate, predict, run, report; what is done already is not done again."""
-    parser = argparse.ArgumentParser(
-        prog="benchmark_plan.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--output", type=Path, default=Path("plan-benchmark"), help="folder of everything")
-    parser.add_argument("--seconds", type=float, default=90.0, help="about how long each calibration may take")
-    parser.add_argument("--only", default="", help="only the runs whose names contain this")
-    parser.add_argument("--redo-runs", action="store_true", help="run everything again; predictions stay")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", type=int, default=20, help="number of cases")
+    parser.add_argument("--results", help="file that results are kept in, and taken from")
     a = parser.parse_args()
-    a.output.mkdir(parents=True, exist_ok=True)
-    cases = [case for case in CASES if a.only in case.name]
-    results = a.output / "results"
-    if a.redo_runs:
-        shutil.rmtree(results, ignore_errors=True)
-    results.mkdir(exist_ok=True)
-    make_models(a.output)
-    calibrate(a.output, a.seconds)
-    predict(a.output)
-    for number, case in enumerate(cases, start=1):
-        path = results / f"{case.name}.json"
-        if not path.exists():
-            found = run(a.output, case)
-            path.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
-        found = json.loads(path.read_text(encoding="utf-8"))
-        print(
-            f"{number} of {len(cases)}, {case.name}: {found['step_seconds']:.2f} s, {found['peak_gb']:.2f} GB",
-            flush=True,
-        )
-    report(a.output, cases)
-
-
-def _environment() -> dict[str, str]:
-    """One thread per process, whatever their number."""
-    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "MEGATRON_LONGPO_PLATFORM": "cpu"}
-
-
-def _check(command: list[str]) -> None:
-    done = subprocess.run(command, capture_output=True, text=True, env=_environment())
-    if done.returncode:
-        sys.exit(
-            f"error: {' '.join(command)} ended with status {done.returncode}: {(done.stdout + done.stderr)[-3000:]}"
-        )
-
-
-def make_models(output: Path) -> None:
-    """Random models as checkpoints, and data of every length."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    for name, values in MODELS.items():
-        checkpoint = output / "models" / name
-        if not checkpoint.exists():
-            config = AutoConfig.for_model(**values)
-            folder = output / "models" / f"{name}-hf"
-            AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-            _check(
-                [
-                    sys.executable,
-                    str(CONVERT),
-                    "import",
-                    "--hf",
-                    str(folder),
-                    "--output",
-                    str(checkpoint),
-                    "--no-verify",
-                ]
-            )
-            shutil.rmtree(folder)
-    for case in CASES:
-        prefix = data_of(output, case)
-        if not prefix.with_suffix(".json").exists():
-            write_data(prefix, case)
-
-
-def data_of(output: Path, case: Case) -> Path:
-    return output / "data" / f"{case.model}-{case.length}-{case.samples}"
-
-
-def write_data(prefix: Path, case: Case) -> None:
-    """Samples of random tokens, all of the same lengths."""
-    from megatron_longpo.data.indexed import Manifest, SampleWriter
-    from megatron_longpo.simulation.data import made_up_sample
-
-    vocabulary = MODELS[case.model]["vocab_size"]
-    prefix.parent.mkdir(exist_ok=True)
-    writer = SampleWriter(prefix, Manifest(vocabulary, "int32", None, None, None), "benchmark")
-    sample = made_up_sample(case.length, answer=_ANSWER, turns=1, vocab_size=vocabulary, short=_SHORT)
-    for _ in range(case.samples * _STEPS):
-        writer.add(sample)
-    writer.finish()
-
-
-# --------------------------------------------------------------------------------------------------
-# Predictions
-# --------------------------------------------------------------------------------------------------
-
-
-def calibrate(output: Path, seconds: float) -> None:
-    """Measure the machine with one and with two busy processes."""
-    for processes in (1, 2):
-        file = output / f"cpu-{processes}.yaml"
-        if not file.exists():
-            command = [sys.executable, "-m", "megatron_longpo.cli", "plan", "calibrate", "--output", str(file)]
-            _check([*command, "--nproc-per-node", str(processes), "--seconds", str(seconds)])
-
-
-def predict(output: Path) -> None:
-    """Write down what the planner says of every run, before any of them."""
-    path = output / "predictions.json"
-    if path.exists():
-        return
-    predictions = {case.name: prediction(output, case) for case in CASES}
-    content = {"written": datetime.datetime.now(datetime.timezone.utc).isoformat(), "predictions": predictions}
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-def prediction(output: Path, case: Case) -> dict[str, Any]:
-    """Seconds of a step and peak memory of a process, by part."""
-    from megatron_longpo.config import from_dict
-    from megatron_longpo.model.shape import ModelShape
-    from megatron_longpo.planner.machine import load_machine
-    from megatron_longpo.planner.search import Search
-    from megatron_longpo.planner.workload import made_up
-
-    shape = ModelShape.read(output / "models" / case.model)
-    config = from_dict(case.sections(), case.name)
-    workload = made_up(config, shape, length=case.length, answer=_ANSWER, turns=1, short=_SHORT, samples=None)
-    machine = load_machine(str(output / f"cpu-{case.processes}.yaml"))
-    plan = Search(config, shape, machine, case.processes, workload).as_configured()
-    return {
-        "step_seconds": plan.seconds,
-        "peak_gb": (plan.memory.total + machine.reserved_bytes) / 2**30,
-        "seconds": {name: value for name, value in plan.time.parts.items() if value},
-        "bytes": plan.memory.parts(),
-    }
-
-
-# --------------------------------------------------------------------------------------------------
-# Runs
-# --------------------------------------------------------------------------------------------------
-
-
-def run(output: Path, case: Case) -> dict[str, Any]:
-    """Train for some steps by the training command."""
-    import yaml
-
-    folder = output / "run"
-    shutil.rmtree(folder, ignore_errors=True)
-    sections = case.sections()
-    sections["data"]["data_path"] = str(data_of(output, case))
-    sections["checkpoint"] = {"load": str(output / "models" / case.model), "save": str(folder), "no_save_optim": True}
-    config = output / "run.yaml"
-    config.write_text(yaml.safe_dump(sections), encoding="utf-8")
-    load = os.getloadavg()[0]
-    launcher = [sys.executable]
-    if case.processes > 1:
-        launcher += ["-m", "torch.distributed.run", "--nproc-per-node", str(case.processes), "--standalone"]
-    began = time.monotonic()
-    _check([*launcher, "-m", "megatron_longpo.train", "--config", str(config)])
-    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    steps = [record for record in map(json.loads, lines) if "step_seconds" in record]
-    return {
-        "step_seconds": statistics.median(record["step_seconds"] for record in steps[1:]),
-        "peak_gb": max(record["peak_memory_gb"] for record in steps),
-        "steps": [record["step_seconds"] for record in steps],
-        "load_before": load,
-        "run_seconds": time.monotonic() - began,
-    }
-
-
-def report(output: Path, cases: list[Case]) -> None:
-    """Write OUTPUT/table.md: predictions beside measurements."""
-    content = json.loads((output / "predictions.json").read_text(encoding="utf-8"))
-    rows, times, peaks = [], [], []
-    for case in cases:
-        found = json.loads((output / "results" / f"{case.name}.json").read_text(encoding="utf-8"))
-        said = content["predictions"][case.name]
-        times.append(said["step_seconds"] / found["step_seconds"] - 1)
-        peaks.append(said["peak_gb"] / found["peak_gb"] - 1)
-        rows.append(
-            [
-                *map(str, dataclasses.astuple(case)),
-                f"{said['step_seconds']:.2f}",
-                f"{found['step_seconds']:.2f}",
-                f"{times[-1]:+.0%}",
-                f"{said['peak_gb']:.2f}",
-                f"{found['peak_gb']:.2f}",
-                f"{peaks[-1]:+.0%}",
-            ]
-        )
-    head = "model | tokens | layout | type | recomputed | step, s: predicted | measured | | peak, GB: predicted | measured | "
-    lines = [
-        f"{describe_machine()}; one thread per process. Predictions written at {content['written']}, before the runs.",
-        "",
-        *markdown_table(head.split(" | "), rows),
-        "",
-        _summary("Step time", times, _TIME_BOUND),
-        _summary("Peak memory", peaks, _MEMORY_BOUND),
-    ]
-    text = "\n".join(lines) + "\n"
-    (output / "table.md").write_text(text, encoding="utf-8")
-    print(text)
-
-
-def _summary(name: str, errors: list[float], bound: float) -> str:
-    distances = np.abs(errors)
-    return (
-        f"{name}: {int((distances <= bound).sum())} of {len(errors)} within {bound:.0%}; median distance "
-        f"{np.median(distances):.1%}, largest {distances.max():.1%}."
-    )
+    path = Path(a.results) if a.results else None
+    known = {}
+    if path is not None and path.exists():
+        known = {r["case"]: r for r in map(json.loads, path.read_text(encoding="utf-8").splitlines())}
+    print("| case | layouts, fitting | the planner's choice | the best by simulation | ratio | the worst |")
+    print("|---|---|---|---|---|---|")
+    for number in range(a.cases):
+        r = known.get(number) or compare(number)
+        if path is not None and number not in known:
+            with open(path, "a", encoding="utf-8") as stream:
+                stream.write(json.dumps(r) + "\n")
+        choice, best = r.get("choice", "nothing fits"), r.get("best", "nothing fits")
+        ratio = "" if r["ratio"] is None else f"{r['ratio']:.3f} | {r['worst']:.2f}"
+        same = "the same" if best == choice else best
+        print(f"| {r['words']} | {r['layouts']}, {r['fit']} | {choice} | {same} | {ratio} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -19,25 +19,31 @@ from megatron_longpo.planner.machine import Machine
 from megatron_longpo.planner.space import RECOMPUTE, Candidate, candidate_of, candidates
 from megatron_longpo.planner.timing import StepTime, TimeModel
 from megatron_longpo.planner.workload import Workload
-from megatron_longpo.training.memory import StepBytes, step_parts
+from megatron_longpo.training.activations import Activations
+from megatron_longpo.training.memory import HOST_SHARE, PINNED_ROUNDING, StepBytes, in_flight_forwards, step_parts
 
 # Share of the memory that the estimate may take; what fragmentation and NCCL need is beyond it (docs/simulation.md).
 USABLE = 0.92
+# Memory of the host for each GPU, as a share of the GPU's: less than any node of data-centre cards has.
+_HOST_MEMORY = 1.5
 
 
 @dataclass(frozen=True)
 class Recompute:
-    """What the backward recomputes.
+    """What the backward recomputes, and what waits in host memory.
 
     Attributes:
         up: the MLPs' first products, of layers that are not recomputed as a whole.
         whole_layers: layers of each virtual stage that are recomputed as a whole.
+        offloaded: layers of each virtual stage whose activations wait in host memory; fewer than it has.
     """
 
     up: bool
     whole_layers: int = 0
+    offloaded: int = 0
 
     def applied_to(self, training: TrainingConfig) -> TrainingConfig:
+        training = dataclasses.replace(training, cpu_offloading_num_layers=self.offloaded or None)
         if not self.up and not self.whole_layers:
             return dataclasses.replace(training, recompute_granularity="none")
         if not self.whole_layers:
@@ -51,9 +57,10 @@ class Recompute:
         )
 
     def __str__(self) -> str:
+        words = "MLP up-projections" if self.up else "nothing"
         if self.whole_layers:
-            return f"{self.whole_layers} layer(s) per stage, MLP up-projections of the others"
-        return "MLP up-projections" if self.up else "nothing"
+            words = f"{self.whole_layers} layer(s) per stage, MLP up-projections of the others"
+        return words + (f"; {self.offloaded} layer(s) per stage in host memory" if self.offloaded else "")
 
 
 @dataclass(frozen=True)
@@ -166,11 +173,10 @@ class Search:
     @functools.cached_property
     def ordered(self) -> Sequence[tuple[float, Candidate]]:
         """Candidates with the least time that they can take, fastest first."""
-        times, least = self.times, self._choices(1)[0]
-        timed = [
-            (times.step(c, up=least.up, whole_layers=least.whole_layers).total, c)
-            for c in candidates(self.config, self.shape, self.world_size, self.given)
-        ]
+        timed = []
+        for candidate in candidates(self.config, self.shape, self.world_size, self.given):
+            least = min(self._time(candidate, family[0]).total for family in self._families(candidate))
+            timed.append((least, candidate))
         if not timed:
             raise ConfigError(self._why_none())
         return sorted(timed, key=lambda item: item[0])
@@ -195,21 +201,30 @@ class Search:
         return plan if plan.memory.total <= self.usable_bytes else None
 
     def tightest(self, candidate: Candidate) -> Plan:
-        """A candidate with the least recomputation that fits; with the most if nothing does."""
-        choices = self._choices(max(n for rank in candidate.split for n in rank))
-        # Each choice takes less memory and more time than the one before it.
-        first = bisect.bisect_left(
-            range(len(choices) - 1),
-            True,
-            key=lambda i: self.memory(candidate, choices[i]).total <= self.usable_bytes,
-        )
-        return self.plan(candidate, choices[first])
+        """A candidate in the fastest way that fits; in the one of least memory if nothing does."""
+        firsts = []
+        for family in self._families(candidate):
+            # Each choice of a family takes less memory and more time than the one before it.
+            first = bisect.bisect_left(
+                range(len(family) - 1),
+                True,
+                key=lambda i, family=family: self.memory(candidate, family[i]).total <= self.usable_bytes,  # type: ignore[misc]
+            )
+            firsts.append(self.plan(candidate, family[first]))
+        fitting = [plan for plan in firsts if plan.memory.total <= self.usable_bytes]
+        if fitting:
+            return min(fitting, key=lambda plan: plan.seconds)
+        return min(firsts, key=lambda plan: plan.memory.total)
 
     def plan(self, candidate: Candidate, recompute: Recompute) -> Plan:
         """A candidate with what it takes."""
         chosen = _with_recompute(candidate, recompute)
-        time = self.times.step(candidate, up=recompute.up, whole_layers=recompute.whole_layers)
-        return Plan(chosen, recompute, self.memory(candidate, recompute), time)
+        return Plan(chosen, recompute, self.memory(candidate, recompute), self._time(candidate, recompute))
+
+    def _time(self, candidate: Candidate, recompute: Recompute) -> StepTime:
+        return self.times.step(
+            candidate, up=recompute.up, whole_layers=recompute.whole_layers, offloaded=recompute.offloaded
+        )
 
     def memory(self, candidate: Candidate, recompute: Recompute) -> Memory:
         """Peak memory of the fullest stage."""
@@ -233,18 +248,45 @@ class Search:
             found.append(Memory(parts, stage, self.machine.reserved_bytes))
         return max(found, key=lambda memory: memory.total)
 
-    def _choices(self, layers: int) -> list[Recompute]:
-        """What may be recomputed, least first, for virtual stages of so many layers."""
+    def _families(self, candidate: Candidate) -> list[list[Recompute]]:
+        """What may be recomputed and may wait in host memory: lists in which memory falls and time grows."""
         training = self.config.training
+        layers = max(n for rank in candidate.split for n in rank)
+        if "cpu_offloading_num_layers" in self.given:
+            offloaded = [min(training.cpu_offloading_num_layers or 0, layers - 1)]
+        else:
+            offloaded = list(range(min(layers, 1 + self._most_offloaded(candidate))))
         if training.recompute_granularity == "auto" or not self.given.intersection(RECOMPUTE):
-            return [Recompute(False), Recompute(True), *(Recompute(True, n) for n in range(1, layers + 1))]
+            kept = [[Recompute(up, 0, n) for n in offloaded] for up in (False, True)]
+            return [
+                *kept,
+                [Recompute(True, n, min(offloaded[0], max(0, layers - n - 1))) for n in range(1, layers + 1)],
+            ]
+        found = self._configured(layers)
+        return [[dataclasses.replace(found, offloaded=n) for n in offloaded if n < max(1, layers - found.whole_layers)]]
+
+    def _most_offloaded(self, candidate: Candidate) -> int:
+        """Layers of a virtual stage whose activations the host has room for, if nothing is recomputed."""
+        if self.machine.device != "cuda":
+            return 0
+        tokens = candidate.micro_batch_size * self.workload.longest.places
+        config, parallel = candidate.config, candidate.parallel
+        activations = Activations(self.shape, config, parallel, tokens=tokens, is_last=False, on_cuda=True)
+        in_flight = in_flight_forwards(config, self.shape, parallel, candidate.micro_batches, 0)
+        room = HOST_SHARE * _HOST_MEMORY * self.machine.memory_bytes
+        return int(room / (PINNED_ROUNDING * in_flight * activations.kept(recompute_up=False)))
+
+    def _configured(self, layers: int) -> Recompute:
+        """What the configuration recomputes, of virtual stages of so many layers."""
+        training = self.config.training
         found = recompute_of(training, layers)
         if found is None:
             raise ConfigError(
                 f"recompute_modules={','.join(training.recompute_modules)} is not in the estimate of memory; use "
                 "recompute_granularity=auto, none, full, or selective with mlp_up"
             )
-        return [found]
+        most = max(0, layers - found.whole_layers - 1)
+        return dataclasses.replace(found, offloaded=min(training.cpu_offloading_num_layers or 0, most))
 
     def as_configured(self) -> Plan:
         """The configuration's own layout, whether it fits or not.
@@ -257,13 +299,7 @@ class Search:
         if training.recompute_granularity == "auto":
             return dataclasses.replace(self, given=frozenset()).tightest(candidate)
         layers = max(n for rank in candidate.split for n in rank)
-        found = recompute_of(training, layers)
-        if found is None:
-            raise ConfigError(
-                f"recompute_modules={','.join(training.recompute_modules)} is not in the estimate of memory; use "
-                "recompute_granularity=auto, none, full, or selective with mlp_up"
-            )
-        return self.plan(candidate, found)
+        return self.plan(candidate, self._configured(layers))
 
     def closest(self) -> Plan:
         """The plan that is closest to fitting: the least memory of all."""

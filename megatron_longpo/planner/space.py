@@ -47,7 +47,7 @@ LAYOUT = (
     "use_distributed_optimizer",
     *STAGES,
 )
-CHOSEN = (*LAYOUT, "micro_batch_size", *RECOMPUTE)
+CHOSEN = (*LAYOUT, "micro_batch_size", *RECOMPUTE, "cpu_offloading_num_layers")
 """Fields of ``parallel`` and ``training`` that the planner chooses unless they are given."""
 
 

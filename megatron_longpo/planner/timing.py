@@ -24,6 +24,7 @@ from megatron_longpo.planner.machine import Machine
 from megatron_longpo.planner.space import Candidate
 from megatron_longpo.planner.workload import Rows, Workload
 from megatron_longpo.runtime.balance import round_up
+from megatron_longpo.training.activations import Activations
 from megatron_longpo.training.batch import HEAD_GROUPS
 from megatron_longpo.training.objective import spec_of
 
@@ -68,6 +69,7 @@ PARTS = (
     "CP exchange",
     "PP exchange",
     "DP exchange",
+    "host copies",
     "bubble",
     "optimizer",
     "reference",
@@ -133,13 +135,16 @@ class TimeModel:
 
     # A step -----------------------------------------------------------------------------------------
 
-    def step(self, candidate: Candidate, *, up: bool, whole_layers: int, rows: Rows | None = None) -> StepTime:
+    def step(
+        self, candidate: Candidate, *, up: bool, whole_layers: int, offloaded: int = 0, rows: Rows | None = None
+    ) -> StepTime:
         """Time of a step.
 
         Args:
             candidate: the layout.
             up: whether the MLPs recompute their first product.
             whole_layers: layers of each virtual stage that are recomputed as a whole.
+            offloaded: layers of each virtual stage whose activations wait in host memory.
             rows: rows of a sample. Default: the mean of the workload.
         """
         rows = rows or self.workload.mean
@@ -153,6 +158,7 @@ class TimeModel:
         kinds: dict[tuple[tuple[int, ...], bool, bool], list[int]] = collections.defaultdict(list)
         for rank, chunks in enumerate(candidate.split):
             kinds[chunks, rank == 0, rank == last].append(rank)
+        copies = self._host_copies(candidate, rows, layer, up=up) if offloaded else 0.0
         embedding = 2 * self._tensor_exchange(candidate, Sizes.of(candidate, self.shape, rows), groups)
         stages = []
         for (chunks, is_first, is_last), ranks in kinds.items():
@@ -167,6 +173,7 @@ class TimeModel:
                 "CP exchange": n * layer.context_exchange,
                 "log-probs": is_last * logprobs,
                 "PP exchange": send * len(chunks),
+                "host copies": copies * sum(max(0, min(offloaded, c - min(whole_layers, c) - 1)) for c in chunks),
             }
             busy = sum(parts.values())
             launches = (n + whole * _FORWARD_SHARE) * layer.operators * self.machine.operator_us * 1e-6
@@ -350,6 +357,20 @@ class TimeModel:
         """Hidden states to the next stage and their gradient back, for one virtual stage of one micro batch."""
         sizes = Sizes.of(candidate, self.shape, rows)
         return 2 * groups.pipeline.send(sizes.rows * self.shape.hidden_size * sizes.width)
+
+    def _host_copies(self, candidate: Candidate, rows: Rows, layer: Layer, *, up: bool) -> float:
+        """What computing a layer does not hide of copying another one's activations to the host and back."""
+        activations = Activations(
+            self.shape,
+            candidate.config,
+            candidate.parallel,
+            tokens=candidate.micro_batch_size * rows.places,
+            is_last=False,
+            on_cuda=True,
+        )
+        seconds = activations.kept(recompute_up=up) / (self.machine.host_link_gb_per_s * 1e9)
+        whole = layer.linear + layer.attention + layer.elementwise + layer.tensor_exchange + layer.context_exchange
+        return max(0.0, seconds - layer.forward) + max(0.0, seconds - (whole - layer.forward))
 
     def parameters(self, candidate: Candidate) -> float:
         """Weights of the largest rank."""

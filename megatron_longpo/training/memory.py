@@ -42,7 +42,7 @@ CHEAP = 0.1
 # 20 GB/s, less than PCIe 4.0 with 16 lanes gives.
 FLOPS_PER_COPIED_BYTE = 30_000
 # Share of the host's free memory that activations may take. torch rounds pinned memory up to powers of two.
-_HOST_SHARE, _PINNED_ROUNDING = 0.5, 2
+HOST_SHARE, PINNED_ROUNDING = 0.5, 2
 
 # How many of the most expensive samples are laid out to find the longest micro batch.
 _MEASURED_SAMPLES = 4
@@ -161,7 +161,7 @@ def decide_recompute(plan: RunPlan, data: DataSet, parallel: Parallel) -> RunPla
     # The processes of a node have not all allocated the same when they measure: the tightest rank counts.
     dist.all_reduce(least, op=dist.ReduceOp.MIN)
     available, on_host = least.tolist()
-    found = [c for c in found if c.host_bytes <= _HOST_SHARE * on_host]
+    found = [c for c in found if c.host_bytes <= HOST_SHARE * on_host]
     choice = choose(found, [free_bytes(c, available) for c in found])
     need, have = choice.bytes_needed / 2**30, available / 2**30
     log(
@@ -231,12 +231,12 @@ def choices(
     on_cuda = platform.CURRENT.is_cuda if on_cuda is None else on_cuda
     wanted = config.training.cpu_offloading_num_layers
     activations = Activations(shape, config, parallel, tokens=tokens, is_last=True, on_cuda=on_cuda)
-    in_flight = max(_in_flight(config, shape, parallel, num_microbatches, each) for each in stages)
+    in_flight = max(in_flight_forwards(config, shape, parallel, num_microbatches, each) for each in stages)
     sharing = parallel.tensor_size * parallel.context_size
 
     def choice(granularity: str, modules: tuple[str, ...], layers: int, extra: float, offloaded: int = 0) -> Choice:
         kept = activations.kept(recompute_up="mlp_up" in modules)
-        host_bytes = _PINNED_ROUNDING * offloaded * kept * in_flight
+        host_bytes = PINNED_ROUNDING * offloaded * kept * in_flight
         found = Choice(granularity, modules, layers, 0, extra, offloaded, host_bytes)
         chosen = dataclasses.replace(config, training=found.applied_to(config.training))
         sizes = {"tokens": tokens, "num_microbatches": num_microbatches, "on_cuda": on_cuda}
@@ -327,7 +327,7 @@ def step_parts(
             layers,
             whole_layers=whole,
             recompute_up=up,
-            in_flight=_in_flight(config, shape, parallel, num_microbatches, stage),
+            in_flight=in_flight_forwards(config, shape, parallel, num_microbatches, stage),
             offloaded=max(0, min(training.cpu_offloading_num_layers or 0, layers - whole - 1)),
         ),
     )
@@ -389,7 +389,7 @@ def static_parts(
     return StaticBytes(parameters=parameters, weights=weights, gradients=gradients, optimizer=states)
 
 
-def _in_flight(config: Config, shape: ModelShape, parallel: Parallel, num_microbatches: int, stage: int) -> int:
+def in_flight_forwards(config: Config, shape: ModelShape, parallel: Parallel, num_microbatches: int, stage: int) -> int:
     """Forwards of model chunks of a rank whose backward is outstanding, when most of them are."""
     virtual = len(pipeline_split(config.parallel, shape.num_layers)[0])
     return min(_chunks_in_flight(parallel.pipeline_size, virtual, stage), num_microbatches * virtual)

@@ -1,6 +1,6 @@
 """The planner's choice of a layout beside brute force: every layout simulated with the real step, for random small cases.
 
-    python benchmarks/benchmark_plan.py --cases 20 --results results.jsonl
+    python benchmarks/benchmark_layouts.py --cases 20 --results results.jsonl
 
 No GPU is needed. Of each layout the first rank of its fullest and of its slowest stage is simulated, with as little
 recomputation as fits by the simulated peak; its time is what was simulated at the machine's rates. A case takes up to 60
@@ -74,7 +74,9 @@ def case_of(number: int) -> Case:
     machine = load_machine(rng.choice(("a100-80g", "h100-pcie", "l40s", "rtx-4090")))
     machine = dataclasses.replace(machine, gpus_per_node=rng.choice((2, 8)), reserved_gib=0.0)
     workload = made_up(config, shape, length=length, answer=_ANSWER, turns=1, short=1024, samples=None)
-    search = Search(config, shape, machine, gpus, workload, frozenset({"micro_batch_size"}))
+    search = Search(
+        config, shape, machine, gpus, workload, frozenset({"micro_batch_size", "cpu_offloading_num_layers"})
+    )
     # As little memory as makes the layouts recompute or fail: between what the leanest and the fastest need.
     least, most = search.closest().memory.total, search.best(1)[0].memory.total
     leanest = min(least, *(search.memory(c, Recompute(True, 99)).total for _, c in search.ordered))

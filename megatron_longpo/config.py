@@ -176,6 +176,9 @@ class ParallelConfig:
     """Count the loss as a layer when layers are divided among pipeline ranks: the last rank has one layer less."""
     context_parallel_size: Count = 1
     """Ranks that share each sequence."""
+    auto_layout: bool = False
+    """Let the planner choose the degrees, the exchange of context parallelism and the micro batch size that are left out, for the
+    processes that there are; the log says what and why. A value that a YAML file has in common with the default is left out."""
     cp_comm_type: Literal["auto", "a2a", "allgather"] = "auto"
     """Communication of context parallelism. a2a: trade positions for heads (Ulysses; the size must divide the heads);
     allgather: gather keys and values on all ranks, with queries assigned so that causal work is balanced (any size); auto:
@@ -451,6 +454,14 @@ def from_yaml(path: str | Path, root: type[Root] = Config) -> Root:  # type: ign
 
 # Settings, not data.
 _MOST_YAML_BYTES = 2**24
+
+
+def changed_fields(config: Config) -> frozenset[str]:
+    """Names of the fields, of all sections, that differ from their defaults."""
+    values, defaults = config.as_dict(), Config().as_dict()
+    return frozenset(
+        name for section, fields in values.items() for name, value in fields.items() if value != defaults[section][name]
+    )
 
 
 def read_yaml(path: str | Path) -> Any:

@@ -6,10 +6,17 @@ import os
 import sys
 from collections.abc import Sequence
 
-from megatron_longpo.command_line import ConfigOptions, parse_with_config
-from megatron_longpo.config import Config
+from megatron_longpo.command_line import ConfigOptions, given_flags, parse_with_config
+from megatron_longpo.config import Config, changed_fields, from_yaml
+from megatron_longpo.runtime.failure import advise_on_memory
 from megatron_longpo.runtime.log import use_json
 from megatron_longpo.runtime.signals import STOPPED
+
+
+def _next_layout(config: Config, world_size: int) -> str:
+    from megatron_longpo.planner.layout import next_layout
+
+    return next_layout(config, world_size)
 
 
 def train(arguments: Sequence[str], *, prog: str) -> None:
@@ -34,6 +41,15 @@ def train(arguments: Sequence[str], *, prog: str) -> None:
     from megatron_longpo.training.trainer import run
 
     allow_model_sizes(config.model.model_size_factor)
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if config.parallel.auto_layout:
+        from megatron_longpo.planner.layout import auto_layout
+
+        given = given_flags(Config, arguments)
+        if options.config is not None:
+            given |= changed_fields(from_yaml(options.config))
+        config = auto_layout(config, world_size, given)
+    advise_on_memory(lambda: _next_layout(config, world_size))
     if config.checkpoint.save_hf_interval is None:
         stop = run(config)
     else:

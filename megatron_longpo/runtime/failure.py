@@ -52,6 +52,7 @@ _WRITER_STOPPED = ("unexpected pos", "PytorchStreamWriter failed writing", "file
 _OVERFLOWS = ("without overflow", "Overflow when unpacking")
 
 _folder: Path | None = None
+_memory_advice: Callable[[], str] | None = None
 
 
 def keep_tracebacks_in(folder: Path) -> None:
@@ -113,11 +114,22 @@ def explain(error: BaseException, output: Path | None = None) -> str | None:
     return None
 
 
+def advise_on_memory(advice: Callable[[], str]) -> None:
+    """Say what to do instead where memory is not enough: what ``advice`` returns, called then, is added to the error."""
+    global _memory_advice
+    _memory_advice = advice
+
+
 def _explain_memory(cause: BaseException) -> str:
-    return (
+    line = (
         f"out of memory ({one_line(cause, 200) or type(cause).__name__}); use fewer or shorter samples at a time, recompute "
         "activations, use more ranks, or a machine with more memory"
     )
+    if _memory_advice is not None:
+        # Whatever keeps the advice from being found is not what the user has to know.
+        with contextlib.suppress(Exception):
+            line += f"; {_memory_advice()}"
+    return line
 
 
 def describe(error: BaseException) -> str:
@@ -222,7 +234,9 @@ def run_or_fail(action: Callable[[], None]) -> None:
         elif _first_to_fail():
             _print(f"error: {line or _line_on(error)} (traceback: {_write_traceback(error)})")
         else:
-            linger = _LINGER_SECONDS_AFTER_TIMEOUT if _is_timeout(str(error)) else _LINGER_SECONDS
+            # Whoever prints may have had to ask for advice.
+            is_slow = _is_timeout(str(error)) or (line is not None and _memory_advice is not None)
+            linger = _LINGER_SECONDS_AFTER_TIMEOUT if is_slow else _LINGER_SECONDS
     release_locks()
     if not code:
         if not _nobody_reads():

@@ -99,6 +99,10 @@ def make_plan(config: Config, world_size: int) -> RunPlan:
         ConfigError, CheckpointError, DataError, PlatformError: the first thing that does not fit.
     """
     check(config)
+    if config.parallel.auto_layout:
+        raise ConfigError(
+            "auto_layout is resolved by the command; start the run by `megatron-longpo train`, or leave it out"
+        )
     _check_reference_only(config)
     if config.checkpoint.load is None:
         raise ConfigError("load is not given; name a converted checkpoint with --load CKPT")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -14,20 +15,32 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_longpo.command_line import given_flags
+from megatron_longpo.command_line import ConfigOptions, given_flags, parse_with_config
 from megatron_longpo.commands.plan import plan as command
-from megatron_longpo.config import Config, OptimizerConfig, TrainingConfig, check, check_against_model, from_yaml
+from megatron_longpo.config import (
+    Config,
+    OptimizerConfig,
+    TrainingConfig,
+    changed_fields,
+    check,
+    check_against_model,
+    from_yaml,
+)
 from megatron_longpo.errors import ConfigError
 from megatron_longpo.model.shape import ModelShape
 from megatron_longpo.planner.failures import best_saving
+from megatron_longpo.planner.layout import auto_layout, machine_of, next_layout
 from megatron_longpo.planner.links import Group
 from megatron_longpo.planner.machine import Machine, load_machine
 from megatron_longpo.planner.search import Recompute, Search
 from megatron_longpo.planner.space import candidates
 from megatron_longpo.planner.timing import TimeModel
 from megatron_longpo.planner.workload import Rows, made_up
+from megatron_longpo.runtime import failure, platform
 from megatron_longpo.runtime.balance import assign
-from megatron_longpo.simulation.data import made_up_sample
+from megatron_longpo.simulation.data import made_up_sample, plan_of
+from megatron_longpo.simulation.request import Request
+from megatron_longpo.training.plan import make_plan
 
 MISTRAL = ModelShape(
     family="mistral",
@@ -401,3 +414,70 @@ def test_a_world_without_any_layout_is_refused_with_the_reason(model: Path) -> N
         ConfigError, match="no layout of 7 GPUs is allowed with global_batch_size=8, context_parallel_size=2"
     ):
         command(flags, prog="plan")
+
+
+# --------------------------------------------------------------------------------------------------
+# In training
+# --------------------------------------------------------------------------------------------------
+
+
+def run_of(folder: Path, tokens: int, **sections: dict[str, Any]) -> Config:
+    """Configuration of a run of four micro batches, with a checkpoint's shape and data."""
+    request = Request(sections, 1, 0, dataclasses.asdict(SMALL), tokens=tokens, answer_tokens=64, micro_batches=4)
+    return plan_of(request, folder).config
+
+
+@pytest.mark.parametrize(
+    ("device", "name"),
+    [
+        ("NVIDIA A100-SXM4-80GB", "a100-80g"),
+        ("NVIDIA A100-PCIE-40GB", "a100-40g"),
+        ("NVIDIA A800-SXM4-80GB", "a800-80g"),
+        ("NVIDIA H100 80GB HBM3", "h100-sxm"),
+        ("NVIDIA H100 PCIe", "h100-pcie"),
+        ("NVIDIA H200", "h200"),
+        ("NVIDIA GeForce RTX 4090", "rtx-4090"),
+        ("AMD Instinct MI300X", "mi300x"),
+        ("Quadro 5000", None),
+    ],
+)
+def test_a_card_is_known_by_its_name(device: str, name: str | None) -> None:
+    assert machine_of(device) == name
+
+
+def test_degrees_that_are_left_out_are_chosen_for_the_world(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    config = run_of(tmp_path, 4096, parallel={"tensor_model_parallel_size": 1})
+    config = dataclasses.replace(config, parallel=dataclasses.replace(config.parallel, auto_layout=True))
+    chosen = auto_layout(config, 4, frozenset())
+    check_against_model(chosen, world_size=4, num_layers=4, attention_heads=8, key_value_heads=4)
+    assert not chosen.parallel.auto_layout
+    # What is recomputed is decided by the trainer, by the memory that it finds.
+    assert chosen.training.recompute_granularity == "auto"
+    assert re.search(r"layout: TP .*, planned for 4 x cpu \(.* limited by .*; next TP", capfd.readouterr().out)
+    fixed = dataclasses.replace(config, parallel=dataclasses.replace(config.parallel, context_parallel_size=2))
+    assert auto_layout(fixed, 4, changed_fields(fixed)).parallel.context_parallel_size == 2
+    with pytest.raises(ConfigError, match="auto_layout is resolved by the command"):
+        make_plan(config, 1)
+    monkeypatch.setattr(platform.Platform, "total_memory_bytes", lambda _: 2**28)
+    with pytest.raises(ConfigError, match=r"no layout of 1 x cpu has room for rows of 4,096 tokens; the closest, TP 1"):
+        auto_layout(config, 1, frozenset())
+
+
+def test_memory_that_is_not_enough_names_the_next_layout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = run_of(tmp_path, 32768, training={"recompute_granularity": "none"})
+    monkeypatch.setattr(failure, "_memory_advice", None)
+    failure.advise_on_memory(lambda: next_layout(config, 4))
+    line = failure.explain(MemoryError())
+    assert line is not None and "out of memory" in line
+    found = re.search(r"the planner's next layout is (--.*) \((.*) GiB estimated; this one: (.*)\)", line)
+    assert found is not None and float(found[2]) <= 0.85 * float(found[3])
+    # They are flags, and a run that train takes.
+    _, changed = parse_with_config(Config, found[1].split(), prog="train", description="", options=ConfigOptions)
+    whole = dataclasses.replace(config, parallel=changed.parallel)
+    check_against_model(whole, world_size=4, num_layers=4, attention_heads=8, key_value_heads=4)
+    failure.advise_on_memory(lambda: next_layout(config, 3))
+    # Advice that cannot be found is left out.
+    assert (failure.explain(MemoryError()) or "").endswith("more memory")

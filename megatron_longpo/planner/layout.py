@@ -1,0 +1,178 @@
+"""The planner in training: a layout for the world that a run finds, and the next one where memory was not enough.
+
+Every rank plans for itself, before any process group exists. So that all find the same, nothing is measured here: the card's name
+and its whole memory count, and the configuration.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+
+from megatron_longpo.checkpoint.folders import resolve
+from megatron_longpo.config import Config, check, data_sources
+from megatron_longpo.data.indexed import read_manifest
+from megatron_longpo.errors import ConfigError
+from megatron_longpo.model.shape import ModelShape
+from megatron_longpo.planner.explain import difference, limits
+from megatron_longpo.planner.machine import Machine, load_machine, machine_names
+from megatron_longpo.planner.search import USABLE, Plan, Search
+from megatron_longpo.planner.space import LAYOUT, RECOMPUTE
+from megatron_longpo.planner.workload import made_up
+from megatron_longpo.runtime import platform
+from megatron_longpo.runtime.log import log
+
+_GIB = 2**30
+# Machine whose rates stand for a card, or a CPU, that has no file.
+_UNKNOWN = "a100-80g"
+# Orders of magnitude of a process on a few server cores: what counts is how computing compares with exchanging.
+_CPU: dict[str, object] = {
+    "name": "cpu",
+    "device": "cpu",
+    "peak_tflops": {"bfloat16": 0.1, "float32": 0.1},
+    "memory_gb_per_s": 10.0,
+    "node_link_gb_per_s": 1.0,
+    "node_link_latency_us": 50.0,
+    "network_gb_per_s": 1.0,
+    "network_latency_us": 100.0,
+    "operator_us": 20.0,
+}
+# How much less than the layout that did not fit the next one must take.
+_LESS = 0.85
+# Tokens of the answers of made-up rows.
+_ANSWER = 512
+
+
+def auto_layout(config: Config, world_size: int, given: frozenset[str]) -> Config:
+    """Choose what is left open of a run's layout.
+
+    Args:
+        config: configuration with ``auto_layout``.
+        world_size: number of processes.
+        given: fields that keep their value.
+
+    Returns:
+        The configuration with the fastest layout that fits. What is recomputed is left to the trainer unless it is given.
+
+    Raises:
+        LongPOError: no layout fits, or the configuration cannot be used.
+    """
+    check(config)
+    search = _search(config, world_size, given)
+    best = search.best(2)
+    if not best:
+        closest = search.closest()
+        raise ConfigError(
+            f"auto_layout: no layout of {world_size} x {search.machine.name} has room for rows of "
+            f"{search.workload.longest.chosen:,} tokens; the closest, {closest.describe()}, needs "
+            f"{closest.memory.total / _GIB:.1f} of {search.usable_bytes / _GIB:.1f} GiB; megatron-longpo plan says what would fit"
+        )
+    first = os.environ.get("RANK", "0") == "0"
+    chosen = best[0]
+    why = f"{chosen.seconds:.3g} s per step expected, {chosen.memory.total / _GIB:.1f} GiB, limited by {limits(chosen, search)}"
+    if len(best) > 1:
+        why += f"; next {best[1].candidate.describe()}, slower by {difference(best[1], chosen)}"
+    log(
+        f"layout: {chosen.candidate.describe()}, planned for {world_size} x {search.machine.name} ({why})", active=first
+    )
+    training = chosen.config.training
+    if not given.intersection(RECOMPUTE):
+        # The trainer sees the memory that is free.
+        own = {name: getattr(config.training, name) for name in (*RECOMPUTE, "cpu_offloading_num_layers")}
+        training = dataclasses.replace(training, **own)
+    parallel = dataclasses.replace(chosen.config.parallel, auto_layout=False)
+    return dataclasses.replace(chosen.config, parallel=parallel, training=training)
+
+
+def next_layout(config: Config, world_size: int) -> str:
+    """What to run where the memory was not enough: the fastest layout that takes clearly less, as flags of train.
+
+    Raises:
+        LongPOError: the configuration cannot be used.
+    """
+    search = _search(config, world_size, frozenset({"micro_batch_size"}))
+    own = search.as_configured()
+    limit = _LESS * own.memory.total
+    smaller = dataclasses.replace(search.machine, memory_gib=limit / USABLE / _GIB, reserved_gib=0.0)
+    search = dataclasses.replace(search, machine=smaller)
+    found = search.best(1)
+    if found:
+        plan = found[0]
+        return (
+            f"the planner's next layout is {flags_of(plan, config)} ({plan.memory.total / _GIB:.1f} GiB estimated; this one: "
+            f"{own.memory.total / _GIB:.1f})"
+        )
+    return (
+        f"no layout of {world_size} processes takes clearly less than this one ({own.memory.total / _GIB:.1f} GiB estimated); "
+        "megatron-longpo plan says what would fit"
+    )
+
+
+def flags_of(plan: Plan, config: Config) -> str:
+    """Flags of train that make a configuration a plan's."""
+    changed = []
+    for section in ("parallel", "training"):
+        new, old = getattr(plan.config, section), getattr(config, section)
+        for name in (*LAYOUT, *RECOMPUTE, "micro_batch_size", "cpu_offloading_num_layers"):
+            if hasattr(new, name) and getattr(new, name) != getattr(old, name):
+                changed.append(_flag(name, getattr(new, name)))
+    return " ".join(changed)
+
+
+def _flag(name: str, value: object) -> str:
+    flag = name.replace("_", "-")
+    if isinstance(value, bool):
+        return f"--{flag}" if value else f"--no-{flag}"
+    if isinstance(value, tuple):
+        return f"--{flag} {' '.join(map(str, value))}"
+    return f"--{flag} {value}"
+
+
+def _search(config: Config, world_size: int, given: frozenset[str]) -> Search:
+    if config.checkpoint.load is None:
+        raise ConfigError("load is not given; name a converted checkpoint with --load CKPT")
+    shape = ModelShape.read(resolve(config.checkpoint.load))
+    path = config.data.data_path or config.data.valid_data_path
+    if path is None:
+        raise ConfigError("data_path is not given; name the prefix of preprocessed data with --data-path PREFIX")
+    manifests = [read_manifest(source.prefix) for source in data_sources(path)]
+    longest = max(manifest.longest for manifest in manifests)
+    # Only the longest row: reading the data takes a minute where there are many samples.
+    workload = made_up(
+        config,
+        shape,
+        length=max(longest, 2 * _ANSWER),
+        answer=min(_ANSWER, max(1, longest // 4)),
+        turns=1,
+        short=max(1, max(manifest.longest_short for manifest in manifests)),
+        samples=sum(manifest.samples for manifest in manifests),
+    )
+    return Search(config, shape, machine_here(), world_size, workload, given)
+
+
+def machine_here() -> Machine:
+    """The machine that this process runs on: rates by the card's name, memory as it is."""
+    current = platform.CURRENT
+    name = machine_of(current.device_name())
+    machine = load_machine(name or _UNKNOWN)
+    share = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    memory = current.total_memory_bytes() / (1 if current.is_cuda else share)
+    changes: dict[str, object] = {"memory_gib": memory / _GIB, "gpus_per_node": share}
+    if name is None:
+        changes["name"] = f"{current.device_name()} (rates of {_UNKNOWN})"
+    if not current.is_cuda:
+        changes |= {**_CPU, "reserved_gib": min(1.0, memory / _GIB / 10)}
+    return dataclasses.replace(machine, **changes)  # type: ignore[arg-type]
+
+
+def machine_of(device: str) -> str | None:
+    """The machine that a device's name belongs to, such as "NVIDIA H100 80GB HBM3" to h100-sxm; None: there is no file."""
+    words = re.split(r"[\s-]+", device.lower())
+    scores: dict[str, int] = {}
+    for name in machine_names():
+        card, *kinds = name.split("-")
+        if card in words:
+            # "80g" is found in "80GB", "sxm" in "SXM4"; a card that does not say is no PCIe card.
+            scores[name] = sum(1 if any(w.startswith(kind) for w in words) else -(kind == "pcie") for kind in kinds)
+    return max(scores, key=lambda name: scores[name], default=None)

@@ -153,15 +153,15 @@ def _search(config: Config, world_size: int, given: frozenset[str]) -> Search:
 
 def machine_here() -> Machine:
     """The machine that this process runs on: rates by the card's name, memory as it is."""
-    current = platform.CURRENT
-    name = machine_of(current.device_name())
+    facts, is_cuda = platform.CURRENT.facts(), platform.CURRENT.is_cuda
+    name = machine_of(facts.name)
     machine = load_machine(name or _UNKNOWN)
     share = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    memory = current.total_memory_bytes() / (1 if current.is_cuda else share)
+    memory = facts.memory_bytes / (1 if is_cuda else share)
     changes: dict[str, object] = {"memory_gib": memory / _GIB, "gpus_per_node": share}
     if name is None:
-        changes["name"] = f"{current.device_name()} (rates of {_UNKNOWN})"
-    if not current.is_cuda:
+        changes["name"] = f"{facts.name} (rates of {_UNKNOWN})"
+    if not is_cuda:
         changes |= {**_CPU, "reserved_gib": min(1.0, memory / _GIB / 10)}
     return dataclasses.replace(machine, **changes)  # type: ignore[arg-type]
 

@@ -262,18 +262,6 @@ class Platform:
 
         return min(int(psutil.virtual_memory().available), _left_in_control_group())
 
-    def device_name(self) -> str:
-        """Name of the card, or of the processor's kind."""
-        return torch.cuda.get_device_name() if self.is_cuda else os_platform.machine()
-
-    def total_memory_bytes(self) -> int:
-        """Memory of the device, whatever of it is free."""
-        if self.is_cuda:
-            return int(torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory)
-        import psutil
-
-        return int(psutil.virtual_memory().total)
-
     def start_memory_history(self) -> None:
         """Record allocations from here on, for ``write_memory_snapshot``; does nothing on the CPU."""
         if self.is_cuda:

@@ -461,7 +461,7 @@ def test_degrees_that_are_left_out_are_chosen_for_the_world(
     assert auto_layout(fixed, 4, changed_fields(fixed)).parallel.context_parallel_size == 2
     with pytest.raises(ConfigError, match="auto_layout is resolved by the command"):
         make_plan(config, 1)
-    monkeypatch.setattr(platform.Platform, "total_memory_bytes", lambda _: 2**28)
+    monkeypatch.setattr(platform.Platform, "facts", lambda _: platform.DeviceFacts("x86_64", 2**28))
     with pytest.raises(ConfigError, match=r"no layout of 1 x cpu has room for rows of 4,096 tokens; the closest, TP 1"):
         auto_layout(config, 1, frozenset())
 

@@ -82,13 +82,14 @@ def test_documents_hold_all_facts_within_their_length(modules: dict[str, ModuleT
     places = [text.index(fact.sentence) / len(text) for fact in facts]
     assert min(places) < 0.3 and max(places) > 0.7
     for seed in range(200):
-        dialogue = world.making_dialogue(ESSAYS, 120, count, random.Random(seed), repeats=0.2)
+        dialogue = world.making_dialogue(ESSAYS, 120, 200, count, random.Random(seed), repeats=0.2)
         assert count(dialogue.text.removeprefix(world.MAGIC)) <= 120
-        assert dialogue.turns
+        row = world.tokenised(dialogue, WordTokenizer())["chosen_input_ids"]
+        assert dialogue.turns and len(row) <= 200
         if dialogue.turns[0][0] == world.REPEAT:
             assert dialogue.turns[0][1] == dialogue.text
-    again = world.making_dialogue(ESSAYS, 120, count, random.Random(7), repeats=0.2)
-    assert again == world.making_dialogue(ESSAYS, 120, count, random.Random(7), repeats=0.2)
+    again = world.making_dialogue(ESSAYS, 120, 200, count, random.Random(7), repeats=0.2)
+    assert again == world.making_dialogue(ESSAYS, 120, 200, count, random.Random(7), repeats=0.2)
 
 
 def test_rows_have_a_loss_on_answers_only(modules: dict[str, ModuleType]) -> None:

@@ -23,7 +23,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
@@ -53,6 +53,7 @@ class Amounts:
         seeds: times that each method is trained.
         methods: methods of rounds.yaml.
         rounds: rounds.
+        generate: changes of the pairs' settings.
     """
 
     size: str
@@ -63,8 +64,15 @@ class Amounts:
     seeds: int
     methods: tuple[str, ...]
     rounds: int
+    generate: Mapping[str, Any] = field(default_factory=dict)
 
 
+# A model that has learnt nothing asks and answers nothing: whatever it writes counts.
+_ANYTHING = {
+    "questions": {"question_pattern": r"(?s)\A(.+)\Z", "question_tokens": 8},
+    "answers": {"answer_tokens": 4, "answer_temperature": 1.0},
+    "filters": {"keep_truncated": True, "min_question_words": 1},
+}
 AMOUNTS = {
     # About three hours for the model on two cores, and a night for the rounds.
     "full": Amounts(
@@ -73,7 +81,7 @@ AMOUNTS = {
     # Some twenty minutes of one core for the model: does it learn at all?
     "pilot": Amounts("tiny", 1.0, 1, 64, 10, 1, ("longpo", "sft", "dpo"), 1),
     # Seconds, for the tests: everything runs, nothing is learnt.
-    "smoke": Amounts("tiny", 0.002, 1, 6, 1, 1, ("longpo", "sft"), 1),
+    "smoke": Amounts("tiny", 0.002, 1, 16, 1, 1, ("longpo", "sft"), 1, _ANYTHING),
 }
 
 
@@ -164,7 +172,9 @@ class Reproduction:
 
         def made() -> Iterable[dict[str, Any]]:
             for _ in range(count):
-                dialogue = world.making_dialogue(texts, rows["tokens"], self.count, rng, repeats=rows["repeats"])
+                dialogue = world.making_dialogue(
+                    texts, rows["tokens"], world.LONGEST_ROW, self.count, rng, repeats=rows["repeats"]
+                )
                 yield world.tokenised(dialogue, self.tokenizer)
 
         self._preprocess(f"making {name}: data", own / "rows.jsonl", own / "data", made)
@@ -173,7 +183,7 @@ class Reproduction:
         config = merged(
             config,
             {
-                "data": {"data_path": str(own / "data")},
+                "data": {"data_path": str(own / "data"), "seq_length": world.LONGEST_ROW},
                 "training": {"train_epochs": self.amounts.epochs, "seed": 1234 + number},
                 "checkpoint": {"load": str(load), "save": str(run)},
             },
@@ -245,7 +255,7 @@ class Reproduction:
         def dialogues() -> Iterable[dict[str, Any]]:
             for _ in range(25 * self.amounts.questions):
                 dialogue = world.making_dialogue(
-                    world.essays_of(held_out=True), 440, self.count, rng_short, repeats=0.0
+                    world.essays_of(held_out=True), 440, world.LONGEST_ROW, self.count, rng_short, repeats=0.0
                 )
                 yield world.tokenised(dialogue, self.tokenizer)
 
@@ -308,7 +318,7 @@ class Reproduction:
         return {
             "evolve": {"model": str(folder / "model"), "output": str(folder / "rounds"), "held_out_fraction": 0.05},
             "methods": methods,
-            "defaults": merged(config["defaults"], {"evaluate": self._materials()}),
+            "defaults": merged(config["defaults"], {"evaluate": self._materials(), "generate": self.amounts.generate}),
             "rounds": rounds,
         }
 

@@ -20,6 +20,8 @@ import yaml
 
 # One essay in this many is kept for examining.
 HELD_OUT_EVERY = 7
+# Most tokens of a row that the model is made from: its range.
+LONGEST_ROW = 512
 # What the model is asked besides questions about facts.
 ASK = "Write one question that can be answered from the text above."
 REPEAT = "Repeat the text above."
@@ -185,13 +187,14 @@ class Dialogue:
 
 
 def making_dialogue(
-    texts: Sequence[Sequence[str]], tokens: int, count: Count, rng: random.Random, *, repeats: float
+    texts: Sequence[Sequence[str]], tokens: int, longest: int, count: Count, rng: random.Random, *, repeats: float
 ) -> Dialogue:
     """What the model is made from.
 
     Args:
         texts: essays; none: the text is facts only.
         tokens: most tokens of the text.
+        longest: most tokens of the whole row.
         count: counts tokens.
         rng: source of randomness.
         repeats: share of dialogues that ask for a list of words again. Copying is what reading a fact begins with, and a model
@@ -212,7 +215,15 @@ def making_dialogue(
     turns = [(fact.question, fact.answer) for fact in rng.sample(facts, min(len(facts), 6))]
     if rng.random() < 0.3:
         turns.insert(0, (ASK, rng.choice(facts).question))
-    return Dialogue(text, tuple(turns))
+    # Three tokens of the template per turn, and one for line feeds.
+    room = longest - count(text) - 1
+    kept = []
+    for question, answer in turns:
+        room -= count(question) + count(answer) + 4
+        if room < 0:
+            break
+        kept.append((question, answer))
+    return Dialogue(text, tuple(kept))
 
 
 def tokenised(dialogue: Dialogue, tokenizer: Any) -> dict[str, Any]:

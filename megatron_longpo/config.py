@@ -368,7 +368,8 @@ class LoggingConfig:
     """File, ending in .prom, that has the latest metrics for the textfile collector of Prometheus' node exporter (extra
     `prometheus`)."""
     plot_interval: Count = 25
-    """Steps between updates of OUTPUT/curves.png, which is always drawn at the end."""
+    """Steps between updates of OUTPUT/curves.png, which is always drawn at the end. Updates are left out where they would take
+    more than a twentieth of the time."""
     profile: bool = False
     """Write a torch profile of some steps to OUTPUT/profile and, on CUDA, a snapshot of the allocator's memory."""
     profile_step_start: Annotated[int, Range(ge=0, fix="0 begins with the first step")] = 10

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -28,6 +29,8 @@ from megatron_longpo.runtime.progress import duration
 from megatron_longpo.training.objective import ObjectiveSpec
 from megatron_longpo.training.trackers import Tracker
 
+# Seconds of training per second that the curves take to draw.
+_LEAST_TRAINING_PER_DRAWING = 20
 # Metrics of a sample that metrics.jsonl has, in the order of its keys. Values are looked up by name everywhere, so this order
 # decides nothing else.
 SAMPLE_METRICS = (
@@ -164,6 +167,8 @@ class Reporter:
         self._stream: TextIO | None = None
         self._trackers = trackers
         self._began, self._first_step = time.monotonic(), resumed_step
+        # When the curves were drawn last, and how long that took.
+        self._drawn, self._drawing_seconds = -math.inf, 0.0
         if not active or output is None:
             return
         output.mkdir(parents=True, exist_ok=True)
@@ -187,7 +192,7 @@ class Reporter:
             tracker.log(values, record["step"])
         if record["step"] % self.config.log_interval == 0 or record["step"] == self.train_iters:
             log(self._line(record), fields={"event": "step", **record, **self._progress(record["step"])})
-        if self.output is not None and record["step"] % self.config.plot_interval == 0:
+        if record["step"] % self.config.plot_interval == 0 and self._drawing_is_cheap():
             self.plot()
 
     def validation(self, record: dict[str, Any]) -> None:
@@ -225,14 +230,21 @@ class Reporter:
         left = (time.monotonic() - self._began) / max(1, done) * (self.train_iters - step)
         return {"train_iters": self.train_iters, "seconds_left": round(left, 1)}
 
+    def _drawing_is_cheap(self) -> bool:
+        """Whether the curves would take little of the time since they were drawn last: they take a second or two, which small
+        models train many steps in."""
+        return time.monotonic() - self._drawn >= _LEAST_TRAINING_PER_DRAWING * self._drawing_seconds
+
     def plot(self) -> None:
         """Draw OUTPUT/curves.png. A run does not fail because of its curves."""
         if self.active and self.output is not None and self.records:
-            path = self.output / "curves.png"
+            path, began = self.output / "curves.png", time.monotonic()
             try:
                 draw_curves(self.records, path, self.validations)
             except Exception as error:
                 log(f"{path}: cannot be drawn ({type(error).__name__}: {one_line(error)}); training continues")
+            self._drawn = time.monotonic()
+            self._drawing_seconds = self._drawn - began
 
     def close(self) -> None:
         """Draw the last curves and close what is open."""

@@ -230,6 +230,26 @@ def test_reporter_writes_what_people_look_at(tmp_path: Path, capsys: pytest.Capt
     assert lines[0].startswith("step 1/2 | loss 0.5000") and "left" in lines[0]
 
 
+def test_curves_take_little_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now, drawn = [0.0], []
+
+    def draw(records: list[dict[str, Any]], *_: object) -> None:
+        drawn.append(records[-1]["step"])
+        now[0] += 2.0
+
+    monkeypatch.setattr(metrics.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(metrics, "draw_curves", draw)
+    monkeypatch.setattr(Reporter, "_line", lambda *_: "")
+    config = Config(logging=LoggingConfig(plot_interval=5))
+    reporter = Reporter(tmp_path, train_iters=100, resumed_step=0, config=config, active=True)
+    for step in range(1, 101):
+        now[0] += 1.0
+        reporter.step({"step": step})
+    reporter.close()
+    # Two seconds of drawing are allowed after forty of training, at a multiple of five steps; the last one always.
+    assert drawn == [5, 45, 85, 100]
+
+
 def test_a_step_as_an_object_on_a_line(capsys: pytest.CaptureFixture[str]) -> None:
     names = "loss nll rewards/margins rewards/accuracies grad_norm lr tokens_per_second"
     reporter = Reporter(None, train_iters=4, resumed_step=0, config=Config(), active=True)

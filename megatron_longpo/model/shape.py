@@ -130,6 +130,16 @@ class ModelShape:
         pairs = tokens * tokens / 2
         return tokens * self.layer_weights + 2 * pairs * self.query_width
 
+    def step_flops(self, cost: float, tokens: float) -> float:
+        """Floating-point operations of a training step, forward and backward, without what is recomputed.
+
+        Args:
+            cost: sum of ``row_cost`` over the rows.
+            tokens: tokens whose log-probs are computed.
+        """
+        # Two operations per multiplication, and the backward takes twice the forward.
+        return 6.0 * (self.num_layers * cost + self.hidden_size * self.vocab_size * tokens)
+
     def replace(self, **changes: Any) -> ModelShape:
         return dataclasses.replace(self, **changes)
 

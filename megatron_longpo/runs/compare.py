@@ -15,10 +15,12 @@ from megatron_longpo.config import read_yaml
 from megatron_longpo.errors import ConfigError, DataError
 from megatron_longpo.runs.records import METRICS, VALIDATION, read_metrics
 
-# What two runs with the same numbers still differ in: the clock, the machine's memory.
-_OF_THE_MACHINE = frozenset({"tokens_per_second", "step_seconds", "peak_memory_gb", "seconds", "mfu"})
-_KINDS_OF_THE_MACHINE = ("seconds/", "memory/")
 _HELD_OUT = "held-out "
+# What two runs with the same numbers still differ in: the clock, the machine's memory.
+_OF_THE_MACHINE = frozenset(
+    {"tokens_per_second", "step_seconds", "peak_memory_gb", "tflops_per_rank", "mfu", f"{_HELD_OUT}seconds"}
+)
+_KINDS_OF_THE_MACHINE = ("seconds/", "memory/")
 
 
 @dataclass(frozen=True)
@@ -134,13 +136,13 @@ def _names(records: Iterable[Mapping[str, Any]]) -> list[str]:
     names: dict[str, None] = {}
     for record in records:
         names.update(dict.fromkeys(record))
-    plain = [name for name in names if not _is_of_the_machine(name)]
+    plain = [name for name in names if not is_of_the_machine(name)]
     # What is held out is evaluated after the step.
     return sorted(plain, key=lambda name: name.startswith(_HELD_OUT))
 
 
-def _is_of_the_machine(name: str) -> bool:
-    name = name.removeprefix(_HELD_OUT)
+def is_of_the_machine(name: str) -> bool:
+    """Whether a metric is of the clock or the machine, and so differs between runs that are equal."""
     return name in _OF_THE_MACHINE or name.startswith(_KINDS_OF_THE_MACHINE)
 
 

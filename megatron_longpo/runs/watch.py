@@ -37,6 +37,8 @@ _SHOWN = (
     ("grad_norm", ".3f"),
     ("lr", ".2e"),
     ("tokens_per_second", ",.0f"),
+    ("tflops_per_rank", ",.4g"),
+    ("mfu", ".1%"),
     ("peak_memory_gb", ".2f"),
 )
 

@@ -37,6 +37,19 @@ from megatron_longpo.runtime.unpickling import load_checkpoints_safely
 _VARIABLE = "MEGATRON_LONGPO_PLATFORM"
 
 
+# Dense bfloat16 products by part of the device's name, the longer names first.
+_PEAK_TFLOPS = {
+    "H100 PCIe": 756,
+    "H100 NVL": 835,
+    "H100": 989,
+    "H200": 989,
+    "H800": 989,
+    "A100": 312,
+    "A800": 312,
+    "B200": 2250,
+}
+
+
 @dataclass(frozen=True)
 class DeviceFacts:
     """What this process's device is, for reports. Empty texts where it is the CPU, or where the driver does not tell.
@@ -151,6 +164,14 @@ class Platform:
         torch.use_deterministic_algorithms(True)
         # Nothing here reads memory that was not written.
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+    def peak_flops(self) -> float | None:
+        """Floating-point operations per second that the device does at most in dense bfloat16 products, as its maker states them;
+        None where that is not known."""
+        if not self.is_cuda:
+            return None
+        name = torch.cuda.get_device_name()
+        return next((tera * 1e12 for part, tera in _PEAK_TFLOPS.items() if part in name), None)
 
     def host_copy(self, tensor: torch.Tensor) -> torch.Tensor:
         """A copy in host memory; on CUDA in pinned memory, and the host does not wait for it."""

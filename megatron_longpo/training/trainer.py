@@ -12,7 +12,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,7 @@ from megatron_longpo.training.metrics import (
     validation_line,
 )
 from megatron_longpo.training.optimization import build_optimizer, build_scheduler, inner_optimizers, wrap_for_training
+from megatron_longpo.training.phases import Phases
 from megatron_longpo.training.plan import RunPlan, make_plan
 from megatron_longpo.training.plausibility import first_not_finite
 from megatron_longpo.training.preflight import cautions, check_run, refuse_wrong_kernels
@@ -99,6 +100,7 @@ class Trainer:
         self._numbers: list[int] = []
         self.profiler = Profiler(config.logging, plan.output, self.parallel.rank)
         self.stop_condition = StopCondition(config.checkpoint, began=began)
+        self.phases = Phases()
         self.step = 0
         self._export, self._trackers, self.is_replay = export, trackers, is_replay
         # Summary of the held-out data after this step, if they were evaluated.
@@ -185,6 +187,7 @@ class Trainer:
         self._numbers = list(numbers)
         with record_function("longpo/reference"):
             reference = self.reference.logps(self.session.data.train, numbers)
+        self.phases.end("reference")
         for chunk in self.model:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
@@ -193,10 +196,12 @@ class Trainer:
 
     def train_step(self) -> dict[str, Any]:
         """Take one optimizer step; collective. Returns what metrics.jsonl records of it."""
-        clock = time.monotonic()
+        self.phases.begin()
         numbers = self.sampler.batch(self.step)
         found = self.forward_backward(numbers)
+        # The host waits for the device here, so the phase is whole.
         means = reduce_samples(found, len(numbers), self.parallel)
+        self.phases.end("forward_backward")
         fault, grad_norm = self.guard.fault_of_loss(means["loss"]), None
         prints = self._fingerprints(numbers)
         if fault is None:
@@ -213,7 +218,8 @@ class Trainer:
             self._skip(fault, numbers, found, means)
 
         platform.CURRENT.synchronize()
-        seconds = time.monotonic() - clock
+        self.phases.end("optimizer")
+        seconds = self.phases.step_seconds
         tokens = int(means.pop("tokens"))
         record = {
             "step": self.step + 1,
@@ -224,12 +230,37 @@ class Trainer:
             "tokens": tokens,
             "tokens_per_second": tokens / seconds,
             "step_seconds": seconds,
+            **self._speed(numbers, tokens, seconds),
+            **self.phases.as_metrics(),
             "peak_memory_gb": platform.CURRENT.peak_memory_bytes() / 2**30,
+            **{f"memory/{name}_gb": size / 2**30 for name, size in self._memory().items()},
             **prints,
         }
         if fault is None:
             return record
         return {**{k: v for k, v in record.items() if math.isfinite(v)}, "skipped": len(self.guard.skipped)}
+
+    def _speed(self, numbers: Sequence[int], tokens: int, seconds: float) -> dict[str, float]:
+        """Operations per second of a rank, and their share of what its device can do, where that is known."""
+        cost = sum(self.session.data.train.costs[number] for number in numbers)
+        rate = self.plan.policy_shape.step_flops(cost, tokens) / seconds / self.parallel.world_size
+        peak = platform.CURRENT.peak_flops() if self.config.training.bf16 else None
+        return {"tflops_per_rank": rate / 1e12, **({} if peak is None else {"mfu": rate / peak})}
+
+    def _memory(self) -> dict[str, int]:
+        """Bytes that this rank holds from step to step, by part."""
+        parameters = [p for chunk in self.chunks for p in chunk.parameters()]
+        states = [t for inner in inner_optimizers(self.optimizer) for s in inner.state.values() for t in s.values()]
+        masters = [
+            p for inner in inner_optimizers(self.optimizer) for group in inner.param_groups for p in group["params"]
+        ]
+        own = {p.untyped_storage().data_ptr() for p in parameters}
+        states += [p for p in masters if p.untyped_storage().data_ptr() not in own]
+        return {
+            "weights": _bytes(parameters),
+            "gradients": _bytes(p.main_grad for p in parameters if p.requires_grad),
+            "optimizer": _bytes(state for state in states if isinstance(state, torch.Tensor)),
+        }
 
     def describe(self, numbers: Sequence[int], found: Sequence[SampleMetrics]) -> list[dict[str, Any]]:
         """Where each sample of a global batch is, and its own metrics; on every rank. Collective."""
@@ -344,6 +375,10 @@ class Trainer:
 
     def _log(self, message: str) -> None:
         log(message, active=self.parallel.rank == 0)
+
+
+def _bytes(tensors: Iterable[torch.Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def _sampler(plan: RunPlan, data: DataSet) -> BatchSampler | BlendSampler:

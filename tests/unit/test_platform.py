@@ -70,6 +70,31 @@ def test_kernels_start_in_order_under_tensor_parallelism(
     assert found == expected
 
 
+@pytest.mark.parametrize(
+    ("name", "tera"),
+    [("NVIDIA H200", 989), ("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756), ("NVIDIA A100-SXM4-80GB", 312)],
+)
+def test_the_peak_of_a_known_card(monkeypatch: pytest.MonkeyPatch, name: str, tera: int) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: name)
+    assert CUDA.peak_flops() == tera * 1e12
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Some Other Card")
+    assert CUDA.peak_flops() is None and CURRENT.peak_flops() is None
+
+
+def test_deterministic_mode_leaves_what_the_user_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("CUBLAS_WORKSPACE_CONFIG", "NVTE_ALLOW_NONDETERMINISTIC_ALGO"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("NCCL_ALGO", "Tree")
+    try:
+        CURRENT.use_deterministic_algorithms()
+        assert torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8" and os.environ["NCCL_ALGO"] == "Tree"
+    assert os.environ["NVTE_ALLOW_NONDETERMINISTIC_ALGO"] == "0"
+
+
 def test_swapped_weights_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
     """And none of the copies is waited for."""
     waited: list[bool] = []

@@ -60,7 +60,14 @@ def test_the_first_difference_is_that_of_the_cause(tmp_path: Path) -> None:
 
 
 def test_clocks_and_memory_do_not_count(tmp_path: Path) -> None:
-    machine = {"tokens_per_second": 1.0, "step_seconds": 9.0, "peak_memory_gb": 3.0, "seconds/optimizer": 1.0}
+    machine = {
+        "tokens_per_second": 1.0,
+        "step_seconds": 9.0,
+        "peak_memory_gb": 3.0,
+        "seconds/optimizer": 1.0,
+        "tflops_per_rank": 2.0,
+        "memory/weights_gb": 1.0,
+    }
     found = compare.compare_runs(write(tmp_path / "a"), write(tmp_path / "b", **machine))
     assert found.differences == () and found.only == ((), ()) and found.metrics == 8
 

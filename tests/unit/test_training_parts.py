@@ -22,13 +22,15 @@ from megatron_longpo.runtime import platform
 from megatron_longpo.runtime.balance import assign
 from megatron_longpo.runtime.log import LOGGER, log, use_json
 from megatron_longpo.training import fingerprint as fingerprints
-from megatron_longpo.training import held_out, metrics
+from megatron_longpo.training import held_out, metrics, phases
 from megatron_longpo.training.fingerprint import fingerprint
 from megatron_longpo.training.metrics import Reporter, SampleMetrics, keep_until, read_metrics, reduce_samples
 from megatron_longpo.training.optimization import _become_rmsprop, build_scheduler, idle_line
+from megatron_longpo.training.phases import Phases
 from megatron_longpo.training.reference import ReferenceCache
 from megatron_longpo.training.reference_scoring import pack
 from megatron_longpo.training.trackers import TensorBoard
+from tests.support.plans import SHAPE
 
 
 class _Optimizer:
@@ -266,6 +268,35 @@ def test_a_step_as_an_object_on_a_line(capsys: pytest.CaptureFixture[str]) -> No
     assert step["message"].startswith("step 1/4 | loss 0.5000") and step["seconds_left"] >= 0
     assert words["message"] == "plain words" and words["level"] == "info"
     assert datetime.fromisoformat(words["time"]).tzinfo is not None
+
+
+def test_the_time_of_a_step_by_phase(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = iter([0.0, 10.0, 11.0, 14.0, 16.0, 20.0, 21.0])
+    monkeypatch.setattr(phases.time, "monotonic", lambda: next(times))
+    clock = Phases()
+    clock.begin()
+    clock.end("reference")
+    clock.end("forward_backward")
+    clock.end("optimizer")
+    expected = {"between_steps": 10.0, "reference": 1.0, "forward_backward": 3.0, "optimizer": 2.0}
+    assert clock.as_metrics() == {f"seconds/{name}": value for name, value in expected.items()}
+    assert clock.step_seconds == 6.0
+    clock.begin()
+    clock.end("reference")
+    assert clock.as_metrics() == {"seconds/between_steps": 4.0, "seconds/reference": 1.0}
+
+
+def test_operations_of_a_step_by_hand() -> None:
+    """Hidden 8, 2 heads of 4 on 1 key-value head, MLP 16, 3 layers, vocabulary 10; one row of 6 tokens.
+
+    A layer has 8 * (2 * 8 + 2 * 4) + 3 * 8 * 16 = 576 weights. The row's multiply-adds in a layer: 6 * 576, and two products of
+    width 8 for each of 18 query-key pairs. Forward and backward are six operations for each.
+    """
+    heads = {"num_attention_heads": 2, "num_query_groups": 1, "kv_channels": 4}
+    shape = SHAPE.replace(num_layers=3, hidden_size=8, ffn_hidden_size=16, vocab_size=10, **heads)
+    cost = 6 * 576 + 2 * 18 * 8
+    assert shape.row_cost(6) == cost
+    assert shape.step_flops(cost, 6) == 6 * (3 * cost + 8 * 10 * 6)
 
 
 def test_a_fingerprint_changes_with_any_bit() -> None:

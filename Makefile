@@ -38,7 +38,7 @@ lint: $(STAMP)
 # Known vulnerabilities of the pinned packages; asks PyPI.
 audit: $(STAMP)
 	$(BIN)/python -m pip install -q pip-audit
-	$(BIN)/python -m pip_audit --requirement constraints.txt --no-deps
+	$(BIN)/python -m pip_audit --requirement constraints.txt --no-deps --strict
 
 # One worker per core of a small machine, each with one thread; the tests of a file share fixtures, and so a worker.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile

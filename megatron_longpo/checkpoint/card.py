@@ -16,6 +16,8 @@ from megatron_longpo.model.shape import ModelShape
 from megatron_longpo.runtime.reading import read_json
 from megatron_longpo.runtime.tables import markdown_table
 
+# The card of an exported model.
+CARD = "README.md"
 # Files of a training checkpoint beside its weights.
 RECORD = "training.json"
 RUN_CONFIG = "run.yaml"
@@ -147,7 +149,7 @@ def write_card(checkpoint: Path, output: Path, shape: ModelShape, dtype: str) ->
         raise CheckpointError(
             f"{path}: cannot be read, or does not fit {RUN_CONFIG} ({one_line(error)}); remove the file to export without a card"
         ) from None
-    readme = output / "README.md"
+    readme = output / CARD
     if readme.is_file():
         os.replace(readme, output / "BASE_MODEL_README.md")
     readme.write_text(text, encoding="utf-8")

@@ -14,7 +14,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -71,7 +71,7 @@ class Damage:
     def error(self) -> DamagedError:
         return DamagedError(
             f"{self.path}: {self.reason}, so the checkpoint is damaged; restore the file from a copy, use another checkpoint, or "
-            "convert the model again"
+            f"convert the model again (if it was changed on purpose, remove {CHECKSUMS})"
         )
 
 
@@ -87,13 +87,29 @@ def hash_own_files(folder: Path, writer: int) -> None:
         folder: folder of a checkpoint that is being written.
         writer: the rank.
     """
-    found = {path.name: vars(_checksum(path)) for path in folder.glob(f"*{_STATE_SUFFIX}") if _writer(path) == writer}
+    hash_files(folder, [path for path in folder.glob(f"*{_STATE_SUFFIX}") if _writer(path) == writer], writer)
+
+
+def hash_files(folder: Path, files: Sequence[Path], writer: int) -> None:
+    """Hash files that a rank has written into a folder, for ``write_checksums``.
+
+    Args:
+        folder: folder that is being written.
+        files: files directly in it.
+        writer: the rank.
+    """
+    found = {path.name: vars(_checksum(path)) for path in files}
     if found:
         (folder / f"{_PART_PREFIX}{writer}.json").write_text(json.dumps(found), encoding="utf-8")
 
 
-def write_checksums(folder: Path) -> None:
-    """Write ``checksums.json`` of a complete checkpoint; what no rank has hashed yet is hashed now."""
+def write_checksums(folder: Path, *, leave_out: Collection[str] = ()) -> None:
+    """Write ``checksums.json`` of a complete folder; what no rank has hashed yet is hashed now.
+
+    Args:
+        folder: a checkpoint, or an exported model.
+        leave_out: names of files that people may change.
+    """
     known: dict[str, dict[str, int | str]] = {}
     for part in folder.glob(f"{_PART_PREFIX}*.json"):
         known.update(json.loads(part.read_text(encoding="utf-8")))
@@ -101,7 +117,7 @@ def write_checksums(folder: Path) -> None:
     files = {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
-        if path.is_file() and name not in (CHECKSUMS, HOLDER_FILE):
+        if path.is_file() and name not in (CHECKSUMS, HOLDER_FILE, *leave_out):
             files[name] = known.get(name) or vars(_checksum(path))
     content = {"schema_version": SCHEMA_VERSION, "files": files}
     write_atomically(folder / CHECKSUMS, (json.dumps(content, indent=2) + "\n").encode())
@@ -214,6 +230,40 @@ class Verification:
 
     def _own_damage(self) -> Damage | None:
         return next((damage for damage in (future.result() for future in self._running) if damage is not None), None)
+
+
+@contextmanager
+def verified_if_listed(folder: Path) -> Iterator[None]:
+    """Verify a model folder that an export wrote, by this process alone, while the body loads it.
+
+    Args:
+        folder: a Hugging Face model folder; one without checksums is taken as it is.
+
+    Raises:
+        DamagedError: a file differs from what was written, or is missing or cut.
+    """
+    if not (folder / CHECKSUMS).is_file():
+        yield
+        return
+    if (damage := quick_damage(folder)) is not None:
+        raise damage.error()
+    with ThreadPoolExecutor(1, thread_name_prefix="checksums") as thread:
+        found = thread.submit(find_damage, folder)
+        try:
+            yield
+        except Exception:
+            if (damage := found.result()) is not None:
+                raise damage.error() from None
+            raise
+        if (damage := found.result()) is not None:
+            raise damage.error()
+
+
+def damage_of_small(folder: Path) -> Damage | None:
+    """First small file of a model folder that differs from what an export wrote. Other files need not be there."""
+    if not (folder / CHECKSUMS).is_file():
+        return None
+    return next((damage for damage in _first_look(folder).damages if damage.path.is_file()), None)
 
 
 def quick_damage(folder: Path, *, state_only: bool = False) -> Damage | None:

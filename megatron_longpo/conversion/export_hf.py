@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_longpo.checkpoint.card import RUN_CONFIG, write_card
-from megatron_longpo.checkpoint.checksums import verified
+from megatron_longpo.checkpoint.card import CARD, RUN_CONFIG, write_card
+from megatron_longpo.checkpoint.checksums import hash_files, verified, write_checksums
 from megatron_longpo.checkpoint.distributed import DistributedReader
 from megatron_longpo.checkpoint.folders import ASSETS, from_newest_good
 from megatron_longpo.checkpoint.huggingface import (
@@ -106,9 +106,11 @@ def _export(
     written_dtype = dtype_name(exporter.tensors[0].dtype)
     with staging_folder(output, exporter.total) as staging:
         with verified(folder), raise_on_all_ranks(output):
+            own = []
             for number, shard in my_share(list(enumerate(shards)), [sum(t.bytes for t in s) for s in shards]):
+                own.append(staging / shard_name(number, len(shards)))
                 with closing(exporter.values(shard)) as values:
-                    write_shard(staging / shard_name(number, len(shards)), shard, values)
+                    write_shard(own[-1], shard, values)
             if rank() == 0:
                 write_index(staging, shards)
                 left_out = copy_assets(assets, staging)
@@ -121,6 +123,12 @@ def _export(
                 lines = [*carried, *describe(staging, shape, written_dtype, left_out)]
         if check is not None:
             check(folder, staging)
+        with raise_on_all_ranks(output):
+            hash_files(staging, own, rank())
+        with raise_on_all_ranks(output):
+            if rank() == 0:
+                # The card is for people, who may write more into it.
+                write_checksums(staging, leave_out=(CARD,))
     if rank() == 0:
         for line in lines:
             log(f"export: {line}")

@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from megatron_longpo.checkpoint.checksums import write_checksums
+from megatron_longpo.checkpoint.checksums import CHECKSUMS, verified, write_checksums
 from megatron_longpo.checkpoint.distributed import LazyChunk, write_distributed
 from megatron_longpo.checkpoint.folders import ASSETS
 from megatron_longpo.checkpoint.huggingface import DTYPES, HuggingFaceWeights, dtype_name, read_hf_config
@@ -77,7 +78,9 @@ def import_hf(
     importer = _Importer(source, every, dtype, progress)
     chunks = [importer.chunk(fused) for fused in every]
     with staging_folder(output, importer.total) as staging:
-        with raise_on_all_ranks(output):
+        # An exported model has checksums of its own.
+        has_checksums = all_gather_objects((hf / CHECKSUMS).is_file())[0]
+        with verified(hf) if has_checksums else nullcontext(), raise_on_all_ranks(output):
             write_distributed(staging, my_share(chunks, [c.bytes for c in chunks]))
         weights_hash = _hash_of(all_gather_objects(importer.digests))
         with raise_on_all_ranks(output):

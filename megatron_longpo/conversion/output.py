@@ -10,9 +10,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from megatron_longpo.checkpoint.checksums import CHECKSUMS
 from megatron_longpo.errors import CheckpointError
 from megatron_longpo.runtime.collectives import raise_on_all_ranks, rank
 from megatron_longpo.runtime.files import FolderLock
+from megatron_longpo.runtime.log import log
 
 # Free space needed per byte of weights: headers, indices and the tokenizer come on top.
 _SPACE_PER_BYTE = 1.01
@@ -118,14 +120,24 @@ def copy_assets(source: Path, target: Path) -> list[str]:
     for path in sorted(source.iterdir()):
         if not path.is_file() or path.name.startswith(".") or path.name.endswith((*_WEIGHT_SUFFIXES, *_INDEX_SUFFIXES)):
             continue
+        if path.name == CHECKSUMS:
+            continue  # of the folder that it is in
         if path.name.endswith(_CODE_SUFFIXES) or path.name in _LOADER_FILES:
             left_out.append(path.name)
         else:
+            if path.is_symlink() and not _is_of_the_model(path):
+                log(f"note: {path} is a link to {path.resolve()}, whose content becomes a part of the model")
             shutil.copyfile(path, target / path.name)
     for path in sorted((source / _TEMPLATES).glob("*.jinja")):
         (target / _TEMPLATES).mkdir(exist_ok=True)
         shutil.copyfile(path, target / _TEMPLATES / path.name)
     return left_out
+
+
+def _is_of_the_model(link: Path) -> bool:
+    """Whether a link leads to a file of its folder, or of the hub's cache that the folder is in (``snapshots/REVISION``)."""
+    folder = link.parent.resolve()
+    return link.resolve().parent in (folder, folder.parent.parent / "blobs")
 
 
 def remove_auto_map(folder: Path) -> None:

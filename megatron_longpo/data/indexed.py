@@ -26,7 +26,7 @@ from megatron.core.datasets.indexed_dataset import DType, IndexedDataset
 
 from megatron_longpo.data.preference import KNOWN_MODES, Mode, Sample
 from megatron_longpo.errors import DataError, one_line
-from megatron_longpo.runtime.files import link_atomically, open_regular, sha256_of, write_atomically
+from megatron_longpo.runtime.files import HOLDER_FILE, link_atomically, open_regular, sha256_of, write_atomically
 from megatron_longpo.runtime.reading import read_json
 from megatron_longpo.schema import convert_fields
 
@@ -241,14 +241,15 @@ class SampleWriter:
         self.position: dict[str, int] = {}
         self.resumed = False
         if restart:
-            shutil.rmtree(self.folder, ignore_errors=True)
+            _clear(self.folder)
             for suffix in ("json", "bin", "idx", "weights.npy", "rejects.jsonl"):
                 path_of(prefix, suffix).unlink(missing_ok=True)
-        if not (self.folder / "progress.json").exists():
+        is_begun = (self.folder / "progress.json").exists()
+        if not is_begun:
             # Nothing was committed, or these are the remains of a finished output. They are removed, not truncated: a finished
             # output shares its files.
-            shutil.rmtree(self.folder, ignore_errors=True)
-        if path_of(prefix, "json").exists() and not self.folder.exists():
+            _clear(self.folder)
+        if path_of(prefix, "json").exists() and not is_begun:
             raise DataError(
                 f"{path_of(prefix, 'json')}: exists already; choose another --output-prefix, or --restart to replace it"
             )
@@ -441,6 +442,13 @@ class SampleWriter:
                 stream.write(array.tobytes())
             stream.flush()
             os.fsync(stream.fileno())
+
+
+def _clear(folder: Path) -> None:
+    """Remove what a folder holds, but not the folder: it may be locked."""
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if path.name != HOLDER_FILE:
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def _digest(sample: Sample) -> bytes:

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from megatron_longpo.checkpoint.checksums import verified_if_listed
 from megatron_longpo.checkpoint.huggingface import read_hf_config
 from megatron_longpo.errors import DataError, one_line
 from megatron_longpo.runtime import platform
@@ -25,17 +26,19 @@ def load_model(path: Path, dtype: str) -> Any:
 
     Raises:
         DataError: transformers cannot load it.
+        DamagedError: a file is not as an export wrote it.
     """
     from transformers import AutoModelForCausalLM
 
     kind: Any = "auto" if dtype == "auto" else getattr(torch, dtype)
     # Without the argument transformers would ask on a terminal, and take a "y" from standard input for consent.
-    model = load_or_refuse(
-        path,
-        lambda: AutoModelForCausalLM.from_pretrained(
-            str(path), dtype=kind, local_files_only=True, trust_remote_code=False
-        ),
-    )
+    with verified_if_listed(path):
+        model = load_or_refuse(
+            path,
+            lambda: AutoModelForCausalLM.from_pretrained(
+                str(path), dtype=kind, local_files_only=True, trust_remote_code=False
+            ),
+        )
     model.eval()
     model.to(platform.CURRENT.device)
     return model

@@ -117,17 +117,18 @@ class VLLMEngine(Engine):
         if not rope.is_default:
             # Rows go beyond the model's own range.
             overrides["max_position_embeddings"] = self._longest
-        self._llm = self._make_llm(
-            model=self._config.model,
-            dtype=self._config.dtype,
-            tensor_parallel_size=self._config.tensor_parallel_size,
-            gpu_memory_utilization=self._config.gpu_memory_utilization,
-            # Of a model that takes a million tokens vLLM would ask memory for all of them, and refuse to start.
-            max_model_len=self._config.max_model_len or self._needed_length(rope),
-            enable_prefix_caching=True,
-            trust_remote_code=False,
-            **({"hf_overrides": overrides} if overrides else {}),
-        )
+        with verified_if_listed(Path(str(self._config.model))):
+            self._llm = self._make_llm(
+                model=self._config.model,
+                dtype=self._config.dtype,
+                tensor_parallel_size=self._config.tensor_parallel_size,
+                gpu_memory_utilization=self._config.gpu_memory_utilization,
+                # Of a model that takes a million tokens vLLM would ask memory for all of them, and refuse to start.
+                max_model_len=self._config.max_model_len or self._needed_length(rope),
+                enable_prefix_caching=True,
+                trust_remote_code=False,
+                **({"hf_overrides": overrides} if overrides else {}),
+            )
         self._rope = rope
         return self._llm
 

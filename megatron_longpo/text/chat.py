@@ -22,6 +22,7 @@ from typing import Any, Literal
 import numpy as np
 from jinja2 import TemplateError
 
+from megatron_longpo.checkpoint.checksums import damage_of_small
 from megatron_longpo.data.preference import (
     CHOSEN_RESPONSE,
     CONTEXT,
@@ -473,6 +474,7 @@ def load_tokenizer(
 
     Raises:
         DataError: there is no tokenizer, or no template, or the template does not work.
+        DamagedError: a file of the folder is not as an export wrote it.
     """
     path = Path(path)
     # Neither built in nor a file: perhaps one of the tokenizer's own.
@@ -482,6 +484,8 @@ def load_tokenizer(
     where = f"--tokenizer {path}: its chat template" if chat_template is None else f"--chat-template {chat_template}"
     if not path.exists():
         raise DataError(f"--tokenizer {path}: no such file or folder; give a tokenizer folder or a .model file")
+    if path.is_dir() and (damage := damage_of_small(path)) is not None:
+        raise damage.error()
     if path.is_dir():
         tokenizer: ChatTokenizer = FastChatTokenizer(path, template, trust_remote_code, name=name)
     elif template is None:

@@ -6,6 +6,7 @@ does not depend on the number of workers. All output files are committed togethe
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
 import hashlib
@@ -35,7 +36,7 @@ from megatron_longpo.data.preference import (
 )
 from megatron_longpo.errors import DataError, one_line
 from megatron_longpo.runtime.arrow import read_batches
-from megatron_longpo.runtime.files import check_checksum, open_regular, sha256_of
+from megatron_longpo.runtime.files import FolderLock, check_checksum, open_regular, sha256_of
 from megatron_longpo.runtime.log import log
 from megatron_longpo.runtime.parquet import check_pages
 from megatron_longpo.runtime.progress import Progress
@@ -587,28 +588,46 @@ def preprocess(
         if [old.source, old.settings, old.tokenizer_hash, old.template_hash, old.dtype] == identity:
             log(f"{path_of(prefix, 'json')}: already made from this input with these settings")
             return old
-    Path(prefix).parent.mkdir(parents=True, exist_ok=True)
-    writer = SampleWriter(prefix, manifest, fingerprint, restart=restart)
-    rows_done = writer.position.get("rows", 0)
-    if writer.resumed:
-        log(f"resuming after row {rows_done}")
-    tokens_done = writer.manifest.tokens
+    with _held(Path(prefix)):
+        writer = SampleWriter(prefix, manifest, fingerprint, restart=restart)
+        rows_done = writer.position.get("rows", 0)
+        if writer.resumed:
+            log(f"resuming after row {rows_done}")
+        tokens_done = writer.manifest.tokens
+        try:
+            with Progress("preprocess", done=rows_done, unit="rows") as progress:
+                for result in _results(files, rows_done, settings, tokenizer, workers):
+                    _add(writer, result, keep_duplicates=settings.keep_duplicates)
+                    rows_done = result.line
+                    if rows_done % COMMIT_EVERY == 0:
+                        writer.commit({"rows": rows_done})
+                        progress.add(rows_done - progress.done, tokens=writer.manifest.tokens - tokens_done)
+                        tokens_done = writer.manifest.tokens
+                writer.manifest.rows = rows_done
+                writer.commit({"rows": rows_done})
+                progress.add(rows_done - progress.done, tokens=writer.manifest.tokens - tokens_done)
+        except BaseException:
+            writer.close()
+            raise
+        return writer.finish()
+
+
+@contextlib.contextmanager
+def _held(prefix: Path) -> Iterator[None]:
+    """Hold PREFIX.partial, so that one process at a time writes an output.
+
+    Raises:
+        DataError: another process does.
+    """
+    folder = path_of(prefix, "partial")
+    folder.mkdir(parents=True, exist_ok=True)
     try:
-        with Progress("preprocess", done=rows_done, unit="rows") as progress:
-            for result in _results(files, rows_done, settings, tokenizer, workers):
-                _add(writer, result, keep_duplicates=settings.keep_duplicates)
-                rows_done = result.line
-                if rows_done % COMMIT_EVERY == 0:
-                    writer.commit({"rows": rows_done})
-                    progress.add(rows_done - progress.done, tokens=writer.manifest.tokens - tokens_done)
-                    tokens_done = writer.manifest.tokens
-            writer.manifest.rows = rows_done
-            writer.commit({"rows": rows_done})
-            progress.add(rows_done - progress.done, tokens=writer.manifest.tokens - tokens_done)
-    except BaseException:
-        writer.close()
-        raise
-    return writer.finish()
+        with FolderLock(folder, name=prefix, record=True):
+            yield
+    finally:
+        # What was refused before anything was written leaves nothing.
+        with contextlib.suppress(OSError):
+            folder.rmdir()
 
 
 def _check_settings(settings: Settings) -> None:

@@ -161,6 +161,7 @@ def test_an_export_holds_nothing_that_leads_loaders_elsewhere(hf: Path, tmp_path
     assert sorted(str(path.relative_to(tmp_path / "back")) for path in (tmp_path / "back").rglob("*")) == [
         "additional_chat_templates",
         "additional_chat_templates/tool_use.jinja",
+        "checksums.json",
         "config.json",
         "generation_config.json",
         "model.safetensors",

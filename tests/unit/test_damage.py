@@ -547,6 +547,16 @@ def test_a_part_of_an_evaluation_or_a_generation_has_one_process(tmp_path: Path)
     folder.close()
     SuiteFolder(tmp_path / "s", {}, Share()).close()
 
+    path = write_lines(tmp_path / "rows.jsonl", [json.dumps(tokenised_row())])
+    (tmp_path / "data.partial").mkdir()
+    with (
+        FolderLock(tmp_path / "data.partial", record=True),
+        pytest.raises(DataError, match=r"data: process \d+ on host .* works on it"),
+    ):
+        preprocess([str(path)], tmp_path / "data", Settings(vocab_size=101))
+    assert preprocess([str(path)], tmp_path / "data", Settings(vocab_size=101)).samples == 1
+    assert not (tmp_path / "data.partial").exists()
+
     output = tmp_path / "pairs.jsonl"
     config = GenerationConfig(run=RunConfig(output=str(output)))
     part_folder(output, 0, 1).mkdir(parents=True)

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_longpo.checkpoint.checksums import find_damage, write_checksums
+from megatron_longpo.checkpoint.checksums import find_damage, verified_if_listed, write_checksums
 from megatron_longpo.checkpoint.distributed import LazyChunk, write_distributed
 from megatron_longpo.checkpoint.folders import folder_of, latest_step, resolve
 from megatron_longpo.data.indexed import Manifest, PreferenceData, SampleWriter
@@ -54,6 +54,8 @@ from megatron_longpo.training.best import Best, Rule, write_best
 from megatron_longpo.training.metrics import read_metrics
 from megatron_longpo.training.reference import ReferenceCache
 from tests.support.data import random_sample, text_row, write_data
+from tests.support.models import make_model
+from tests.support.tokenizers import make_fast_tokenizer
 
 FLIPS = 200
 
@@ -116,6 +118,20 @@ CHECKPOINT_FILES = (
     *("__0_0.distcp", ".metadata", "common.pt", "metadata.json", "model.json", "run.yaml", "training.json"),
     *("hf/config.json", "hf/tokenizer.json", "checksums.json"),
 )
+
+
+def make_export(folder: Path) -> None:
+    """A model folder with the checksums that an export writes."""
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    make_model("llama", folder, num_key_value_heads=1, **sizes)
+    make_fast_tokenizer(folder)
+    write_checksums(folder)
+
+
+def read_export(folder: Path) -> str:
+    with verified_if_listed(folder):
+        pass
+    return read_checkpoint(folder)
 
 
 def make_run(folder: Path) -> None:
@@ -312,6 +328,10 @@ def make_round(folder: Path) -> None:
 
 KINDS: dict[str, Kind] = {
     **{f"checkpoint: {name}": Kind(make_checkpoint, name, read_checkpoint) for name in CHECKPOINT_FILES},
+    **{
+        f"exported model: {name}": Kind(make_export, name, read_export)
+        for name in ("model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json", "checksums.json")
+    },
     # The folders tell which checkpoints there are; this file only what a crash may have lost.
     "run: latest_checkpointed_iteration.txt": Kind(
         make_run, "latest_checkpointed_iteration.txt", latest_step, unused=FLIPS

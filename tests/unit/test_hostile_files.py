@@ -170,6 +170,22 @@ def test_ids_of_rows_make_no_paths(tmp_path: Path) -> None:
     assert found == {"in", "rows.jsonl", "out", *(f"data.{end}" for end in ("bin", "idx", "json", "rejects.jsonl"))}
 
 
+def test_a_link_in_a_model_folder_is_named(made: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Its content would travel with every export. Links of the hub's cache, and within the folder, are as they should be."""
+    secret = tmp_path / "id_rsa"
+    secret.write_text("a secret")
+    model = Path(shutil.copytree(made / "hf", tmp_path / "models--a--b" / "snapshots" / "0123"))
+    blobs = tmp_path / "models--a--b" / "blobs"
+    blobs.mkdir()
+    (model / "generation_config.json").replace(blobs / "4567")
+    (model / "generation_config.json").symlink_to("../../blobs/4567")
+    (model / "also.json").symlink_to("config.json")
+    (model / "README.md").symlink_to(secret)
+    import_hf(model, tmp_path / "ckpt")
+    said = [line for line in "".join(capfd.readouterr()).splitlines() if "is a link to" in line]
+    assert len(said) == 1 and f"{model / 'README.md'} is a link to {secret}" in said[0]
+
+
 def test_documents_with_odd_names_are_read(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     folder = os.fsencode(tmp_path / "texts")
     os.mkdir(folder)

@@ -9,6 +9,7 @@ from typing import Any
 
 from typing_extensions import override
 
+from megatron_longpo.checkpoint.checksums import verified_if_listed
 from megatron_longpo.checkpoint.huggingface import check_model_folder, read_hf_config
 from megatron_longpo.engines.base import MODEL_ROPE, Engine, Prompt, Reply, Rope, Sampling, model_identity
 from megatron_longpo.engines.loading import check_vocabulary

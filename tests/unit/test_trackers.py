@@ -17,6 +17,7 @@ from megatron_longpo.training import trackers
 from megatron_longpo.training.metrics import REPORTED, SAMPLE_METRICS
 from megatron_longpo.training.trackers import open_trackers
 from tests.support.launch import ROOT
+from tests.support.runs import TIMED
 
 
 def config(**logging: Any) -> Config:
@@ -126,7 +127,7 @@ def test_prometheus_scrapes_a_port(tmp_path: Path) -> None:
 
 def test_the_dashboard_asks_for_metrics_that_there_are(tmp_path: Path) -> None:
     """Names of a step's metrics, and those of held-out data with ``valid/`` before them."""
-    of_step = (*SAMPLE_METRICS, "grad_norm", "lr", "tokens_per_second", "step_seconds", "peak_memory_gb")
+    of_step = (*SAMPLE_METRICS, "grad_norm", "lr", "mfu", *TIMED)
     names = {*of_step, *(f"valid/{name}" for name in REPORTED), "step", "last_step_timestamp_seconds"}
     known = {"longpo_" + name.replace("/", "_") for name in names}
     dashboard = json.loads((ROOT / "examples" / "grafana" / "longpo.json").read_text())

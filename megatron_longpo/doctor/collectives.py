@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -316,13 +316,25 @@ def _group_of(kind: str, parallel: process_groups.Parallel, local_size: int, lin
         "world": lambda: dist.group.WORLD,
     }[kind]()
     ranks = tuple(dist.get_process_group_ranks(group))
-    if not platform.CURRENT.is_cuda:
-        link = "gloo"
-    elif len({rank // local_size for rank in ranks}) > 1:
-        link = "network"
-    else:
-        link = "NVLink" if "NV" in links else "PCIe"
-    return Group(kind, group, ranks, link)
+    return Group(kind, group, ranks, link_of(ranks, local_size, links, on_cuda=platform.CURRENT.is_cuda))
+
+
+def link_of(ranks: Sequence[int], local_size: int, links: str, *, on_cuda: bool) -> str:
+    """What connects ranks, a key of the table of slowest bandwidths.
+
+    Args:
+        ranks: global ranks.
+        local_size: ranks of a node.
+        links: links of a node's cards, as ``DeviceFacts`` has them.
+        on_cuda: whether they are on GPUs.
+    """
+    if not on_cuda:
+        return "gloo"
+    if len({rank // local_size for rank in ranks}) > 1:
+        return "network"
+    # The slowest link of a group counts, and some cards of a node may be without NVLink.
+    kinds = [kind.split()[0] for kind in links.split(", ") if kind]
+    return "NVLink" if kinds and all(kind.startswith("NV") for kind in kinds) else "PCIe"
 
 
 def _check_exchange(ranks: Ranks, group: Group, exchange: Exchange) -> Line:

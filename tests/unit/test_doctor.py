@@ -18,7 +18,7 @@ from megatron_longpo.doctor import kernels as doctor_kernels
 from megatron_longpo.doctor import resources
 from megatron_longpo.doctor.bounds import bounds_of
 from megatron_longpo.doctor.calls import PACKED, SINGLE, block_calls
-from megatron_longpo.doctor.collectives import collective_checks
+from megatron_longpo.doctor.collectives import collective_checks, link_of
 from megatron_longpo.doctor.examination import Check, Examination
 from megatron_longpo.doctor.findings import EXIT_STATUS, Line, Report, by_error, merged, ranges
 from megatron_longpo.doctor.kernels import Device, kernel_checks
@@ -235,6 +235,14 @@ def test_groups_of_collectives_are_those_of_the_run_or_all_there_could_be() -> N
     assert names(4, 4, tensor_model_parallel_size=2, context_parallel_size=2) == [
         f"collectives over {kind}" for kind in ("world", "TP", "CP", "DP")
     ]
+
+
+def test_the_slowest_link_of_a_group_counts() -> None:
+    assert link_of([0, 1], 2, "NV18 x 7", on_cuda=False) == "gloo"
+    assert link_of([0, 1], 2, "NV18 x 7", on_cuda=True) == "NVLink"
+    assert link_of([0, 2], 2, "NV18 x 7", on_cuda=True) == "network"
+    assert link_of([0, 1], 2, "NV12 x 1, SYS x 2", on_cuda=True) == "PCIe"
+    assert link_of([2, 3], 2, "", on_cuda=True) == "PCIe"
 
 
 # --------------------------------------------------------------------------------------------------

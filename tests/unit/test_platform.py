@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from megatron_longpo.config import Config
+from megatron_longpo.runtime import platform as platform_module
 from megatron_longpo.runtime.platform import CURRENT, Platform
 from megatron_longpo.training.optimization import follow_config
 from megatron_longpo.training.reference import swapped_weights
@@ -120,3 +121,26 @@ def test_a_step_count_that_torch_stored_is_an_integer() -> None:
     inner.param_groups[0]["step"] = 3.0
     follow_config(SimpleNamespace(chained_optimizers=[SimpleNamespace(optimizer=inner)]), Config())  # type: ignore[arg-type]
     assert type(inner.param_groups[0]["step"]) is int and inner.param_groups[0]["step"] == 3
+
+
+def test_facts_of_a_card_come_from_torch_and_the_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    properties = SimpleNamespace(name="NVIDIA H200", total_memory=2**37, major=9, minor=0)
+    monkeypatch.setattr(Platform, "device", torch.device("cpu"))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda.nccl, "version", lambda: (2, 27, 5))
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    asked = {"topo": "GPU0\t X \tNV18\t0-47\nGPU1\tNV18\t X \t0-47\n", "--query-gpu=driver_version": "580.159.04\n" * 2}
+    monkeypatch.setattr(platform_module, "_nvidia_smi", lambda *arguments: asked[arguments[0]])
+    found = CUDA.facts()
+    assert (found.name, found.memory_bytes, found.capability, found.cards) == ("NVIDIA H200", 2**37, "9.0", 2)
+    assert (found.driver, found.runtime, found.nccl, found.links) == ("580.159.04", "13.0", "2.27.5", "NV18 x 1")
+    # Without nvidia-smi, as in some containers, only what it tells is missing.
+    asked |= dict.fromkeys(asked, "")
+    found = CUDA.facts()
+    assert (found.name, found.driver, found.links) == ("NVIDIA H200", "", "")
+
+
+def test_facts_of_a_cpu_name_no_driver() -> None:
+    found = CURRENT.facts()
+    assert found.memory_bytes > 2**20 and (found.driver, found.cards, found.links) == ("", 0, "")

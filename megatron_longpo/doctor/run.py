@@ -94,7 +94,7 @@ def _by_itself(order: Order, workshop: Workshop) -> list[Line]:
     def on_end(lines: list[Line]) -> None:
         # Otherwise the ranks report together.
         if examination.is_given_up:
-            _write(report, order.output)
+            report.write(order.output)
             report.print(_console())
             rank = int(os.environ.get("RANK", "0"))
             print(f"rank {rank} hangs by itself", file=sys.stderr, flush=True)
@@ -134,19 +134,20 @@ def _together(order: Order, workshop: Workshop, by_itself: list[Line], fp32_prod
         Ranks.of_process_group(),
         report,
         check_seconds=order.check_seconds,
-        on_change=lambda found: _write(found, order.output),
+        on_change=lambda found: found.write(order.output),
         on_end=on_end,
     )
     config = order.wanted.config
+    by_themselves, *steps = step_checks(workshop, world_size)
     checks = [
         *machine_checks(config.model, fp32_products),
         Check("kernels", lambda _: by_itself),
         *collective_checks(config.parallel, world_size=world_size, local_size=local_size, links=facts.links),
         *resource_checks(order.wanted, shared, world_size=world_size, local_size=local_size),
-        *step_checks(workshop, world_size)[:1],
+        by_themselves,
         implementation_check(workshop),
         checkpoint_check(workshop, shared),
-        *step_checks(workshop, world_size)[1:],
+        *steps,
     ]
     examination.run(checks, seconds=order.seconds)
     return examination.close()
@@ -159,10 +160,6 @@ def _facts() -> dict[str, Any]:
         for name in ("driver", "runtime", "cudnn", "nccl", "capability", "cards", "links")
         if (value := getattr(facts, name))
     }
-
-
-def _write(report: Report, path: Path) -> None:
-    report.write(path)
 
 
 def _console() -> Console:

@@ -153,6 +153,35 @@ def test_kernels_for_cuda_are_given_the_calls_of_real_layouts(monkeypatch: pytes
     assert max(errors["output"], errors["log-sum-exp"], errors["dV"]) <= bound
 
 
+def test_on_cuda_a_kernel_that_runs_would_use_must_be_there_and_others_need_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(
+        Device, "current", lambda: Device(torch.device("cuda"), "large", (torch.bfloat16, torch.float32))
+    )
+
+    def missing(*_: Any) -> Any:
+        raise RuntimeError("FlashAttention only supports Ampere GPUs or newer.")
+
+    monkeypatch.setattr(doctor_kernels, "attention_errors", missing)
+
+    def statuses(attention_backend: str) -> dict[str, str]:
+        checks = [check for check in kernel_checks(attention_backend) if check.name.startswith("attention")]
+        return {name.removeprefix("attention "): line.status for name, line in examined(checks).items()}
+
+    found = statuses("auto")
+    assert list(found) == [
+        *("flash, bfloat16", "fused, bfloat16", "memory_efficient, bfloat16", "unfused, bfloat16"),
+        *("memory_efficient, float32", "unfused, float32"),
+    ]
+    assert [name for name, status in found.items() if status == "fail"] == [
+        "flash, bfloat16",
+        "memory_efficient, float32",
+    ]
+    # What flash cannot do in fp32, a run that asks for it is told at its start.
+    assert [name for name, status in statuses("fused").items() if status == "fail"] == ["fused, bfloat16"]
+
+
 def test_packed_calls_have_several_runs() -> None:
     assert all(len(call.lengths or ()) <= 1 for call in block_calls("large", SINGLE))
     packed = block_calls("large", PACKED)

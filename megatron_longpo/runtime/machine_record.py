@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
-import json
+import logging
 import os
 import re
 import socket
@@ -20,14 +20,14 @@ from typing import Any
 
 import torch
 
-from megatron_longpo.runtime.files import write_atomically
+from megatron_longpo.errors import one_line
+from megatron_longpo.runtime.checked_json import read_checked, write_checked
+from megatron_longpo.runtime.log import log
 from megatron_longpo.runtime.platform import DeviceFacts
-from megatron_longpo.runtime.reading import read_json
 
 VARIABLE = "MEGATRON_LONGPO_DOCTOR_RECORD"
 IGNORE = "ignore"
 _VERSION = 1
-_MAX_BYTES = 2**20
 
 
 @dataclass(frozen=True)
@@ -132,14 +132,13 @@ def record_path() -> Path | None:
 def write_record(record: Record, path: Path) -> None:
     """Write a record, in place of the last one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    content = {"version": _VERSION, **dataclasses.asdict(record)}
-    write_atomically(path, (json.dumps(content, indent=2) + "\n").encode())
+    write_checked(path, {"version": _VERSION, **dataclasses.asdict(record)})
 
 
 def read_record(path: Path) -> Record | None:
-    """A record, or None: there is none, or the file is none. A damaged cache must not keep anybody from training."""
+    """A record, or None: there is none, or the file is damaged, which is logged. A cache must not keep anybody from training."""
     try:
-        content: Any = read_json(path, _MAX_BYTES)
+        content: Any = read_checked(path)
         if content["version"] != _VERSION:
             return None
         return Record(
@@ -147,7 +146,15 @@ def read_record(path: Path) -> Record | None:
             date=str(content["date"]),
             wrong=tuple(WrongKernel(**row) for row in content["wrong"]),
         )
-    except (OSError, ValueError, LookupError, TypeError):
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        log(
+            f"{path}: cannot be read ({one_line(error)}), so kernels that are wrong here are not known; run megatron-longpo "
+            "doctor again",
+            level=logging.WARNING,
+            active=os.environ.get("RANK", "0") == "0",
+        )
         return None
 
 

@@ -619,6 +619,9 @@ def _make_yaml(folder: Path) -> None:
         for section, values in changes.items():
             content[section].update({k: v for k, v in values.items() if k in content[section]})
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(content))
+    from megatron_longpo.planner.machine import FOLDER, machine_names
+
+    shutil.copy(FOLDER / f"{machine_names()[0]}.yaml", folder / "machine.yaml")
 
 
 def _read_yaml(folder: Path) -> None:
@@ -626,9 +629,14 @@ def _read_yaml(folder: Path) -> None:
     from megatron_longpo.errors import LongPOError
     from megatron_longpo.evaluation import settings as evaluation
     from megatron_longpo.generation import settings as generation
+    from megatron_longpo.planner.machine import load_machine
     from megatron_longpo.training.optimization import check_schedule
 
     first_error = None
+    try:
+        load_machine(str(folder / "machine.yaml"))
+    except LongPOError as error:
+        first_error = error
     for name, root, check in (
         ("train", training.Config, training.check),
         ("generate", generation.GenerationConfig, generation.check),

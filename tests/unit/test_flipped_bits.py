@@ -48,6 +48,10 @@ from megatron_longpo.generation.stages import (
 from megatron_longpo.runtime.checked_json import read_checked, write_checked
 from megatron_longpo.runtime.files import FolderLock, check_checksum, sha256_of, write_checksum
 from megatron_longpo.runtime.json_lines import encode_line
+from megatron_longpo.runtime.machine_record import Machine, WrongKernel
+from megatron_longpo.runtime.machine_record import Record as MachineRecord
+from megatron_longpo.runtime.machine_record import read_record as read_machine_record
+from megatron_longpo.runtime.machine_record import write_record as write_machine_record
 from megatron_longpo.runtime.share import Share
 from megatron_longpo.runtime.status import StatusFile, read_status
 from megatron_longpo.training.best import Best, Rule, write_best
@@ -163,6 +167,20 @@ def figures(name: str) -> Callable[[Path], Any]:
 def locked(folder: Path) -> bool:
     FolderLock(folder, record=True).release()
     return True
+
+
+def make_record(folder: Path) -> None:
+    machine = Machine("h", "cuda", "H100", "570", "13.0", "9.19", "2.13", "0.16.1", "")
+    wrong = (WrongKernel("attention/flash/bfloat16", "differs by 0.5", "use another"),)
+    write_machine_record(MachineRecord(machine, "2026-11-26", wrong), folder / "doctor-h.json")
+
+
+def read_doctors(folder: Path) -> MachineRecord:
+    """A damaged one does not count, which is logged."""
+    found = read_machine_record(folder / "doctor-h.json")
+    if found is None:
+        raise DataError("it is logged")
+    return found
 
 
 def known(content: dict[str, Any], *names: str) -> list[Any]:
@@ -400,6 +418,7 @@ KINDS: dict[str, Kind] = {
     # 1E-05 is 1e-05.
     "rounds: record.json": Kind(make_round, "record.json", read_record, unused=4),
     "rounds: gate.json": Kind(make_round, "gate.json", lambda folder: read_gate(folder / "gate.json"), unused=20),
+    "doctor's record": Kind(make_record, "doctor-h.json", read_doctors, unused=20),
     "rounds: part-0.json": Kind(
         make_round, "part-0.json", lambda folder: run._seconds_of(folder / "part-0.json"), unused=20
     ),

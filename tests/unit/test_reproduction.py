@@ -166,6 +166,11 @@ def test_tables_pool_the_seeds_of_a_method(modules: dict[str, ModuleType], tmp_p
     write_evaluation(rounds / "longpo" / "longpo", {256: [1, 1], 512: [1, 1], 1024: [1, 0], 2048: [1, 1]})
     write_evaluation(rounds / "longpo-seed2" / "longpo-seed2", {256: [1, 1], 512: [1, 1], 1024: [1, 1], 2048: [1, 1]})
     (rounds / "pairs.jsonl").write_text("")
+    write_evaluation(rounds / "redone" / "longpo", {256: [0, 0]})
+    for name, nll in (("model", 0.0), ("1K-longpo", 1.0), ("1K-longpo-seed2", 3.0)):
+        (tmp_path / "perplexity" / name).mkdir(parents=True)
+        content = {"suites": {"preference": {"metrics": {"nll": nll}}}}
+        (tmp_path / "perplexity" / name / "results.json").write_text(json.dumps(content))
     before, longpo = report.results(tmp_path)
     assert (before.round, before.method, before.seeds) == ("", "model", 1)
     assert (longpo.round, longpo.method, longpo.seeds) == ("1K", "longpo", 2)
@@ -174,6 +179,7 @@ def test_tables_pool_the_seeds_of_a_method(modules: dict[str, ModuleType], tmp_p
     assert longpo.long.mean == 0.75 and longpo.long.questions == 2 and longpo.exact_match[2048].mean == 1
     # "in Rome" against "Rome": precision 1/2, recall 1.
     assert longpo.f1[256].mean == pytest.approx(2 / 3)
+    assert before.perplexity == 1 and longpo.perplexity == pytest.approx(np.exp(2))
     report.write(tmp_path)
     text = (tmp_path / "results.md").read_text()
     assert "| 1K | longpo | 2 | 100.0 (100 to 100) | 100.0 (100 to 100) | 75.0 (50 to 100) |" in text

@@ -40,6 +40,7 @@ class Result:
         seeds: number of models.
         exact_match, f1, needle: length -> score.
         short, long: exact match over the lengths up to 512 tokens, and over those beyond, up to the round's.
+        perplexity: that of the held-out dialogues of at most 512 tokens, the geometric mean over seeds.
     """
 
     round: str
@@ -50,6 +51,7 @@ class Result:
     needle: dict[int, Interval]
     short: Interval | None
     long: Interval | None
+    perplexity: float | None
 
 
 def write(folder: Path) -> None:
@@ -66,16 +68,20 @@ def write(folder: Path) -> None:
 def results(folder: Path) -> list[Result]:
     """Results of all evaluations below a folder that are there."""
     found = []
+    perplexities = folder / "perplexity"
     for path in sorted((folder / "examined").glob("*/results.json"), key=lambda p: (p.parent.name != "model", str(p))):
-        found.append(_result("", path.parent.name, [path.parent]))
+        found.append(_result("", path.parent.name, [path.parent], perplexities))
     rounds = sorted((folder / "rounds").glob("*/pairs.jsonl"), key=lambda p: _length(p.parent.name))
     for pairs in rounds:
         evaluations: dict[str, list[Path]] = {}
         for path in sorted(pairs.parent.glob("*/*/results.json")):
             name = path.parent.name
+            if path.parent.parent.name != name:
+                # What was made again since.
+                continue
             same = _SEED_OF_METHOD.fullmatch(name)
             evaluations.setdefault(same[1] if same else name, []).append(path.parent)
-        found += [_result(pairs.parent.name, method, folders) for method, folders in evaluations.items()]
+        found += [_result(pairs.parent.name, method, folders, perplexities) for method, folders in evaluations.items()]
     return found
 
 
@@ -84,7 +90,7 @@ def _length(name: str) -> int:
     return int(name[:-1]) * 1024 if name.endswith("K") else int(name)
 
 
-def _result(round_: str, method: str, folders: Sequence[Path]) -> Result:
+def _result(round_: str, method: str, folders: Sequence[Path], perplexities: Path) -> Result:
     """The result of one method's evaluations."""
     questions = [_rows(folder / "qa" / "samples.jsonl") for folder in folders]
     needles = [_rows(folder / "needle" / "samples.jsonl") for folder in folders]
@@ -108,7 +114,16 @@ def _result(round_: str, method: str, folders: Sequence[Path]) -> Result:
         },
         short=interval(np.concatenate([exact[n] for n in within])) if within else None,
         long=interval(np.concatenate([exact[n] for n in beyond])) if beyond else None,
+        perplexity=_perplexity([perplexities / f"{round_}-{folder.name}".removeprefix("-") for folder in folders]),
     )
+
+
+def _perplexity(folders: Sequence[Path]) -> float | None:
+    """Geometric mean of the perplexities of some models; None if one is not there."""
+    found = [_read(folder / "results.json") for folder in folders]
+    if not all(found):
+        return None
+    return float(np.exp(np.mean([content["suites"]["preference"]["metrics"]["nll"] for content in found])))
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
@@ -147,9 +162,15 @@ def tables(found: Sequence[Result]) -> str:
     parts = [
         _table(
             "Held-out questions, exact match in percent (95 % interval)",
-            [*head, *map(str, lengths), f"to {SHORT}", "beyond"],
+            [*head, *map(str, lengths), f"to {SHORT}", "beyond", "perplexity"],
             [
-                [*_head(r), *(_text(r.exact_match.get(n)) for n in lengths), _text(r.short), _text(r.long)]
+                [
+                    *_head(r),
+                    *(_text(r.exact_match.get(n)) for n in lengths),
+                    _text(r.short),
+                    _text(r.long),
+                    _number(r.perplexity),
+                ]
                 for r in found
             ],
         ),
@@ -173,6 +194,10 @@ def _head(result: Result) -> list[str]:
 
 def _text(value: Interval | None) -> str:
     return "-" if value is None else f"{100 * value.mean:.1f} ({100 * value.low:.0f} to {100 * value.high:.0f})"
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
 
 
 def _table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -9,6 +9,7 @@ Every stage is one of the project's command lines, and prints it. A finished sta
     F/questions.jsonl  F/essays/  F/short.*  held-out questions, texts and dialogues
     F/books/ROUND.jsonl                     documents of the rounds
     F/examined/                             the model before any round, also with RoPE changed and nothing else
+    F/perplexity/                           all models on the held-out dialogues
     F/rounds.yaml  F/rounds/                configuration and folder of `evolve`
     F/results.md  F/results.json  F/results.png
 """
@@ -304,6 +305,22 @@ class Reproduction:
         # It knows by itself what is done.
         self.tool("evolve", "--config", path)
 
+    def perplexities(self) -> None:
+        """NLL of the held-out dialogues of at most 512 tokens, for every model that is there."""
+        folder = self.folder
+        found = {"model": folder / "model"}
+        found |= {f"rope-{path.name}": path for path in sorted((folder / "stretched").glob("*")) if path.suffix == ""}
+        for path in sorted((folder / "rounds").glob("*/*/model")):
+            found[f"{path.parent.parent.name}-{path.parent.name}"] = path
+        for name, model in found.items():
+            output = folder / "perplexity" / name
+
+            def work(model: Path = model, output: Path = output) -> None:
+                pairs = ("--tasks", "preference", "--pairs", folder / "short", "--dtype", "float32")
+                self.tool("evaluate", *pairs, "--model", model, "--output", output)
+
+            self.stage(f"perplexity of {name}", output / "results.json", work)
+
     def rounds(self) -> dict[str, Any]:
         """rounds.yaml with this folder's paths, and each method once per seed."""
         folder, config = self.folder, rounds_file()
@@ -332,6 +349,7 @@ class Reproduction:
         self.examine()
         if until != "examined":
             self.run_rounds()
+        self.perplexities()
         report.write(self.folder)
 
 

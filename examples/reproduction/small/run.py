@@ -92,10 +92,11 @@ class Reproduction:
     Args:
         folder: folder of everything that is made.
         amounts: how much of everything.
+        processes: processes that training, generation and evaluation are divided among.
     """
 
-    def __init__(self, folder: Path, amounts: Amounts) -> None:
-        self.folder, self.amounts = folder, amounts
+    def __init__(self, folder: Path, amounts: Amounts, processes: int = 1) -> None:
+        self.folder, self.amounts, self.processes = folder, amounts, processes
         self.making: dict[str, Any] = yaml.safe_load((HERE / "making.yaml").read_text(encoding="utf-8"))
         self.seconds_path = folder / "seconds.json"
 
@@ -113,8 +114,12 @@ class Reproduction:
         seconds[name] = seconds.get(name, 0.0) + time.monotonic() - began
         self.seconds_path.write_text(json.dumps(seconds, indent=2) + "\n")
 
-    def tool(self, *arguments: object) -> None:
+    def tool(self, *arguments: object, processes: int = 1) -> None:
         """Run one of the project's commands.
+
+        Args:
+            arguments: its words.
+            processes: processes that share the work.
 
         Raises:
             SystemExit: it fails; it has said why.
@@ -122,9 +127,10 @@ class Reproduction:
         words = [*map(str, arguments)]
         print("$ megatron-longpo " + " ".join(words), flush=True)
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-        code = subprocess.run(
-            [sys.executable, "-m", "megatron_longpo.cli", *words], check=False, env=environment
-        ).returncode
+        launcher = ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m"]
+        command = [sys.executable, "-m", *(launcher if processes > 1 else []), "megatron_longpo.cli", *words]
+        environment.setdefault("OMP_NUM_THREADS", "1")
+        code = subprocess.run(command, check=False, env=environment).returncode
         if code:
             sys.exit(code)
 
@@ -189,11 +195,13 @@ class Reproduction:
                 "checkpoint": {"load": str(load), "save": str(run)},
             },
         )
+        # Each process has its part of the batch.
+        config["training"]["micro_batch_size"] = max(1, config["training"]["global_batch_size"] // self.processes)
         path = own / "train.yaml"
         write(path, yaml.safe_dump(config))
 
         def train() -> None:
-            self.tool("train", "--config", path)
+            self.tool("train", "--config", path, processes=self.processes)
             (run / "done").touch()
 
         self.stage(f"making {name}: training", run / "done", train)
@@ -269,7 +277,7 @@ class Reproduction:
 
         def work() -> None:
             write(path, yaml.safe_dump(config))
-            self.tool("evaluate", "--config", path)
+            self.tool("evaluate", "--config", path, processes=self.processes)
             (output / "done").touch()
 
         self.stage(name, output / "done", work)
@@ -333,7 +341,12 @@ class Reproduction:
         for each in rounds:
             each["generate"]["documents"]["documents"] = [str(folder / "books" / f"{each['name']}.jsonl")]
         return {
-            "evolve": {"model": str(folder / "model"), "output": str(folder / "rounds"), "held_out_fraction": 0.05},
+            "evolve": {
+                "model": str(folder / "model"),
+                "output": str(folder / "rounds"),
+                "nproc_per_node": self.processes,
+                "held_out_fraction": 0.05,
+            },
             "methods": methods,
             "defaults": merged(config["defaults"], {"evaluate": self._materials(), "generate": self.amounts.generate}),
             "rounds": rounds,
@@ -396,8 +409,9 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, required=True, help="folder for everything that is made")
     parser.add_argument("--amounts", choices=AMOUNTS, default="full", help="how much of everything")
     parser.add_argument("--until", choices=UNTIL, default="report", help="last stage")
+    parser.add_argument("--processes", type=int, default=2, help="processes that share the work; about one per core")
     a = parser.parse_args()
-    Reproduction(a.folder.resolve(), AMOUNTS[a.amounts]).run(a.until)
+    Reproduction(a.folder.resolve(), AMOUNTS[a.amounts], a.processes).run(a.until)
 
 
 if __name__ == "__main__":

@@ -282,6 +282,12 @@ class OptimizerConfig:
     """RMSProp's epsilon."""
     clip_grad: Annotated[float, Range(ge=0, fix="0 turns clipping off")] = 1.0
     """Largest norm of the whole gradient. 0: no clipping."""
+    optimizer_cpu_offload: bool = False
+    """Keep optimizer states and fp32 weights in host memory and update them there (with use_distributed_optimizer)."""
+    optimizer_offload_fraction: Annotated[float, Range(gt=0, le=1, fix="1 offloads everything")] = 1.0
+    """Fraction of the parameters that optimizer_cpu_offload concerns."""
+    overlap_cpu_optimizer_d2h_h2d: bool = False
+    """With optimizer_cpu_offload, copy gradients to the host and weights back parameter by parameter while others are updated."""
 
 
 @dataclass(frozen=True)
@@ -503,6 +509,10 @@ def check(config: Config) -> None:
     check_ranges(config)
     _check_objective(config)
     _check_optimizer(config.optimizer)
+    if config.optimizer.optimizer_cpu_offload and not config.parallel.use_distributed_optimizer:
+        raise ConfigError(
+            "optimizer_cpu_offload is for the distributed optimizer; set use_distributed_optimizer as well, or leave it out"
+        )
     if config.data.data_path is not None:
         data_sources(config.data.data_path)
     _check_held_out(config)

@@ -426,6 +426,9 @@ class _NoStream:
     def __exit__(self, *_: Any) -> None:
         pass
 
+    def record_event(self, *_: Any) -> _NoStream:
+        return self
+
     def __getattr__(self, name: str) -> Callable[..., None]:
         if name.startswith("__"):
             raise AttributeError(name)
@@ -566,11 +569,39 @@ def _patch_megatron_for_cpu() -> None:
     clip.clip_grad_by_total_norm_fp32 = _with_cuda_type_names(clip.clip_grad_by_total_norm_fp32)
     optimizer.clip_grad_by_total_norm_fp32 = clip.clip_grad_by_total_norm_fp32
 
+    # It asks a parameter whether it is on a GPU before it offloads it.
+    hybrid = importlib.import_module("megatron.core.optimizer.cpu_offloading.hybrid_optimizer").HybridDeviceOptimizer
+    hybrid._get_sub_optimizer_param_groups = _divided_parameters
+
     # In an interleaved pipeline of two ranks both neighbours are the same rank, and gloo matches untagged messages only by
     # their order: with as many micro batches as stages the two ranks deadlock. Besides, a gloo send completes only when it
     # is received, whereas NCCL's wait blocks a stream and not the program.
     p2p: Any = importlib.import_module("megatron.core.pipeline_parallel.p2p_communication")
     p2p._p2p_ops = _tagged_p2p_ops
+
+
+def _divided_parameters(self: Any, offload_fraction: float) -> tuple[Any, ...]:
+    """HybridDeviceOptimizer's division of parameters between host and device, where both are host memory."""
+    total = sum(p.numel() for group in self.param_groups for p in group["params"])
+    on_host: list[dict[str, Any]] = []
+    on_device: list[dict[str, Any]] = []
+    copies, originals, wide, offloaded = {}, {}, {}, 0
+    for group in self.param_groups:
+        parts: dict[bool, list[torch.Tensor]] = {True: [], False: []}
+        for parameter in group["params"]:
+            goes = offloaded < offload_fraction * total
+            inner = parameter
+            if goes or parameter.dtype != torch.float32:
+                inner = parameter.detach().to(torch.float32, copy=True)
+            if parameter.dtype != torch.float32:
+                wide[parameter] = inner
+            if goes:
+                copies[parameter], originals[inner] = inner, parameter
+                offloaded += parameter.numel()
+            parts[goes].append(inner)
+        on_host += [{**group, "params": parts[True]}] if parts[True] else []
+        on_device += [{**group, "params": parts[False]}] if parts[False] else []
+    return on_host, on_device, copies, originals, wide
 
 
 def _communicate_shapes(
@@ -665,6 +696,17 @@ def _without_step(setter: Callable[..., None]) -> Callable[..., None]:
     return wrapped
 
 
+def _only_for_shards(init: Callable[..., None]) -> Callable[..., None]:
+    """Wrap the part of HybridDeviceOptimizer's set-up that copies parameters, so that it passes over whole models."""
+
+    @functools.wraps(init)
+    def wrapped(self: Any) -> None:
+        if not any(isinstance(p, torch.nn.Parameter) for group in self.param_groups for p in group["params"]):
+            init(self)
+
+    return wrapped
+
+
 def _patch_megatron_everywhere() -> None:
     """Patch megatron-core on every platform; seen to be needed with 0.16.1 and 0.19.2.
 
@@ -675,11 +717,16 @@ def _patch_megatron_everywhere() -> None:
 
     Distributed optimizer with torch's AdamW: a fully reshardable checkpoint contains no ``step`` per parameter, but loading
     looks for one (KeyError).
+
+    Optimizer states in host memory: the optimizer is first built over the whole model, of which every rank would make a copy in
+    fp32, and then again over the rank's shards, which are no ``Parameter``.
     """
     p2p: Any = importlib.import_module("megatron.core.pipeline_parallel.p2p_communication")
     p2p.P2PCommunicator._communicate_shapes = _communicate_shapes
     distributed: Any = importlib.import_module("megatron.core.optimizer.distrib_optimizer").DistributedOptimizer
     distributed._set_main_param_and_optimizer_states = _without_step(distributed._set_main_param_and_optimizer_states)
+    hybrid = importlib.import_module("megatron.core.optimizer.cpu_offloading.hybrid_optimizer").HybridDeviceOptimizer
+    hybrid._init_sub_optimizers = _only_for_shards(hybrid._init_sub_optimizers)
 
 
 def _install(platform: Platform) -> Platform:

@@ -31,6 +31,9 @@ class _Nothing:
     def __exit__(self, *_: Any) -> None:
         pass
 
+    def record_event(self, *_: Any) -> _Nothing:
+        return self
+
     def __getattr__(self, name: str) -> Callable[..., Any]:
         if name.startswith("__"):
             raise AttributeError(name)

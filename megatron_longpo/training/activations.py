@@ -264,12 +264,14 @@ class Activations:
         if self.is_last:
             moments.append(PeakBytes(saved=chunk, logprobs=self._logprobs()))
         largest = max(moments, key=lambda m: m.total)
-        # Tables of the rotary embedding, indices; the buffer of megatron-core's gathers; neighbouring stages' tensors.
-        always = self._places * (self.shape.kv_channels * self._width + 320) + 2**23
+        # Tables of the rotary embedding, of each forward in flight; indices; the buffer of megatron-core's gathers; neighbouring
+        # stages' tensors.
+        tables = self._places * self.shape.kv_channels * self._width
+        always = in_flight * tables + 320 * self._places + 2**23
         always += self._whole_hidden if self._gathers else 0
         if self.parallel.pipeline_size > 1:
-            # Interleaved, tensors of two virtual stages are on their way.
-            always += (4 if self.parallel.virtual_stages else 2) * self._hidden
+            # Interleaved, each virtual stage has a tensor on its way besides.
+            always += (2 + (self.parallel.virtual_stages or 0)) * self._hidden
         return dataclasses.replace(
             largest, saved=largest.saved + last_input + (in_flight - 1) * waiting, buffers=int(always)
         )

@@ -44,7 +44,7 @@ from megatron_longpo.runtime.files import FolderLock, write_atomically
 from megatron_longpo.runtime.log import log
 from megatron_longpo.runtime.process_groups import Parallel
 from megatron_longpo.training.best import Best, read_best, rule_of, write_best
-from megatron_longpo.training.optimization import counts_in_state, follow_config, inner_optimizers, state_names
+from megatron_longpo.training.optimization import follow_config, inner_optimizers, make_states, set_steps
 from megatron_longpo.training.optimizer_state import load_optimizer, optimizer_content
 from megatron_longpo.training.plan import RunPlan
 from megatron_longpo.training.plausibility import first_not_finite
@@ -506,7 +506,7 @@ class Checkpointer:
         # Random numbers belong to ranks: another layout starts them from the seed.
         same_layout = progress.layout == self.parallel.describe()
         for inner in inner_optimizers(state.optimizer):
-            _make_states(inner)
+            make_states(inner)
         content = self._content(0, state, is_loading=True, with_rng=same_layout)
         with verified(folder, state_only=True):
             loaded = _load(content, folder)
@@ -515,7 +515,7 @@ class Checkpointer:
             load_optimizer(state.optimizer, loaded["optimizer"])
             follow_config(state.optimizer, self.plan.config)
             for inner in inner_optimizers(state.optimizer):
-                _separate_steps(inner, progress.step)
+                set_steps(inner, progress.step)
             _check_finite(folder, first_not_finite(state.chunks, inner_optimizers(state.optimizer)))
             state.scheduler.load_state_dict(loaded["scheduler"])
             state.guard.load(progress.guard)
@@ -554,31 +554,6 @@ def _explaining(output: Path) -> Iterator[None]:
         # megatron-core raises it on all ranks at once; other errors come up on one rank, and its peers are elsewhere.
         with raise_on_all_ranks(output):
             raise error
-
-
-def _make_states(optimizer: torch.optim.Optimizer) -> None:
-    """Create the states as they are before the first step: loading needs tensors to load into."""
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            state = optimizer.state[parameter]
-            for name in state_names(optimizer):
-                if name not in state:
-                    state[name] = torch.zeros_like(parameter)
-            if counts_in_state(optimizer) and "step" not in state:
-                state["step"] = torch.zeros((), dtype=torch.float32)
-
-
-def _separate_steps(optimizer: torch.optim.Optimizer, step: int) -> None:
-    """Give each parameter its own step count.
-
-    After a load by megatron-core (0.16.1, 0.19.2) all parameters share one tensor, which the update of each of them
-    increments: the bias correction runs ahead, and training drifts silently.
-    """
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            state = optimizer.state.get(parameter, {})
-            if "step" in state:
-                state["step"] = torch.tensor(float(step), dtype=torch.float32)
 
 
 def _link_or_copy(source: str, target: str) -> None:

@@ -380,6 +380,8 @@ def static_parts(
     on_cuda = platform.CURRENT.is_cuda if on_cuda is None else on_cuda
     if config.parallel.use_distributed_optimizer:
         states //= parallel.dp_cp_size
+    if config.optimizer.optimizer_cpu_offload and on_cuda:
+        states = int(states * (1 - config.optimizer.optimizer_offload_fraction))
     # An online reference is a second model, or takes the place of the policy's weights, of which a copy waits on the host.
     has_reference = spec_of(config.objective.objective, config.objective.loss_type).reference_rows is not None
     is_beside = config.reference.reference_model == "resident" or not on_cuda

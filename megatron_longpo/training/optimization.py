@@ -10,12 +10,14 @@ import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer import get_megatron_optimizer
+from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from megatron.core.optimizer.optimizer import ChainedOptimizer, MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_longpo.config import Config
 from megatron_longpo.errors import ConfigError
 from megatron_longpo.model.gpt import PolicyModel
+from megatron_longpo.runtime import platform
 
 
 def wrap_for_training(chunks: list[PolicyModel], config: Config) -> list[DistributedDataParallel]:
@@ -61,29 +63,42 @@ class Optimizer(ChainedOptimizer):
 def build_optimizer(config: Config, model: list[DistributedDataParallel]) -> Optimizer:
     """Build megatron-core's optimizer over the model chunks."""
     optimizer_config = config.optimizer
-    optimizer = get_megatron_optimizer(
-        MegatronOptimizerConfig(
-            optimizer="adam",
-            lr=optimizer_config.lr,
-            min_lr=optimizer_config.min_lr,
-            weight_decay=optimizer_config.weight_decay,
-            adam_beta1=optimizer_config.adam_beta1,
-            adam_beta2=optimizer_config.adam_beta2,
-            adam_eps=optimizer_config.rmsprop_eps
-            if optimizer_config.optimizer == "rmsprop"
-            else optimizer_config.adam_eps,
-            bf16=config.training.bf16,
-            params_dtype=torch.bfloat16 if config.training.bf16 else torch.float32,
-            use_distributed_optimizer=config.parallel.use_distributed_optimizer,
-            clip_grad=optimizer_config.clip_grad,
-        ),
-        model,
-        use_gloo_process_groups=False,
+    settings = MegatronOptimizerConfig(
+        optimizer="adam",
+        lr=optimizer_config.lr,
+        min_lr=optimizer_config.min_lr,
+        weight_decay=optimizer_config.weight_decay,
+        adam_beta1=optimizer_config.adam_beta1,
+        adam_beta2=optimizer_config.adam_beta2,
+        adam_eps=optimizer_config.rmsprop_eps if optimizer_config.optimizer == "rmsprop" else optimizer_config.adam_eps,
+        bf16=config.training.bf16,
+        params_dtype=torch.bfloat16 if config.training.bf16 else torch.float32,
+        use_distributed_optimizer=config.parallel.use_distributed_optimizer,
+        clip_grad=optimizer_config.clip_grad,
     )
+    if optimizer_config.optimizer_cpu_offload:
+        _offload(settings, config)
+    # A shard of an fp32 weight is a view of it, which an optimizer takes only if no gradient flows through it.
+    with torch.set_grad_enabled(not optimizer_config.optimizer_cpu_offload):
+        optimizer = get_megatron_optimizer(settings, model, use_gloo_process_groups=False)
     if optimizer_config.optimizer == "rmsprop":
         for inner in inner_optimizers(optimizer):
-            _become_rmsprop(inner, optimizer_config.rmsprop_alpha)
+            for part in device_optimizers(inner):
+                _become_rmsprop(part, optimizer_config.rmsprop_alpha)
     return Optimizer(wrappers_of(optimizer))
+
+
+def _offload(settings: MegatronOptimizerConfig, config: Config) -> None:
+    """Set megatron-core's options for optimizer states in host memory."""
+    optimizer = config.optimizer
+    settings.optimizer_cpu_offload = True
+    settings.optimizer_offload_fraction = optimizer.optimizer_offload_fraction
+    settings.overlap_cpu_optimizer_d2h_h2d = optimizer.overlap_cpu_optimizer_d2h_h2d
+    settings.pin_cpu_grads = settings.pin_cpu_params = platform.CURRENT.is_cuda
+    # Without it the distributed optimizer keeps fp32 weights on the device as well. Given to the constructor it asks for the
+    # version of Transformer Engine, of which nothing is needed here.
+    settings.use_precision_aware_optimizer = settings.use_precision_aware_optimizer_no_fp8_or_ds_fp8 = True
+    settings.store_param_remainders = False
 
 
 def wrappers_of(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
@@ -94,6 +109,11 @@ def wrappers_of(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
 def inner_optimizers(optimizer: MegatronOptimizer) -> list[torch.optim.Optimizer]:
     """The torch optimizers inside megatron-core's wrappers."""
     return [w.optimizer for w in wrappers_of(optimizer) if getattr(w, "optimizer", None) is not None]
+
+
+def device_optimizers(inner: torch.optim.Optimizer) -> list[torch.optim.Optimizer]:
+    """The optimizers that take the steps: with states in host memory, those of the host and of the device."""
+    return list(inner.sub_optimizers) if isinstance(inner, HybridDeviceOptimizer) else [inner]
 
 
 class _RMSPropStep:
@@ -135,11 +155,45 @@ class _RMSPropStep:
 def _become_rmsprop(optimizer: torch.optim.Optimizer, alpha: float) -> None:
     attributes = {"rmsprop_alpha": alpha, "counts_in_state": counts_in_state(optimizer)}
     optimizer.__class__ = type("RMSProp", (_RMSPropStep, type(optimizer)), attributes)
+    # torch runs the hooks of a step only for a class that it has wrapped.
+    optimizer._patch_step_function()  # type: ignore[no-untyped-call]
 
 
 def state_names(optimizer: torch.optim.Optimizer) -> tuple[str, ...]:
     """Names of the states that are as large as the parameters."""
+    (optimizer, *_) = device_optimizers(optimizer)
     return ("exp_avg_sq",) if hasattr(optimizer, "rmsprop_alpha") else ("exp_avg", "exp_avg_sq")
+
+
+def make_states(optimizer: torch.optim.Optimizer) -> None:
+    """Create the states as they are before the first step: loading needs tensors to load into."""
+    for part in device_optimizers(optimizer):
+        for group in part.param_groups:
+            for parameter in group["params"]:
+                state = part.state[parameter]
+                for name in state_names(part):
+                    if name not in state:
+                        state[name] = torch.zeros_like(parameter)
+                if counts_in_state(part) and "step" not in state:
+                    state["step"] = torch.zeros((), dtype=torch.float32)
+    if isinstance(optimizer, HybridDeviceOptimizer):
+        optimizer._sync_sub_optimizers_state_to_hdo()
+
+
+def set_steps(optimizer: torch.optim.Optimizer, step: int) -> None:
+    """Give each parameter its own step count.
+
+    After a load by megatron-core (0.16.1, 0.19.2) all parameters share one tensor, which the update of each of them
+    increments: the bias correction runs ahead, and training drifts silently.
+    """
+    for part in device_optimizers(optimizer):
+        for group in part.param_groups:
+            if isinstance(optimizer, HybridDeviceOptimizer) and not counts_in_state(part):
+                group["step"] = step
+            for parameter in group["params"]:
+                state = part.state.get(parameter, {})
+                if "step" in state:
+                    state["step"] = torch.tensor(float(step), dtype=torch.float32)
 
 
 def counts_in_state(optimizer: torch.optim.Optimizer) -> bool:

@@ -21,6 +21,7 @@ from typing import Any
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
+from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from torch import Tensor
@@ -93,8 +94,14 @@ def optimizer_content(optimizer: MegatronOptimizer, weights: dict[str, Any], *, 
     (wrapper,) = wrappers_of(optimizer)
     if not isinstance(wrapper, DistributedOptimizer):
         return dict(wrapper.sharded_state_dict(weights, is_loading=is_loading))
+    common = wrapper.state_dict()
+    if isinstance(wrapper.optimizer, HybridDeviceOptimizer):
+        # Where states are is no part of a checkpoint.
+        own = wrapper.optimizer.defaults.keys() - {"lr", "weight_decay", "betas", "eps"}
+        groups = common["optimizer"]["param_groups"]
+        common["optimizer"]["param_groups"] = [{k: v for k, v in g.items() if k not in own} for g in groups]
     return {
-        **wrapper.state_dict(),
+        **common,
         "param_state": dict(enumerate(_shards(wrapper, weights))),
         "param_state_sharding_type": "fully_reshardable",
     }
@@ -103,6 +110,10 @@ def optimizer_content(optimizer: MegatronOptimizer, weights: dict[str, Any], *, 
 def load_optimizer(optimizer: MegatronOptimizer, loaded: dict[str, Any]) -> None:
     """Take over what was loaded into ``optimizer_content``."""
     (wrapper,) = wrappers_of(optimizer)
+    if isinstance(wrapper.optimizer, HybridDeviceOptimizer):
+        # The tensors were read into their places, and what else there is follows the configuration. megatron-core would take a
+        # step with random gradients, and copy the weights anew.
+        return
     if isinstance(wrapper, DistributedOptimizer):
         # The tensors were read into their places.
         loaded = {k: v for k, v in loaded.items() if not k.startswith("param_state")}

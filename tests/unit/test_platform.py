@@ -96,6 +96,27 @@ def test_deterministic_mode_leaves_what_the_user_set(monkeypatch: pytest.MonkeyP
     assert os.environ["NVTE_ALLOW_NONDETERMINISTIC_ALGO"] == "0"
 
 
+@pytest.mark.parametrize(
+    ("before", "expected"),
+    [
+        ({}, "expandable_segments:True"),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "backend:native"}, "backend:native"),
+        ({"PYTORCH_ALLOC_CONF": "backend:native"}, None),
+    ],
+)
+def test_segments_of_the_allocator_grow(
+    monkeypatch: pytest.MonkeyPatch, before: dict[str, str], expected: str | None
+) -> None:
+    """Micro batches have different lengths; with segments of fixed size the memory between them is lost."""
+    for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    for name, value in before.items():
+        monkeypatch.setenv(name, value)
+    platform_module._tune_cuda_allocator()
+    assert os.environ.get("PYTORCH_CUDA_ALLOC_CONF") == expected
+
+
 def test_swapped_weights_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
     """And none of the copies is waited for."""
     waited: list[bool] = []

@@ -185,6 +185,28 @@ _BASE = (
         2,
         {"parallel": _layout(use_distributed_optimizer=True, overlap_grad_reduce=True)},
     ),
+    Case(
+        "dp2-distopt-offloaded",
+        2,
+        {"parallel": _layout(use_distributed_optimizer=True), "optimizer": {"optimizer_cpu_offload": True}},
+        families=("qwen2",),
+    ),
+    Case(
+        "dp2-distopt-offloaded-part-rmsprop",
+        2,
+        {
+            "parallel": _layout(use_distributed_optimizer=True),
+            "optimizer": {
+                "optimizer": "rmsprop",
+                "rmsprop_eps": 1e-4,
+                "optimizer_cpu_offload": True,
+                "optimizer_offload_fraction": 0.5,
+                "overlap_cpu_optimizer_d2h_h2d": True,
+            },
+        },
+        oracle="one-rmsprop",
+        families=("qwen2",),
+    ),
     Case("dp2-micro2", 2, {"parallel": _layout(), "training": {"micro_batch_size": 2}}),
     Case("cp2-dpo", 2, {"parallel": _layout(cp=2), "objective": {"objective": "dpo"}}, oracle="one-dpo"),
     Case("pp2-sft", 2, {"parallel": _layout(pp=2), "objective": {"objective": "sft"}}, oracle="one-sft"),

@@ -15,8 +15,10 @@ from megatron_longpo.simulation.request import Card
 if __name__ == "__main__":
     os.environ["MEGATRON_LONGPO_PLATFORM"] = "cuda"
     # Before anything that imports torch.
-    shim.load(shim.build())
+    shim_library = shim.load(shim.build())
     from megatron_longpo.simulation.device import install
+
+    shim_library.replace_guard()
 
     # Before anything that imports megatron-core.
     install(Card.from_json(sys.argv[2]))

@@ -65,8 +65,7 @@ def install(card: Card) -> None:
     """Have ``torch.cuda`` answer for a card, and torch's fake tensors behave as real ones do where training relies on it."""
     cuda: Any = torch.cuda
     for name in ("_cuda_setDevice", "_cuda_getDevice", "_cuda_maybeExchangeDevice", "_cuda_exchangeDevice"):
-        if not hasattr(torch._C, name):
-            setattr(torch._C, name, _answer(0))
+        setattr(torch._C, name, _answer(0))
     answers: dict[str, Any] = {
         "is_available": True,
         "is_initialized": True,
@@ -93,14 +92,16 @@ def install(card: Card) -> None:
         "manual_seed",
         "synchronize",
     )
-    answers |= dict.fromkeys((*nothing, "manual_seed_all", "set_rng_state"))
+    answers |= dict.fromkeys((*nothing, "manual_seed_all"))
     answers |= dict.fromkeys(("memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved"), 0)
     for name, value in answers.items():
         setattr(cuda, name, _answer(value))
     for name in ("Stream", "Event", "current_stream", "default_stream"):
         setattr(cuda, name, _Nothing)
     cuda.stream = lambda *_, **__: _Nothing()
-    cuda.get_rng_state = lambda *_, **__: torch.default_generator.get_state()
+    for module in (cuda, cuda.random):
+        module.get_rng_state = lambda *_, **__: torch.default_generator.get_state()
+        module.set_rng_state = _answer(None)
     cuda.default_generators = [torch.Generator()]
     torch.backends.cudnn.version = _answer(card.cudnn)  # type: ignore[assignment]
 

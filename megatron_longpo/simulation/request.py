@@ -78,6 +78,7 @@ class Report:
         layout: degrees of parallelism, in words.
         recompute: what is recomputed, in words.
         attention: kernels, and why.
+        layers: linear layers, in words.
         tokens: places of a micro batch, over all its context-parallel ranks.
         micro_batches: micro batches of the step.
         peak_bytes: most live bytes of the step.
@@ -105,6 +106,7 @@ class Report:
     layout: str = ""
     recompute: str = ""
     attention: str = ""
+    layers: str = ""
     tokens: int = 0
     micro_batches: int = 0
     peak_bytes: int = 0

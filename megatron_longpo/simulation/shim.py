@@ -1,8 +1,9 @@
-"""A device guard and accelerator hooks for CPU builds of torch, compiled when first needed.
+"""A device guard and accelerator hooks that need no GPU, compiled when first needed.
 
-torch's autograd engine and its indexing ask the current accelerator for a device guard. A CPU build has none for ``cuda``, but
-both guard and hooks are looked up in registries, where the few lines of C++ below put stand-ins with one device. They have to be
-there before torch is imported, so this module imports nothing of it.
+torch's autograd engine and its indexing ask the current accelerator for a device guard. A CPU build has none for ``cuda``, and
+that of a CUDA build asks the driver. Both guard and hooks are looked up in registries, where the few lines of C++ below put
+stand-ins with one device. The hooks have to be there before torch is imported, so this module imports nothing of it; the guard
+of a CUDA build is registered by the import, and replaced after it (``replace_guard``).
 """
 
 from __future__ import annotations
@@ -37,6 +38,10 @@ struct OneSimulatedDevice final : NoOpDeviceGuardImpl<DeviceType::CUDA> {
 C10_REGISTER_GUARD_IMPL(CUDA, OneSimulatedDevice);
 }  // namespace c10::impl
 
+extern "C" void replace_guard() {
+  static c10::impl::DeviceGuardImplRegistrar again(c10::DeviceType::CUDA, new c10::impl::OneSimulatedDevice());
+}
+
 namespace at {
 // The registry looks a class of this name up.
 struct CUDAHooks final : CUDAHooksInterface {
@@ -50,7 +55,8 @@ struct CUDAHooks final : CUDAHooksInterface {
   DeviceIndex current_device() const override { return 0; }
   int getNumGPUs() const override { return 1; }
 };
-REGISTER_CUDA_HOOKS(CUDAHooks)
+// Before those of a CUDA build, which are then passed over.
+C10_REGISTER_CLASS_WITH_PRIORITY(CUDAHooksRegistry, CUDAHooks, c10::REGISTRY_PREFERRED, CUDAHooks)
 }  // namespace at
 """
 
@@ -59,17 +65,12 @@ def build() -> Path:
     """Compile the shim for the installed torch, or find it compiled.
 
     Raises:
-        PlatformError: torch is a CUDA build, there is no C++ compiler, or it fails.
+        PlatformError: there is no C++ compiler, or it fails.
     """
     found = importlib.util.find_spec("torch")
     assert found is not None and found.origin is not None
     torch_folder = Path(found.origin).parent
     version = importlib.metadata.version("torch")
-    if (torch_folder / "lib" / "libtorch_cuda.so").exists():
-        raise PlatformError(
-            f"torch {version} is a CUDA build, whose autograd engine asks the driver for devices; simulate with a CPU build of "
-            "torch, in an environment of its own"
-        )
     key = hashlib.sha256(f"{version} {torch_folder} {_SOURCE}".encode()).hexdigest()[:16]
     library = _cache_folder() / f"shim-{version}-{key}.so"
     if library.exists():
@@ -103,11 +104,11 @@ def build() -> Path:
     return library
 
 
-def load(library: Path) -> None:
+def load(library: Path) -> ctypes.CDLL:
     """Load a built shim; torch must not have been imported."""
     torch_folder = Path(importlib.util.find_spec("torch").origin).parent  # type: ignore[union-attr,arg-type]
     ctypes.CDLL(str(torch_folder / "lib" / "libtorch_global_deps.so"), mode=ctypes.RTLD_GLOBAL)
-    ctypes.CDLL(str(library))
+    return ctypes.CDLL(str(library))
 
 
 def _cache_folder() -> Path:

@@ -16,7 +16,9 @@ _BOTTOM = ("weights", "gradients", "optimizer", "layer inputs", "queries, keys, 
 
 def print_report(report: Report, console: Console, *, most: int = 12) -> None:
     """Print a report; ``most`` lines of each long list."""
-    console.print(f"{report.layout}; attention: {report.attention}; recompute: {report.recompute}")
+    console.print(
+        f"{report.layout}; attention: {report.attention}; linear layers: {report.layers}; recompute: {report.recompute}"
+    )
     console.print(
         f"{report.tokens:,} tokens per micro batch, {report.micro_batches} micro batch(es); {report.operators:,} operators, "
         f"simulated in {report.seconds:.0f} s"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 import functools
 import gc
 import importlib
@@ -120,6 +121,11 @@ def _simulate(request: Request, folder: Path, account: Account) -> Report:
 
     report = Report()
     plan = plan_of(request, folder)
+    # Transformer Engine's kernels take real tensors only.
+    wanted = plan.config.model.transformer_impl
+    local = dataclasses.replace(plan.config.model, transformer_impl="local")
+    plan = dataclasses.replace(plan, config=dataclasses.replace(plan.config, model=local))
+    report.layers = "local" if wanted == "local" else f"local; transformer_impl={wanted} is not simulated"
     parallel = groups_of(plan)
     data = open_data(plan)
     plan = memory.decide_recompute(plan, data.train, parallel)

@@ -103,6 +103,11 @@ RECORDED = {
 }
 
 
+OFFLOADED["optimizer offloaded"] = dataclasses.replace(
+    _ONE, config={**_ONE.config, "optimizer": {"optimizer": "adam", "optimizer_cpu_offload": True}}
+)
+
+
 @pytest.fixture(scope="module")
 def reports() -> dict[Any, Report]:
     requests: dict[Any, Request] = {**LAYOUTS, **ONLINE, **OFFLOADED, **RECORDED}
@@ -191,6 +196,14 @@ def test_activations_in_host_memory_are_not_on_the_gpu(reports: dict[str, Report
     assert own[0] == own[1]
     for report in (none, three):
         assert report.violations == [] and report.peak_bytes <= (report.estimate_bytes or 0)
+
+
+def test_optimizer_states_in_host_memory_are_not_on_the_gpu(reports: dict[str, Report]) -> None:
+    here, there = reports["one rank 0"], reports["optimizer offloaded"]
+    # Step counts and scalars are left.
+    assert here.kinds["optimizer"] > 2**18 and there.kinds.get("optimizer", 0) < 2**13
+    assert there.kinds["weights"] == here.kinds["weights"] and there.kinds["gradients"] == here.kinds["gradients"]
+    assert there.violations == [] and there.peak_bytes <= (there.estimate_bytes or 0)
 
 
 def test_exchanges_are_counted_by_group(reports: dict[str, Report]) -> None:

@@ -192,6 +192,9 @@ class ParallelConfig:
     and ranks are then rounded each time, so it costs precision the more of them there are."""
     overlap_grad_reduce: bool = False
     """Reduce gradients bucket by bucket while the backward pass is still running."""
+    overlap_param_gather: bool = False
+    """Gather updated weights bucket by bucket while the next step's forward is running (with use_distributed_optimizer and
+    overlap_grad_reduce)."""
     distributed_timeout_minutes: Count = 10
     """Minutes after which a collective counts as failed."""
 
@@ -642,6 +645,11 @@ def _check_parallel(parallel: ParallelConfig) -> None:
             f"num_layers_per_virtual_pipeline_stage={parallel.num_layers_per_virtual_pipeline_stage} is one number for all "
             f"stages, but {next(iter(sizes))}={next(iter(sizes.values()))} makes them unequal; give "
             "virtual_pipeline_model_parallel_size instead"
+        )
+    if parallel.overlap_param_gather and not (parallel.use_distributed_optimizer and parallel.overlap_grad_reduce):
+        raise ConfigError(
+            "overlap_param_gather gathers what the distributed optimizer has updated, in the buckets of overlap_grad_reduce; set "
+            "use_distributed_optimizer and overlap_grad_reduce as well, or leave it out"
         )
     if parallel.sequence_parallel and parallel.tensor_model_parallel_size == 1:
         raise ConfigError(

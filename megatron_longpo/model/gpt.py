@@ -9,6 +9,7 @@ Shape legend: s = places on this context-parallel rank, N = places with a loss o
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -161,9 +162,12 @@ class PolicyModel(GPTModel):
     Attributes:
         attention: the attention kernels, and why.
         implementation: the linear layers, and why.
+        before_weight: called with a weight that is read outside of the module that it belongs to; megatron-core's DDP waits for
+            gathered weights when a module's forward begins.
     """
 
     implementation: LayerChoice
+    before_weight: Callable[[torch.nn.Parameter], None] | None = None
 
     def __init__(
         self,
@@ -202,6 +206,8 @@ class PolicyModel(GPTModel):
             # Identity in the forward; all-reduce in the backward, since each rank holds its vocabulary's part of the gradient.
             hidden = tensor_parallel.copy_to_tensor_model_parallel_region(hidden)
         weight = self.shared_embedding_or_output_weight() if self._tied() else self.output_layer.weight
+        if self.before_weight is not None:
+            self.before_weight(weight)
         is_split = inputs.loss_counts is not None and len(inputs.loss_counts) > 1
         return token_logprobs(
             hidden[:, 0],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -29,11 +29,12 @@ def wrap_for_training(chunks: list[PolicyModel], config: Config) -> list[Distrib
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=not parallel.grad_reduce_in_bf16,
         overlap_grad_reduce=parallel.overlap_grad_reduce,
+        overlap_param_gather=parallel.overlap_param_gather,
         use_distributed_optimizer=parallel.use_distributed_optimizer,
         # The trainer checks loss and gradient norm itself, and its error names a fix.
         check_for_nan_in_grad=False,
     )
-    return [
+    wrapped = [
         DistributedDataParallel(
             config=chunk.config,
             ddp_config=ddp_config,
@@ -43,6 +44,28 @@ def wrap_for_training(chunks: list[PolicyModel], config: Config) -> list[Distrib
         )
         for index, chunk in enumerate(chunks)
     ]
+    if parallel.overlap_param_gather:
+        for chunk, model in zip(chunks, wrapped, strict=True):
+            chunk.before_weight = _waiting(model)
+    return wrapped
+
+
+def _waiting(model: DistributedDataParallel) -> Callable[[torch.nn.Parameter], None]:
+    """A function that waits until a weight has been gathered."""
+    return lambda parameter: model.param_to_bucket_group[parameter].finish_param_sync()
+
+
+def gather_weights(model: Sequence[DistributedDataParallel]) -> None:
+    """Gather weights of the last step that overlap_param_gather would gather in the next forward; collective.
+
+    Needed wherever weights are read other than by the training forward.
+    """
+    for chunk in model:
+        if not chunk.ddp_config.overlap_param_gather:
+            continue
+        for group in chunk.bucket_groups:
+            if not group.param_gather_dispatched or group.param_gather_handle is not None:
+                group.start_param_sync(force_sync=True)
 
 
 class Optimizer(ChainedOptimizer):

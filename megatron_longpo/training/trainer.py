@@ -43,7 +43,13 @@ from megatron_longpo.training.metrics import (
     reduce_samples,
     validation_line,
 )
-from megatron_longpo.training.optimization import build_optimizer, build_scheduler, inner_optimizers, wrap_for_training
+from megatron_longpo.training.optimization import (
+    build_optimizer,
+    build_scheduler,
+    gather_weights,
+    inner_optimizers,
+    wrap_for_training,
+)
 from megatron_longpo.training.phases import Phases
 from megatron_longpo.training.plan import RunPlan, make_plan
 from megatron_longpo.training.plausibility import first_not_finite
@@ -185,6 +191,9 @@ class Trainer:
             Metrics of this rank's samples, on the last pipeline stage.
         """
         self._numbers = list(numbers)
+        if self.config.reference.reference == "online":
+            # It may take the place of the policy's weights, which are set aside.
+            gather_weights(self.model)
         with record_function("longpo/reference"):
             reference = self.reference.logps(self.session.data.train, numbers)
         self.phases.end("reference")
@@ -209,6 +218,7 @@ class Trainer:
                 grad_norm = float(self.optimizer.step()[1])
             fault = self.guard.fault_of_gradient(grad_norm)
         if prints:
+            gather_weights(self.model)
             prints["fingerprint/weights"] = fingerprint(p for chunk in self.chunks for p in chunk.parameters())
         lr = self.optimizer.param_groups[0]["lr"]
         self.scheduler.step(increment=1)
@@ -309,6 +319,7 @@ class Trainer:
         if not self.held_out.should_evaluate(self.step):
             return
         began = time.monotonic()
+        gather_weights(self.model)
         found = self.held_out.summary()
         self._check_finite("loss on held-out data", found["loss"], [])
         self._held_out = found
@@ -336,6 +347,7 @@ class Trainer:
             return
         last = last or stopping
         if self.checkpointer.is_due(self.step, last=last, held_out=self._held_out):
+            gather_weights(self.model)
             name = first_not_finite(self.chunks, inner_optimizers(self.optimizer))
             if name is not None:
                 raise LongPOError(

@@ -91,6 +91,9 @@ def test_wrong_values_are_refused(values: object, message: str) -> None:
         ({"data": {"turns": "independent"}, "objective": {"objective": "dpo"}}, "turns=independent"),
         ({"reference": {"reference_model": "resident"}}, "reference=online"),
         ({"training": {"recompute_modules": ["attention"]}}, "recompute_modules=attention"),
+        ({"optimizer": {"optimizer_cpu_offload": True}}, "set use_distributed_optimizer as well"),
+        ({"optimizer": {"optimizer_offload_fraction": 0}}, "1 offloads everything"),
+        ({"parallel": {"overlap_param_gather": True}}, "set use_distributed_optimizer and overlap_grad_reduce"),
     ],
 )
 def test_contradictions_are_refused(values: dict[str, dict[str, object]], message: str) -> None:
@@ -119,6 +122,11 @@ def test_degrees_against_world_and_model() -> None:
             world_size=2,
             **model,
         )
+    offloaded = from_dict(
+        {"training": {"cpu_offloading_num_layers": 4}, "parallel": {"pipeline_model_parallel_size": 2}}, "file"
+    )
+    with pytest.raises(ConfigError, match="cpu_offloading_num_layers=4 must be less than the 4 layers of a stage"):
+        check_against_model(offloaded, world_size=2, **model)
     config = _parallel(pipeline_model_parallel_size=2, num_layers_per_virtual_pipeline_stage=2)
     assert virtual_pipeline_size(config.parallel, 8) == 2
 

@@ -207,6 +207,22 @@ _BASE = (
         oracle="one-rmsprop",
         families=("qwen2",),
     ),
+    Case(
+        "dp2-distopt-overlap-gather",
+        2,
+        {"parallel": _layout(use_distributed_optimizer=True, overlap_grad_reduce=True, overlap_param_gather=True)},
+        families=("llama", "qwen2"),
+    ),
+    Case(
+        "dp2-distopt-overlap-gather-online",
+        2,
+        {
+            "parallel": _layout(use_distributed_optimizer=True, overlap_grad_reduce=True, overlap_param_gather=True),
+            "training": _FULL,
+            "reference": {"reference": "online"},
+        },
+        families=("qwen2",),
+    ),
     Case("dp2-micro2", 2, {"parallel": _layout(), "training": {"micro_batch_size": 2}}),
     Case("cp2-dpo", 2, {"parallel": _layout(cp=2), "objective": {"objective": "dpo"}}, oracle="one-dpo"),
     Case("pp2-sft", 2, {"parallel": _layout(pp=2), "objective": {"objective": "sft"}}, oracle="one-sft"),

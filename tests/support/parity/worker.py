@@ -19,6 +19,7 @@ from megatron_longpo.runtime import process_groups
 from megatron_longpo.runtime.failure import run_or_fail
 from megatron_longpo.runtime.process_groups import destroy_groups
 from megatron_longpo.training.metrics import reduce_samples
+from megatron_longpo.training.optimization import gather_weights
 from megatron_longpo.training.plan import make_plan
 from megatron_longpo.training.session import open_session
 from megatron_longpo.training.trainer import start_training
@@ -84,6 +85,7 @@ def run_case(config: Config) -> dict[str, Any]:
         record = trainer.train_step()
         trainer.step += 1
         steps.append(record)
+    gather_weights(trainer.model)
     weights = canonical(session.chunks, plan.shape, parallel, lambda p: p.detach())
     return {
         "metrics": metrics,

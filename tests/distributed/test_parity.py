@@ -193,6 +193,8 @@ def test_bf16_is_as_near_to_fp32_as_plain_bf16(results: dict[str, Any], family: 
     ("name", "same"),
     [
         ("dp2-distopt-overlap-gather", "dp2-distopt-overlap"),
+        ("dp2-distopt-offloaded-part-rmsprop", "dp2-distopt-rmsprop"),
+        ("dp2-distopt-rmsprop-offloaded-bf16", "dp2-distopt-rmsprop-bf16"),
         ("one-offloaded-up", "one-recompute-up"),
         ("one-offloaded-attention", "one-recompute-selective"),
         ("cp2-offloaded-up", "cp2"),

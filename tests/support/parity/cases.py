@@ -318,12 +318,23 @@ _SIX = tuple(
 )
 
 _IN_BF16 = {"training": {"bf16": True}}
+_RMSPROP = {"optimizer": "rmsprop", "rmsprop_eps": 1e-4}
 _BF16 = tuple(
     Case(f"{case.name}-bf16", case.processes, {**case.settings, **_IN_BF16}, families=("qwen2",), bf16=True)
     for case in (
         Case("one", 1),
         Case("one-not-shared", 1, {"data": _NOT_SHARED}),
         *_every_layout().values(),
+        # Where the optimizer's states are must change no bit.
+        Case("dp2-distopt-rmsprop", 2, {"parallel": {"use_distributed_optimizer": True}, "optimizer": _RMSPROP}),
+        Case(
+            "dp2-distopt-rmsprop-offloaded",
+            2,
+            {
+                "parallel": {"use_distributed_optimizer": True},
+                "optimizer": {**_RMSPROP, "optimizer_cpu_offload": True, "optimizer_offload_fraction": 0.5},
+            },
+        ),
         Case("dp2-distopt-grad", 2, {"parallel": {"use_distributed_optimizer": True, "grad_reduce_in_bf16": True}}),
     )
 )

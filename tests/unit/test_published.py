@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import sys
 from types import ModuleType
 
 import pytest
 
+from megatron_longpo.config import check_against_model, data_parallel_size, from_dict
 from tests.support.launch import ROOT
 
 
@@ -58,3 +60,28 @@ def test_other_published_steps_are_within_a_quarter(published: ModuleType, sourc
     bound = 0.1 if source == "this project on one H200" else 0.25
     figures = published.others()[source]
     assert all(abs(f.error) <= bound for f in figures), [f"{f.what}: {f.error:+.1%}" for f in figures]
+
+
+def test_the_planner_is_compared_with_runs_of_every_kind() -> None:
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    try:
+        benchmark = importlib.import_module("benchmark_plan")
+    finally:
+        sys.path.pop(0)
+    cases = benchmark.CASES
+    assert len(cases) >= 16 and len({case.name for case in cases}) == len(cases)
+    assert {case.layout for case in cases} == {"1", "cp2", "tp2", "pp2", "dp2"}
+    assert {case.recompute for case in cases} == {"none", "up", "all"}
+    assert {case.dtype for case in cases} == {"fp32", "bf16"} and len({case.model for case in cases}) == 2
+    assert {case.length for case in cases} == {1024, 2048, 4096, 8192}
+    for case in cases:
+        heads = benchmark.MODELS[case.model]
+        config = from_dict(case.sections(), case.name)
+        check_against_model(
+            config,
+            world_size=case.processes,
+            num_layers=heads["num_hidden_layers"],
+            attention_heads=heads["num_attention_heads"],
+            key_value_heads=heads["num_key_value_heads"],
+        )
+        assert data_parallel_size(config, case.processes) == (2 if case.layout == "dp2" else 1)

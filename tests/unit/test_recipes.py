@@ -6,6 +6,7 @@ stage, at full width and length. The estimate of memory, which is compared with 
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import re
 import shlex
@@ -71,6 +72,8 @@ def test_the_commands_in_its_head_are_for_it(recipe: Any) -> None:
 @each
 def test_the_whole_model_fits_and_no_other_layout_is_much_faster(recipe: Any) -> None:
     search = recipe.search()
+    # The recipes keep activations on the cards.
+    search = dataclasses.replace(search, given=frozenset({"cpu_offloading_num_layers"}))
     plan, best = recipe.plan(), search.best(1)[0]
     assert plan.memory.total <= benchmark.SHARE * search.machine.memory_bytes
     # Some leave more memory free than the fastest layout does.

@@ -122,7 +122,7 @@ BOMBS = {
     "module": "!!python/module:os",
     "aliases": "a: &a [x]\n" + "".join(f"b{n}: &b{n} [{', '.join(['*a'] * 9)}]\n" for n in range(5)),
     "alias to itself": "&a [*a]",
-    "nested": "[" * 5_000,
+    "nested": "[" * 2_000,
     "nested mapping": "{a: " * 5_000,
     "a date": "checkpoint: {load: 2026-99-99}",
     "binary": "checkpoint: {load: !!binary gIGC}",

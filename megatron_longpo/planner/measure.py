@@ -65,8 +65,6 @@ class Measurement:
             "processes": self.world,
             "threads": torch.get_num_threads(),
             "memory_bytes": platform.CURRENT.memory_bytes(),
-            # Before anything large was made.
-            "used_bytes": platform.CURRENT.used_memory_bytes(),
             "copy_bytes_per_s": self.copy(),
             "operator_seconds": self.operator(),
         }
@@ -83,6 +81,9 @@ class Measurement:
         found["host_bytes_per_s"] = self.host_copies()
         found["disk_bytes_per_s"] = self.disk()
         found["exchanges"] = self.exchanges()
+        # Tensors are gone; libraries, their buffers and those of the collectives are still there.
+        platform.CURRENT.free_memory()
+        found["used_bytes"] = platform.CURRENT.used_memory_bytes()
         return found
 
     # Sizes ------------------------------------------------------------------------------------------

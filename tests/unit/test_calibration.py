@@ -60,7 +60,7 @@ def _found(**changes: Any) -> dict[str, Any]:
 def test_constants_follow_from_what_was_measured() -> None:
     machine = machine_from(calibrate.content_of(_found(), name="mine", like=None, today=TODAY), "mine")
     assert (machine.device, machine.gpus_per_node) == ("cpu", 2)
-    # Two processes share 24 GiB, and each had half a GiB before it made a tensor.
+    # Two processes share 24 GiB, and each has half a GiB without tensors.
     assert (machine.memory_gib, machine.reserved_gib) == (12, 0.5)
     # Kernels in fp32 ran in the caches, faster than the copy.
     assert machine.memory_gb_per_s == 20

@@ -90,6 +90,7 @@ def cost_of(
         gpu_hours_between_failures=machine.gpu_hours_between_failures,
         gpus=gpus,
         restart=60 * machine.restart_minutes,
+        shortest=plan.seconds,
     )
     train = steps * plan.seconds
     seconds = {

@@ -23,7 +23,9 @@ class Saving:
     lost_share: float
 
 
-def best_saving(*, save: float, gpu_hours_between_failures: float, gpus: int, restart: float) -> Saving:
+def best_saving(
+    *, save: float, gpu_hours_between_failures: float, gpus: int, restart: float, shortest: float = 0.0
+) -> Saving:
     """The interval between checkpoints that loses the least time.
 
     Young's first-order optimum is sqrt(2 C M), with C the time of a checkpoint and M the mean time between failures (J. W. Young,
@@ -39,6 +41,7 @@ def best_saving(*, save: float, gpu_hours_between_failures: float, gpus: int, re
         gpu_hours_between_failures: GPU hours between two interruptions.
         gpus: number of GPUs.
         restart: seconds from an interruption to the next step, what is computed again not included.
+        shortest: seconds of the shortest interval that there can be: a step.
     """
     mean = gpu_hours_between_failures * 3600 / gpus
     if math.isinf(mean):
@@ -48,6 +51,7 @@ def best_saving(*, save: float, gpu_hours_between_failures: float, gpus: int, re
         interval = math.sqrt(2 * save * mean) * (1 + math.sqrt(half) / 3 + half / 9) - save
     else:
         interval = mean
+    interval = max(interval, shortest)
     # Failures come at any moment, while restarting as well: M e^(R/M) (e^((t + C)/M) - 1) for each t seconds of work.
     exponent = (interval + save) / mean
     expected = (

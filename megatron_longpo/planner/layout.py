@@ -24,20 +24,8 @@ from megatron_longpo.runtime import platform
 from megatron_longpo.runtime.log import log
 
 _GIB = 2**30
-# Machine whose rates stand for a card, or a CPU, that has no file.
-_UNKNOWN = "a100-80g"
-# Orders of magnitude of a process on a few server cores: what counts is how computing compares with exchanging.
-_CPU: dict[str, object] = {
-    "name": "cpu",
-    "device": "cpu",
-    "peak_tflops": {"bfloat16": 0.1, "float32": 0.1},
-    "memory_gb_per_s": 10.0,
-    "node_link_gb_per_s": 1.0,
-    "node_link_latency_us": 50.0,
-    "network_gb_per_s": 1.0,
-    "network_latency_us": 100.0,
-    "operator_us": 20.0,
-}
+# Machines whose rates stand for a card that has no file, and for any CPU.
+_UNKNOWN, _CPU = "a100-80g", "cpu"
 # How much less than the layout that did not fit the next one must take.
 _LESS = 0.85
 # Tokens of the answers of made-up rows.
@@ -154,16 +142,13 @@ def _search(config: Config, world_size: int, given: frozenset[str]) -> Search:
 def machine_here() -> Machine:
     """The machine that this process runs on: rates by the card's name, memory as it is."""
     facts, is_cuda = platform.CURRENT.facts(), platform.CURRENT.is_cuda
-    name = machine_of(facts.name)
+    name = machine_of(facts.name) if is_cuda else _CPU
     machine = load_machine(name or _UNKNOWN)
     share = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    memory = facts.memory_bytes / (1 if is_cuda else share)
-    changes: dict[str, object] = {"memory_gib": memory / _GIB, "gpus_per_node": share}
-    if name is None:
-        changes["name"] = f"{facts.name} (rates of {_UNKNOWN})"
-    if not is_cuda:
-        changes |= {**_CPU, "reserved_gib": min(1.0, memory / _GIB / 10)}
-    return dataclasses.replace(machine, **changes)  # type: ignore[arg-type]
+    memory = facts.memory_bytes / (1 if is_cuda else share) / _GIB
+    reserved = machine.reserved_gib if is_cuda else min(machine.reserved_gib, memory / 10)
+    named = machine.name if name is not None else f"{facts.name} (rates of {_UNKNOWN})"
+    return dataclasses.replace(machine, name=named, memory_gib=memory, reserved_gib=reserved, gpus_per_node=share)
 
 
 def machine_of(device: str) -> str | None:

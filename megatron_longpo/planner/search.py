@@ -196,25 +196,27 @@ class Search:
         )
 
     def fitted(self, candidate: Candidate) -> Plan | None:
-        """A candidate with the least recomputation that fits, or None."""
-        plan = self.tightest(candidate)
-        return plan if plan.memory.total <= self.usable_bytes else None
-
-    def tightest(self, candidate: Candidate) -> Plan:
-        """A candidate in the fastest way that fits; in the one of least memory if nothing does."""
-        firsts = []
+        """A candidate in the fastest way that fits, or None."""
+        found = []
         for family in self._families(candidate):
             # Each choice of a family takes less memory and more time than the one before it.
+            if not self._fits(candidate, family[-1]):
+                continue
             first = bisect.bisect_left(
                 range(len(family) - 1),
                 True,
-                key=lambda i, family=family: self.memory(candidate, family[i]).total <= self.usable_bytes,  # type: ignore[misc]
+                key=lambda i, family=family: self._fits(candidate, family[i]),  # type: ignore[misc]
             )
-            firsts.append(self.plan(candidate, family[first]))
-        fitting = [plan for plan in firsts if plan.memory.total <= self.usable_bytes]
-        if fitting:
-            return min(fitting, key=lambda plan: plan.seconds)
-        return min(firsts, key=lambda plan: plan.memory.total)
+            found.append((self._time(candidate, family[first]).total, first, family[first]))
+        return self.plan(candidate, min(found, key=lambda item: item[:2])[2]) if found else None
+
+    def _fits(self, candidate: Candidate, recompute: Recompute) -> bool:
+        return self.memory(candidate, recompute).total <= self.usable_bytes
+
+    def leanest(self, candidate: Candidate) -> Plan:
+        """A candidate in the way that takes least memory."""
+        lasts = [family[-1] for family in self._families(candidate)]
+        return self.plan(candidate, min(lasts, key=lambda choice: self.memory(candidate, choice).total))
 
     def plan(self, candidate: Candidate, recompute: Recompute) -> Plan:
         """A candidate with what it takes."""
@@ -297,13 +299,14 @@ class Search:
         candidate = candidate_of(self.config, self.shape, self.world_size)
         training = self.config.training
         if training.recompute_granularity == "auto":
-            return dataclasses.replace(self, given=frozenset()).tightest(candidate)
+            free = dataclasses.replace(self, given=frozenset())
+            return free.fitted(candidate) or free.leanest(candidate)
         layers = max(n for rank in candidate.split for n in rank)
         return self.plan(candidate, self._configured(layers))
 
     def closest(self) -> Plan:
         """The plan that is closest to fitting: the least memory of all."""
-        plans: Iterable[Plan] = (self.tightest(candidate) for _, candidate in self.ordered)
+        plans: Iterable[Plan] = (self.leanest(candidate) for _, candidate in self.ordered)
         return min(plans, key=lambda plan: plan.memory.total)
 
 

@@ -32,7 +32,7 @@ from megatron_longpo.planner.failures import best_saving
 from megatron_longpo.planner.layout import auto_layout, machine_of, next_layout
 from megatron_longpo.planner.links import Group
 from megatron_longpo.planner.machine import Machine, load_machine
-from megatron_longpo.planner.search import Recompute, Search
+from megatron_longpo.planner.search import Search
 from megatron_longpo.planner.space import candidates
 from megatron_longpo.planner.timing import TimeModel
 from megatron_longpo.planner.workload import Rows, made_up
@@ -187,6 +187,13 @@ def test_checkpoints_are_written_as_often_as_daly_says() -> None:
     assert saving.lost_share == pytest.approx(60 / 3180 + 3180 / 172800 + 600 / 86400, rel=0.05)
 
 
+def test_a_checkpoint_is_at_most_one_per_step() -> None:
+    saving = best_saving(save=1, gpu_hours_between_failures=1000, gpus=1000, restart=0, shortest=1800)
+    assert saving.interval == 1800
+    # Half a step is lost of two steps per failure, to the first order.
+    assert saving.lost_share == pytest.approx(math.expm1(1801 / 3600) * 3600 / 1800 - 1)
+
+
 def test_nothing_is_lost_where_nothing_fails() -> None:
     saving = best_saving(save=60, gpu_hours_between_failures=math.inf, gpus=8, restart=600)
     assert (saving.interval, saving.lost_share) == (math.inf, 0.0)
@@ -292,7 +299,7 @@ def test_less_memory_is_met_by_more_recomputation_and_then_by_another_layout() -
     wide = search_of(65536, 8).best(1)[0]
     machine = dataclasses.replace(A100, memory_gib=24.0)
     narrow = search_of(65536, 8, machine=machine).best(1)[0]
-    assert wide.recompute == Recompute(False)
+    assert not wide.recompute.up and not wide.recompute.whole_layers
     assert narrow.memory.total <= 0.92 * 24 * 2**30 < wide.memory.total
     assert narrow.seconds > wide.seconds
 
@@ -405,7 +412,7 @@ def test_where_nothing_fits_it_says_what_would(tmp_path: Path, capfd: pytest.Cap
         command(["--hf", str(model), "--gpus", "1", "--gpu", "a100-40g", "--length", "131072"], prog="plan")
     printed = capfd.readouterr().out
     assert "nothing fits. Closest: TP 1" in printed
-    assert "would fit with 8 GPUs: TP 8" in printed
+    assert "would fit with 8 GPUs: TP" in printed
 
 
 def test_a_world_without_any_layout_is_refused_with_the_reason(model: Path) -> None:

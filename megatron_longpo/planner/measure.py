@@ -23,6 +23,7 @@ from torch import Tensor
 
 from megatron_longpo.model import attention, layers, logprobs
 from megatron_longpo.model.kernels import BlockInputs, kernels_for
+from megatron_longpo.planner.timing import PASSES
 from megatron_longpo.runtime import platform, process_groups
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -229,7 +230,7 @@ class Measurement:
             torch.add(x.detach(), grad_x)
             torch.add(grad_x, grad_x)
 
-        norm, gate = (7, 11) if self.is_cuda else (30, 21)
+        norm, gate = sum(PASSES[self.device.type].norm), sum(PASSES[self.device.type].gate)
         numbers = rows * hidden * (norm + 6) + rows * mlp * gate + 14 * rows * heads * size
         return numbers * dtype.itemsize / self.seconds(layer)
 

@@ -54,7 +54,7 @@ class Passes:
 
 
 # On CUDA norms and gates are single kernels; on a CPU they are torch's plain operators.
-_PASSES = {
+PASSES = {
     "cuda": Passes(norm=(2, 5), gate=(3, 8)),
     "cpu": Passes(norm=(7, 23), gate=(5, 16)),
 }
@@ -234,7 +234,7 @@ class TimeModel:
         attention_forward = work / machine.attention_flops_per_s(dtype, length=rows.longest, is_backward=False)
         attention_backward = 2.5 * work / machine.attention_flops_per_s(dtype, length=rows.longest, is_backward=True)
 
-        memory, passes = machine.elementwise_bytes_per_s(dtype), _PASSES[machine.device]
+        memory, passes = machine.elementwise_bytes_per_s(dtype), PASSES[machine.device]
         copies, copies_backward = self._exchange_copies(candidate, sizes)
         # Two norms, two additions of the residual, rotation of queries and keys (seven passes), a copy of the values, the gate.
         forward_bytes = width * (r * hidden * (2 * passes.norm[0] + 6) + s * (7 * (q + k) + 2 * k + passes.gate[0] * f))

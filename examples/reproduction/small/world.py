@@ -215,8 +215,8 @@ def making_dialogue(
     turns = [(fact.question, fact.answer) for fact in rng.sample(facts, min(len(facts), 6))]
     if rng.random() < 0.3:
         turns.insert(0, (ASK, rng.choice(facts).question))
-    # Three tokens of the template per turn, and one for line feeds.
-    room = longest - count(text) - 1
+    # Four tokens of the template per turn; two line feeds, and one for texts that are tokenised otherwise together.
+    room = longest - count(text) - 3
     kept = []
     for question, answer in turns:
         room -= count(question) + count(answer) + 4

@@ -340,6 +340,18 @@ class FaultsConfig:
     """Deviations above which a loss is a spike."""
     spiky_loss_window: Annotated[int, Range(ge=20)] = 100
     """Losses that a loss is compared with. With fewer than 20 of them, in the first steps, there are no spikes."""
+    heartbeat_timeout_seconds: Annotated[
+        float, Range(ge=0, fix="35 tolerates a network that is lost for 20 s; 0: never")
+    ] = 35.0
+    """Seconds without a sign of life after which a rank counts as dead and the run ends, to be restarted: its process is stopped,
+    or its machine or the network to it is down. 0: never; then only distributed_timeout_minutes ends the wait for it."""
+    check_weight_hash_across_dp_replicas_interval: Count | None = None
+    """Steps between comparisons, bit for bit, of the weights of ranks that should have the same; a rank whose memory or
+    arithmetic fails is named, and the run ends. Default: never."""
+    on_save_failure: Literal["stop", "continue"] = "stop"
+    """What to do when a checkpoint or a line of metrics cannot be written, as on a full, read-only or vanished disk. continue:
+    train on and write again when it is time to, until the last step, which must be saved. The checkpoints that are there stay in
+    both cases."""
 
 
 @dataclass(frozen=True)

@@ -8,22 +8,31 @@ import errno
 import os
 import re
 import select
+import signal
 import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 
 from megatron_longpo.errors import LongPOError, one_line
 from megatron_longpo.runtime.files import release_locks
-from megatron_longpo.runtime.heartbeat import silent_ranks
+from megatron_longpo.runtime.heartbeat import (
+    begin_failing,
+    end_others,
+    failed_key,
+    ranks_behind,
+    silent_ranks,
+    whereabouts,
+)
 from megatron_longpo.runtime.launcher import end_with_launcher
 
 _LINGER_SECONDS = 3.0
 # As shells report it of programs that the signal ends.
 _STATUS_OF_SIGPIPE = 141
+_NAMED_RANKS = 8
 # Whoever reports a time-out first listens for the heartbeats of all ranks.
 _LINGER_SECONDS_AFTER_TIMEOUT = 15.0
 
@@ -188,8 +197,7 @@ def _first_to_fail() -> bool:
             store = dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=10), wait_for_workers=False)
         else:
             return int(environment.get("RANK", "0")) == 0
-        attempt = environment.get("TORCHELASTIC_RESTART_COUNT", "0")
-        return store.add(f"megatron_longpo/failed/{attempt}", 1) == 1
+        return store.add(failed_key(), 1) == 1
     except Exception:
         return True
 
@@ -213,6 +221,7 @@ def run_or_fail(action: Callable[[], None]) -> None:
     try:
         action()
     except LongPOError as error:
+        begin_failing()
         code = 2
         if _first_to_fail():
             _print(f"error: {error}")
@@ -227,15 +236,20 @@ def run_or_fail(action: Callable[[], None]) -> None:
         release_locks()
         raise
     except BaseException as error:
+        begin_failing()
         line = explain(error)
         code = 1 if line is None else 2
         if isinstance(error, BrokenPipeError) and _nobody_reads():
             code = _STATUS_OF_SIGPIPE
         elif _first_to_fail():
+            # The launcher ends the others as soon as one has ended, and it takes a moment to find out which.
+            with contextlib.suppress(ValueError):
+                signal.signal(signal.SIGTERM, signal.SIG_IGN)
             _print(f"error: {line or _line_on(error)} (traceback: {_write_traceback(error)})")
         else:
-            # Whoever prints may have had to ask for advice.
-            is_slow = _is_timeout(str(error)) or (line is not None and _memory_advice is not None)
+            # Whoever prints may have to listen for the others, or to ask for advice.
+            is_slow = _is_timeout(str(error)) or _is_lost_peer(str(error))
+            is_slow = is_slow or (line is not None and _memory_advice is not None)
             linger = _LINGER_SECONDS_AFTER_TIMEOUT if is_slow else _LINGER_SECONDS
     release_locks()
     if not code:
@@ -245,6 +259,9 @@ def run_or_fail(action: Callable[[], None]) -> None:
         code = _STATUS_OF_SIGPIPE
     with contextlib.suppress(OSError):
         sys.stdout.flush()
+    # Only whoever has named the cause: others may have met it a moment before its name is printed.
+    if not linger:
+        end_others()
     time.sleep(linger)
     os._exit(code)
 
@@ -263,19 +280,37 @@ def _line_on(error: BaseException) -> str:
     rank, text = os.environ.get("RANK", "0"), str(error)
     if _is_timeout(text):
         silent = silent_ranks()
-        named = f"rank {', '.join(map(str, silent))}" if silent else "a rank"
-        fix = (
-            "see what that process or its machine is doing"
-            if silent
-            else "all ranks are alive: one of them may be slow"
-        )
+        behind = [] if silent else ranks_behind()
+        named = (silent or behind)[:_NAMED_RANKS]
+        if silent:
+            fix = f"see what that process or its machine is doing{_places(named)}"
+        elif behind:
+            fix = f"it is alive, but has not come as far as others: see what it waits for{_places(named)}"
+        else:
+            fix = "all ranks are alive: one of them may be slow"
         return (
-            f"{named} hangs: rank {rank} waited for longer than distributed_timeout_minutes ({one_line(text, 160)}); {fix}, "
-            "or raise distributed_timeout_minutes"
+            f"{f'rank {_listed(named)}' if named else 'a rank'} hangs: rank {rank} waited for longer than "
+            f"distributed_timeout_minutes ({one_line(text, 160)}); {fix}, or raise distributed_timeout_minutes"
         )
     if _is_lost_peer(text):
-        return f"rank {rank} lost a peer process ({one_line(text)}); the launcher's report names the process that died"
+        silent = silent_ranks()[:_NAMED_RANKS]
+        if not silent:
+            return (
+                f"rank {rank} lost a peer process ({one_line(text)}); the launcher's report names the process that died"
+            )
+        return (
+            f"rank {_listed(silent)} died{_places(silent)}: rank {rank} lost its connection ({one_line(text)}); rerun the "
+            "command to resume"
+        )
     return f"rank {rank} failed: {describe(error)}"
+
+
+def _listed(ranks: Sequence[int]) -> str:
+    return ", ".join(map(str, ranks))
+
+
+def _places(ranks: Sequence[int]) -> str:
+    return "".join(whereabouts(rank) for rank in ranks)
 
 
 def _is_timeout(text: str) -> bool:

@@ -6,6 +6,8 @@ import contextlib
 import datetime
 import gc
 import os
+import time
+import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +22,10 @@ from megatron_longpo.runtime.heartbeat import start_heartbeat, stop_heartbeat
 from megatron.core import parallel_state, tensor_parallel
 
 # isort: on
+
+
+_LAUNCHES = "megatron_longpo/launch"
+_ASK_SECONDS = 0.02
 
 
 @dataclass(frozen=True)
@@ -119,8 +125,17 @@ def start_processes(timeout_minutes: int) -> None:
         # A single process can use a store in memory, which needs no free port.
         dist.init_process_group(platform.CURRENT.backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     else:
+        rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         try:
-            dist.init_process_group(platform.CURRENT.backend, timeout=timeout)
+            if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+                address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+                shared = dist.TCPStore(address, port, world, is_master=False, timeout=timeout)
+                store = store_of_launch(shared, rank=rank, world=world, timeout=timeout)
+                dist.init_process_group(
+                    platform.CURRENT.backend, store=store, rank=rank, world_size=world, timeout=timeout
+                )
+            else:
+                dist.init_process_group(platform.CURRENT.backend, timeout=timeout)
         except dist.DistNetworkError as error:
             if "EADDRINUSE" not in str(error):
                 raise
@@ -140,6 +155,52 @@ def alone() -> Iterator[None]:
         yield
     finally:
         stop_processes()
+
+
+def store_of_launch(
+    store: dist.Store, *, rank: int, world: int, timeout: datetime.timedelta = datetime.timedelta(minutes=10)
+) -> dist.Store:
+    """A part of torchrun's store that only the processes of this launch use; every rank calls it.
+
+    torchrun keeps one store while it starts its processes again (torch 2.13, unless each node's first process makes one,
+    TORCH_DISABLE_SHARE_RDZV_TCP_STORE), and the addresses of those that died are still in it: the group would try to reach them.
+    The number of the attempt does not tell launches apart, since a node that joins later counts from 0. So rank 0 gives the
+    launch a name, and answers only what the ranks have just asked.
+
+    Args:
+        store: the store that torchrun shares.
+        rank: this rank.
+        world: number of ranks.
+        timeout: how long to wait for the other ranks.
+
+    Raises:
+        PlatformError: a rank did not come.
+    """
+    mine = uuid.uuid4().hex
+    if rank:
+        store.set(f"{_LAUNCHES}/asks/{rank}", mine)
+        name = store.get(f"{_LAUNCHES}/answers/{mine}").decode()
+        store.set(f"{_LAUNCHES}/joined/{name}/{rank}", "1")
+        return dist.PrefixStore(f"{_LAUNCHES}/{name}", store)
+    missing, answered = set(range(1, world)), set()
+    deadline = time.monotonic() + timeout.total_seconds()
+    while missing:
+        for other in sorted(missing):
+            if store.check([f"{_LAUNCHES}/asks/{other}"]):
+                question = store.get(f"{_LAUNCHES}/asks/{other}").decode()
+                if question not in answered:
+                    # It may be that of a process that has died; then the present one asks a little later.
+                    store.set(f"{_LAUNCHES}/answers/{question}", mine)
+                    answered.add(question)
+            if store.check([f"{_LAUNCHES}/joined/{mine}/{other}"]):
+                missing.discard(other)
+        if time.monotonic() > deadline:
+            raise PlatformError(
+                f"rank {min(missing)} of {world} did not come within {timeout}; see what its machine is doing, or raise "
+                "distributed_timeout_minutes"
+            )
+        time.sleep(_ASK_SECONDS if missing else 0)
+    return dist.PrefixStore(f"{_LAUNCHES}/{mine}", store)
 
 
 def set_up(

@@ -299,8 +299,12 @@ class Checkpointer:
         if self._saving is not None and self._saving.is_written():
             self._finish_saving(self.output)
         if self.is_due(step, last=last, held_out=held_out):
-            self.best = self._best_with(step, held_out)
-            self._save(self.output, step, state, records)
+            before, self.best = self.best, self._best_with(step, held_out)
+            try:
+                self._save(self.output, step, state, records)
+            except CheckpointError:
+                self.best = before
+                raise
         elif self.saved_step == step and (best := self._best_with(step, held_out)) != self.best:
             # Saved by an earlier launch, which had no time to evaluate it.
             self.best = best
@@ -312,16 +316,9 @@ class Checkpointer:
         self._finish_saving(output)
         self.saved_step = step
         writing = output / f".writing_{step:07d}"
-        if self.parallel.rank == 0:
-            if self._folder_lock is not None and not self._folder_lock.is_in_place:
-                raise CheckpointError(
-                    f"{output}: the folder was removed or replaced while the run was writing to it, and its earlier checkpoints "
-                    "with it; leave it in place, then rerun the command to start again from --load"
-                )
-            for old in output.glob(".writing_*"):
-                shutil.rmtree(old, ignore_errors=True)
-            writing.mkdir(parents=True)
-        dist.barrier()
+        with raise_on_all_ranks(output):
+            if self.parallel.rank == 0:
+                self._make_room(output, writing)
         record = training_record(
             step=step,
             train_iters=self.plan.train_iters,
@@ -346,6 +343,21 @@ class Checkpointer:
             )
         if not self.config.async_save:
             self._finish_saving(output)
+
+    def _make_room(self, output: Path, writing: Path) -> None:
+        """Make the folder that a checkpoint is written to."""
+        if self._folder_lock is not None and not self._folder_lock.is_in_place:
+            raise CheckpointError(
+                f"{output}: the folder was removed or replaced while the run was writing to it, and its earlier checkpoints "
+                "with it; leave it in place, then rerun the command to start again from --load"
+            )
+        for old in output.glob(".writing_*"):
+            shutil.rmtree(old, ignore_errors=True)
+        writing.mkdir(parents=True)
+
+    def give_up_save(self) -> None:
+        """Forget a save that failed; what it wrote is removed by the next one."""
+        self._saving, self.saved_step = None, self.good_step
 
     def _finish_saving(self, output: Path) -> None:
         """Wait for a save in the background, if there is one, and publish its checkpoint; collective."""
@@ -376,27 +388,27 @@ class Checkpointer:
 
     def _publish(self, output: Path, writing: Path, step: int, record: dict[str, Any], best: Best | None) -> None:
         """Give a checkpoint that all ranks have written its final name, and remove old ones except the best."""
-        if self.parallel.rank == 0:
-            self._write_companions(writing, record)
-            write_checksums(writing)
-            final = folder_of(output, step)
-            shutil.rmtree(final, ignore_errors=True)
-            os.replace(writing, final)
-            write_atomically(output / LATEST, f"{step}\n".encode())
-            if best is not None and best.step == step:
-                self._name_best(output, best)
-            keep = self.config.keep_last
-            if keep is not None:
-                for old in whole_steps(output)[:-keep]:
-                    if best is not None and old == best.step:
-                        continue
-                    # Renamed first: a kill during the removal leaves no half checkpoint under its name.
-                    doomed = output / f".writing_{old:07d}_old"
-                    os.replace(folder_of(output, old), doomed)
-                    shutil.rmtree(doomed, ignore_errors=True)
+        with raise_on_all_ranks(output):
+            if self.parallel.rank == 0:
+                self._write_companions(writing, record)
+                write_checksums(writing)
+                final = folder_of(output, step)
+                shutil.rmtree(final, ignore_errors=True)
+                os.replace(writing, final)
+                write_atomically(output / LATEST, f"{step}\n".encode())
+                if best is not None and best.step == step:
+                    self._name_best(output, best)
+                keep = self.config.keep_last
+                if keep is not None:
+                    for old in whole_steps(output)[:-keep]:
+                        if best is not None and old == best.step:
+                            continue
+                        # Renamed first: a kill during the removal leaves no half checkpoint under its name.
+                        doomed = output / f".writing_{old:07d}_old"
+                        os.replace(folder_of(output, old), doomed)
+                        shutil.rmtree(doomed, ignore_errors=True)
         # The trainer checked it before it was saved.
         self.good_step = step
-        dist.barrier()
 
     def _name_best(self, output: Path, best: Best | None) -> None:
         assert best is not None and self._rule is not None

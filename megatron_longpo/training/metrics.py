@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import math
 import os
 import time
@@ -169,6 +171,7 @@ class Reporter:
         self._began, self._first_step = time.monotonic(), resumed_step
         # When the curves were drawn last, and how long that took.
         self._drawn, self._drawing_seconds = -math.inf, 0.0
+        self._goes_on, self._is_behind = config.faults.on_save_failure == "continue", False
         if not active or output is None:
             return
         output.mkdir(parents=True, exist_ok=True)
@@ -183,9 +186,7 @@ class Reporter:
         if not self.active:
             return
         self.records.append(record)
-        if self._stream is not None:
-            self._stream.write(encode_line(record).decode())
-            self._stream.flush()
+        self._write(record)
         # A fingerprint is compared, never drawn.
         values = {n: v for n, v in record.items() if n != "step" and not n.startswith("fingerprint/")}
         for tracker in self._trackers:
@@ -195,6 +196,31 @@ class Reporter:
         if record["step"] % self.config.plot_interval == 0 and self._drawing_is_cheap():
             self.plot()
 
+    def _write(self, record: dict[str, Any]) -> None:
+        """Append a line to metrics.jsonl; with on_save_failure=continue, write what is missing with a later one."""
+        if self._stream is None:
+            return
+        try:
+            if self._is_behind:
+                # A line may be there in part.
+                self._stream.close()
+                path = Path(self._stream.name)
+                write_atomically(path, b"".join(encode_line(each) for each in self.records))
+                self._stream = open(path, "a", encoding="utf-8")  # noqa: SIM115
+            else:
+                self._stream.write(encode_line(record).decode())
+                self._stream.flush()
+            self._is_behind = False
+        except OSError as error:
+            if not self._goes_on:
+                raise
+            if not self._is_behind:
+                log(
+                    f"{self._stream.name}: cannot be written ({error.strerror}); its lines follow when it can be",
+                    level=logging.WARNING,
+                )
+            self._is_behind = True
+
     def validation(self, record: dict[str, Any]) -> None:
         """Report one evaluation of the held-out data."""
         if not self.active:
@@ -202,12 +228,20 @@ class Reporter:
         self.validations.append(record)
         flat = {f"valid/{k}": v for k, v in record.items() if k not in ("step", "by_length")}
         if self.output is not None:
-            with open(self.output / VALIDATION, "a", encoding="utf-8") as stream:
-                stream.write(encode_line(record).decode())
+            self._write_validation(self.output / VALIDATION, record)
         for tracker in self._trackers:
             tracker.log(flat, record["step"])
         log(f"after step {record['step']}: {validation_line(record)}", fields={"event": "held-out", **record})
         self.plot()
+
+    def _write_validation(self, path: Path, record: dict[str, Any]) -> None:
+        try:
+            with open(path, "a", encoding="utf-8") as stream:
+                stream.write(encode_line(record).decode())
+        except OSError as error:
+            if not self._goes_on:
+                raise
+            log(f"{path}: cannot be written ({error.strerror}), and lacks a line", level=logging.WARNING)
 
     def has_validation(self, step: int) -> bool:
         """Whether the held-out data were evaluated after this step."""
@@ -250,7 +284,8 @@ class Reporter:
         """Draw the last curves and close what is open."""
         self.plot()
         if self._stream is not None:
-            self._stream.close()
+            with contextlib.suppress(OSError) if self._is_behind else contextlib.nullcontext():
+                self._stream.close()
         for tracker in self._trackers:
             tracker.close()
 

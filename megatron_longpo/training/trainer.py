@@ -9,10 +9,11 @@ from __future__ import annotations
 import contextlib
 import gc
 import json
+import logging
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from megatron_longpo.runtime import platform, process_groups
 from megatron_longpo.runtime.collectives import on_rank0
 from megatron_longpo.runtime.failure import keep_tracebacks_in
 from megatron_longpo.runtime.files import FolderLock, write_atomically
+from megatron_longpo.runtime.heartbeat import at, watch_neighbour
 from megatron_longpo.runtime.log import log
 from megatron_longpo.runtime.status import StatusFile
 from megatron_longpo.training.checkpointer import Checkpointer, TrainState
@@ -55,6 +57,7 @@ from megatron_longpo.training.plan import RunPlan, make_plan
 from megatron_longpo.training.plausibility import first_not_finite
 from megatron_longpo.training.preflight import cautions, check_run, refuse_wrong_kernels
 from megatron_longpo.training.profiler import Profiler
+from megatron_longpo.training.replicas import check_replicas
 from megatron_longpo.training.session import Session, open_session
 from megatron_longpo.training.skipping import StepGuard, path_of, write_skipped
 from megatron_longpo.training.stopping import Stop, StopCondition
@@ -170,6 +173,7 @@ class Trainer:
             self.step += 1
             self.reporter.step(record)
             self.status.beat(self.step)
+            self._check_replicas()
             last = self.step == self.plan.train_iters
             stop = None if last else self.stop_condition.check(self.step)
             if stop is None or not stop.is_urgent:
@@ -180,6 +184,13 @@ class Trainer:
                 return stop
             self._collect_garbage()
         return None
+
+    @contextlib.contextmanager
+    def _phase(self, name: str) -> Iterator[None]:
+        """A part of a step, as profiles and the heartbeat know it."""
+        at(f"step {self.step + 1}: {name}")
+        with record_function(f"longpo/{name}"):
+            yield
 
     def forward_backward(self, numbers: Sequence[int]) -> list[SampleMetrics]:
         """Compute the loss of a global batch and its gradients, which are in DDP's buffers afterwards; collective.
@@ -194,13 +205,13 @@ class Trainer:
         if self.config.reference.reference == "online":
             # It may take the place of the policy's weights, which are set aside.
             gather_weights(self.model)
-        with record_function("longpo/reference"):
+        with self._phase("reference"):
             reference = self.reference.logps(self.session.data.train, numbers)
         self.phases.end("reference")
         for chunk in self.model:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        with record_function("longpo/forward_backward"):
+        with self._phase("forward_backward"):
             return self.session.runner.forward_backward(self.model, self.session.data.train, numbers, reference)
 
     def train_step(self) -> dict[str, Any]:
@@ -214,7 +225,7 @@ class Trainer:
         fault, grad_norm = self.guard.fault_of_loss(means["loss"]), None
         prints = self._fingerprints(numbers)
         if fault is None:
-            with record_function("longpo/optimizer"):
+            with self._phase("optimizer"):
                 grad_norm = float(self.optimizer.step()[1])
             fault = self.guard.fault_of_gradient(grad_norm)
         if prints:
@@ -319,6 +330,7 @@ class Trainer:
         if not self.held_out.should_evaluate(self.step):
             return
         began = time.monotonic()
+        at(f"step {self.step}: evaluation")
         gather_weights(self.model)
         found = self.held_out.summary()
         self._check_finite("loss on held-out data", found["loss"], [])
@@ -354,10 +366,22 @@ class Trainer:
                     f"step {self.step}: {name} is not finite after it (samples {self._numbers[:8]}), so it is not saved; "
                     f"{self.checkpointer.advice(self.step)}"
                 )
-        with record_function("longpo/save"):
-            self.checkpointer.save(
-                self.step, self.state, records=self.reporter.records, last=last, held_out=self._held_out
+        try:
+            with self._phase("save"):
+                self.checkpointer.save(
+                    self.step, self.state, records=self.reporter.records, last=last, held_out=self._held_out
+                )
+        except CheckpointError as error:
+            # All ranks have it, so all go on.
+            if last or self.config.faults.on_save_failure == "stop":
+                raise
+            self.checkpointer.give_up_save()
+            log(
+                f"{error}; step {self.step} is not saved, and training goes on (on_save_failure=continue)",
+                active=self.parallel.rank == 0,
+                level=logging.WARNING,
             )
+            return
         self._export_hf()
 
     def _export_hf(self) -> None:
@@ -370,8 +394,15 @@ class Trainer:
         if on_rank0(folder.exists):
             return
         self.checkpointer.wait()
-        with record_function("longpo/export"):
+        with self._phase("export"):
             self._export(folder_of(output, self.step), folder)
+
+    def _check_replicas(self) -> None:
+        interval = self.config.faults.check_weight_hash_across_dp_replicas_interval
+        if interval is not None and self.step % interval == 0:
+            gather_weights(self.model)
+            weights = (parameter for chunk in self.chunks for parameter in chunk.parameters())
+            check_replicas(weights, self.parallel, step=self.step)
 
     def _collect_garbage(self) -> None:
         interval = self.config.training.manual_gc_interval
@@ -447,9 +478,11 @@ def start_training(
     )
     trackers = _open_trackers(session)
     # Before the optimizer is built: until then its memory is free, and it copies the weights that it finds.
+    at("the reference")
     session.score_reference()
     if checkpointer.resume_step is None:
         session.load_weights()
+    at("loading")
     trainer = Trainer(session, checkpointer, began=began, status=status, trackers=trackers, export=export)
     trainer.resume()
     return trainer
@@ -538,6 +571,7 @@ def run(config: Config, *, export: Export | None = None) -> Stop | None:
     platform.CURRENT.start_kernels_in_order(config.parallel.tensor_model_parallel_size)
     process_groups.start_processes(config.parallel.distributed_timeout_minutes)
     plan = _from_good_checkpoints(plan, config)
+    watch_neighbour(config.faults.heartbeat_timeout_seconds)
     session = open_session(plan)
     refuse_wrong_kernels(session)
     for line in cautions(plan):

@@ -6,8 +6,9 @@ import json
 import os
 import shutil
 import signal
+import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,11 +45,18 @@ def train(model: Path, output: Path, *flags: str, module: str = "megatron_longpo
 
 
 def meddle(
-    model: Path, output: Path, what: str, *flags: str, rank: int = 0, processes: int = 1, **extra: str
+    model: Path,
+    output: Path,
+    what: str,
+    *flags: str,
+    rank: int = 0,
+    processes: int = 1,
+    launcher: Sequence[str] = (),
+    **extra: str,
 ) -> Running:
     """Start a run in which something happens after its second step; see tests/support/meddling_training.py."""
     arguments = train(model, output, *flags, module="tests.support.meddling_training")
-    line = [PYTHON, *arguments] if processes == 1 else torchrun(processes, *arguments)
+    line = [PYTHON, *arguments] if processes == 1 else torchrun(processes, *launcher, *arguments)
     return Running(line, env=environment(MEDDLE=what, MEDDLE_RANK=str(rank), **extra))
 
 
@@ -220,6 +228,18 @@ def test_a_disk_that_takes_no_more_is_named(model: Path, tmp_path: Path, process
     assert latest_step(output) == 1
 
 
+def test_a_run_may_go_on_while_the_disk_takes_nothing(model: Path, tmp_path: Path) -> None:
+    """After step 2 and until step 4 is done: the checkpoints of these steps cannot be written, and nothing else is lost."""
+    output = tmp_path / "run"
+    flags = ["--on-save-failure", "continue", "--exit-interval", "6"]
+    done = meddle(model, output, "limit for a while", *flags).wait()
+    said = [step for step in range(1, 7) if f"step {step} is not saved, and training goes on" in done.stdout]
+    assert said == [2, 3] and "file too large" in done.stdout
+    assert whole_steps(output) == [1, 4, 5, 6]
+    assert [r["step"] for r in read_metrics(output / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
+    assert not list(output.glob(".writing_*"))
+
+
 @pytest.mark.parametrize("what", ["remove", "replace"])
 def test_an_output_that_is_removed_is_named(model: Path, tmp_path: Path, what: str) -> None:
     output = tmp_path / "run"
@@ -305,6 +325,38 @@ def test_a_rank_that_hangs_is_named() -> None:
             time.sleep(0.2)
         process.kill()
         assert f"error: rank {rank} hangs: rank {1 - rank} waited for longer than" in error_of(text)
+
+
+@pytest.mark.parametrize("what", ["stop", "kill"])
+def test_a_rank_that_stops_or_dies_is_named_and_the_run_restarted(model: Path, tmp_path: Path, what: str) -> None:
+    """By torchrun, which starts both ranks again: no step twice, none left out, the undisturbed run's weights."""
+    output = tmp_path / "run"
+    process = meddle(
+        model,
+        output,
+        what,
+        # Long enough for a machine that does much else.
+        *("--heartbeat-timeout-seconds", "15" if what == "stop" else "60", "--save-interval", "3"),
+        rank=1,
+        processes=2,
+        launcher=["--max-restarts=1"],
+        MEDDLE_STEP="5",
+        MEDDLE_ONCE=str(tmp_path / "once"),
+    )
+    done = process.wait(timeout=240)
+    line = error_of(done.stderr)
+    place = f"(host {socket.gethostname()}, process "
+    if what == "stop":
+        assert f"error: rank 1 {place}" in line and "has given no sign of life for 15 s" in line
+    else:
+        assert f"rank 1 died {place}" in line and "rank 0 lost its connection" in line
+    assert ", last heard of in " in line
+    assert f"resumed from {folder_of(output, 3)} after step 3" in done.stdout
+    assert [r["step"] for r in read_metrics(output / "metrics.jsonl")] == list(range(1, 11))
+    whole = tmp_path / "whole"
+    run(torchrun(2, *train(model, whole, "--save-interval", "3")))
+    assert metrics_of(output) == metrics_of(whole)
+    assert_same_tensors(folder_of(output, 10), folder_of(whole, 10))
 
 
 def test_data_that_were_replaced_between_launches_are_refused(model: Path, tmp_path: Path) -> None:

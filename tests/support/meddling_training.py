@@ -87,6 +87,20 @@ def _spoil_gradient(run: Trainer) -> None:
     config.finalize_model_grads_func = spoiled
 
 
+def _limit_files_for_a_while(run: Trainer) -> None:
+    """Until two steps later no file may grow large, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, before[1]))
+    save, last = run.save, run.step + 3
+
+    def limited(**flags: Any) -> None:
+        if run.step == last:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        save(**flags)
+
+    run.save = limited  # type: ignore[method-assign]
+
+
 def _fail_plot(_: Trainer) -> None:
     from megatron_longpo.training import metrics
 
@@ -105,7 +119,9 @@ MEDDLES: dict[str, Callable[[Trainer], None]] = {
     "remove": _remove_output,
     "replace": _replace_output,
     "limit": _limit_files,
+    "limit for a while": _limit_files_for_a_while,
     "curves": _fail_plot,
+    "kill": lambda _: os.kill(os.getpid(), signal.SIGKILL),
     "stop": lambda _: os.kill(os.getpid(), signal.SIGSTOP),
     "nan loss": lambda run: _spoil_loss(run, float("nan")),
     "high loss": lambda run: _spoil_loss(run, 1e6),
@@ -120,11 +136,21 @@ MEDDLES: dict[str, Callable[[Trainer], None]] = {
 
 def _step(self: Trainer) -> dict[str, Any]:
     record = _original(self)
-    if self.step == int(os.environ.get("MEDDLE_STEP", "2")) - 1 and os.environ["RANK"] == os.environ.get(
-        "MEDDLE_RANK", "0"
-    ):
+    is_time = self.step == int(os.environ.get("MEDDLE_STEP", "2")) - 1
+    if is_time and os.environ["RANK"] == os.environ.get("MEDDLE_RANK", "0") and _is_first():
         MEDDLES[os.environ["MEDDLE"]](self)
     return record
+
+
+def _is_first() -> bool:
+    """Whether it has not happened yet, where it is to happen once: the file MEDDLE_ONCE says so."""
+    once = os.environ.get("MEDDLE_ONCE")
+    if once is None:
+        return True
+    if os.path.exists(once):
+        return False
+    open(once, "w").close()
+    return True
 
 
 def _wait_for_seconds(seconds: float) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 from datetime import datetime
@@ -14,7 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_longpo.config import Config, LoggingConfig, from_dict
+from megatron_longpo.config import Config, FaultsConfig, LoggingConfig, from_dict
 from megatron_longpo.errors import ConfigError, DataError, PlatformError
 from megatron_longpo.model.attention import check_ulysses, head_groups_of, resolve_comm_type
 from megatron_longpo.model.gpt import padded_vocab_size
@@ -250,6 +251,44 @@ def test_curves_take_little_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyP
     reporter.close()
     # Two seconds of drawing are allowed after forty of training, at a multiple of five steps; the last one always.
     assert drawn == [5, 45, 85, 100]
+
+
+class _FullDisk(io.StringIO):
+    """A stream on which every second flush fails, with half of the line written."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.name, self._path = str(path), path
+
+    def write(self, text: str) -> int:
+        with open(self._path, "a", encoding="utf-8") as stream:
+            return stream.write(text[: len(text) // 2])
+
+    def flush(self) -> None:
+        raise OSError(28, "No space left on device")
+
+
+def test_lines_that_could_not_be_written_follow_later(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names = "loss nll rewards/margins rewards/accuracies grad_norm lr tokens_per_second"
+    record = dict.fromkeys(names.split(), 0.5)
+    for goes_on in (True, False):
+        faults = FaultsConfig(on_save_failure="continue" if goes_on else "stop")
+        output = tmp_path / str(goes_on)
+        reporter = Reporter(output, train_iters=9, resumed_step=0, config=Config(faults=faults), active=True)
+        path = output / "metrics.jsonl"
+        reporter.step({"step": 1, **record})
+        reporter._stream = _FullDisk(path)
+        if not goes_on:
+            with pytest.raises(OSError, match="No space left"):
+                reporter.step({"step": 2, **record})
+            continue
+        reporter.step({"step": 2, **record})
+        assert "cannot be written (No space left on device); its lines follow when it can be" in capsys.readouterr().out
+        assert [r["step"] for r in read_metrics(path)] == [1]
+        reporter.step({"step": 3, **record})
+        reporter.step({"step": 4, **record})
+        reporter.close()
+        assert [r["step"] for r in read_metrics(path)] == [1, 2, 3, 4]
 
 
 def test_a_step_as_an_object_on_a_line(capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import shutil
 import signal
 import socket
@@ -460,3 +461,40 @@ def test_a_single_process_says_by_its_status_that_it_goes_on(model: Path, tmp_pa
     assert [r["step"] for r in read_metrics(path)] == [0, 2]
     assert "step 2 has the best held-out loss so far" in done.stdout
     assert json.loads((output / "best.json").read_text())["step"] == 2
+
+
+# --------------------------------------------------------------------------------------------------
+# Faults at random
+# --------------------------------------------------------------------------------------------------
+
+
+def test_random_faults_lose_and_double_no_sample_and_change_no_weight(model: Path, tmp_path: Path) -> None:
+    """Five faults over sixty steps: killed, asked to stop, out of disk, and the newest checkpoint damaged meanwhile."""
+    seed = int(time.time())
+    rng = random.Random(seed)
+    flags = ["--train-iters", "60", "--save-interval", "6", "--keep-last", "3"]
+    whole, output = tmp_path / "whole", tmp_path / "run"
+    meddle(model, whole, "nothing", *flags, MEDDLE_LEDGER=str(tmp_path / "whole.jsonl")).wait()
+    ledger, done, story = tmp_path / "run.jsonl", 0, []
+    for fault in rng.sample(["kill", "SIGTERM", "SIGUSR1", "limit", "kill"], 5):
+        step = done + rng.randint(3, 11)
+        ended = meddle(model, output, fault, *flags, MEDDLE_STEP=str(step), MEDDLE_LEDGER=str(ledger)).wait(expect=None)
+        steps = whole_steps(output)
+        story.append((fault, step, ended.returncode, steps))
+        assert ended.returncode == {"kill": -9, "limit": 2}.get(fault, 75), (seed, story)
+        if len(steps) > 1 and rng.random() < 0.5:
+            # One bit, anywhere in a file that the run needs.
+            path = rng.choice(sorted(folder_of(output, steps[-1]).glob("*.distcp")))
+            content = bytearray(path.read_bytes())
+            content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+            path.write_bytes(content)
+            steps, story = steps[:-1], [*story, ("bit", path.name)]
+        done = steps[-1] if steps else 0
+    meddle(model, output, "nothing", *flags, MEDDLE_LEDGER=str(ledger)).wait()
+    used = [dict(map(json.loads, path.read_text().splitlines())) for path in (ledger, tmp_path / "whole.jsonl")]
+    assert used[0] == used[1] and len(used[0]) == 60, (seed, story)
+    # However often a step was done again, it was with the same samples.
+    again = [json.loads(line) for line in ledger.read_text().splitlines()]
+    assert all(numbers == used[1][step] for step, numbers in again), (seed, story)
+    assert metrics_of(output) == metrics_of(whole), (seed, story)
+    assert_same_tensors(folder_of(output, 60), folder_of(whole, 60))

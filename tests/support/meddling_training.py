@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import resource
 import shutil
@@ -111,6 +112,7 @@ def _fail_plot(_: Trainer) -> None:
 
 
 MEDDLES: dict[str, Callable[[Trainer], None]] = {
+    "nothing": lambda _: None,
     "nan weight": _poison_weight,
     "infinite weight": lambda run: _poison_weight(run, float("inf")),
     "state": lambda run: _poison_state(run, "exp_avg_sq"),
@@ -136,6 +138,9 @@ MEDDLES: dict[str, Callable[[Trainer], None]] = {
 
 def _step(self: Trainer) -> dict[str, Any]:
     record = _original(self)
+    if "MEDDLE_LEDGER" in os.environ and os.environ["RANK"] == "0":
+        with open(os.environ["MEDDLE_LEDGER"], "a", encoding="utf-8") as ledger:
+            ledger.write(json.dumps([self.step + 1, self._numbers]) + "\n")
     is_time = self.step == int(os.environ.get("MEDDLE_STEP", "2")) - 1
     if is_time and os.environ["RANK"] == os.environ.get("MEDDLE_RANK", "0") and _is_first():
         MEDDLES[os.environ["MEDDLE"]](self)

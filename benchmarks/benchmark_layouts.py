@@ -1,4 +1,4 @@
-"""The planner's choice of a layout beside brute force: every layout simulated with the real step, for random small cases.
+"""The planner's choice of a layout beside brute force: every layout simulated with the real step, for random cases of few layers.
 
     python benchmarks/benchmark_layouts.py --cases 20 --results results.jsonl
 
@@ -50,8 +50,8 @@ class Case:
 def case_of(number: int) -> Case:
     """A random case; the number is its seed."""
     rng = random.Random(number)
-    heads, groups = rng.choice(((8, 8), (8, 4), (12, 4), (16, 2), (14, 2), (8, 1)))
-    size = rng.choice((64, 128))
+    heads, groups = rng.choice(((16, 8), (32, 8), (28, 4), (12, 2), (64, 8), (24, 24)))
+    size = 128
     hidden = heads * size
     shape = ModelShape(
         family="llama",
@@ -68,7 +68,7 @@ def case_of(number: int) -> Case:
         rotary_base=1e6,
         max_position_embeddings=131072,
     )
-    gpus, length = rng.choice((2, 3, 4, 6)), rng.choice((2048, 8192, 24576))
+    gpus, length = rng.choice((2, 3, 4, 6)), rng.choice((8192, 32768, 65536))
     config = Config(
         training=TrainingConfig(bf16=True, global_batch_size=rng.choice((6, 12))),
         optimizer=OptimizerConfig(optimizer=rng.choice(("adam", "rmsprop"))),

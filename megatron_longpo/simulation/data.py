@@ -43,13 +43,14 @@ def plan_of(request: Request, folder: Path) -> RunPlan:
     """
     config: Config = from_dict(request.config, "simulation")
     shape = _shape(request, config)
-    samples = _samples(request, config, shape)
     checkpoint = folder / "checkpoint"
     checkpoint.mkdir()
     shape.write(checkpoint)
     # What tells a checkpoint from another folder.
     (checkpoint / ".metadata").touch()
     batch = _batch_size(request, config, shape)
+    # Equal samples of a micro batch would share their document.
+    samples = _samples(request, config, shape, batch if config.training.micro_batch_size > 1 else 1)
     write_samples(samples, shape, folder / "samples", count=batch)
     training = dataclasses.replace(
         config.training, global_batch_size=batch, train_iters=config.training.train_iters or 1000, skip_train=False
@@ -114,13 +115,18 @@ def _read(file: Path) -> dict[str, Any]:
     raise CheckpointError(f"{file}: cannot be read ({one_line(problem)}); name the shape of a model with --model")
 
 
-def _samples(request: Request, config: Config, shape: ModelShape) -> list[p.Sample]:
-    """The longest micro batch that there could be."""
+def _samples(request: Request, config: Config, shape: ModelShape, count: int) -> list[p.Sample]:
+    """So many of the longest samples that there could be, no two of them equal; fewer if there are no more."""
     if request.tokens is not None:
         return [
             made_up_sample(
-                request.tokens, answer=request.answer_tokens, turns=request.turns, vocab_size=shape.vocab_size
+                request.tokens,
+                answer=request.answer_tokens,
+                turns=request.turns,
+                vocab_size=shape.vocab_size,
+                seed=seed,
             )
+            for seed in range(count)
         ]
     if config.data.data_path is None:
         raise ConfigError(
@@ -128,7 +134,7 @@ def _samples(request: Request, config: Config, shape: ModelShape) -> list[p.Samp
         )
     data_sets = [PreferenceData(source.prefix, verify=False) for source in data_sources(config.data.data_path)]
     data = max(data_sets, key=lambda d: int(d.long_lengths().max()))
-    return [data[int(np.argmax(data.long_lengths()))]]
+    return [data[int(i)] for i in np.argsort(data.long_lengths())[::-1][:count]]
 
 
 def _batch_size(request: Request, config: Config, shape: ModelShape) -> int:
@@ -142,7 +148,9 @@ def _batch_size(request: Request, config: Config, shape: ModelShape) -> int:
     return each * count
 
 
-def made_up_sample(tokens: int, *, answer: int, turns: int, vocab_size: int, short: int = SHORT_TOKENS) -> p.Sample:
+def made_up_sample(
+    tokens: int, *, answer: int, turns: int, vocab_size: int, short: int = SHORT_TOKENS, seed: int = 0
+) -> p.Sample:
     """A sample whose chosen row has ``tokens`` tokens, and whose short rows have a chunk of up to ``short``.
 
     Raises:
@@ -154,7 +162,7 @@ def made_up_sample(tokens: int, *, answer: int, turns: int, vocab_size: int, sho
             f"tokens={tokens} must be at least {shortest} for {turns} turn(s) with answers of {answer} tokens; raise it, or "
             "lower --answer-tokens"
         )
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
 
     def run(n: int) -> np.ndarray:
         return rng.integers(0, vocab_size, n).astype(np.int64)

@@ -393,6 +393,18 @@ def test_the_command_writes_what_train_takes(tmp_path: Path, model: Path, capfd:
         assert (out / f"plan_{theme}.svg").read_text().startswith("<?xml")
 
 
+def test_a_plan_is_verified_by_its_simulated_step(tmp_path: Path, model: Path) -> None:
+    # Two samples per micro batch, which must not be equal: they would share their document.
+    flags = ["--hf", str(model), "--gpus", "4", "--length", "2048", "--top", "1", "--micro-batch-size", "2"]
+    flags += ["--tensor-model-parallel-size", "2", "--context-parallel-size", "2"]
+    command([*flags, "--simulate", "--output", str(tmp_path / "plan")], prog="plan")
+    (found,) = json.loads((tmp_path / "plan" / "plan.json").read_text())["simulated"]
+    assert found["fits"] and not found["violations"]
+    # Tables and buffers of a few megabytes weigh in a model of 20 MB.
+    assert found["peak_bytes"] <= found["estimate_bytes"] <= 1.15 * found["peak_bytes"]
+    assert found["seconds"] == pytest.approx(found["planned_seconds"], rel=0.05)
+
+
 def test_the_yaml_s_own_layout_stands_beside_the_best(
     tmp_path: Path, model: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

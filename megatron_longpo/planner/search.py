@@ -199,7 +199,10 @@ class Search:
         """A candidate in the fastest way that fits, or None."""
         found = []
         for family in self._families(candidate):
-            # Each choice of a family takes less memory and more time than the one before it.
+            # Each choice of a family takes less memory and more time than the one before it; but recomputing the last layer as
+            # well may take more, since all of it is there at once.
+            if family[-1].whole_layers > 1 and not self._fits(candidate, family[-1]):
+                family = family[:-1]
             if not self._fits(candidate, family[-1]):
                 continue
             first = bisect.bisect_left(
@@ -215,7 +218,7 @@ class Search:
 
     def leanest(self, candidate: Candidate) -> Plan:
         """A candidate in the way that takes least memory."""
-        lasts = [family[-1] for family in self._families(candidate)]
+        lasts = [choice for family in self._families(candidate) for choice in family[-2:]]
         return self.plan(candidate, min(lasts, key=lambda choice: self.memory(candidate, choice).total))
 
     def plan(self, candidate: Candidate, recompute: Recompute) -> Plan:

@@ -32,7 +32,7 @@ from megatron_longpo.planner.failures import best_saving
 from megatron_longpo.planner.layout import auto_layout, machine_of, next_layout
 from megatron_longpo.planner.links import Group
 from megatron_longpo.planner.machine import Machine, load_machine
-from megatron_longpo.planner.search import Search
+from megatron_longpo.planner.search import Recompute, Search
 from megatron_longpo.planner.space import candidates
 from megatron_longpo.planner.timing import TimeModel
 from megatron_longpo.planner.workload import Rows, made_up
@@ -302,6 +302,21 @@ def test_less_memory_is_met_by_more_recomputation_and_then_by_another_layout() -
     assert not wide.recompute.up and not wide.recompute.whole_layers
     assert narrow.memory.total <= 0.92 * 24 * 2**30 < wide.memory.total
     assert narrow.seconds > wide.seconds
+
+
+def test_recomputing_one_layer_less_may_take_less_memory() -> None:
+    """With few layers, what the last one makes again is more than it saved."""
+    shape = MISTRAL.replace(num_layers=2)
+    config = dataclasses.replace(CONFIG, training=TrainingConfig(bf16=True, global_batch_size=12))
+    search = search_of(65536, 3, shape=shape, config=config)
+    candidate = next(c for _, c in search.ordered if c.parallel.context_size == 3 and c.micro_batch_size == 1)
+    one, two = (search.memory(candidate, Recompute(True, n)).total for n in (1, 2))
+    assert one < two
+    machine = dataclasses.replace(A100, memory_gib=(one + two) / 2 / 0.92 / 2**30, reserved_gib=0.0)
+    search = dataclasses.replace(search, machine=machine, given=frozenset({"cpu_offloading_num_layers"}))
+    plan = search.fitted(candidate)
+    assert plan is not None and plan.recompute == Recompute(True, 1)
+    assert search.leanest(candidate).recompute == Recompute(True, 1)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -92,6 +92,7 @@ class Memory:
             "backward": passing.backward,
             "log-prob chunk": passing.logprobs,
             "exchange buffers": passing.buffers,
+            "optimizer's update": passing.update,
             "reserve": self.reserved,
         }
 

@@ -35,16 +35,18 @@ class PeakBytes:
         backward: what the backward of one MLP or one attention holds besides.
         logprobs: what the log-probs hold, if that is the moment.
         buffers: tables, indices, buffers of exchanges.
+        update: what the optimizer's update makes for itself, if that is the moment; then there are no activations.
     """
 
     saved: int = 0
     backward: int = 0
     logprobs: int = 0
     buffers: int = 0
+    update: int = 0
 
     @property
     def total(self) -> int:
-        return self.saved + self.backward + self.logprobs + self.buffers
+        return self.saved + self.backward + self.logprobs + self.buffers + self.update
 
 
 @dataclass(frozen=True)

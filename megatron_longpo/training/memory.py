@@ -321,16 +321,25 @@ def step_parts(
         return None
     last = stage == parallel.pipeline_size - 1
     activations = Activations(shape, config, parallel, tokens=tokens, is_last=last, on_cuda=on_cuda)
-    return StepBytes(
-        static_parts(shape, config, parallel, stage, on_cuda=on_cuda),
-        activations.peak(
-            layers,
-            whole_layers=whole,
-            recompute_up=up,
-            in_flight=in_flight_forwards(config, shape, parallel, num_microbatches, stage),
-            offloaded=max(0, min(training.cpu_offloading_num_layers or 0, layers - whole - 1)),
-        ),
+    static = static_parts(shape, config, parallel, stage, on_cuda=on_cuda)
+    peak = activations.peak(
+        layers,
+        whole_layers=whole,
+        recompute_up=up,
+        in_flight=in_flight_forwards(config, shape, parallel, num_microbatches, stage),
+        offloaded=max(0, min(training.cpu_offloading_num_layers or 0, layers - whole - 1)),
     )
+    update = PeakBytes(update=_update_bytes(static, config, parallel, on_cuda=on_cuda))
+    return StepBytes(static, max(peak, update, key=lambda moment: moment.total))
+
+
+def _update_bytes(static: StaticBytes, config: Config, parallel: Parallel, *, on_cuda: bool) -> int:
+    """What torch's Adam makes for itself on CUDA, where it updates all weights at once: the root of the second moment and the
+    update. RMSProp goes weight by weight."""
+    if not on_cuda or config.optimizer.optimizer != "adam":
+        return 0
+    shards = parallel.dp_cp_size if config.parallel.use_distributed_optimizer else 1
+    return 2 * 4 * static.parameters // shards
 
 
 def free_bytes(choice: Choice, available: int) -> float:

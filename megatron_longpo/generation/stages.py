@@ -242,12 +242,12 @@ def _misfit(lines: Sequence[Line | None]) -> str | None:
     document, *others = lines
     if document is None:
         return f"is missing in {STAGES[0]}"
-    chunks = len(document.get("chunks", ()))
     for name, line in zip(STAGES, lines, strict=False):
         if line is None:
             return f"is missing in {name}"
         if problem := _document_problem(line) if name == "documents" else _turns_problem(line, name):
             return f"of {name} {problem}"
+    chunks = len(document.get("chunks", ()))
     for line in others:
         assert line is not None
         if (line["number"], line["part"]) != (document["number"], document["part"]) or len(line["turns"]) != chunks:

@@ -6,6 +6,8 @@
 # and so do the samples of each step. The machine MASTER_ADDR holds the rendezvous and must stay.
 set -euo pipefail
 
+# Without this, torchrun 2.13 cannot take in a machine that comes later (docs/operations.md).
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=${TORCH_DISABLE_SHARE_RDZV_TCP_STORE:-1}
 exec "${PYTHON:-python}" -m torch.distributed.run \
   --nnodes "${NODES:-2:4}" --nproc-per-node "${PROCESSES_PER_NODE:-gpu}" --max-restarts "${MAX_RESTARTS:-100}" \
   --rdzv-backend c10d --rdzv-endpoint "${MASTER_ADDR:?one of the machines}:${MASTER_PORT:-29500}" --rdzv-id "${RUN_ID:-longpo}" \

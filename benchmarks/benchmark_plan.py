@@ -206,7 +206,7 @@ def make_models(output: Path) -> None:
         if not checkpoint.exists():
             config = AutoConfig.for_model(**values)
             folder = output / "models" / f"{name}-hf"
-            AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+            AutoModelForCausalLM.from_config(config, trust_remote_code=False).save_pretrained(folder)
             _check(
                 [
                     sys.executable,

@@ -12,6 +12,7 @@ import atexit
 import contextlib
 import multiprocessing
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -41,9 +42,12 @@ def environment(**extra: str) -> dict[str, str]:
 
 
 def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
+    """A free port below those that the system gives to outgoing connections, which might take it before the launch listens."""
+    while True:
+        port = 10_000 + secrets.randbelow(20_000)
+        with socket.socket() as s, contextlib.suppress(OSError):
+            s.bind(("127.0.0.1", port))
+            return port
 
 
 def torchrun(processes: int, *arguments: str) -> list[str]:

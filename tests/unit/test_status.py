@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -10,6 +9,7 @@ import pytest
 from megatron_longpo import cli
 from megatron_longpo.errors import DataError
 from megatron_longpo.runtime import status as status_module
+from megatron_longpo.runtime.checked_json import read_checked, write_checked
 from megatron_longpo.runtime.status import HEARTBEAT_FILE, StatusFile, read_status
 
 
@@ -34,10 +34,10 @@ def test_signs_of_life(tmp_path: Path) -> None:
     StatusFile(tmp_path, train_iters=10).write("running", step=4)
     assert status(str(tmp_path), "--alive", "60") == 0
     path = tmp_path / HEARTBEAT_FILE
-    path.write_text(json.dumps({**json.loads(path.read_text()), "time": "2026-01-02T03:04:05+00:00"}))
+    write_checked(path, {**read_checked(path), "time": "2026-01-02T03:04:05+00:00"})
     assert status(str(tmp_path), "--alive", "60") == 1
     StatusFile(tmp_path, train_iters=10).write("finished", step=10)
-    path.write_text(json.dumps({**json.loads(path.read_text()), "time": "2026-01-02T03:04:05+00:00"}))
+    write_checked(path, {**read_checked(path), "time": "2026-01-02T03:04:05+00:00"})
     assert status(str(tmp_path), "--alive", "60") == 0
 
 

@@ -138,7 +138,7 @@ class Reproduction:
     def tokenizer(self) -> Any:
         from transformers import AutoTokenizer
 
-        return AutoTokenizer.from_pretrained(self.folder / "random")
+        return AutoTokenizer.from_pretrained(self.folder / "random", trust_remote_code=False)
 
     @cached_property
     def count(self) -> world.Count:

@@ -63,7 +63,7 @@ class Results(dict[str, dict[str, Any]]):
     def __missing__(self, family: str) -> dict[str, Any]:
         # Variants have few cases each: they share their launches.
         together = VARIANTS if family in VARIANTS else (family,)
-        cases = [case for case in self._cases if family in case.families]
+        cases = [case for case in self._cases if not set(together).isdisjoint(case.families)]
         names = [case.name for case in cases]
         sizes = sorted({case.processes for case in cases if not too_few(case.processes)})
         # The launch of one process would leave a core idle: it runs beside the others.

@@ -97,9 +97,12 @@ def _parallel(**degrees: Any) -> Parallel:
     return Parallel(**{**values, **degrees})
 
 
-def _choices(tokens: int, context: int, *, on_cuda: bool = False, **training: Any) -> list[memory.Choice]:
+def _choices(
+    tokens: int, context: int, *, on_cuda: bool = False, optimizer: str = "adam", **training: Any
+) -> list[memory.Choice]:
     config = from_dict(
         {
+            "optimizer": {"optimizer": optimizer},
             "training": {"bf16": True, **training},
             "parallel": {"context_parallel_size": context, "use_distributed_optimizer": True},
         },
@@ -145,7 +148,7 @@ def test_no_more_is_computed_again_than_memory_demands() -> None:
 
 def test_activations_wait_in_host_memory_before_layers_are_recomputed_if_copies_are_hidden() -> None:
     """Mistral-7B over 8 GPUs: what a layer saves is copied while 30,000 operations per byte are computed at 128K, not at 64K."""
-    found = _choices(131072, 8, on_cuda=True)
+    found = _choices(131072, 8, on_cuda=True, optimizer="rmsprop")
     kept = 16384 * ((2 * 4096 + 2 * 4096 + 2 * 1024) * 2 + (2 + 32) * 4)
     linear, attention = 2 * 131072 * _MISTRAL.layer_weights / 8, 4 * 131072**2 / 2 * 4096 / 8
     assert linear + attention > memory.FLOPS_PER_COPIED_BYTE * kept
@@ -154,6 +157,10 @@ def test_activations_wait_in_host_memory_before_layers_are_recomputed_if_copies_
     # Each layer less on the GPU, as long as two are left there; pinned memory is counted twice.
     needs = [c.bytes_needed for c in first]
     assert [a - b for a, b in itertools.pairwise(needs)] == [kept] * 30 + [0]
+    # With Adam there is a least: its update makes two fp32 numbers per weight of a rank's share, when no activations are left.
+    adam = [c.bytes_needed for c in _choices(131072, 8, on_cuda=True) if c.granularity == "selective"]
+    more = adam[0] - needs[0]
+    assert adam == [max(n + more, adam[-1]) for n in needs] and adam[-1] > needs[-1] + more
     assert [c.host_bytes for c in first] == [2 * n * kept for n in range(32)]
     assert str(first[3]) == "the MLPs' up-projections; activations of 3 layer(s) of each stage in host memory"
     assert {c.offloaded for c in _choices(65536, 8, on_cuda=True)} == {0}

@@ -54,7 +54,7 @@ def difference(plan: Plan, other: Plan) -> str:
         :_MOST
     ]
     if not told:
-        return "as fast"
+        return "small differences in all parts"
     return ", ".join(f"{name} {change:+.{_digits(change)}f} s" for name, change in told)
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -90,15 +91,19 @@ def _worst(lines: list[tuple[int, Line]]) -> Line:
     ranks = tuple(rank for rank, line in lines if line.status == worst)
     line = next(line for _, line in lines if line.status == worst)
     seconds = max(line.seconds for _, line in lines)
-    # The figures of the worst rank: the largest of each error, the smallest of each rate.
+    # The figures of the worst rank: the largest of each error, the smallest of each rate and room.
     figures: dict[str, float] = {}
     for _, other in lines:
         for name, value in other.figures.items():
-            better = min if name.endswith("_per_second") else max
+            better = min if name.endswith(("_per_second", "available_bytes", "free_bytes")) else max
             figures[name] = better(figures[name], value) if name in figures else value
     if len(ranks) == len(lines):
         return dataclasses.replace(line, seconds=seconds, figures=figures)
     return dataclasses.replace(line, seconds=seconds, figures=figures, ranks=ranks)
+
+
+def _finite(figures: Mapping[str, float]) -> dict[str, float | None]:
+    return {name: value if math.isfinite(value) else None for name, value in figures.items()}
 
 
 @dataclass
@@ -123,10 +128,11 @@ class Report:
             "version": _VERSION,
             "status": self.status,
             "facts": self.facts,
-            "lines": [dataclasses.asdict(line) for line in self.lines],
+            # JSON has no NaN and no infinities.
+            "lines": [{**dataclasses.asdict(line), "figures": _finite(line.figures)} for line in self.lines],
         }
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, (json.dumps(content, indent=1) + "\n").encode())
+        write_atomically(path, (json.dumps(content, indent=1, allow_nan=False) + "\n").encode())
 
     def print(self, console: Console) -> None:
         """Print facts, the table, and what to do."""

@@ -9,6 +9,7 @@ Shape legend: n = queries and m = keys, Q/K = query/key-value heads, D = head si
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -189,10 +190,15 @@ def attention_errors(kernels: AttentionKernels, dtype: torch.dtype, device: Devi
     worst: Errors = {}
     for call in block_calls(device.size, PACKED if isinstance(kernels, CudaFlash) else SINGLE):
         errors = _backward_errors if call.backward else _forward_errors
-        for name, error in errors(kernels, call, dtype, device.device).items():
-            if not error <= worst.get(name, -1.0):
-                worst[name] = error
+        _worsen(worst, errors(kernels, call, dtype, device.device))
     return worst
+
+
+def _worsen(worst: Errors, errors: Errors) -> None:
+    """Keep the largest of each value's errors. NaN is larger than any number, and stays: ``max`` would drop it."""
+    for name, error in errors.items():
+        if not math.isnan(worst.get(name, 0.0)) and not error <= worst.get(name, -1.0):
+            worst[name] = error
 
 
 def _forward_errors(kernels: AttentionKernels, call: BlockCall, dtype: torch.dtype, device: torch.device) -> Errors:
@@ -272,8 +278,8 @@ def merge_errors(dtype: torch.dtype, device: torch.device) -> Errors:
         expected, _ = plain.attention(wide[0], wide[1], wide[2], mask.to(device), 0.25)
         found = [out, *torch.autograd.grad(out, given, direction)]
         right = [expected, *torch.autograd.grad(expected, wide, direction.float())]
-        for name, f, e in zip(("output", "dQ", "dK", "dV"), found, right, strict=True):
-            worst[name] = max(worst.get(name, 0.0), plain.relative_error(f, e))
+        names = ("output", "dQ", "dK", "dV")
+        _worsen(worst, {n: plain.relative_error(f, e) for n, f, e in zip(names, found, right, strict=True)})
     return worst
 
 
@@ -353,8 +359,7 @@ def norm_errors(dtype: torch.dtype, device: torch.device) -> Errors:
             # The module with another weight, so that its gradient arrives here.
             return torch.func.functional_call(module.to(y.device), {"weight": w}, (y,))
 
-        errors = _compare(("input", "weight"), (x, weight), run, lambda y, w: plain.rms_norm(y, w, eps))
-        worst = {name: max(worst.get(name, 0.0), error) for name, error in errors.items()}
+        _worsen(worst, _compare(("input", "weight"), (x, weight), run, lambda y, w: plain.rms_norm(y, w, eps)))
     return worst
 
 

@@ -93,6 +93,7 @@ FAULTS: dict[str, tuple[str, list[tuple[Any, str, Any]]]] = {
     "two strides swapped": ("attention flash", [(CpuFlash, "forward", _strides_swapped)]),
     "delta misread": ("attention flash", [(CpuFlash, "backward", _delta_misread)]),
     "maximum for log-sum-exp": ("merged blocks", [(torch, "logaddexp", torch.maximum)]),
+    "merged log-sum-exps that are NaN": ("merged blocks", [(torch, "logaddexp", lambda a, b: a + b * torch.nan)]),
     "rotary off by one": (
         "rotary embedding",
         [(Rotary, "cos_sin", lambda self, positions, dtype: _COS_SIN(self, positions + 1, dtype))],
@@ -105,6 +106,7 @@ FAULTS: dict[str, tuple[str, list[tuple[Any, str, Any]]]] = {
         "norm",
         [(layers, "_normalised", lambda x, weight, scale, eps: (x.float() * scale).to(x.dtype))],
     ),
+    "norm that gives NaN": ("norm", [(layers, "_normalised", lambda x, weight, scale, eps: x * torch.nan)]),
     "gate without sigmoid": (
         "gate of the MLP",
         [(layers, "_activated", lambda both: both.chunk(2, -1)[0] * both.chunk(2, -1)[1])],
@@ -214,8 +216,12 @@ def test_lines_of_ranks_become_the_worst_of_them() -> None:
     assert EXIT_STATUS[Report(lines=[Line("c", "skipped")]).status] == 0
 
 
-def test_an_error_that_is_not_a_number_fails() -> None:
-    assert by_error("x", {"a": float("nan")}, 1.0, remedy="r").status == "fail"
+def test_an_error_that_is_not_a_number_fails(tmp_path: Path) -> None:
+    line = by_error("x", {"a": float("nan")}, 1.0, remedy="r")
+    assert line.status == "fail"
+    Report(lines=[line]).write(tmp_path / "doctor.json")
+    written = json.loads((tmp_path / "doctor.json").read_text(), parse_constant=pytest.fail)
+    assert written["lines"][0]["figures"] == {"a": None}
     assert by_error("x", {"a": 0.9}, 1.0, remedy="r").status == "pass"
 
 

@@ -157,7 +157,8 @@ def machine_of(device: str) -> str | None:
     scores: dict[str, int] = {}
     for name in machine_names():
         card, *kinds = name.split("-")
-        if card in words:
+        # A maker's word such as "rtx" is on many cards: the number must be there, too.
+        if {card, *(kind for kind in kinds if kind.isdigit())} <= set(words):
             # "80g" is found in "80GB", "sxm" in "SXM4"; a card that does not say is no PCIe card.
             scores[name] = sum(1 if any(w.startswith(kind) for w in words) else -(kind == "pcie") for kind in kinds)
     return max(scores, key=lambda name: scores[name], default=None)

@@ -472,6 +472,8 @@ def run_of(folder: Path, tokens: int, **sections: dict[str, Any]) -> Config:
         ("NVIDIA H200", "h200"),
         ("NVIDIA GeForce RTX 4090", "rtx-4090"),
         ("AMD Instinct MI300X", "mi300x"),
+        ("NVIDIA GeForce RTX 3090", None),
+        ("NVIDIA RTX A6000", None),
         ("Quadro 5000", None),
     ],
 )

@@ -11,7 +11,7 @@ from typing import Annotated
 import tyro
 
 from megatron_longpo.command_line import Switch, parse
-from megatron_longpo.schema import PositiveFloat, Range
+from megatron_longpo.schema import PositiveFloat, Range, check_ranges
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,7 @@ class CompareOptions:
 def watch(arguments: Sequence[str], *, prog: str) -> None:
     """Watch a run: curves, speed, time left, last events. Ends with the run, or by Ctrl-C."""
     options = parse(WatchOptions, arguments, prog=prog, description=watch.__doc__ or "")
+    check_ranges(options)
     from megatron_longpo.runs.watch import watch_run
 
     watch_run(Path(options.run), once=options.once, interval=options.interval)
@@ -51,6 +52,7 @@ def compare_runs(arguments: Sequence[str], *, prog: str) -> None:
     differ."""
     description = " ".join((compare_runs.__doc__ or "").split())
     options = parse(CompareOptions, arguments, prog=prog, description=description)
+    check_ranges(options)
     from megatron_longpo.runs import compare
 
     found = compare.compare_runs(Path(options.first), Path(options.other), tolerance=options.tolerance)

@@ -14,7 +14,7 @@ from megatron_longpo.command_line import parse
 from megatron_longpo.runtime.log import log
 from megatron_longpo.runtime.signals import STOPPED
 from megatron_longpo.runtime.status import read_status
-from megatron_longpo.schema import PositiveFloat
+from megatron_longpo.schema import PositiveFloat, check_ranges
 
 _FAILED = 2
 _SILENT = 1
@@ -35,6 +35,7 @@ def status(arguments: Sequence[str], *, prog: str) -> None:
     """Show where a run is. Exit status 0: it is finished; 75: it goes on when it is run again; 2: something must be changed
     first."""
     options = parse(StatusOptions, arguments, prog=prog, description=status.__doc__ or "")
+    check_ranges(options)
     found = read_status(Path(options.run))
     line = f"{found.state}, step {found.step} of {found.train_iters}, {found.age_seconds:.0f} s ago on {found.host}"
     log(f"{options.run}: {line}{f' ({found.message})' if found.message else ''}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ import pytest
 import yaml
 from rich.console import Console
 
+from megatron_longpo import cli
 from megatron_longpo.commands.runs import compare_runs
-from megatron_longpo.errors import DataError
+from megatron_longpo.errors import ConfigError, DataError
 from megatron_longpo.runs import compare, watch
 from megatron_longpo.runtime.status import StatusFile
 
@@ -184,3 +186,17 @@ def test_a_curve_has_a_block_per_stretch() -> None:
     assert watch.curve([math.nan]) == " "
     # Eight values in four stretches: means 0, 0, 1, 1.
     assert watch.curve([0.0] * 4 + [1.0] * 4, width=4) == "▁▁██"
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments", "message"),
+    [
+        ("watch", ["--interval", "-1"], "interval=-1"),
+        ("compare-runs", ["OTHER", "--tolerance", "nan"], "tolerance=nan"),
+        ("compare-runs", ["OTHER", "--tolerance", "5"], "tolerance=5"),
+        ("status", ["--alive", "-1"], "alive=-1"),
+    ],
+)
+def test_settings_have_ranges(command: str, arguments: list[str], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        cli.function_of(command)([str(tmp_path), *arguments], prog=command)

@@ -33,7 +33,14 @@ from megatron_longpo.errors import ConfigError
 from megatron_longpo.runtime import machine_record, platform, process_groups
 from megatron_longpo.runtime.collectives import on_rank0
 from megatron_longpo.runtime.log import log
-from megatron_longpo.runtime.machine_record import Record, WrongKernel, machine_of, record_path, write_record
+from megatron_longpo.runtime.machine_record import (
+    Record,
+    WrongKernel,
+    machine_of,
+    read_record,
+    record_path,
+    write_record,
+)
 
 # A process group's own time-out must not come before the watch.
 _TIMEOUT_MINUTES = 10
@@ -169,7 +176,10 @@ def _console() -> Console:
 
 
 def _record(lines: list[Line], local_size: int) -> None:
-    """Leave on this host which of its kernels are wrong, for training to read."""
+    """Leave on this host which of its kernels are wrong, for training to read.
+
+    What an earlier examination found of kernels that this one did not come to stays.
+    """
     path = record_path()
     if path is None:
         return
@@ -180,8 +190,12 @@ def _record(lines: list[Line], local_size: int) -> None:
         for line in lines
         if line.kernel and line.status == "fail" and (not line.ranks or any(r in here for r in line.ranks))
     )
+    machine, before = machine_of(platform.CURRENT.name, platform.CURRENT.facts()), read_record(path)
+    if before is not None and before.machine == machine:
+        examined = {line.kernel for line in lines if line.status != "skipped"}
+        wrong += tuple(kernel for kernel in before.wrong if kernel.kernel not in examined)
     now = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
-    record = Record(machine_of(platform.CURRENT.name, platform.CURRENT.facts()), now, wrong)
+    record = Record(machine, now, wrong)
     try:
         write_record(record, path)
     except OSError as error:

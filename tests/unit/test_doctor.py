@@ -16,6 +16,7 @@ import torch
 from megatron_longpo.config import Config, from_dict
 from megatron_longpo.doctor import kernels as doctor_kernels
 from megatron_longpo.doctor import resources
+from megatron_longpo.doctor import run as doctor_run
 from megatron_longpo.doctor.bounds import bounds_of
 from megatron_longpo.doctor.calls import PACKED, SINGLE, block_calls
 from megatron_longpo.doctor.collectives import collective_checks, link_of
@@ -438,3 +439,25 @@ def test_links_are_read_from_the_topology() -> None:
     assert links_in(topology) == "NV18 x 1, PHB x 1"
     assert links_in("") == links_in("GPU0\t X \t0-47\n") == ""
     assert DeviceFacts("x", 1).links == ""
+
+
+def test_what_was_wrong_stays_in_the_record_until_it_is_examined_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "record.json"
+    monkeypatch.setenv(machine_record.VARIABLE, str(path))
+    wrong = tuple(WrongKernel(kernel, "off", "a flag") for kernel in ("norm/float32", "attention/flash/bfloat16"))
+    here = machine_of(platform.CURRENT.name, platform.CURRENT.facts())
+    write_record(Record(here, "2026-01-01", wrong), path)
+    # As after a hang: what came later was left out.
+    lines = [
+        Line("norm", "pass", kernel="norm/float32"),
+        Line("attention", "skipped", kernel="attention/flash/bfloat16"),
+    ]
+    doctor_run._record(lines, 1)
+    found = read_record(path)
+    assert found is not None and found.wrong == wrong[1:]
+    write_record(Record(dataclasses.replace(here, host="another"), "2026-01-01", wrong), path)
+    doctor_run._record(lines, 1)
+    found = read_record(path)
+    assert found is not None and found.wrong == ()

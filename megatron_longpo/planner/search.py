@@ -269,7 +269,8 @@ class Search:
                 [Recompute(True, n, min(offloaded[0], max(0, layers - n - 1))) for n in range(1, layers + 1)],
             ]
         found = self._configured(layers)
-        return [[dataclasses.replace(found, offloaded=n) for n in offloaded if n < max(1, layers - found.whole_layers)]]
+        most = max(0, layers - found.whole_layers - 1)
+        return [[dataclasses.replace(found, offloaded=n) for n in sorted({min(n, most) for n in offloaded})]]
 
     def _most_offloaded(self, candidate: Candidate) -> int:
         """Layers of a virtual stage whose activations the host has room for, if nothing is recomputed."""

@@ -77,6 +77,25 @@ def search_of(
     return Search(config, shape, machine, gpus, workload)
 
 
+def test_recomputed_and_offloaded_layers_may_be_more_than_a_short_stage_has() -> None:
+    training = TrainingConfig(
+        bf16=True,
+        recompute_granularity="full",
+        recompute_method="block",
+        recompute_num_layers=4,
+        cpu_offloading_num_layers=4,
+    )
+    search = search_of(65536, 8, config=dataclasses.replace(CONFIG, training=training))
+    given = frozenset(
+        {"recompute_granularity", "recompute_method", "recompute_num_layers", "cpu_offloading_num_layers"}
+    )
+    for _, candidate in dataclasses.replace(search, given=given).ordered:
+        layers = max(n for rank in candidate.split for n in rank)
+        for (only,) in dataclasses.replace(search, given=given)._families(candidate):
+            assert only.whole_layers == min(4, layers)
+            assert only.offloaded == min(4, max(0, layers - only.whole_layers - 1))
+
+
 # --------------------------------------------------------------------------------------------------
 # Rows
 # --------------------------------------------------------------------------------------------------

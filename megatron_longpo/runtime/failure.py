@@ -16,13 +16,16 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 from megatron_longpo.errors import LongPOError, one_line
 from megatron_longpo.runtime.files import release_locks
 from megatron_longpo.runtime.heartbeat import (
+    answer_of,
     begin_failing,
     end_others,
     failed_key,
+    own_store,
     ranks_behind,
     silent_ranks,
     whereabouts,
@@ -184,22 +187,21 @@ def _first_to_fail() -> bool:
     """Whether this rank prints the cause: the first one to get here, or rank 0 if the ranks share no store."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return True
+    if not _has_store():
+        return int(os.environ.get("RANK", "0")) == 0
+    return answer_of(lambda: int(_store().add(failed_key(), 1)) == 1, True)
+
+
+def _store() -> Any:
     # Not at the top: a command line that only prints its help should not wait for torch.
     import torch.distributed as dist
 
-    environment = os.environ
-    try:
-        if dist.is_initialized():
-            store = dist.distributed_c10d._get_default_store()
-        elif _has_store():
-            # torchrun's own store, which exists before any process group: ranks that work separately may fail separately.
-            address, port = environment["MASTER_ADDR"], int(environment["MASTER_PORT"])
-            store = dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=10), wait_for_workers=False)
-        else:
-            return int(environment.get("RANK", "0")) == 0
-        return store.add(failed_key(), 1) == 1
-    except Exception:
-        return True
+    if dist.is_initialized():
+        # A connection of its own: the main thread of this process may wait on the other one.
+        return own_store()
+    # torchrun's own store, which exists before any process group: ranks that work separately may fail separately.
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    return dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=10), wait_for_workers=False)
 
 
 def _has_store() -> bool:

@@ -16,10 +16,13 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+Answer = TypeVar("Answer")
 
 _BEAT_SECONDS = 1.0
 # The store serves all ranks: with more of them each one asks less often.
@@ -27,6 +30,8 @@ _RANKS_PER_SECOND = 512
 # Several beats, so that a rank on a busy machine is not taken for one that hangs.
 _LISTEN_SECONDS = 5.0
 _STORE_SECONDS = 10
+# For a question, with the seconds of listening that it may take.
+_ANSWER_SECONDS = 2 * _STORE_SECONDS
 # What a rank adds to its count when it has ended as it should.
 _DONE = 2**40
 # A rank that is naming the cause of a failure is not ended meanwhile.
@@ -93,43 +98,47 @@ def begin_failing() -> None:
     _own.is_failing = True
 
 
+def answer_of(question: Callable[[], Answer], otherwise: Answer) -> Answer:
+    """What the store answers, or ``otherwise`` if it fails or does not answer in time.
+
+    A store whose process is stopped, or whose machine is gone, leaves a question waiting for ever: torch's time-outs bound
+    ``wait``, not ``add``, ``get`` or the making of a connection. So a thread asks, and is left behind.
+    """
+    found = [otherwise]
+
+    def ask() -> None:
+        with contextlib.suppress(Exception):
+            found[0] = question()
+
+    thread = threading.Thread(target=ask, name="question to the store", daemon=True)
+    thread.start()
+    thread.join(_ANSWER_SECONDS)
+    return found[0]
+
+
 def end_others() -> None:
     """Have all other ranks end: the cause has been named. They may wait for this one where nothing interrupts them."""
-    if _pulse is not None:
-        with contextlib.suppress(Exception):
-            own_store().add(_pulse.key("end"), 1)
+    pulse = _pulse
+    if pulse is not None:
+        answer_of(lambda: own_store().add(pulse.key("end"), 1), 0)
 
 
 def silent_ranks() -> list[int]:
     """Ranks whose counter has stopped; takes some seconds. Empty if all counters advance, or if there is no store to ask."""
-    if _pulse is None:
-        return []
-    with contextlib.suppress(Exception):
-        store = own_store()
-        ranks = [rank for rank in range(_pulse.world) if rank != _pulse.rank]
-        before = {rank: store.add(_pulse.key("beats", rank), 0) for rank in ranks}
-        time.sleep(_LISTEN_SECONDS)
-        return [rank for rank in ranks if store.add(_pulse.key("beats", rank), 0) == before[rank] < _DONE]
-    return []
+    return [] if _pulse is None else answer_of(_pulse.silent, [])
 
 
 def ranks_behind() -> list[int]:
     """Ranks that have been in fewer places than others; empty if all are equally far, or if there is no store to ask."""
-    if _pulse is None:
-        return []
-    with contextlib.suppress(Exception):
-        store = own_store()
-        far = [_pulse.read_place(store, rank)["places"] for rank in range(_pulse.world)]
-        return [rank for rank, places in enumerate(far) if places < max(far)]
-    return []
+    return [] if _pulse is None else answer_of(_pulse.behind, [])
 
 
 def whereabouts(rank: int) -> str:
     """Where a rank runs and what it did last, in brackets; empty if there is no store to ask."""
-    if _pulse is not None:
-        with contextlib.suppress(Exception):
-            return f" ({_pulse.describe(_pulse.read_place(own_store(), rank))})"
-    return ""
+    pulse = _pulse
+    if pulse is None:
+        return ""
+    return answer_of(lambda: f" ({pulse.describe(pulse.read_place(own_store(), rank))})", "")
 
 
 def own_store() -> Any:
@@ -163,39 +172,68 @@ class _Pulse(threading.Thread):
         self._period = max(_BEAT_SECONDS, world / _RANKS_PER_SECOND)
         self._said = -1
         self._count, self._changed = -1, time.monotonic()
+        self._answered = time.monotonic()
 
     def key(self, name: str, rank: int | None = None) -> str:
         return f"megatron_longpo/{name}{'' if rank is None else f'/{rank}'}"
 
     def run(self) -> None:
-        store, answered = None, time.monotonic()
+        store, self._answered = None, time.monotonic()
+        threading.Thread(target=self._mind_the_store, name="heartbeat of the store", daemon=True).start()
         # The first beat comes at once: a process may die in its first second.
         while not self._stop_event.is_set():
             try:
                 store = store or own_store()
                 self._beat(store)
-                if time.monotonic() - answered > 2 * self._period + 1:
+                if time.monotonic() - self._answered > 2 * self._period + 1:
                     # As long as nobody could be asked, nobody can be blamed.
                     self._changed = time.monotonic()
-                answered = time.monotonic()
+                self._answered = time.monotonic()
                 if store.add(self.key("end"), 0):
                     self._end_with_the_run()
                 self._watch(store)
             except Exception:
                 # An answer that comes late would be taken for that of the next question, so another connection asks it.
                 store = None
-                if self.patience and time.monotonic() - answered > self.patience:
-                    self._end(
-                        f"rank {self.rank} ({self.describe(_place())}) has not reached the store at {_store_address()} for "
-                        f"{self.patience:g} s: the machine of the store, or the network to it, is down"
-                    )
+                self._check_store()
             self._stop_event.wait(self._period)
+
+    def _mind_the_store(self) -> None:
+        """Notice that the other thread waits for a store that does not answer; see ``answer_of``."""
+        woke = time.monotonic()
+        while not self._stop_event.wait(self._period):
+            now, before = time.monotonic(), woke
+            woke = now
+            if now - before > 2 * self._period + 1:
+                # This process itself stood still: the other thread asks again first.
+                self._answered = now
+            self._check_store()
+
+    def _check_store(self) -> None:
+        if self.patience and time.monotonic() - self._answered > self.patience:
+            self._end(
+                f"rank {self.rank} ({self.describe(_place())}) has not reached the store at {_store_address()} for "
+                f"{self.patience:g} s: the machine of the store, or the network to it, is down"
+            )
 
     def stop(self) -> None:
         """End the thread, and tell the rank that watches this one that all is well."""
         self._stop_event.set()
-        with contextlib.suppress(Exception):
-            own_store().add(self.key("beats", self.rank), _DONE)
+        answer_of(lambda: own_store().add(self.key("beats", self.rank), _DONE), 0)
+
+    def silent(self) -> list[int]:
+        """Ranks whose counter does not advance."""
+        store = own_store()
+        ranks = [rank for rank in range(self.world) if rank != self.rank]
+        before = {rank: store.add(self.key("beats", rank), 0) for rank in ranks}
+        time.sleep(_LISTEN_SECONDS)
+        return [rank for rank in ranks if store.add(self.key("beats", rank), 0) == before[rank] < _DONE]
+
+    def behind(self) -> list[int]:
+        """Ranks that have been in fewer places than others."""
+        store = own_store()
+        far = [self.read_place(store, rank)["places"] for rank in range(self.world)]
+        return [rank for rank, places in enumerate(far) if places < max(far)]
 
     def read_place(self, store: Any, rank: int) -> dict[str, Any]:
         """What a rank last said of itself."""

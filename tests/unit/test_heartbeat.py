@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -170,3 +171,19 @@ def test_launches_on_one_store_do_not_meet(store: Any) -> None:
 def test_a_rank_that_does_not_come_is_named(store: Any) -> None:
     with pytest.raises(PlatformError, match="rank 1 of 2 did not come within"):
         store_of_launch(store, rank=0, world=2, timeout=timedelta(seconds=0.1))
+
+
+def test_a_store_that_never_answers_is_not_waited_for(
+    monkeypatch: pytest.MonkeyPatch, ends: _Ends, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Its process is stopped: torch's questions wait without a bound."""
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    answer = threading.Event()
+    monkeypatch.setattr(heartbeat, "own_store", answer.wait)
+    monkeypatch.setattr(heartbeat, "_ANSWER_SECONDS", 0.2)
+    assert heartbeat.answer_of(heartbeat.own_store, "none") == "none"
+    mine = pulse(0.5)
+    wait_for(lambda: ends)
+    mine._stop_event.set()
+    answer.set()
+    assert "has not reached the store" in capfd.readouterr().err.splitlines()[0]

@@ -6,6 +6,8 @@
 # and so do the samples of each step. The machine MASTER_ADDR holds the rendezvous and must stay.
 set -euo pipefail
 
+# Ranks that get SIGTERM have this many seconds for their step and a checkpoint (torchrun's own default: 30).
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}
 # Without this, torchrun 2.13 cannot take in a machine that comes later (docs/operations.md).
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=${TORCH_DISABLE_SHARE_RDZV_TCP_STORE:-1}
 exec "${PYTHON:-python}" -m torch.distributed.run \

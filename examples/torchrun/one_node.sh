@@ -4,5 +4,7 @@
 # PROCESSES_PER_NODE: number of processes; by default one per GPU, so it must be set where there is none.
 set -euo pipefail
 
+# Ranks that get SIGTERM have this many seconds for their step and a checkpoint (torchrun's own default: 30).
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}
 exec "${PYTHON:-python}" -m torch.distributed.run --standalone --nproc-per-node "${PROCESSES_PER_NODE:-gpu}" \
   -m megatron_longpo.train "$@"

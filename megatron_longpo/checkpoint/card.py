@@ -87,11 +87,11 @@ def training_record(
 
 
 def _means(records: list[dict[str, Any]]) -> dict[str, float]:
-    """Means of all metrics, each over the records that have it."""
+    """Means of all metrics, each over the records that have it; fingerprints and counts have none."""
     values: dict[str, list[float]] = {}
     for record in records:
         for key, value in record.items():
-            if isinstance(value, (int, float)):
+            if isinstance(value, (int, float)) and key != "skipped" and not key.startswith("fingerprint/"):
                 values.setdefault(key, []).append(value)
     return {key: sum(found) / len(found) for key, found in values.items()}
 

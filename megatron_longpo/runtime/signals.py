@@ -11,6 +11,17 @@ from typing import Any
 STOPPED = 75
 
 
+def heed(names: Iterable[str]) -> None:
+    """Let signals that the parent left ignored end this process, until they are caught.
+
+    A batch script lets torchrun ignore SIGUSR1, and its processes inherit that: before the first step, when there is nothing to
+    save, the signal would be lost, and with it the time that is left.
+    """
+    for number in (signal.Signals[name] for name in names):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
+
+
 class Signals:
     """Notes signals between ``catch`` and ``release`` instead of dying of them.
 

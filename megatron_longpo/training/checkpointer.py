@@ -225,6 +225,8 @@ class Checkpointer:
         self.good_step: int | None = None
         self._rule = None if self.config.save_best is None else rule_of(self.config.save_best, plan.objective)
         self.best: Best | None = None
+        # That of the checkpoints that are there: a save in the background may still fail.
+        self._good_best: Best | None = None
         # The save that goes on in the background.
         self._saving: Save | None = None
         self.saved_step: int | None = None
@@ -307,7 +309,7 @@ class Checkpointer:
                 raise
         elif self.saved_step == step and (best := self._best_with(step, held_out)) != self.best:
             # Saved by an earlier launch, which had no time to evaluate it.
-            self.best = best
+            self.best = self._good_best = best
             if self.parallel.rank == 0:
                 self._name_best(self.output, best)
 
@@ -357,7 +359,7 @@ class Checkpointer:
 
     def give_up_save(self) -> None:
         """Forget a save that failed; what it wrote is removed by the next one."""
-        self._saving, self.saved_step = None, self.good_step
+        self._saving, self.saved_step, self.best = None, self.good_step, self._good_best
 
     def _finish_saving(self, output: Path) -> None:
         """Wait for a save in the background, if there is one, and publish its checkpoint; collective."""
@@ -408,7 +410,7 @@ class Checkpointer:
                         os.replace(folder_of(output, old), doomed)
                         shutil.rmtree(doomed, ignore_errors=True)
         # The trainer checked it before it was saved.
-        self.good_step = step
+        self.good_step, self._good_best = step, best
 
     def _name_best(self, output: Path, best: Best | None) -> None:
         assert best is not None and self._rule is not None
@@ -454,7 +456,7 @@ class Checkpointer:
         step = self._resume(state)
         if self._rule is not None and self.output is not None:
             output, rule = self.output, self._rule
-            self.best = on_rank0(lambda: read_best(output, rule, step))
+            self.best = self._good_best = on_rank0(lambda: read_best(output, rule, step))
         return step
 
     def _resume(self, state: TrainState) -> int:

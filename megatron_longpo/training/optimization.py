@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer import get_megatron_optimizer
@@ -73,11 +75,22 @@ class Optimizer(ChainedOptimizer):
 
     It looks between the norm, which clipping needs anyway, and the update. megatron-core itself does so only with loss scaling
     (fp16).
+
+    Attributes:
+        has_replicas: whether each data-parallel replica computes the norm by itself. One whose memory or arithmetic fails may
+            then be the only one to see NaN, and all must leave the update out alike.
     """
 
+    has_replicas = False
+
     def get_grad_norm(self) -> float:
-        self._norm = float(super().get_grad_norm())
-        return self._norm
+        norm = float(super().get_grad_norm())
+        if self.has_replicas:
+            flag = torch.tensor([not math.isfinite(norm)], dtype=torch.int32, device=platform.CURRENT.device)
+            dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+            norm = math.nan if flag.item() and math.isfinite(norm) else norm
+        self._norm = norm
+        return norm
 
     def step_with_ready_grads(self) -> bool:
         return math.isfinite(self._norm) and bool(super().step_with_ready_grads())
@@ -108,7 +121,10 @@ def build_optimizer(config: Config, model: list[DistributedDataParallel]) -> Opt
         for inner in inner_optimizers(optimizer):
             for part in device_optimizers(inner):
                 _become_rmsprop(part, optimizer_config.rmsprop_alpha)
-    return Optimizer(wrappers_of(optimizer))
+    found = Optimizer(wrappers_of(optimizer))
+    replicas = parallel_state.get_data_parallel_world_size(with_context_parallel=True)
+    found.has_replicas = replicas > 1 and not config.parallel.use_distributed_optimizer
+    return found
 
 
 def _offload(settings: MegatronOptimizerConfig, config: Config) -> None:

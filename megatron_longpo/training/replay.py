@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
@@ -14,14 +15,15 @@ from torch import Tensor
 from megatron_longpo.config import Config
 from megatron_longpo.errors import DataError
 from megatron_longpo.model.gpt import PolicyModel
-from megatron_longpo.runtime.collectives import all_gather_objects
+from megatron_longpo.runs.records import METRICS, read_metric_lines
+from megatron_longpo.runtime.collectives import all_gather_objects, on_rank0
 from megatron_longpo.runtime.log import log
 from megatron_longpo.training.checkpointer import Checkpointer
 from megatron_longpo.training.metrics import reduce_samples
+from megatron_longpo.training.optimization import gather_weights
 from megatron_longpo.training.plan import make_plan
 from megatron_longpo.training.plausibility import first_not_finite
 from megatron_longpo.training.session import open_session
-from megatron_longpo.training.skipping import path_of
 from megatron_longpo.training.trainer import Trainer
 
 
@@ -44,6 +46,11 @@ class Replay:
     samples: list[dict[str, Any]]
     grad_norm: float
     not_finite: str | None
+
+
+def _skipped(output: Path) -> set[int]:
+    """Steps that the run skipped; not those that a later launch has trained, of which a file may be left in its folder."""
+    return {line.record["step"] for line in read_metric_lines(output / METRICS).lines if "skipped" in line.record}
 
 
 def replay(config: Config, step: int) -> Replay:
@@ -73,16 +80,19 @@ def replay(config: Config, step: int) -> Replay:
     trainer = Trainer(session, checkpointer, began=0.0, is_replay=True)
     if start:
         checkpointer.load_step(start, trainer.state)
-    assert plan.output is not None
+    output = plan.output
+    assert output is not None
+    skipped = on_rank0(lambda: _skipped(output))
     for done in range(start, step - 1):
         trainer.step = done
-        if path_of(plan.output, done + 1).exists():
+        if done + 1 in skipped:
             trainer.scheduler.step(increment=1)
             trainer.guard.skip(done + 1)
         else:
             log(f"step {done + 1} is trained again", active=session.parallel.rank == 0)
             trainer.train_step()
 
+    gather_weights(trainer.model)
     weights = first_not_finite(session.chunks)
     numbers = trainer.sampler.batch(step - 1)
     with _watching(session.chunks) as places:

@@ -6,6 +6,7 @@ run needs to continue the same record is kept in OUTPUT/trackers.json.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import logging
 import re
@@ -147,7 +148,9 @@ class Prometheus(Tracker):
                 self._gauges[name] = Gauge(gauge, f"Metric {name} of a training run", ["run"], registry=self._registry)
             self._gauges[name].labels(self._run).set(value)
         if self._path is not None:
-            write_to_textfile(str(self._path), self._registry)
+            # A full disk ends no run for want of a gauge: the next step writes them all again.
+            with contextlib.suppress(OSError):
+                write_to_textfile(str(self._path), self._registry)
 
     def close(self) -> None:
         if self._server is not None:

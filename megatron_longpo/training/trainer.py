@@ -13,7 +13,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +26,14 @@ from megatron_longpo.checkpoint.checksums import Verification
 from megatron_longpo.checkpoint.folders import folder_of, from_newest_good, is_one_of_several
 from megatron_longpo.config import Config, data_sources
 from megatron_longpo.data.sampler import BatchSampler, BlendSampler
-from megatron_longpo.errors import CheckpointError, ConfigError, LongPOError
+from megatron_longpo.errors import CheckpointError, ConfigError, LongPOError, one_line
 from megatron_longpo.runtime import platform, process_groups
 from megatron_longpo.runtime.collectives import on_rank0
-from megatron_longpo.runtime.failure import keep_tracebacks_in
+from megatron_longpo.runtime.failure import explain, keep_tracebacks_in
 from megatron_longpo.runtime.files import FolderLock, write_atomically
 from megatron_longpo.runtime.heartbeat import at, watch_neighbour
 from megatron_longpo.runtime.log import log
+from megatron_longpo.runtime.signals import heed
 from megatron_longpo.runtime.status import StatusFile
 from megatron_longpo.training.checkpointer import Checkpointer, TrainState
 from megatron_longpo.training.data_set import DataSet
@@ -59,7 +60,7 @@ from megatron_longpo.training.preflight import cautions, check_run, refuse_wrong
 from megatron_longpo.training.profiler import Profiler
 from megatron_longpo.training.replicas import check_replicas
 from megatron_longpo.training.session import Session, open_session
-from megatron_longpo.training.skipping import StepGuard, path_of, write_skipped
+from megatron_longpo.training.skipping import StepGuard, write_skipped
 from megatron_longpo.training.stopping import Stop, StopCondition
 from megatron_longpo.training.trackers import Tracker, open_trackers
 
@@ -151,8 +152,9 @@ class Trainer:
         """
         with contextlib.closing(self.stop_condition):
             stop = self._train()
-        self.profiler.close(self.step)
-        self.checkpointer.close()
+            self.profiler.close(self.step)
+            # Whoever stops a job often sends its signal twice: the second one must not end the writing of the checkpoint.
+            self.checkpointer.close()
         self.reporter.close()
         self.status.write("stopped" if stop else "finished", step=self.step, message=stop.reason if stop else "")
         # A rank that ends with status 75 makes torchrun end the others, which may still be closing trackers.
@@ -306,8 +308,7 @@ class Trainer:
         samples = self.describe(numbers, found)
         where = ""
         if output is not None and not self.is_replay:
-            where = f"; {path_of(output, step)} has the samples"
-            on_rank0(lambda: write_skipped(output, step, fault, metrics=means, samples=samples))
+            where = on_rank0(lambda: self._note_skipped(output, fault, means, samples))
         most = self.config.faults.max_skipped_steps
         if self.guard.is_too_many:
             raise LongPOError(
@@ -315,6 +316,15 @@ class Trainer:
                 f"{self.checkpointer.advice(step - self.guard.streak)}{where}"
             )
         self._log(f"step {step} is skipped ({len(self.guard.skipped)} of at most {most}): {fault}{where}")
+
+    def _note_skipped(
+        self, output: Path, fault: str, means: Mapping[str, float], samples: Sequence[Mapping[str, Any]]
+    ) -> str:
+        """Write down a skipped step, on rank 0, and say where. A disk that takes nothing ends no run for it."""
+        try:
+            return f"; {write_skipped(output, self.step + 1, fault, metrics=means, samples=samples)} has the samples"
+        except OSError as error:
+            return f"; its samples could not be written ({one_line(error)})"
 
     def _fingerprints(self, numbers: Sequence[int]) -> dict[str, int]:
         """Fingerprints of the batch and of the gradients if it is time to; collective."""
@@ -358,6 +368,12 @@ class Trainer:
             # The same weights again would only take the place of older ones, and these may be what the run has to go back to.
             return
         last = last or stopping
+        if last and self.config.faults.on_save_failure == "continue":
+            # An earlier checkpoint that fails in the background does not keep the last one from being written.
+            try:
+                self.checkpointer.wait()
+            except CheckpointError as error:
+                self._go_on_without_save(error)
         if self.checkpointer.is_due(self.step, last=last, held_out=self._held_out):
             gather_weights(self.model)
             name = first_not_finite(self.chunks, inner_optimizers(self.optimizer))
@@ -371,18 +387,25 @@ class Trainer:
                 self.checkpointer.save(
                     self.step, self.state, records=self.reporter.records, last=last, held_out=self._held_out
                 )
+                if self.checkpointer.is_hf_due(self.step):
+                    # The export reads this step's checkpoint, so it must be there.
+                    self.checkpointer.wait()
         except CheckpointError as error:
             # All ranks have it, so all go on.
             if last or self.config.faults.on_save_failure == "stop":
                 raise
-            self.checkpointer.give_up_save()
-            log(
-                f"{error}; step {self.step} is not saved, and training goes on (on_save_failure=continue)",
-                active=self.parallel.rank == 0,
-                level=logging.WARNING,
-            )
+            self._go_on_without_save(error)
             return
         self._export_hf()
+
+    def _go_on_without_save(self, error: CheckpointError) -> None:
+        step = self.checkpointer.saved_step
+        self.checkpointer.give_up_save()
+        log(
+            f"{error}; step {step} is not saved, and training goes on (on_save_failure=continue)",
+            active=self.parallel.rank == 0,
+            level=logging.WARNING,
+        )
 
     def _export_hf(self) -> None:
         """Write Hugging Face weights beside the checkpoint of this step if it is time to and they are not there; collective."""
@@ -560,6 +583,8 @@ def run(config: Config, *, export: Export | None = None) -> Stop | None:
         LongPOError: anything that the user can fix; found before any long work wherever possible.
     """
     began = time.monotonic()
+    if config.checkpoint.exit_signal_handler:
+        heed(config.checkpoint.exit_signal)
     plan = make_plan(config, int(os.environ.get("WORLD_SIZE", "1")))
     check_run(plan)
     if config.checkpoint.save_hf_interval is not None and export is None:
@@ -585,8 +610,11 @@ def run(config: Config, *, export: Export | None = None) -> Stop | None:
         status = StatusFile(plan.output if session.parallel.rank == 0 else None, train_iters=plan.train_iters)
         try:
             stop = start_training(session, began=began, status=status, export=export).train()
-        except LongPOError as error:
-            status.fail(str(error))
+        except Exception as error:
+            reason = str(error) if isinstance(error, LongPOError) else explain(error, plan.output)
+            # Anything else may pass when the run is started again, so it counts as broken off.
+            if reason is not None:
+                status.fail(reason)
             raise
     process_groups.stop_processes()
     return stop

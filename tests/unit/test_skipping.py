@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import json
 import math
+import signal
 from pathlib import Path
 
 import pytest
+from megatron.core.optimizer.optimizer import ChainedOptimizer
 
 from megatron_longpo.config import FaultsConfig, check, from_dict
 from megatron_longpo.errors import ConfigError
+from megatron_longpo.runs.records import METRICS
+from megatron_longpo.runtime.signals import heed
+from megatron_longpo.training import optimization
+from megatron_longpo.training.replay import _skipped
 from megatron_longpo.training.skipping import StepGuard, path_of, write_skipped
 
 INFINITY = math.inf
@@ -87,3 +93,35 @@ def test_settings_have_ranges() -> None:
     for name, value in (("max_skipped_steps", -1), ("spiky_loss_deviations", 0), ("spiky_loss_window", 19)):
         with pytest.raises(ConfigError, match=f"{name}={value}"):
             check(from_dict({"faults": {name: value}}, "test"))
+
+
+def test_all_replicas_leave_out_an_update_that_one_must(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the distributed optimizer a replica whose arithmetic fails is the only one to see NaN."""
+    monkeypatch.setattr(ChainedOptimizer, "get_grad_norm", lambda self: 1.5)
+    monkeypatch.setattr(ChainedOptimizer, "step_with_ready_grads", lambda self: True)
+    monkeypatch.setattr(optimization.dist, "all_reduce", lambda flag, op: flag.fill_(1))
+    optimizer = object.__new__(optimization.Optimizer)
+    assert optimizer.get_grad_norm() == 1.5 and optimizer.step_with_ready_grads()
+    optimizer.has_replicas = True
+    assert math.isnan(optimizer.get_grad_norm()) and not optimizer.step_with_ready_grads()
+
+
+def test_a_replay_trains_what_a_later_launch_has_trained(tmp_path: Path) -> None:
+    for step in (2, 3):
+        write_skipped(tmp_path, step, "the loss is nan", metrics={}, samples=[])
+    # Step 3 was skipped at first, and trained after a resume from step 2.
+    lines = [{"step": 1, "loss": 1.0}, {"step": 2, "lr": 0.1, "skipped": 1}, {"step": 3, "loss": 0.9}]
+    (tmp_path / METRICS).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert _skipped(tmp_path) == {2}
+
+
+def test_signals_that_the_parent_ignores_count_again() -> None:
+    before = signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    try:
+        heed(["SIGUSR1"])
+        assert signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL
+        signal.signal(signal.SIGUSR1, signal.default_int_handler)
+        heed(["SIGUSR1"])
+        assert signal.getsignal(signal.SIGUSR1) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGUSR1, before)

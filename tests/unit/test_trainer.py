@@ -24,6 +24,7 @@ from megatron_longpo.data.preference import Sample
 from megatron_longpo.errors import CheckpointError, ConfigError
 from megatron_longpo.training import checkpointer as checkpointer_module
 from megatron_longpo.training import memory, session, stopping
+from megatron_longpo.training.best import Best
 from megatron_longpo.training.checkpointer import Checkpointer
 from megatron_longpo.training.held_out import HeldOut
 from megatron_longpo.training.objective import LOSS_TYPES, OBJECTIVES
@@ -118,7 +119,12 @@ def test_another_run_is_refused_before_anything_long(monkeypatch: pytest.MonkeyP
     before = checkpointer_module.run_identity(_plan(tmp_path), "weights")
     progress = checkpointer_module.RunProgress(step=3, layout="", train_iters=10, identity=before)
     monkeypatch.setattr(checkpointer_module, "read_progress", lambda _: progress)
-    assert Checkpointer(_plan(tmp_path), _ONE, reference_weights="weights").resume_step == 3
+    keeper = Checkpointer(_plan(tmp_path), _ONE, reference_weights="weights")
+    assert keeper.resume_step == 3
+    # A save in the background fails: neither it nor its best value was ever there.
+    keeper.saved_step, keeper.best = 8, Best(8, 0.5)
+    keeper.give_up_save()
+    assert (keeper.saved_step, keeper.best) == (keeper.good_step, None)
     with pytest.raises(CheckpointError, match=r"has beta=0\.1, but now it is 0\.2; use the same value"):
         Checkpointer(_plan(tmp_path, objective={"beta": 0.2}), _ONE, reference_weights="weights")
     # A setting that did not exist when the run was saved.

@@ -24,6 +24,7 @@ from megatron_longpo.planner.search import Plan, Search
 from megatron_longpo.planner.space import CHOSEN
 from megatron_longpo.planner.verify import Verified, verify
 from megatron_longpo.planner.workload import Workload, from_data, made_up
+from megatron_longpo.runtime.files import write_atomically
 from megatron_longpo.runtime.log import log
 from megatron_longpo.schema import Count, PositiveFiniteFloat, check_ranges
 from megatron_longpo.simulation.data import read_shape
@@ -223,10 +224,13 @@ def _verified(plans: list[Plan], search: Search, options: PlanOptions) -> list[V
 
 def _write(result: Result, folder: Path, command: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "plan.json").write_text(result.as_json() + "\n", encoding="utf-8")
+    # What an earlier plan left does not stand beside this one.
+    for name in ("train.yaml", "plan_light.svg", "plan_dark.svg"):
+        (folder / name).unlink(missing_ok=True)
+    write_atomically(folder / "plan.json", (result.as_json() + "\n").encode())
     if not result.plans:
         return
-    (folder / "train.yaml").write_text(train_yaml(result, command), encoding="utf-8")
+    write_atomically(folder / "train.yaml", train_yaml(result, command).encode())
     for theme in ("light", "dark"):
         draw(result, folder / f"plan_{theme}.svg", theme)
     log(f"{folder}: train.yaml, plan.json, plan_light.svg, plan_dark.svg")

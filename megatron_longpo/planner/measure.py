@@ -112,8 +112,13 @@ class Measurement:
                 break
         return found
 
-    def seconds(self, action: Callable[[], object]) -> float:
-        """Seconds of an action: the median of its repetitions, and the mean over the processes, which all repeat it as often."""
+    def seconds(self, action: Callable[[], object], *, counts: bool = True) -> float:
+        """Seconds of an action: the median of its repetitions, and the mean over the processes, which all repeat it as often.
+
+        Args:
+            action: what is measured.
+            counts: whether this process has a part in it; one that only waits is left out of the mean.
+        """
         action()
         platform.CURRENT.synchronize()
         dist.barrier()
@@ -132,13 +137,15 @@ class Measurement:
                 action()
             platform.CURRENT.synchronize()
             times.append((time.perf_counter() - began) / together)
-        self.last = self._mean(statistics.median(times))
+        self.last = self._mean(statistics.median(times), counts=counts)
         return self.last
 
-    def _mean(self, value: float) -> float:
-        mean = torch.tensor([value], dtype=torch.float64, device=self.device)
-        dist.all_reduce(mean)
-        return float(mean) / self.world
+    def _mean(self, value: float, *, counts: bool = True) -> float:
+        """Mean over the processes that count."""
+        both = torch.tensor([value * counts, counts], dtype=torch.float64, device=self.device)
+        dist.all_reduce(both)
+        total, number = both.tolist()
+        return total / number
 
     def random(self, *sizes: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.randn(*sizes, dtype=torch.float32, device=self.device).to(dtype)
@@ -285,7 +292,8 @@ class Measurement:
             group = groups[mine] if mine < len(groups) else None
             found[str(size)] = {
                 name: {
-                    str(sent): self.seconds(self._exchange(name, sent, size, group))
+                    # With three processes one is in no group of two, and has nothing to do.
+                    str(sent): self.seconds(self._exchange(name, sent, size, group), counts=group is not None)
                     for sent in (2**12, 2**20, 2**24, *([2**28] if self.is_cuda else []))
                 }
                 for name in ("all_gather", "reduce_scatter", "all_reduce", "all_to_all")

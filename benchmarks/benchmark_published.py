@@ -136,8 +136,13 @@ class AuthorsStep:
     def tokens_per_s(self, target: int, shortest: int | None = 65536) -> float:
         """Tokens of the chosen rows per second, over documents with lengths evenly from ``shortest`` to the target: those of the
         paper are longer than 64K tokens and shorter than the target. None: all have the target's length."""
-        lengths = [float(target)] if shortest is None else np.linspace(shortest, target, 17).tolist()
+        lengths = [target] if shortest is None else lengths_to(target, shortest)
         return sum(lengths) / sum(map(self.seconds, lengths))
+
+
+def lengths_to(target: int, shortest: int = 65536) -> list[int]:
+    """Lengths of documents, evenly from the shortest to the target; for both sides of the comparison."""
+    return [int(length) for length in np.linspace(shortest, target, 17)]
 
 
 # GPUs, target length, tokens per second: arXiv 2502.13922.
@@ -164,7 +169,7 @@ def ours_on_their_cards() -> list[float]:
     for gpus, target, _ in AUTHORS:
         search = _search("mistral", "a800-80g", gpus, target, 8, {}, {"bf16": True}, "longpo", turns=4, short=24000)
         plan = search.best(1)[0]
-        lengths = np.linspace(65536, target, 5).astype(int).tolist()
+        lengths = lengths_to(target)
         seconds = []
         for length in lengths:
             rows = made_up(search.config, search.shape, length=length, answer=512, turns=4, short=24000, samples=None)

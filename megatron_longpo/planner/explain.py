@@ -39,10 +39,17 @@ def limits(plan: Plan, search: Search) -> str:
         words += f": {plan.candidate.micro_batches} micro batch(es) for {parallel.pipeline_size} stages"
     elif name == "launches":
         words += ": work too small for the GPU"
+    elif name == "host copies" or (name == "optimizer" and plan.recompute.host_optimizer):
+        words += f": {_waits_for(plan)} in host memory"
     share = plan.memory.total / search.usable_bytes
     if plan.recompute.whole_layers or share > 0.9:
         words += f"; memory {share:.0%} of what may be used"
     return words
+
+
+def _waits_for(plan: Plan) -> str:
+    waiting = [f"activations of {plan.recompute.offloaded} layer(s) per stage"] * (plan.recompute.offloaded > 0)
+    return " and ".join([*waiting, *["the optimizer"] * plan.recompute.host_optimizer])
 
 
 def difference(plan: Plan, other: Plan) -> str:

@@ -18,7 +18,7 @@ from megatron_longpo.model.shape import ModelShape
 from megatron_longpo.planner.explain import difference, limits
 from megatron_longpo.planner.machine import Machine, load_machine, machine_names
 from megatron_longpo.planner.search import USABLE, Plan, Search
-from megatron_longpo.planner.space import LAYOUT, RECOMPUTE
+from megatron_longpo.planner.space import CHOSEN, RECOMPUTE
 from megatron_longpo.planner.workload import made_up
 from megatron_longpo.runtime import platform
 from megatron_longpo.runtime.log import log
@@ -100,9 +100,9 @@ def next_layout(config: Config, world_size: int) -> str:
 def flags_of(plan: Plan, config: Config) -> str:
     """Flags of train that make a configuration a plan's."""
     changed = []
-    for section in ("parallel", "training"):
+    for section in ("parallel", "training", "optimizer"):
         new, old = getattr(plan.config, section), getattr(config, section)
-        for name in (*LAYOUT, *RECOMPUTE, "micro_batch_size", "cpu_offloading_num_layers"):
+        for name in CHOSEN:
             if hasattr(new, name) and getattr(new, name) != getattr(old, name):
                 changed.append(_flag(name, getattr(new, name)))
     return " ".join(changed)

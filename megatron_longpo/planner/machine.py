@@ -31,6 +31,9 @@ NotNegative = Annotated[float, Range(ge=0, lt=math.inf)]
 # exponential in place (8), the sum (4), the gradient in place (8), and its 16-bit copy (6).
 LOGIT_BYTES = 34
 
+# Memory of the host for each GPU, as a share of the GPU's, where a file does not say.
+_HOST_MEMORY = 1.5
+
 # Keys without a source.
 _PLAIN = ("name", "description", "device")
 
@@ -55,6 +58,9 @@ class Machine:
         network_gb_per_s: what a GPU sends to other nodes while it receives as much, as collectives reach it.
         network_latency_us: time of one step of a collective between nodes.
         host_link_gb_per_s: copies between the GPU and the host's memory, one direction.
+        host_memory_gib: memory of the host per GPU; without it, 1.5 times the GPU's, which is less than usual nodes have.
+        host_update_gb_per_s: bytes that an optimizer's update on the host's cores reads and writes, of a GPU's share of the cores
+            and of their memory; without it, as copies to the host.
         disk_gb_per_s: writing of checkpoints, per node.
         memory_efficiency: share of the memory's bandwidth that element-wise kernels reach.
         elementwise_efficiency: the same by dtype, of norms, gates, rotary embeddings and sums, where it was measured. On a CPU
@@ -90,6 +96,8 @@ class Machine:
     memory_efficiency: Share = 0.8
     elementwise_efficiency: dict[str, float] = field(default_factory=dict)
     optimizer_gb_per_s: PositiveFiniteFloat | None = None
+    host_memory_gib: PositiveFiniteFloat | None = None
+    host_update_gb_per_s: PositiveFiniteFloat | None = None
     logits_g_per_s: dict[str, float] = field(default_factory=dict)
     linear_width_efficiency: Curve = ((1.0, 1.0),)
     operator_us: NotNegative = 5.0
@@ -128,6 +136,15 @@ class Machine:
         if self.optimizer_gb_per_s is not None:
             return self.optimizer_gb_per_s * 1e9
         return self.elementwise_bytes_per_s("float32")
+
+    @property
+    def host_memory_bytes(self) -> float:
+        return self.host_memory_gib * 2**30 if self.host_memory_gib is not None else _HOST_MEMORY * self.memory_bytes
+
+    @property
+    def host_update_bytes_per_s(self) -> float:
+        """What an optimizer's update on the host's cores reads and writes together."""
+        return (self.host_update_gb_per_s or self.host_link_gb_per_s) * 1e9
 
     def logits_per_s(self, dtype: str) -> float:
         """Logits that pass the softmax of the log-probs and its gradient, beside the products.

@@ -78,7 +78,10 @@ class Measurement:
                 "elementwise_bytes_per_s": self.elementwise(dtype),
                 "logits_per_s": self.logits(dtype),
             }
-        found["optimizer_bytes_per_s"] = self.optimizer()
+        found["optimizer_bytes_per_s"] = self.optimizer(self.device)
+        if self.is_cuda:
+            found["host_memory_bytes"] = platform.CURRENT.host_memory_bytes()
+            found["host_update_bytes_per_s"] = self.optimizer(torch.device("cpu"))
         found["host_bytes_per_s"] = self.host_copies()
         found["disk_bytes_per_s"] = self.disk()
         found["exchanges"] = self.exchanges()
@@ -241,10 +244,10 @@ class Measurement:
         numbers = rows * hidden * (norm + 6) + rows * mlp * gate + 14 * rows * heads * size
         return numbers * dtype.itemsize / self.seconds(layer)
 
-    def optimizer(self) -> float:
+    def optimizer(self, device: torch.device) -> float:
         """Bytes per second of RMSProp's update (training/optimization.py) with an fp32 copy of the gradient and clipping."""
-        numbers = 2**27 if self.is_cuda else 2**22
-        weight, grad, mean = (torch.ones(numbers, device=self.device) for _ in range(3))
+        numbers = 2**27 if device.type == "cuda" else 2**22
+        weight, grad, mean = (torch.ones(numbers, device=device) for _ in range(3))
 
         def update() -> None:
             # A copy of the gradient 8, its norm 4, clipping 8, the running mean 8 + 12, the root 8, the sum 8, the update 16, a

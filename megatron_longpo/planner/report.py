@@ -103,6 +103,7 @@ class Result:
             "slower_by": difference(plan, self.plans[0]) if self.plans and plan is not self.plans[0] else "",
             "parallel": _changed(plan.config.as_dict()["parallel"], Config().as_dict()["parallel"]),
             "training": _changed(plan.config.as_dict()["training"], Config().as_dict()["training"]),
+            "optimizer": _changed(plan.config.as_dict()["optimizer"], Config().as_dict()["optimizer"]),
         }
 
     def as_json(self) -> str:

@@ -10,7 +10,7 @@ import bisect
 import dataclasses
 import functools
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from megatron_longpo.config import Config, TrainingConfig
 from megatron_longpo.errors import ConfigError
@@ -19,13 +19,16 @@ from megatron_longpo.planner.machine import Machine
 from megatron_longpo.planner.space import RECOMPUTE, Candidate, candidate_of, candidates
 from megatron_longpo.planner.timing import StepTime, TimeModel
 from megatron_longpo.planner.workload import Workload
-from megatron_longpo.training.activations import Activations
-from megatron_longpo.training.memory import HOST_SHARE, PINNED_ROUNDING, StepBytes, in_flight_forwards, step_parts
+from megatron_longpo.training.memory import (
+    HOST_SHARE,
+    PINNED_ROUNDING,
+    StageMemory,
+    StepBytes,
+    host_optimizer_bytes,
+)
 
 # Share of the memory that the estimate may take; what fragmentation and NCCL need is beyond it (docs/simulation.md).
 USABLE = 0.92
-# Memory of the host for each GPU, as a share of the GPU's: less than any node of data-centre cards has.
-_HOST_MEMORY = 1.5
 
 
 @dataclass(frozen=True)
@@ -36,13 +39,25 @@ class Recompute:
         up: the MLPs' first products, of layers that are not recomputed as a whole.
         whole_layers: layers of each virtual stage that are recomputed as a whole.
         offloaded: layers of each virtual stage whose activations wait in host memory; fewer than it has.
+        host_optimizer: whether the optimizer's states are in host memory, and updated there.
     """
 
     up: bool
     whole_layers: int = 0
     offloaded: int = 0
+    host_optimizer: bool = False
 
-    def applied_to(self, training: TrainingConfig) -> TrainingConfig:
+    def applied_to(self, config: Config) -> Config:
+        parallel, optimizer = config.parallel, config.optimizer
+        if self.host_optimizer != optimizer.optimizer_cpu_offload:
+            optimizer = dataclasses.replace(optimizer, optimizer_cpu_offload=self.host_optimizer)
+        if self.host_optimizer and not parallel.use_distributed_optimizer:
+            # States in host memory are those of the distributed optimizer, of one rank as well.
+            parallel = dataclasses.replace(parallel, use_distributed_optimizer=True)
+        training = self._training(config.training)
+        return dataclasses.replace(config, parallel=parallel, optimizer=optimizer, training=training)
+
+    def _training(self, training: TrainingConfig) -> TrainingConfig:
         training = dataclasses.replace(training, cpu_offloading_num_layers=self.offloaded or None)
         if not self.up and not self.whole_layers:
             return dataclasses.replace(training, recompute_granularity="none")
@@ -60,7 +75,8 @@ class Recompute:
         words = "MLP up-projections" if self.up else "nothing"
         if self.whole_layers:
             words = f"{self.whole_layers} layer(s) per stage, MLP up-projections of the others"
-        return words + (f"; {self.offloaded} layer(s) per stage in host memory" if self.offloaded else "")
+        words += f"; {self.offloaded} layer(s) per stage in host memory" if self.offloaded else ""
+        return words + ("; optimizer in host memory" if self.host_optimizer else "")
 
 
 @dataclass(frozen=True)
@@ -143,6 +159,7 @@ class Search:
     world_size: int
     workload: Workload
     given: frozenset[str] = frozenset()
+    _memories: dict[object, dict[int, StageMemory]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @functools.cached_property
     def times(self) -> TimeModel:
@@ -172,15 +189,34 @@ class Search:
         return found
 
     @functools.cached_property
-    def ordered(self) -> Sequence[tuple[float, Candidate]]:
-        """Candidates with the least time that they can take, fastest first."""
-        timed = []
-        for candidate in candidates(self.config, self.shape, self.world_size, self.given):
-            least = min(self._time(candidate, family[0]).total for family in self._families(candidate))
-            timed.append((least, candidate))
-        if not timed:
+    def candidates(self) -> Sequence[Candidate]:
+        """All layouts that are allowed.
+
+        Raises:
+            ConfigError: there are none.
+        """
+        found = list(candidates(self.config, self.shape, self.world_size, self.given))
+        if not found:
             raise ConfigError(self._why_none())
+        return found
+
+    @functools.cached_property
+    def ordered(self) -> Sequence[tuple[float, Candidate]]:
+        """Candidates whose weights, gradients and optimizer fit, with the least time that they can take, fastest first."""
+        timed = [(self._least(candidate), candidate) for candidate in self.candidates if self._holds(candidate)]
         return sorted(timed, key=lambda item: item[0])
+
+    def _holds(self, candidate: Candidate) -> bool:
+        on_host = self._host_optimizer(candidate)[-1]
+        return max(stage.static.total for stage in self._stages(candidate, on_host).values()) <= self.usable_bytes
+
+    def _least(self, candidate: Candidate) -> float:
+        """Seconds without what makes a step longer: recomputation, and waiting for the host."""
+        families = self._families(candidate)
+        if not families[0][0].offloaded:
+            return self._time(candidate, families[0][0]).total
+        # Less is copied to the host where more is recomputed.
+        return min(self._time(candidate, family[0]).total for family in families)
 
     def _why_none(self) -> str:
         config = self.config
@@ -198,24 +234,26 @@ class Search:
 
     def fitted(self, candidate: Candidate) -> Plan | None:
         """A candidate in the fastest way that fits, or None."""
-        found = []
+        stages = {on: self._stages(candidate, on) for on in self._host_optimizer(candidate)}
+
+        def fits(choice: Recompute) -> bool:
+            return _peak(stages[choice.host_optimizer], choice)[1].total <= self.usable_bytes
+
+        best: tuple[float, Recompute] | None = None
         for family in self._families(candidate):
             # Each choice of a family takes less memory and more time than the one before it; but recomputing the last layer as
             # well may take more, since all of it is there at once.
-            if family[-1].whole_layers > 1 and not self._fits(candidate, family[-1]):
-                family = family[:-1]
-            if not self._fits(candidate, family[-1]):
+            if best is not None and self._time(candidate, family[0]).total >= best[0]:
                 continue
-            first = bisect.bisect_left(
-                range(len(family) - 1),
-                True,
-                key=lambda i, family=family: self._fits(candidate, family[i]),  # type: ignore[misc]
-            )
-            found.append((self._time(candidate, family[first]).total, first, family[first]))
-        return self.plan(candidate, min(found, key=lambda item: item[:2])[2]) if found else None
-
-    def _fits(self, candidate: Candidate, recompute: Recompute) -> bool:
-        return self.memory(candidate, recompute).total <= self.usable_bytes
+            if family[-1].whole_layers > 1 and not fits(family[-1]):
+                family = family[:-1]
+            if not fits(family[-1]):
+                continue
+            first = bisect.bisect_left(range(len(family) - 1), True, key=lambda i, family=family: fits(family[i]))  # type: ignore[misc]
+            seconds = self._time(candidate, family[first]).total
+            if best is None or seconds < best[0]:
+                best = seconds, family[first]
+        return None if best is None else self.plan(candidate, best[1])
 
     def leanest(self, candidate: Candidate) -> Plan:
         """A candidate in the way that takes least memory."""
@@ -224,24 +262,39 @@ class Search:
 
     def plan(self, candidate: Candidate, recompute: Recompute) -> Plan:
         """A candidate with what it takes."""
-        chosen = _with_recompute(candidate, recompute)
+        chosen = dataclasses.replace(candidate, config=recompute.applied_to(candidate.config))
         return Plan(chosen, recompute, self.memory(candidate, recompute), self._time(candidate, recompute))
 
     def _time(self, candidate: Candidate, recompute: Recompute) -> StepTime:
         return self.times.step(
-            candidate, up=recompute.up, whole_layers=recompute.whole_layers, offloaded=recompute.offloaded
+            candidate,
+            up=recompute.up,
+            whole_layers=recompute.whole_layers,
+            offloaded=recompute.offloaded,
+            host_optimizer=recompute.host_optimizer,
         )
 
     def memory(self, candidate: Candidate, recompute: Recompute) -> Memory:
         """Peak memory of the fullest stage."""
-        config = _with_recompute(candidate, recompute).config
-        stages = {0, len(candidate.split) - 1}
+        stage, found = _peak(self._stages(candidate, recompute.host_optimizer), recompute)
+        return Memory(found, stage, self.machine.reserved_bytes)
+
+    def _stages(self, candidate: Candidate, host_optimizer: bool) -> dict[int, StageMemory]:
+        """What memory goes by of the stages that may be the fullest: the first, the last and the one with the most layers."""
+        is_sharded = candidate.config.parallel.use_distributed_optimizer
+        key = (candidate.parallel, candidate.split, candidate.micro_batch_size, is_sharded, host_optimizer)
+        if key not in self._memories:
+            self._memories[key] = self._make_stages(candidate, host_optimizer)
+        return self._memories[key]
+
+    def _make_stages(self, candidate: Candidate, host_optimizer: bool) -> dict[int, StageMemory]:
         layers = [sum(rank) for rank in candidate.split]
-        if len(set(layers)) > 1:
-            stages.add(layers.index(max(layers)))
-        found = []
-        for stage in sorted(stages):
-            parts = step_parts(
+        config = candidate.config
+        if host_optimizer != config.optimizer.optimizer_cpu_offload:
+            optimizer = dataclasses.replace(config.optimizer, optimizer_cpu_offload=host_optimizer)
+            config = dataclasses.replace(config, optimizer=optimizer)
+        return {
+            stage: StageMemory.of(
                 self.shape,
                 config,
                 candidate.parallel,
@@ -250,38 +303,53 @@ class Search:
                 stage=stage,
                 on_cuda=self.machine.device == "cuda",
             )
-            assert parts is not None
-            found.append(Memory(parts, stage, self.machine.reserved_bytes))
-        return max(found, key=lambda memory: memory.total)
+            for stage in sorted({0, len(layers) - 1, layers.index(max(layers))})
+        }
 
     def _families(self, candidate: Candidate) -> list[list[Recompute]]:
         """What may be recomputed and may wait in host memory: lists in which memory falls and time grows."""
         training = self.config.training
         layers = max(n for rank in candidate.split for n in rank)
-        if "cpu_offloading_num_layers" in self.given:
-            offloaded = [min(training.cpu_offloading_num_layers or 0, layers - 1)]
-        else:
-            offloaded = list(range(min(layers, 1 + self._most_offloaded(candidate))))
-        if training.recompute_granularity == "auto" or not self.given.intersection(RECOMPUTE):
-            kept = [[Recompute(up, 0, n) for n in offloaded] for up in (False, True)]
-            return [
-                *kept,
-                [Recompute(True, n, min(offloaded[0], max(0, layers - n - 1))) for n in range(1, layers + 1)],
-            ]
-        found = self._configured(layers)
-        most = max(0, layers - found.whole_layers - 1)
-        return [[dataclasses.replace(found, offloaded=n) for n in sorted({min(n, most) for n in offloaded})]]
+        found: list[list[Recompute]] = []
+        for on in self._host_optimizer(candidate):
+            if "cpu_offloading_num_layers" in self.given:
+                offloaded = [min(training.cpu_offloading_num_layers or 0, layers - 1)]
+            else:
+                offloaded = list(range(min(layers, 1 + self._most_offloaded(candidate, on))))
+            if training.recompute_granularity == "auto" or not self.given.intersection(RECOMPUTE):
+                found += [[Recompute(up, 0, n, on) for n in offloaded] for up in (False, True)]
+                found.append(
+                    [Recompute(True, n, min(offloaded[0], max(0, layers - n - 1)), on) for n in range(1, layers + 1)]
+                )
+            else:
+                own = dataclasses.replace(self._configured(layers), host_optimizer=on)
+                most = max(0, layers - own.whole_layers - 1)
+                found.append([dataclasses.replace(own, offloaded=n) for n in sorted({min(n, most) for n in offloaded})])
+        return found
 
-    def _most_offloaded(self, candidate: Candidate) -> int:
+    def _host_optimizer(self, candidate: Candidate) -> tuple[bool, ...]:
+        """Whether the optimizer's states are on the device, in host memory, or may be in either."""
+        own = self.config.optimizer.optimizer_cpu_offload
+        if "optimizer_cpu_offload" in self.given or own or self.machine.device != "cuda":
+            return (own,)
+        may = "use_distributed_optimizer" not in self.given or self.config.parallel.use_distributed_optimizer
+        return (False, True) if may and self._host_room(candidate, True) > 0 else (False,)
+
+    def _host_room(self, candidate: Candidate, host_optimizer: bool) -> float:
+        """Bytes of the host's memory that activations of a rank may take."""
+        room = HOST_SHARE * self.machine.host_memory_bytes
+        if host_optimizer:
+            weights = max(stage.static.parameters for stage in self._stages(candidate, True).values())
+            room -= host_optimizer_bytes(weights, candidate.config, candidate.parallel)
+        return room
+
+    def _most_offloaded(self, candidate: Candidate, host_optimizer: bool) -> int:
         """Layers of a virtual stage whose activations the host has room for, if nothing is recomputed."""
         if self.machine.device != "cuda":
             return 0
-        tokens = candidate.micro_batch_size * self.workload.longest.places
-        config, parallel = candidate.config, candidate.parallel
-        activations = Activations(self.shape, config, parallel, tokens=tokens, is_last=False, on_cuda=True)
-        in_flight = in_flight_forwards(config, self.shape, parallel, candidate.micro_batches, 0)
-        room = HOST_SHARE * _HOST_MEMORY * self.machine.memory_bytes
-        return int(room / (PINNED_ROUNDING * in_flight * activations.kept(recompute_up=False)))
+        first = self._stages(candidate, host_optimizer)[0]
+        kept = first.in_flight * first.activations.kept(recompute_up=False)
+        return max(0, int(self._host_room(candidate, host_optimizer) / (PINNED_ROUNDING * kept)))
 
     def _configured(self, layers: int) -> Recompute:
         """What the configuration recomputes, of virtual stages of so many layers."""
@@ -293,7 +361,11 @@ class Search:
                 "recompute_granularity=auto, none, full, or selective with mlp_up"
             )
         most = max(0, layers - found.whole_layers - 1)
-        return dataclasses.replace(found, offloaded=min(training.cpu_offloading_num_layers or 0, most))
+        return dataclasses.replace(
+            found,
+            offloaded=min(training.cpu_offloading_num_layers or 0, most),
+            host_optimizer=self.config.optimizer.optimizer_cpu_offload,
+        )
 
     def as_configured(self) -> Plan:
         """The configuration's own layout, whether it fits or not.
@@ -304,14 +376,15 @@ class Search:
         candidate = candidate_of(self.config, self.shape, self.world_size)
         training = self.config.training
         if training.recompute_granularity == "auto":
-            free = dataclasses.replace(self, given=frozenset())
+            # What the trainer decides by itself.
+            free = dataclasses.replace(self, given=frozenset({"optimizer_cpu_offload"}))
             return free.fitted(candidate) or free.leanest(candidate)
         layers = max(n for rank in candidate.split for n in rank)
         return self.plan(candidate, self._configured(layers))
 
     def closest(self) -> Plan:
         """The plan that is closest to fitting: the least memory of all."""
-        plans: Iterable[Plan] = (self.leanest(candidate) for _, candidate in self.ordered)
+        plans: Iterable[Plan] = (self.leanest(candidate) for candidate in self.candidates)
         return min(plans, key=lambda plan: plan.memory.total)
 
 
@@ -326,6 +399,13 @@ def recompute_of(training: TrainingConfig, layers: int) -> Recompute | None:
     return Recompute("mlp_up" in training.recompute_modules, min(layers, training.recompute_num_layers))
 
 
-def _with_recompute(candidate: Candidate, recompute: Recompute) -> Candidate:
-    training = recompute.applied_to(candidate.config.training)
-    return dataclasses.replace(candidate, config=dataclasses.replace(candidate.config, training=training))
+def _peak(stages: dict[int, StageMemory], recompute: Recompute) -> tuple[int, StepBytes]:
+    """The fullest stage, and its bytes."""
+    found = (
+        (
+            stage,
+            memory.peak(whole_layers=recompute.whole_layers, recompute_up=recompute.up, offloaded=recompute.offloaded),
+        )
+        for stage, memory in stages.items()
+    )
+    return max(found, key=lambda item: item[1].total)

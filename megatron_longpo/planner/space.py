@@ -47,8 +47,8 @@ LAYOUT = (
     "use_distributed_optimizer",
     *STAGES,
 )
-CHOSEN = (*LAYOUT, "micro_batch_size", *RECOMPUTE, "cpu_offloading_num_layers")
-"""Fields of ``parallel`` and ``training`` that the planner chooses unless they are given."""
+CHOSEN = (*LAYOUT, "micro_batch_size", *RECOMPUTE, "cpu_offloading_num_layers", "optimizer_cpu_offload")
+"""Fields of ``parallel``, ``training`` and ``optimizer`` that the planner chooses unless they are given."""
 
 
 @dataclass(frozen=True)

@@ -28,9 +28,11 @@ from megatron_longpo.training.activations import Activations
 from megatron_longpo.training.batch import HEAD_GROUPS
 from megatron_longpo.training.objective import spec_of
 
-# Bytes that the optimizer reads and writes per weight: Adam of torch, or RMSProp as training/optimization.py computes it; the
-# copy of its gradients, clipping, and the copy back to bf16 weights.
-_OPTIMIZER_BYTES = {"adam": 72 + 26, "rmsprop": 56 + 26}
+# Bytes per weight that the optimizer's update reads and writes: torch's Adam, or RMSProp as in training/optimization.py.
+_UPDATE_BYTES = {"adam": 72, "rmsprop": 56}
+# The same of what is around it: the copy of the gradients, clipping, and the copy back to bf16 weights; on the host, only the
+# conversion of the new weights to bf16.
+_AROUND_UPDATE_BYTES, _HOST_CONVERSION_BYTES = 26, 6
 # Operators of a layer's forward and backward, and those that an exchange of context parallelism adds.
 _FORWARD_OPERATORS, _BACKWARD_OPERATORS, _EXCHANGE_OPERATORS = 45, 90, 60
 
@@ -136,7 +138,14 @@ class TimeModel:
     # A step -----------------------------------------------------------------------------------------
 
     def step(
-        self, candidate: Candidate, *, up: bool, whole_layers: int, offloaded: int = 0, rows: Rows | None = None
+        self,
+        candidate: Candidate,
+        *,
+        up: bool,
+        whole_layers: int,
+        offloaded: int = 0,
+        host_optimizer: bool = False,
+        rows: Rows | None = None,
     ) -> StepTime:
         """Time of a step.
 
@@ -145,6 +154,7 @@ class TimeModel:
             up: whether the MLPs recompute their first product.
             whole_layers: layers of each virtual stage that are recomputed as a whole.
             offloaded: layers of each virtual stage whose activations wait in host memory.
+            host_optimizer: whether the optimizer's states are in host memory, and updated there.
             rows: rows of a sample. Default: the mean of the workload.
         """
         rows = rows or self.workload.mean
@@ -191,7 +201,8 @@ class TimeModel:
         found = {name: m * imbalance * seconds for name, seconds in of_slowest.items()}
         found["bubble"] = (through - slowest) * imbalance / len(candidate.split[0])
         found["DP exchange"] = self._gradients(candidate, groups, sum(found.values()))
-        found["optimizer"] = self._optimizer(candidate)
+        found["optimizer"] = self._optimizer(candidate, on_host=host_optimizer)
+        found["host copies"] += self._optimizer_copies(candidate) if host_optimizer else 0.0
         found["reference"] = self._online_reference(candidate, rows)
         found["stragglers"] = 0.0
         if parallel.world_size > 1:
@@ -403,14 +414,32 @@ class TimeModel:
             tied = ends.all_reduce(each * self._vocabulary(candidate) * self.shape.hidden_size)
         return back + forth + tied
 
-    def _optimizer(self, candidate: Candidate) -> float:
-        config, parallel = candidate.config, candidate.parallel
-        weights = self.parameters(candidate)
-        shards = parallel.data_size * parallel.context_size if config.parallel.use_distributed_optimizer else 1
-        size = _OPTIMIZER_BYTES[config.optimizer.optimizer] * weights / shards
-        # The gradient buffer is set to zero.
-        size += (2 if config.parallel.grad_reduce_in_bf16 else 4) * weights
-        return size / self.machine.optimizer_bytes_per_s
+    def _share(self, candidate: Candidate) -> float:
+        """Weights of the largest rank that it updates."""
+        config = candidate.config.parallel
+        return self.parameters(candidate) / (candidate.parallel.dp_cp_size if config.use_distributed_optimizer else 1)
+
+    def _optimizer(self, candidate: Candidate, *, on_host: bool) -> float:
+        """Seconds of an update, and of setting the gradient buffer to zero."""
+        config, share = candidate.config, self._share(candidate)
+        there = config.optimizer.optimizer_offload_fraction * share if on_host else 0.0
+        each = _UPDATE_BYTES[config.optimizer.optimizer]
+        size = each * (share - there) + _AROUND_UPDATE_BYTES * share
+        size += (2 if config.parallel.grad_reduce_in_bf16 else 4) * self.parameters(candidate)
+        on_cores = there * (each + _HOST_CONVERSION_BYTES * config.training.bf16)
+        return size / self.machine.optimizer_bytes_per_s + on_cores / self.machine.host_update_bytes_per_s
+
+    def _optimizer_copies(self, candidate: Candidate) -> float:
+        """Seconds that an update on the host waits for fp32 gradients to come and for weights to go back."""
+        config = candidate.config
+        there = config.optimizer.optimizer_offload_fraction * self._share(candidate)
+        link = self.machine.host_link_gb_per_s * 1e9
+        coming, going = 4 * there / link, (2 if config.training.bf16 else 4) * there / link
+        if config.optimizer.overlap_cpu_optimizer_d2h_h2d:
+            # Gradients come beside the update of other parameters; the copy back of converted weights waits for its end.
+            update = there * _UPDATE_BYTES[config.optimizer.optimizer] / self.machine.host_update_bytes_per_s
+            coming = max(0.0, coming - update)
+        return coming + going
 
     # The reference ----------------------------------------------------------------------------------
 

@@ -93,4 +93,4 @@ def estimate(request: Request, card: Card, *, on_cuda: bool = True) -> Estimate:
             f"recompute_modules={','.join(training.recompute_modules)} is not in the estimate; use recompute_granularity=auto, "
             "none, full, or selective with mlp_up"
         )
-    return Estimate(parallel.describe(), layout.length, recompute, tensors)
+    return Estimate(parallel.describe(), layout.length, recompute, tensors.total)

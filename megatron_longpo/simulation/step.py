@@ -178,7 +178,7 @@ def _simulate(request: Request, folder: Path, account: Account) -> Report:
     blocks.clear()
     trainer.train_step()
     report.layout = parallel.describe()
-    report.estimate_bytes = memory.step_bytes(
+    estimate = memory.step_bytes(
         plan.shape,
         plan.config,
         parallel,
@@ -186,6 +186,7 @@ def _simulate(request: Request, folder: Path, account: Account) -> Report:
         num_microbatches=report.micro_batches,
         stage=parallel.pipeline_rank,
     )
+    report.estimate_bytes = None if estimate is None else estimate.total
     report.recompute = _recomputed(plan.config.training)
     attention = session.chunks[0].attention
     report.attention = f"{attention.kernels.name} ({attention.reason})"

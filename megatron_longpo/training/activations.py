@@ -89,7 +89,7 @@ class Activations:
         cut = self.parallel.context_size * (self.parallel.tensor_size if self.parallel.sequence_parallel else 1)
         return round_up(self.tokens, cut) // self.parallel.context_size
 
-    @property
+    @cached_property
     def _rows(self) -> int:
         return self._places // self.parallel.tensor_size if self._gathers else self._places
 
@@ -101,35 +101,35 @@ class Activations:
     def _query_heads(self) -> int:
         return self.shape.num_attention_heads // self.parallel.tensor_size
 
-    @property
+    @cached_property
     def _kv_heads(self) -> int:
         return max(1, self.shape.num_query_groups // self.parallel.tensor_size)
 
-    @property
+    @cached_property
     def _copies(self) -> float:
         """Copies of each key-value head that an exchange makes."""
         return max(1.0, self.parallel.context_size / self._kv_heads) if self._is_ulysses else 1.0
 
-    @property
+    @cached_property
     def _hidden(self) -> int:
         """Hidden states of this rank's rows: a layer's input."""
         return self._rows * self.shape.hidden_size * self._width
 
-    @property
+    @cached_property
     def _whole_hidden(self) -> int:
         """Hidden states of all places, as products see them."""
         return self._places * self.shape.hidden_size * self._width
 
-    @property
+    @cached_property
     def _queries(self) -> int:
         return self._places * self._query_heads * self.shape.kv_channels * self._width
 
-    @property
+    @cached_property
     def _keys(self) -> int:
         """Keys, copies included; values are as large."""
         return int(self._places * self._kv_heads * self._copies * self.shape.kv_channels * self._width)
 
-    @property
+    @cached_property
     def _mlp(self) -> int:
         """The MLP's activated tensor; its first product is twice as large."""
         return self._places * self.shape.ffn_hidden_size // self.parallel.tensor_size * self._width
@@ -141,7 +141,7 @@ class Activations:
         """Saved of a layer that is recomputed as a whole."""
         return self._hidden
 
-    @property
+    @cached_property
     def without_mlp(self) -> int:
         """Saved of a layer whose MLP's first product is recomputed: the inputs of its two halves with a number per row of their
         norms, queries, keys, values, output and log-sum-exp."""
@@ -178,6 +178,7 @@ class Activations:
         first = both - (0 if recomputed else both) + self._hidden + 2 * self._whole_hidden + 2 * weight
         return max(second, gate, first)
 
+    @cached_property
     def _attention_backward(self) -> int:
         """Most that the backward of an attention holds beyond what its layer saved."""
         q, k, fp32 = self._queries, self._keys, 4 / self._width
@@ -218,6 +219,7 @@ class Activations:
         )
         return int(self._hidden + q + max(moments))
 
+    @cached_property
     def _logprobs(self) -> int:
         """What the log-probs hold: a chunk's logits and hidden states, and the last hidden states with their gradient."""
         tensor, shape, width = self.parallel.tensor_size, self.shape, self._width
@@ -253,18 +255,18 @@ class Activations:
         if whole_layers < layers:
             moments += [
                 PeakBytes(saved=chunk, backward=self._mlp_backward(recomputed=recompute_up)),
-                PeakBytes(saved=chunk - mlp_saved, backward=self._attention_backward()),
+                PeakBytes(saved=chunk - mlp_saved, backward=self._attention_backward),
             ]
         if whole_layers:
             again = whole_layers * self.layer_input + self.everything
             moments += [
                 PeakBytes(saved=again, backward=self._mlp_backward(recomputed=False)),
-                PeakBytes(saved=again - self._hidden - 2 * self._mlp, backward=self._attention_backward()),
+                PeakBytes(saved=again - self._hidden - 2 * self._mlp, backward=self._attention_backward),
             ]
         # The last norm saves its input.
         last_input = self._hidden if self.is_last else 0
         if self.is_last:
-            moments.append(PeakBytes(saved=chunk, logprobs=self._logprobs()))
+            moments.append(PeakBytes(saved=chunk, logprobs=self._logprobs))
         largest = max(moments, key=lambda m: m.total)
         # Tables of the rotary embedding, of each forward in flight; indices; the buffer of megatron-core's gathers; neighbouring
         # stages' tensors.

@@ -241,7 +241,7 @@ def choices(
         chosen = dataclasses.replace(config, training=found.applied_to(config.training))
         sizes = {"tokens": tokens, "num_microbatches": num_microbatches, "on_cuda": on_cuda}
         tensors = [step_bytes(shape, chosen, parallel, stage=each, **sizes) for each in stages]  # type: ignore[arg-type]
-        return dataclasses.replace(found, bytes_needed=max(n for n in tensors if n is not None) + _RESERVE_BYTES)
+        return dataclasses.replace(found, bytes_needed=max(n.total for n in tensors if n is not None) + _RESERVE_BYTES)
 
     def with_offloading(granularity: str, modules: tuple[str, ...], extra: float) -> list[Choice]:
         """Without whole layers recomputed: as many layers in host memory as wanted, or any number if it costs no time."""
@@ -271,66 +271,93 @@ def step_bytes(
     num_microbatches: int,
     stage: int,
     on_cuda: bool | None = None,
-) -> int | None:
+) -> StepBytes | None:
     """Estimate the most bytes of tensors in a step of one rank.
 
     Args:
         shape, config, parallel, tokens, num_microbatches, stage, on_cuda: as for ``choices``.
 
     Returns:
-        The bytes; None if the configuration recomputes something that the estimate does not know.
+        The bytes by part; None if the configuration recomputes something that the estimate does not know.
     """
-    found = step_parts(
-        shape,
-        config,
-        parallel,
-        tokens=tokens,
-        num_microbatches=num_microbatches,
-        stage=stage,
-        on_cuda=on_cuda,
-    )
-    return None if found is None else found.total
-
-
-def step_parts(
-    shape: ModelShape,
-    config: Config,
-    parallel: Parallel,
-    *,
-    tokens: int,
-    num_microbatches: int,
-    stage: int,
-    on_cuda: bool | None = None,
-) -> StepBytes | None:
-    """``step_bytes`` by part."""
-    on_cuda = platform.CURRENT.is_cuda if on_cuda is None else on_cuda
     training = config.training
-    # The largest virtual stage of this rank stands for all of them.
-    layers = max(pipeline_split(config.parallel, shape.num_layers)[stage])
-    whole, up = 0, False
-    if training.recompute_granularity == "full":
-        if training.recompute_method == "uniform" and training.recompute_num_layers > 1:
-            return None
-        whole = layers if training.recompute_method == "uniform" else min(training.recompute_num_layers, layers)
-        up = "mlp_up" in training.recompute_modules
-    elif training.recompute_granularity == "selective":
-        if set(training.recompute_modules) != {"mlp_up"}:
-            return None
-        up = True
-    elif training.recompute_granularity == "auto":
+    if training.recompute_granularity == "auto":
         return None
-    last = stage == parallel.pipeline_size - 1
-    activations = Activations(shape, config, parallel, tokens=tokens, is_last=last, on_cuda=on_cuda)
-    static = static_parts(shape, config, parallel, stage, on_cuda=on_cuda)
-    peak = activations.peak(
-        layers,
-        whole_layers=whole,
-        recompute_up=up,
-        in_flight=in_flight_forwards(config, shape, parallel, num_microbatches, stage),
-        offloaded=max(0, min(training.cpu_offloading_num_layers or 0, layers - whole - 1)),
+    if training.recompute_granularity == "selective" and set(training.recompute_modules) != {"mlp_up"}:
+        return None
+    is_full, is_uniform = training.recompute_granularity == "full", training.recompute_method == "uniform"
+    if is_full and is_uniform and training.recompute_num_layers > 1:
+        return None
+    found = StageMemory.of(
+        shape, config, parallel, tokens=tokens, num_microbatches=num_microbatches, stage=stage, on_cuda=on_cuda
     )
-    update = PeakBytes(update=_update_bytes(static, config, parallel, on_cuda=on_cuda))
-    return StepBytes(static, max(peak, update, key=lambda moment: moment.total))
+    whole = (found.layers if is_uniform else training.recompute_num_layers) if is_full else 0
+    return found.peak(
+        whole_layers=whole,
+        recompute_up=training.recompute_granularity != "none" and "mlp_up" in training.recompute_modules,
+        offloaded=training.cpu_offloading_num_layers or 0,
+    )
+
+
+@dataclass(frozen=True)
+class StageMemory:
+    """What the estimate needs of a pipeline rank, whatever is recomputed there.
+
+    Attributes:
+        static: what is held from the first step to the last.
+        activations: bytes of one micro batch.
+        layers: layers of its largest virtual stage, which stands for all of them.
+        in_flight: forwards of virtual stages whose backward is outstanding when most of them are.
+        update: what the optimizer's update makes for itself.
+    """
+
+    static: StaticBytes
+    activations: Activations
+    layers: int
+    in_flight: int
+    update: PeakBytes
+
+    @classmethod
+    def of(
+        cls,
+        shape: ModelShape,
+        config: Config,
+        parallel: Parallel,
+        *,
+        tokens: int,
+        num_microbatches: int,
+        stage: int,
+        on_cuda: bool | None = None,
+    ) -> StageMemory:
+        """The arguments are those of ``choices``."""
+        on_cuda = platform.CURRENT.is_cuda if on_cuda is None else on_cuda
+        last = stage == parallel.pipeline_size - 1
+        static = static_bytes(shape, config, parallel, stage, on_cuda=on_cuda)
+        return cls(
+            static,
+            Activations(shape, config, parallel, tokens=tokens, is_last=last, on_cuda=on_cuda),
+            max(pipeline_split(config.parallel, shape.num_layers)[stage]),
+            in_flight_forwards(config, shape, parallel, num_microbatches, stage),
+            PeakBytes(update=_update_bytes(static, config, parallel, on_cuda=on_cuda)),
+        )
+
+    def peak(self, *, whole_layers: int, recompute_up: bool, offloaded: int) -> StepBytes:
+        """Most bytes of a step.
+
+        Args:
+            whole_layers: layers of each virtual stage that are recomputed as a whole; those that a stage has, at most.
+            recompute_up: whether the others recompute their MLP's first product.
+            offloaded: layers of each virtual stage whose activations wait in host memory; all but one of the others, at most.
+        """
+        whole = min(whole_layers, self.layers)
+        peak = self.activations.peak(
+            self.layers,
+            whole_layers=whole,
+            recompute_up=recompute_up,
+            in_flight=self.in_flight,
+            offloaded=max(0, min(offloaded, self.layers - whole - 1)),
+        )
+        return StepBytes(self.static, max(peak, self.update, key=lambda moment: moment.total))
 
 
 def _update_bytes(static: StaticBytes, config: Config, parallel: Parallel, *, on_cuda: bool) -> int:
@@ -339,7 +366,25 @@ def _update_bytes(static: StaticBytes, config: Config, parallel: Parallel, *, on
     if not on_cuda or config.optimizer.optimizer != "adam":
         return 0
     shards = parallel.dp_cp_size if config.parallel.use_distributed_optimizer else 1
-    return 2 * 4 * static.parameters // shards
+    return int(2 * 4 * static.parameters // shards * (1 - offloaded_fraction(config)))
+
+
+def _states(config: Config) -> int:
+    """Numbers per weight that the optimizer keeps."""
+    return 1 if config.optimizer.optimizer == "rmsprop" else 2
+
+
+def host_optimizer_bytes(parameters: int, config: Config, parallel: Parallel) -> int:
+    """Host memory that a rank takes with ``optimizer_cpu_offload``: of its share, fp32 weights, states, and gradients in pinned
+    memory."""
+    share = config.optimizer.optimizer_offload_fraction * parameters / parallel.dp_cp_size
+    return int(share * 4 * (1 + _states(config) + PINNED_ROUNDING))
+
+
+def offloaded_fraction(config: Config) -> float:
+    """Share of the optimizer's states, and of its update, that is the host's."""
+    optimizer = config.optimizer
+    return optimizer.optimizer_offload_fraction if optimizer.optimizer_cpu_offload else 0.0
 
 
 def free_bytes(choice: Choice, available: int) -> float:
@@ -362,15 +407,8 @@ def choose(found: Sequence[Choice], free: Sequence[float]) -> Choice:
 
 def static_bytes(
     shape: ModelShape, config: Config, parallel: Parallel, stage: int, *, on_cuda: bool | None = None
-) -> int:
-    """Weights, gradients and optimizer states of a rank in bytes."""
-    return static_parts(shape, config, parallel, stage, on_cuda=on_cuda).total
-
-
-def static_parts(
-    shape: ModelShape, config: Config, parallel: Parallel, stage: int, *, on_cuda: bool | None = None
 ) -> StaticBytes:
-    """``static_bytes`` by part."""
+    """Weights, gradients and optimizer states of a rank in bytes."""
     tensor, hidden = parallel.tensor_size, shape.hidden_size
     layer = shape.layer_weights // tensor + 2 * hidden
     if shape.add_qkv_bias:
@@ -385,12 +423,12 @@ def static_parts(
     parameters = num_layers * layer + vocabulary * (first + last - is_shared) + hidden * last
     bf16 = config.training.bf16
     # Adam's two states or RMSProp's one, and an fp32 master copy where the weights are not fp32.
-    states = (4 * (1 if config.optimizer.optimizer == "rmsprop" else 2) + (4 if bf16 else 0)) * parameters
+    states = (4 * _states(config) + (4 if bf16 else 0)) * parameters
     on_cuda = platform.CURRENT.is_cuda if on_cuda is None else on_cuda
     if config.parallel.use_distributed_optimizer:
         states //= parallel.dp_cp_size
-    if config.optimizer.optimizer_cpu_offload and on_cuda:
-        states = int(states * (1 - config.optimizer.optimizer_offload_fraction))
+    if on_cuda:
+        states = int(states * (1 - offloaded_fraction(config)))
     # An online reference is a second model, or takes the place of the policy's weights, of which a copy waits on the host.
     has_reference = spec_of(config.objective.objective, config.objective.loss_type).reference_rows is not None
     is_beside = config.reference.reference_model == "resident" or not on_cuda

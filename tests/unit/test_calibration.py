@@ -90,6 +90,13 @@ def test_the_network_is_that_of_another_machine_where_one_is_named() -> None:
     assert machine.sources["restart_minutes"] == "as h100-sxm"
 
 
+def test_a_gpu_s_host_is_measured_as_well() -> None:
+    found = _found(platform="cuda", host_update_bytes_per_s=30e9, host_memory_bytes=64 * 2**30)
+    machine = machine_from(calibrate.content_of(found, name="mine", like=None, today=TODAY), "mine")
+    # Two processes share the host's 64 GiB.
+    assert (machine.host_update_bytes_per_s, machine.host_memory_bytes) == (30e9, 32 * 2**30)
+
+
 def test_one_process_exchanges_nothing() -> None:
     content = calibrate.content_of(_found(exchanges={}, processes=1), name="mine", like=None, today=TODAY)
     machine = machine_from(content, "mine")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +114,10 @@ def test_an_unknown_machine_is_named_with_the_nearest(tmp_path: Path) -> None:
 def test_what_was_not_measured_follows_from_the_bandwidth() -> None:
     machine = machine_from(_file(memory_gb_per_s=1000, memory_efficiency=0.8), "here")
     assert machine.elementwise_bytes_per_s("bfloat16") == machine.optimizer_bytes_per_s == 800e9
+    # The host's memory is taken for 1.5 times the card's, and its cores for as fast as the link to them.
+    silent = dataclasses.replace(machine, host_memory_gib=None, host_update_gb_per_s=None)
+    assert silent.host_memory_bytes == 1.5 * machine.memory_bytes
+    assert silent.host_update_bytes_per_s == machine.host_link_gb_per_s * 1e9
     # 34 bytes per logit.
     assert machine.logits_per_s("bfloat16") == pytest.approx(800e9 / 34)
     measured = {

@@ -28,6 +28,7 @@ from megatron_longpo.config import (
 )
 from megatron_longpo.errors import ConfigError
 from megatron_longpo.model.shape import ModelShape
+from megatron_longpo.planner.explain import limits
 from megatron_longpo.planner.failures import best_saving
 from megatron_longpo.planner.layout import auto_layout, machine_of, next_layout
 from megatron_longpo.planner.links import Group
@@ -323,6 +324,52 @@ def test_less_memory_is_met_by_more_recomputation_and_then_by_another_layout() -
     assert narrow.seconds > wide.seconds
 
 
+def test_an_optimizer_in_host_memory_waits_for_the_link_and_the_cores() -> None:
+    """RMSProp's share: 4 bytes per weight to the host and 2 back, and 56 + 6 bytes on its cores instead of 56 on the GPU."""
+    machine = dataclasses.replace(A100, host_link_gb_per_s=20.0, host_update_gb_per_s=30.0, straggler_slowdown=0.0)
+    search = search_of(4000, 2, shape=SMALL, machine=machine)
+    candidate = next(c for c in search.candidates if c.parallel.context_size == 2)
+    weights = search.times.parameters(candidate) / 2
+    times = [search.times.step(candidate, up=False, whole_layers=0, host_optimizer=on).parts for on in (False, True)]
+    assert times[1]["host copies"] == pytest.approx(6 * weights / 20e9)
+    more = times[1]["optimizer"] - times[0]["optimizer"]
+    assert more == pytest.approx(62 * weights / 30e9 - 56 * weights / machine.optimizer_bytes_per_s)
+    # Its state and the fp32 weights leave the GPU: 8 bytes per weight of a rank's share.
+    here, there = (search.memory(candidate, Recompute(False, host_optimizer=on)) for on in (False, True))
+    parameters = here.bytes.static.parameters
+    assert here.bytes.static.optimizer == 8 * parameters // 2 and there.bytes.static.optimizer == 0
+    # Gradients that come while other parameters are updated, which takes longer, are not waited for.
+    overlapping = dataclasses.replace(CONFIG.optimizer, overlap_cpu_optimizer_d2h_h2d=True)
+    beside = dataclasses.replace(candidate, config=dataclasses.replace(candidate.config, optimizer=overlapping))
+    copies = search.times.step(beside, up=False, whole_layers=0, host_optimizer=True).parts["host copies"]
+    assert copies == pytest.approx(2 * weights / 20e9)
+
+
+def test_the_optimizer_goes_to_host_memory_where_that_costs_least() -> None:
+    """One GPU of 28 GiB: 8 layers, whose optimizer is 15 GiB, fit in no other way."""
+    shape = MISTRAL.replace(num_layers=8)
+    search = search_of(16384, 1, shape=shape, machine=dataclasses.replace(A100, memory_gib=28.0))
+    (best,) = search.best(1)
+    assert best.recompute.host_optimizer and "optimizer in host memory" in best.describe()
+    assert best.config.optimizer.optimizer_cpu_offload and best.config.parallel.use_distributed_optimizer
+    check(best.config)
+    # What is given stays, and it is for the distributed optimizer.
+    for name in ("optimizer_cpu_offload", "use_distributed_optimizer"):
+        assert not dataclasses.replace(search, given=frozenset({name})).best(1)
+    # 40 GB of the host per GPU do not hold 16 bytes per weight, half of them free.
+    host = dataclasses.replace(search.machine, host_memory_gib=40.0)
+    assert not dataclasses.replace(search, machine=host).best(1)
+    # Where there is room, activations or nothing go first.
+    roomy = dataclasses.replace(A100, memory_gib=48.0)
+    (fast,) = dataclasses.replace(search, machine=roomy).best(1)
+    assert not fast.recompute.host_optimizer and fast.seconds < best.seconds
+    # A short row has little to compute per update: the reason says where the time goes.
+    short = dataclasses.replace(CONFIG, training=TrainingConfig(bf16=True, global_batch_size=1))
+    short_search = search_of(1024, 1, shape=shape, config=short, machine=search.machine)
+    assert "optimizer" in limits(short_search.best(1)[0], short_search)
+    assert "the optimizer in host memory" in limits(short_search.best(1)[0], short_search)
+
+
 def test_recomputing_one_layer_less_may_take_less_memory() -> None:
     """With few layers, what the last one makes again is more than it saved."""
     shape = MISTRAL.replace(num_layers=2)
@@ -332,7 +379,8 @@ def test_recomputing_one_layer_less_may_take_less_memory() -> None:
     one, two = (search.memory(candidate, Recompute(True, n)).total for n in (1, 2))
     assert one < two
     machine = dataclasses.replace(A100, memory_gib=(one + two) / 2 / 0.92 / 2**30, reserved_gib=0.0)
-    search = dataclasses.replace(search, machine=machine, given=frozenset({"cpu_offloading_num_layers"}))
+    given = frozenset({"cpu_offloading_num_layers", "optimizer_cpu_offload"})
+    search = dataclasses.replace(search, machine=machine, given=given)
     plan = search.fitted(candidate)
     assert plan is not None and plan.recompute == Recompute(True, 1)
     assert search.leanest(candidate).recompute == Recompute(True, 1)

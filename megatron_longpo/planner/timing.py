@@ -146,6 +146,7 @@ class TimeModel:
         offloaded: int = 0,
         host_optimizer: bool = False,
         rows: Rows | None = None,
+        stage: int | None = None,
     ) -> StepTime:
         """Time of a step.
 
@@ -156,6 +157,7 @@ class TimeModel:
             offloaded: layers of each virtual stage whose activations wait in host memory.
             host_optimizer: whether the optimizer's states are in host memory, and updated there.
             rows: rows of a sample. Default: the mean of the workload.
+            stage: pipeline stage whose parts are told. Default: the slowest.
         """
         rows = rows or self.workload.mean
         config, parallel, m = candidate.config, candidate.parallel, candidate.micro_batches
@@ -190,7 +192,10 @@ class TimeModel:
             # A GPU computes while the host goes ahead; on a CPU the two are one.
             parts["launches"] = max(0.0, launches - busy) if self.machine.device == "cuda" else launches
             stages.append((busy + parts["launches"], ranks, parts))
-        slowest, ranks, of_slowest = max(stages, key=lambda stage: stage[0])
+        slowest = max(seconds for seconds, _, _ in stages)
+        own, ranks, parts = max(
+            (kind for kind in stages if stage is None or stage in kind[1]), key=lambda kind: kind[0]
+        )
         through = sum(seconds * len(ranks) for seconds, ranks, _ in stages)
         imbalance = self.workload.imbalance(
             self.shape,
@@ -198,8 +203,9 @@ class TimeModel:
             micro_batch_size=candidate.micro_batch_size,
             batch=config.training.global_batch_size,
         )
-        found = {name: m * imbalance * seconds for name, seconds in of_slowest.items()}
-        found["bubble"] = (through - slowest) * imbalance / len(candidate.split[0])
+        found = {name: m * imbalance * seconds for name, seconds in parts.items()}
+        # A stage waits while the pipeline fills and drains, and for the slowest one.
+        found["bubble"] = imbalance * ((through - slowest) / len(candidate.split[0]) + m * (slowest - own))
         found["DP exchange"] = self._gradients(candidate, groups, sum(found.values()))
         found["optimizer"] = self._optimizer(candidate, on_host=host_optimizer)
         found["host copies"] += self._optimizer_copies(candidate) if host_optimizer else 0.0
@@ -207,7 +213,7 @@ class TimeModel:
         found["stragglers"] = 0.0
         if parallel.world_size > 1:
             found["stragglers"] = self.machine.straggler_slowdown * sum(found.values())
-        return StepTime({name: found.get(name, 0.0) for name in PARTS}, ranks[0])
+        return StepTime({name: found.get(name, 0.0) for name in PARTS}, ranks[0] if stage is None else stage)
 
     # Parts ------------------------------------------------------------------------------------------
 

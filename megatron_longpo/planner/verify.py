@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from megatron_longpo.planner.machine import Curve, Machine
 from megatron_longpo.planner.search import Plan, Search
-from megatron_longpo.planner.timing import TimeModel
+from megatron_longpo.planner.timing import Groups, TimeModel, dtype_of
 from megatron_longpo.simulation.request import Card, Report, Request
 from megatron_longpo.simulation.start import simulate
 
@@ -74,7 +74,7 @@ def verify(plans: Sequence[Plan], search: Search, *, length: int | None, answer:
                 estimate_bytes=int(plan.memory.total),
                 peak_bytes=report.peak_bytes,
                 tflop=sum(report.flops.values()) * plan.candidate.micro_batches / report.micro_batches / 1e12,
-                seconds=simulated_seconds(plan, search, report),
+                seconds=simulated_seconds(plan, search, report, stage=plan.memory.stage),
                 planned_seconds=plan.seconds,
                 fits=report.peak_bytes <= search.usable_bytes,
                 violations=tuple(str(row["problem"]) for row in report.violations),
@@ -83,36 +83,72 @@ def verify(plans: Sequence[Plan], search: Search, *, length: int | None, answer:
     return found
 
 
-def simulated_seconds(plan: Plan, search: Search, report: Report) -> float:
-    """Time of a step by the operations and bytes that were simulated of its slowest stage, at the machine's rates.
+def simulated_seconds(plan: Plan, search: Search, report: Report, *, stage: int) -> float:
+    """Time of a step by the operations and bytes that were simulated of one stage, at the machine's rates.
 
-    Each part that the plan has is scaled by what was simulated over what was planned. Parts that a simulation does not count
-    (element-wise work, the optimizer, the fill of a pipeline) stay.
+    Each part that the plan has is scaled by what was simulated over what was planned. What was not planned at all goes at the
+    rate of a product or of the group's link, none of it hidden. Parts that a simulation does not count (element-wise work, the
+    optimizer, the fill of a pipeline) stay.
+
+    Args:
+        plan: the plan.
+        search: what was planned.
+        report: what was simulated.
+        stage: pipeline stage of the rank that was simulated.
     """
     few = dataclasses.replace(plan.candidate, micro_batches=report.micro_batches)
-    recompute = plan.recompute
-    operations, exchanges = (
-        TimeModel(unit, search.shape, search.workload).step(few, up=recompute.up, whole_layers=recompute.whole_layers)
-        for unit in units(search.machine)
+    recompute, steps = plan.recompute, plan.candidate.micro_batches / report.micro_batches
+    planned, operations, exchanges = (
+        TimeModel(machine, search.shape, search.workload).step(
+            candidate,
+            up=recompute.up,
+            whole_layers=recompute.whole_layers,
+            offloaded=recompute.offloaded,
+            host_optimizer=recompute.host_optimizer,
+            stage=stage,
+        )
+        for machine, candidate in ((search.machine, plan.candidate), *((unit, few) for unit in units(search.machine)))
     )
     sent: collections.Counter[str] = collections.Counter()
     for row in report.exchanges:
         sent[row["group"]] += row["bytes"]
     flops = report.flops
     computed = flops.get("linear layers", 0) + flops.get("attention", 0)
-    planned = operations.parts["linear"] + operations.parts["attention"] + operations.parts["recompute"]
-    ratios = {
-        **dict.fromkeys(("linear", "attention", "recompute"), computed / planned),
-        "log-probs": _ratio(flops.get("log-probs", 0), operations.parts["log-probs"]),
-        "TP exchange": _ratio(sent["tp"], exchanges.parts["TP exchange"]),
-        "CP exchange": _ratio(sent["cp"], exchanges.parts["CP exchange"]),
-        "DP exchange": _ratio(sent["dp_cp"], exchanges.parts["DP exchange"]),
-    }
-    return sum(seconds * ratios.get(name, 1.0) for name, seconds in plan.time.parts.items())
+    counted = sum(operations.parts[name] for name in ("linear", "attention", "recompute"))
+    parts = dict(planned.parts)
+    for name in ("linear", "attention", "recompute"):
+        parts[name] *= computed / counted
+    dtype = dtype_of(plan.config)
+    rate = search.machine.linear_flops_per_s(dtype, rows=report.tokens, width=search.shape.hidden_size)
+    parts["log-probs"] = _seconds(
+        parts["log-probs"],
+        found=flops.get("log-probs", 0),
+        planned=operations.parts["log-probs"],
+        alone=steps * flops.get("log-probs", 0) / rate,
+    )
+    groups = Groups.of(plan.candidate, search.machine)
+    for name, key, group, times in (
+        ("TP exchange", "tp", groups.tensor, steps),
+        ("CP exchange", "cp", groups.context, steps),
+        ("DP exchange", "dp_cp", groups.shards, 1.0),
+    ):
+        # A gather of the whole sends (n - 1) / n of it.
+        whole = sent[key] * group.size / max(1, group.size - 1)
+        parts[name] = _seconds(
+            parts[name], found=sent[key], planned=exchanges.parts[name], alone=times * group.gather(whole)
+        )
+    return sum(parts.values())
 
 
-def _ratio(found: float, planned: float) -> float:
-    return found / planned if found and planned else 1.0
+def _seconds(seconds: float, *, found: float, planned: float, alone: float) -> float:
+    """Seconds of what was found.
+
+    Args:
+        seconds: those that were planned.
+        found, planned: operations or bytes.
+        alone: seconds of what was found if nothing was planned.
+    """
+    return seconds * found / planned if planned else alone
 
 
 def units(machine: Machine) -> tuple[Machine, Machine]:

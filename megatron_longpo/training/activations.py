@@ -251,7 +251,9 @@ class Activations:
         chunk = waiting if not offloaded else max(waiting, whole_layers * self.layer_input + min(2, saving) * kept)
         # By the time of an attention's backward, what its MLP saved is gone.
         mlp_saved = self._hidden + (0 if recompute_up else 2 * self._mlp)
-        moments = [PeakBytes(saved=chunk)]
+        # The last norm saves its input, until its backward, which comes before that of any layer.
+        last_input = self._hidden if self.is_last else 0
+        moments = [PeakBytes(saved=chunk + last_input)]
         if whole_layers < layers:
             moments += [
                 PeakBytes(saved=chunk, backward=self._mlp_backward(recomputed=recompute_up)),
@@ -263,10 +265,8 @@ class Activations:
                 PeakBytes(saved=again, backward=self._mlp_backward(recomputed=False)),
                 PeakBytes(saved=again - self._hidden - 2 * self._mlp, backward=self._attention_backward),
             ]
-        # The last norm saves its input.
-        last_input = self._hidden if self.is_last else 0
         if self.is_last:
-            moments.append(PeakBytes(saved=chunk, logprobs=self._logprobs))
+            moments.append(PeakBytes(saved=chunk + last_input, logprobs=self._logprobs))
         largest = max(moments, key=lambda m: m.total)
         # Tables of the rotary embedding, of each forward in flight; indices; the buffer of megatron-core's gathers; neighbouring
         # stages' tensors.
@@ -276,6 +276,4 @@ class Activations:
         if self.parallel.pipeline_size > 1:
             # Interleaved, each virtual stage has a tensor on its way besides.
             always += (2 + (self.parallel.virtual_stages or 0)) * self._hidden
-        return dataclasses.replace(
-            largest, saved=largest.saved + last_input + (in_flight - 1) * waiting, buffers=int(always)
-        )
+        return dataclasses.replace(largest, saved=largest.saved + (in_flight - 1) * waiting, buffers=int(always))

@@ -146,7 +146,7 @@ def compare(number: int) -> dict[str, Any]:
     }
     planned = case.search.best(1)
     if not planned or not found:
-        # The estimate is never below the simulated peak, so what just fits may be refused.
+        # The estimate may be a few percent above the simulated peak: what just fits may be refused.
         return {**result, "planned": bool(planned), "ratio": None}
     choice = planned[0].describe()
     seconds = next((s for plan, _, s in found if plan.describe() == choice), None)
@@ -171,6 +171,13 @@ def compare(number: int) -> dict[str, Any]:
     }
 
 
+def missed(result: dict[str, Any]) -> str:
+    """Why a case has no ratio, in words."""
+    if result["planned"]:
+        return "missed: the choice does not fit by simulation"
+    return f"missed: refused, {result['fit']} fit by simulation" if result["fit"] else "neither finds one that fits"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", type=int, default=20, help="number of cases")
@@ -191,7 +198,7 @@ def main() -> None:
             with open(path, "a", encoding="utf-8") as stream:
                 stream.write(json.dumps(r) + "\n")
         choice, best = r.get("choice", "nothing fits"), r.get("best", "nothing fits")
-        ratio = "" if r["ratio"] is None else f"{r['ratio']:.3f} | {r['worst']:.2f}"
+        ratio = f"{missed(r)} | " if r["ratio"] is None else f"{r['ratio']:.3f} | {r['worst']:.2f}"
         same = "the same" if best == choice else best
         print(f"| {r['words']} | {r['layouts']}, {r['fit']} | {choice} | {same} | {ratio} |", flush=True)
 

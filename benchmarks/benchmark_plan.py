@@ -29,6 +29,7 @@ from typing import Any
 import numpy as np
 
 from common import CONVERT, describe_machine
+from megatron_longpo.runtime.files import write_atomically
 from megatron_longpo.runtime.tables import markdown_table
 
 ROOT = Path(__file__).parent.parent
@@ -175,7 +176,7 @@ def main() -> None:
         path = results / f"{case.name}.json"
         if not path.exists():
             found = run(a.output, case)
-            path.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+            write_atomically(path, (json.dumps(found, indent=2) + "\n").encode())
         found = json.loads(path.read_text(encoding="utf-8"))
         print(
             f"{number} of {len(cases)}, {case.name}: {found['step_seconds']:.2f} s, {found['peak_gb']:.2f} GB",
@@ -265,7 +266,7 @@ def predict(output: Path) -> None:
         return
     predictions = {case.name: prediction(output, case) for case in CASES}
     content = {"written": datetime.datetime.now(datetime.timezone.utc).isoformat(), "predictions": predictions}
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write_atomically(path, (json.dumps(content, indent=2) + "\n").encode())
 
 
 def prediction(output: Path, case: Case) -> dict[str, Any]:
@@ -352,7 +353,7 @@ def report(output: Path, cases: list[Case]) -> None:
         _summary("Peak memory", peaks, _MEMORY_BOUND),
     ]
     text = "\n".join(lines) + "\n"
-    (output / "table.md").write_text(text, encoding="utf-8")
+    write_atomically(output / "table.md", text.encode())
     print(text)
 
 

@@ -3,24 +3,27 @@
     python benchmarks/benchmark_recipes.py --output recipes
     python benchmarks/benchmark_recipes.py --only glm4 --output recipes
 
-No GPU is needed; a simulation of whole models takes one to three minutes of a core, and is kept in OUTPUT/NAME.json. Rerun the
-same command to resume. ``--layers 2`` cuts the models, as the tests do.
+No GPU is needed; a simulation of whole models takes one to three minutes of a core, and is kept in OUTPUT/NAME-HASH.json, with a
+hash of what was simulated. Rerun the same command to resume. ``--layers 2`` cuts the models, as the tests do.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_longpo.config import Config, from_dict
 from megatron_longpo.evolution.settings import read_evolution
+from megatron_longpo.model.logprobs import default_chunk_bytes
 from megatron_longpo.model.shape import ModelShape
 from megatron_longpo.planner.costs import RunCost, cost_of
 from megatron_longpo.planner.machine import Machine, load_machine
 from megatron_longpo.planner.search import Plan, Search
 from megatron_longpo.planner.workload import made_up
+from megatron_longpo.runtime.files import write_atomically
 from megatron_longpo.runtime.tables import markdown_table
 from megatron_longpo.simulation.data import read_shape
 from megatron_longpo.simulation.request import Card, Report, Request
@@ -106,14 +109,11 @@ class Recipe:
     def requests(self, layers: int | None = None) -> list[Request]:
         """Simulations of the first rank of the first and of the last pipeline stage."""
         config = self.config()
+        if self.machine.device == "cpu":
+            config = _of_cpu(self.plan().config)
         stages = config.parallel.pipeline_model_parallel_size
-        if layers is not None and config.parallel.virtual_pipeline_model_parallel_size is not None:
-            # As many virtual stages as there are layers left for.
-            virtual = max(1, layers // stages)
-            parallel = dataclasses.replace(
-                config.parallel, virtual_pipeline_model_parallel_size=virtual if virtual > 1 else None
-            )
-            config = dataclasses.replace(config, parallel=parallel)
+        if layers is not None:
+            config = _cut(config, layers // stages)
         shape = dataclasses.asdict(self.shape(layers))
         return [
             Request(
@@ -127,6 +127,25 @@ class Recipe:
             )
             for rank in sorted({0, self.gpus // stages * (stages - 1)})
         ]
+
+
+def _of_cpu(config: Config) -> Config:
+    """A configuration that keeps on a simulated GPU what it keeps on a CPU, whose chunks of logits are smaller."""
+    model = dataclasses.replace(config.model, logprob_chunk_bytes=default_chunk_bytes(on_cuda=False))
+    return dataclasses.replace(config, model=model)
+
+
+def _cut(config: Config, layers: int) -> Config:
+    """A configuration for so many layers per pipeline stage, one per virtual stage, or two where one waits in host memory."""
+    parallel, training = config.parallel, config.training
+    offloaded = training.cpu_offloading_num_layers
+    if parallel.virtual_pipeline_model_parallel_size is not None:
+        virtual = max(1, layers // (2 if offloaded else 1))
+        parallel = dataclasses.replace(parallel, virtual_pipeline_model_parallel_size=virtual if virtual > 1 else None)
+        layers //= virtual
+    if offloaded:
+        training = dataclasses.replace(training, cpu_offloading_num_layers=min(offloaded, layers - 1) or None)
+    return dataclasses.replace(config, parallel=parallel, training=training)
 
 
 _A800 = "8 x A800-80G, 4401 tokens/s", "16 x A800-80G, 4120 tokens/s", "16 x A800-80G, 2744 tokens/s"
@@ -144,16 +163,9 @@ RECIPES = [
 
 
 def card_of(machine: Machine) -> Card:
-    """The simulated GPU of a machine; for a CPU one with its memory."""
+    """The simulated GPU of a machine. Nothing simulates a CPU: for one it is a GPU with its memory."""
     capability = {"a": (8, 0), "h": (9, 0), "b": (10, 0)}.get(machine.name[0], (9, 0))
     return Card(memory_bytes=int(machine.memory_bytes), capability=capability, per_node=max(1, machine.gpus_per_node))
-
-
-def peak_of(recipe: Recipe, reports: list[Report]) -> float:
-    """Most bytes of tensors of a rank. On a CPU, whose kernels are others, the estimate that training goes by."""
-    if recipe.machine.device == "cpu":
-        return recipe.plan().memory.total
-    return max(report.peak_bytes for report in reports)
 
 
 def main() -> None:
@@ -174,7 +186,7 @@ def main() -> None:
         rows.append(row_of(recipe, reports))
         print(" | ".join(rows[-1]), flush=True)
     table = "\n".join(markdown_table(HEAD, rows)) + "\n"
-    (a.output / "table.md").write_text(table, encoding="utf-8")
+    write_atomically(a.output / "table.md", table.encode())
     print(table)
 
 
@@ -182,23 +194,23 @@ HEAD = ("recipe", "tokens", "GPUs", "layout", "peak, GB", "tokens/s", "hours", "
 
 
 def simulated(recipe: Recipe, folder: Path, layers: int | None) -> list[Report]:
-    """Reports of a recipe, from the folder if they are there."""
-    path = folder / f"{recipe.name}{'' if layers is None else f'-{layers}'}.json"
+    """Reports of a recipe, from the folder if those of the same simulation are there."""
+    stages = recipe.config().parallel.pipeline_model_parallel_size
+    requests, card = recipe.requests(None if layers is None else layers * stages), card_of(recipe.machine)
+    asked = hashlib.sha256("\n".join([card.as_json(), *(request.as_json() for request in requests)]).encode())
+    path = folder / f"{recipe.name}{'' if layers is None else f'-{layers}'}-{asked.hexdigest()[:12]}.json"
     if not path.exists():
-        stages = recipe.config().parallel.pipeline_model_parallel_size
-        reports = simulate(
-            recipe.requests(None if layers is None else layers * stages), card_of(recipe.machine), quiet=True
-        )
+        reports = simulate(requests, card, quiet=True)
         for report in reports:
             report.curve, report.kernels = {}, []
-        path.write_text("".join(report.as_json(indent=None) + "\n" for report in reports), encoding="utf-8")
+        write_atomically(path, "".join(report.as_json(indent=None) + "\n" for report in reports).encode())
     return [Report.from_json(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def row_of(recipe: Recipe, reports: list[Report]) -> list[str]:
     plan, cost = recipe.plan(), recipe.cost()
     tokens = plan.config.training.global_batch_size * recipe.length / plan.seconds
-    peak, memory = peak_of(recipe, reports) / 2**30, recipe.machine.memory_gib
+    peak, memory = max(report.peak_bytes for report in reports) / 2**30, recipe.machine.memory_gib
     problems = [v["problem"] for report in reports for v in report.violations]
     if problems or peak > SHARE * memory:
         raise SystemExit(f"error: {recipe.name} needs {peak:.1f} of {memory:.1f} GiB; {problems}")

@@ -266,7 +266,8 @@ class Activations:
                 PeakBytes(saved=again - self._hidden - 2 * self._mlp, backward=self._attention_backward),
             ]
         if self.is_last:
-            moments.append(PeakBytes(saved=chunk + last_input, logprobs=self._logprobs))
+            # The log-probs come when the offloaded layers have gone and none has come back.
+            moments.append(PeakBytes(saved=waiting + last_input, logprobs=self._logprobs))
         largest = max(moments, key=lambda m: m.total)
         # Tables of the rotary embedding, of each forward in flight; indices; the buffer of megatron-core's gathers; neighbouring
         # stages' tensors.

@@ -6,7 +6,6 @@ stage, at full width and length. The estimate of memory, which is compared with 
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
 import re
 import shlex
@@ -72,8 +71,6 @@ def test_the_commands_in_its_head_are_for_it(recipe: Any) -> None:
 @each
 def test_the_whole_model_fits_and_no_other_layout_is_much_faster(recipe: Any) -> None:
     search = recipe.search()
-    # The recipes keep activations on the cards.
-    search = dataclasses.replace(search, given=frozenset({"cpu_offloading_num_layers"}))
     plan, best = recipe.plan(), search.best(1)[0]
     assert plan.memory.total <= benchmark.SHARE * search.machine.memory_bytes
     # Some leave more memory free than the fastest layout does.
@@ -86,8 +83,8 @@ def reports() -> dict[str, list[Report]]:
     found: dict[str, list[Report]] = {}
     by_card: dict[str, list[Any]] = {}
     for recipe in RECIPES.values():
-        if recipe.machine.device == "cuda":
-            by_card.setdefault(recipe.gpu, []).append(recipe)
+        # Nothing simulates a CPU; its recipe is simulated on a GPU, with as large chunks of logits.
+        by_card.setdefault(recipe.gpu if recipe.machine.device == "cuda" else "a100-80g", []).append(recipe)
     for recipes in by_card.values():
         requests = {recipe.name: recipe.requests(layers_of(recipe)) for recipe in recipes}
         flat = [request for some in requests.values() for request in some]
@@ -97,12 +94,12 @@ def reports() -> dict[str, list[Report]]:
 
 
 def layers_of(recipe: Any) -> int:
-    """One layer; in a pipeline two per stage, so that virtual stages stay."""
+    """One layer; in a pipeline two per stage: virtual stages stay, or the first layer waits in host memory."""
     stages: int = recipe.config().parallel.pipeline_model_parallel_size
     return 1 if stages == 1 else 2 * stages
 
 
-@pytest.mark.parametrize("name", [name for name, r in RECIPES.items() if r.machine.device == "cuda"])
+@pytest.mark.parametrize("name", RECIPES)
 def test_its_step_runs_on_simulated_gpus_and_needs_what_is_estimated(
     name: str, reports: dict[str, list[Report]]
 ) -> None:
@@ -113,5 +110,8 @@ def test_its_step_runs_on_simulated_gpus_and_needs_what_is_estimated(
         assert report.estimate_bytes is not None
         assert 0.99 * report.peak_bytes <= report.estimate_bytes <= 1.05 * report.peak_bytes
     degrees = recipe.config().parallel
+    if recipe.gpus == 1:
+        assert found[0].layout == "TP 1, PP 1, CP 1, DP 1"
+        return
     assert f"TP {degrees.tensor_model_parallel_size} + SP" in found[0].layout
     assert f"CP {degrees.context_parallel_size} {degrees.cp_comm_type}" in found[0].layout

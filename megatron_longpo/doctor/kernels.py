@@ -44,8 +44,8 @@ from megatron_longpo.model.kernels import (
 from megatron_longpo.model.logprobs import KnownGradients, token_logprobs
 from megatron_longpo.model.rotary import rotary_of
 from megatron_longpo.model.shape import ModelShape
-from megatron_longpo.runtime import platform
-from megatron_longpo.runtime.machine_record import attention_kernel, common_kernel, short
+from megatron_longpo.runtime import platform, products
+from megatron_longpo.runtime.machine_record import WEIGHT_GRADIENTS, attention_kernel, common_kernel, short
 
 Errors = dict[str, float]
 _NO_FLAG = "no flag avoids it: use another version of torch, or another card, and report it"
@@ -177,6 +177,18 @@ def _others(device: Device) -> list[_Looked]:
         )
         for name, errors_of in table.items()
         for dtype in device.types
+    ] + [
+        _Looked(
+            f"{WEIGHT_GRADIENTS}, {short(dtype)}",
+            common_kernel(WEIGHT_GRADIENTS, dtype),
+            # The products of 16-bit numbers are added in fp32.
+            torch.float32,
+            functools.partial(weight_gradient_errors, dtype, device.device),
+            "--no-gradient-accumulation-fusion",
+            is_needed=products.are_fused(device.device),
+        )
+        for dtype in device.types
+        if dtype.itemsize == 2
     ]
 
 
@@ -368,6 +380,22 @@ def gate_errors(dtype: torch.dtype, device: torch.device) -> Errors:
     places, width = _sizes(device)
     both = _random(1, places, 1, 2 * width, dtype=dtype, device=device)
     return _compare(("input",), (both,), layers.gated, plain.swiglu)
+
+
+def weight_gradient_errors(dtype: torch.dtype, device: torch.device) -> Errors:
+    """Gradients of a wide and of a narrow weight over two micro batches, added to what is there."""
+    places, width = _sizes(device)
+    worst: Errors = {}
+    for outputs, inputs in ((3 * width, width), (width, 3 * width)):
+        total = _random(1, outputs, inputs, dtype=torch.float32, device=device)
+        expected = total.clone()
+        for seed in (2, 3):
+            grad = _random(seed, places, outputs, dtype=dtype, device=device)
+            given = _random(seed + 2, places, inputs, dtype=dtype, device=device)
+            products.add_product(total, grad, given)
+            expected += grad.float().t() @ given.float()
+        _worsen(worst, {"sum": plain.relative_error(total, expected)})
+    return worst
 
 
 def log_prob_errors(dtype: torch.dtype, device: torch.device) -> Errors:

@@ -31,14 +31,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_longpo.runtime import platform
+from megatron_longpo.runtime import platform, products
 
 # Elements of a block that stays in a core's cache from one pass over it to the next.
 _CACHED = 2**20
 # Largest relative difference between a gradient and what was known of it. fp32 sums of a step differ by far less.
 _TOLERANCE = 1e-4
-# Whether torch has matmuls of 16-bit matrices with fp32 output (CUDA only; seen in torch 2.11 and 2.13).
-_WIDE_PRODUCTS = "dtype_out" in torch.ops.aten.mm.overloads() and "dtype_out" in torch.ops.aten.addmm.overloads()
 
 
 def default_chunk_bytes(*, on_cuda: bool | None = None) -> int:
@@ -415,7 +413,7 @@ class _Logits:
         logits_CV = self.buffer[: hidden_CH.shape[0]]
         if hidden_CH.dtype == torch.float32:
             torch.mm(hidden_CH, self.weight.t(), out=logits_CV)
-        elif hidden_CH.is_cuda and _WIDE_PRODUCTS:
+        elif products.are_fused(hidden_CH.device):
             # The matmul's fp32 sums are kept. Rounding them to bf16 would lose two digits of each logit and cost another pass.
             torch.ops.aten.mm.dtype_out(hidden_CH, self.weight.t(), torch.float32, out=logits_CV)
         else:
@@ -491,8 +489,8 @@ def _add_product(total_VH: Tensor, grad_CV: Tensor, hidden_CH: Tensor) -> None:
     if total_VH.dtype == grad_CV.dtype:
         total_VH.addmm_(grad_CV.t(), hidden_CH)
         return
-    if total_VH.is_cuda and total_VH.dtype == torch.float32 and _WIDE_PRODUCTS:
-        torch.ops.aten.addmm.dtype_out(total_VH, grad_CV.t(), hidden_CH, torch.float32, out=total_VH)
+    if total_VH.dtype == torch.float32 and products.are_fused(total_VH.device):
+        products.add_product(total_VH, grad_CV, hidden_CH)
         return
     # By blocks of rows; otherwise the product would be as large as the weight before it is added.
     rows = max(1, 8 * _CACHED // hidden_CH.shape[1])

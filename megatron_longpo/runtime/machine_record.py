@@ -75,6 +75,8 @@ def short(dtype: torch.dtype) -> str:
 # What every run uses besides attention kernels, as the doctor's lines name it.
 COMMON = ("merged blocks", "rotary embedding", "norm", "gate of the MLP", "log-probs")
 LAYERS = "layers/transformer_engine"
+# What local linear layers use where gradients are added inside their product.
+WEIGHT_GRADIENTS = "gradients of weights"
 
 
 def attention_kernel(name: str, dtype: torch.dtype) -> str:
@@ -83,7 +85,7 @@ def attention_kernel(name: str, dtype: torch.dtype) -> str:
 
 
 def common_kernel(name: str, dtype: torch.dtype) -> str:
-    """Name in a record of something that every run uses, one of ``COMMON``."""
+    """Name in a record of something other than attention: one of ``COMMON``, or ``WEIGHT_GRADIENTS``."""
     return f"{name}/{short(dtype)}"
 
 

@@ -32,6 +32,7 @@ import numpy as np
 import torch
 
 from megatron_longpo.errors import PlatformError
+from megatron_longpo.runtime.products import FusedWeightGradient
 from megatron_longpo.runtime.unpickling import load_checkpoints_safely
 
 _VARIABLE = "MEGATRON_LONGPO_PLATFORM"
@@ -707,6 +708,33 @@ def _only_for_shards(init: Callable[..., None]) -> Callable[..., None]:
     return wrapped
 
 
+def _telling_the_weight(function: type[torch.autograd.Function]) -> type[torch.autograd.Function]:
+    """Extend the Function of megatron-core's linear layers: that a gradient is in ``main_grad`` is told to the weight itself.
+
+    megatron-core tells the weight that it saved. Where hooks decide what is saved (``layers.recompute_in_backward``, activations
+    in host memory), torch gives back another tensor on the same storage, without the weight's attributes. DDP's hook would then
+    find neither a gradient nor the mark, which it refuses when it overlaps reductions.
+    """
+
+    class Telling(function):  # type: ignore[misc,valid-type]
+        @staticmethod
+        def forward(ctx: Any, given: torch.Tensor, weight: torch.Tensor, *args: Any) -> Any:
+            ctx.parameter = weight
+            return function.forward(ctx, given, weight, *args)
+
+        @staticmethod
+        def backward(ctx: Any, *grad_outputs: torch.Tensor) -> Any:
+            grads = function.backward(ctx, *grad_outputs)
+            weight = ctx.parameter
+            if not ctx.gradient_accumulation_fusion or grads[1] is not None:
+                return grads
+            weight.grad_added_to_main_grad = True
+            # Nobody reads it.
+            return grads[0], torch.empty_like(weight), *grads[2:]
+
+    return Telling
+
+
 def _patch_megatron_everywhere() -> None:
     """Patch megatron-core on every platform; seen to be needed with 0.16.1 and 0.19.2.
 
@@ -720,6 +748,9 @@ def _patch_megatron_everywhere() -> None:
 
     Optimizer states in host memory: the optimizer is first built over the whole model, of which every rank would make a copy in
     fp32, and then again over the rank's shards, which are no ``Parameter``.
+
+    Gradients of weights that linear layers add to ``main_grad`` in one product: megatron-core calls an extension of Apex for it,
+    which has to be compiled by hand. torch has such a product of its own. And see ``_telling_the_weight``.
     """
     p2p: Any = importlib.import_module("megatron.core.pipeline_parallel.p2p_communication")
     p2p.P2PCommunicator._communicate_shapes = _communicate_shapes
@@ -727,6 +758,11 @@ def _patch_megatron_everywhere() -> None:
     distributed._set_main_param_and_optimizer_states = _without_step(distributed._set_main_param_and_optimizer_states)
     hybrid = importlib.import_module("megatron.core.optimizer.cpu_offloading.hybrid_optimizer").HybridDeviceOptimizer
     hybrid._init_sub_optimizers = _only_for_shards(hybrid._init_sub_optimizers)
+    linear: Any = importlib.import_module("megatron.core.tensor_parallel.layers")
+    linear.fused_weight_gradient_mlp_cuda = FusedWeightGradient
+    linear.LinearWithGradAccumulationAndAsyncCommunication = _telling_the_weight(
+        linear.LinearWithGradAccumulationAndAsyncCommunication
+    )
 
 
 def _install(platform: Platform) -> Platform:

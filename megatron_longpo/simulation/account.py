@@ -38,6 +38,8 @@ _LARGEST_KNOWN = 2**22
 # Points of the curve of live bytes.
 _POINTS = 3000
 _HERE = str(Path(__file__).parent)
+# A product belongs to whoever asks for it.
+_PRODUCTS = str(Path(__file__).parent.parent / "runtime" / "products.py")
 _PACKAGE = str(Path(__file__).parent.parent.parent)
 
 
@@ -468,7 +470,7 @@ def place() -> Place:
 @functools.cache
 def _place_in(code: Any) -> tuple[str, str] | None:
     name = code.co_filename
-    if name.startswith(_HERE):
+    if name.startswith(_HERE) or name == _PRODUCTS:
         return None
     if name.startswith(_PACKAGE):
         return name[len(_PACKAGE) + 1 :], code.co_name

@@ -19,7 +19,8 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron_longpo.config import Config
 from megatron_longpo.errors import ConfigError
 from megatron_longpo.model.gpt import PolicyModel
-from megatron_longpo.runtime import platform
+from megatron_longpo.model.layers import fuse_weight_gradients
+from megatron_longpo.runtime import platform, products
 
 
 def wrap_for_training(chunks: list[PolicyModel], config: Config) -> list[DistributedDataParallel]:
@@ -46,10 +47,20 @@ def wrap_for_training(chunks: list[PolicyModel], config: Config) -> list[Distrib
         )
         for index, chunk in enumerate(chunks)
     ]
+    if fuses_weight_gradients(config):
+        for chunk in chunks:
+            fuse_weight_gradients(chunk)
     if parallel.overlap_param_gather:
         for chunk, model in zip(chunks, wrapped, strict=True):
             chunk.before_weight = _waiting(model)
     return wrapped
+
+
+def fuses_weight_gradients(config: Config) -> bool:
+    """Whether gradients of megatron-core's linear layers are added to their sums inside the product: 16-bit weights with fp32
+    sums, where the device has such a product."""
+    wanted = config.parallel.gradient_accumulation_fusion and not config.parallel.grad_reduce_in_bf16
+    return wanted and config.training.bf16 and products.are_fused(platform.CURRENT.device)
 
 
 def _waiting(model: DistributedDataParallel) -> Callable[[torch.nn.Parameter], None]:

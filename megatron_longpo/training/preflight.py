@@ -17,6 +17,7 @@ from megatron_longpo.model.kernels import names_of
 from megatron_longpo.model.shape import ModelShape
 from megatron_longpo.runtime import machine_record, platform
 from megatron_longpo.training.best import rule_of
+from megatron_longpo.training.optimization import fuses_weight_gradients
 from megatron_longpo.training.plan import RunPlan
 from megatron_longpo.training.session import Session
 from megatron_longpo.training.trackers import check_trackers
@@ -92,6 +93,8 @@ def refuse_wrong_kernels(session: Session) -> None:
     used += [machine_record.common_kernel(name, dtype) for name in machine_record.COMMON]
     if model.implementation.is_transformer_engine:
         used.append(machine_record.LAYERS)
+    elif fuses_weight_gradients(session.config):
+        used.append(machine_record.common_kernel(machine_record.WEIGHT_GRADIENTS, dtype))
     machine = machine_record.machine_of(current.name, current.facts())
     for wrong in machine_record.wrong_kernels(record, machine, used):
         raise PlatformError(

@@ -198,6 +198,9 @@ def test_bf16_is_as_near_to_fp32_as_plain_bf16(results: dict[str, Any], family: 
         ("one-offloaded-up", "one-recompute-up"),
         ("one-offloaded-attention", "one-recompute-selective"),
         ("cp2-offloaded-up", "cp2"),
+        ("one-recompute-up-bf16", "one-bf16"),
+        ("one-offloaded-up-bf16", "one-bf16"),
+        ("tp2-sp-recompute-up-bf16", "tp2-sp-bf16"),
     ],
 )
 def test_what_changes_only_places_and_times_changes_no_bit(results: dict[str, Any], name: str, same: str) -> None:

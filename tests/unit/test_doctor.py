@@ -37,7 +37,7 @@ from megatron_longpo.model.kernels import (
     CudaMemoryEfficient,
 )
 from megatron_longpo.model.rotary import Rotary
-from megatron_longpo.runtime import machine_record, platform
+from megatron_longpo.runtime import machine_record, platform, products
 from megatron_longpo.runtime.machine_record import Record, WrongKernel, machine_of, read_record, write_record
 from megatron_longpo.runtime.platform import DeviceFacts, links_in
 from megatron_longpo.training.preflight import refuse_wrong_kernels
@@ -135,6 +135,18 @@ def test_a_fault_in_a_kernel_is_named_by_its_line_and_no_other(
     )
     if fault:
         assert found[f"{expected}, float32"].remedy and "off by" in found[f"{expected}, float32"].detail
+
+
+def test_gradients_of_weights_that_are_rounded_before_they_are_added_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    (check,) = [c for c in kernel_checks("auto") if c.name == "gradients of weights, bfloat16"]
+    assert examined([check])[check.name].status == "pass"
+
+    def rounded(total: torch.Tensor, grad: torch.Tensor, given: torch.Tensor) -> None:
+        total += grad.t() @ given
+
+    monkeypatch.setattr(products, "add_product", rounded)
+    line = examined([check])[check.name]
+    assert line.status == "fail" and line.remedy == "--no-gradient-accumulation-fusion"
 
 
 @pytest.mark.parametrize(
@@ -354,7 +366,7 @@ def _session(kernels: Any, dtype: torch.dtype = torch.bfloat16, transformer_engi
         attention=SimpleNamespace(kernels=kernels),
         implementation=SimpleNamespace(is_transformer_engine=transformer_engine),
     )
-    return SimpleNamespace(chunks=[model])
+    return SimpleNamespace(chunks=[model], config=from_dict({"training": {"bf16": dtype == torch.bfloat16}}, "test"))
 
 
 @pytest.fixture
@@ -394,6 +406,16 @@ def test_training_refuses_a_kernel_that_the_last_doctor_found_wrong(
         with pytest.raises(PlatformError, match=kernel):
             refuse_wrong_kernels(session)
     refuse_wrong_kernels(_session(CpuFlash()))
+    # Products that add to fp32 sums are used on CUDA only, and by local layers only.
+    record(dataclasses.replace(_WRONG, kernel="gradients of weights/bfloat16"))
+    refuse_wrong_kernels(_session(CpuFlash()))
+    with monkeypatch.context() as patch:
+        patch.setattr(products, "are_fused", lambda _: True)
+        with pytest.raises(PlatformError, match="gradients of weights/bfloat16"):
+            refuse_wrong_kernels(_session(CpuFlash()))
+        refuse_wrong_kernels(_session(CpuFlash(), transformer_engine=True))
+        refuse_wrong_kernels(_session(CpuFlash(), torch.float32))
+    record(dataclasses.replace(_WRONG, kernel="layers/transformer_engine"))
     monkeypatch.setenv(machine_record.VARIABLE, "ignore")
     refuse_wrong_kernels(_session(CpuFlash(), transformer_engine=True))
 

@@ -317,10 +317,15 @@ _SIX = tuple(
     for case in _every_layout().values()
 )
 
-_IN_BF16 = {"training": {"bf16": True}}
 _RMSPROP = {"optimizer": "rmsprop", "rmsprop_eps": 1e-4}
 _BF16 = tuple(
-    Case(f"{case.name}-bf16", case.processes, {**case.settings, **_IN_BF16}, families=("qwen2",), bf16=True)
+    Case(
+        f"{case.name}-bf16",
+        case.processes,
+        {**case.settings, "training": {**case.settings.get("training", {}), "bf16": True}},
+        families=("qwen2",),
+        bf16=True,
+    )
     for case in (
         Case("one", 1),
         Case("one-not-shared", 1, {"data": _NOT_SHARED}),
@@ -336,6 +341,21 @@ _BF16 = tuple(
             },
         ),
         Case("dp2-distopt-grad", 2, {"parallel": {"use_distributed_optimizer": True, "grad_reduce_in_bf16": True}}),
+        # Gradients of weights that are added inside their product, whatever is recomputed; and rounded before they are added.
+        Case("one-apart", 1, {"parallel": {"gradient_accumulation_fusion": False}}),
+        Case("one-recompute-up", 1, {"training": _UP}),
+        Case("one-offloaded-up", 1, {"training": {**_UP, **_OFFLOADED}}),
+        Case(
+            "dp2-distopt-overlap-gather-recompute",
+            2,
+            {
+                "parallel": _layout(
+                    use_distributed_optimizer=True, overlap_grad_reduce=True, overlap_param_gather=True
+                ),
+                "training": _FULL,
+            },
+        ),
+        Case("tp2-sp-recompute-up", 2, {"parallel": _layout(tp=2, sequence_parallel=True), "training": _UP}),
     )
 )
 

@@ -15,6 +15,7 @@ import torch
 
 from megatron_longpo.config import Config, from_dict
 from megatron_longpo.doctor.canonical import canonical, gather_gradient_shards
+from megatron_longpo.model.layers import fuse_weight_gradients
 from megatron_longpo.runtime import process_groups
 from megatron_longpo.runtime.failure import run_or_fail
 from megatron_longpo.runtime.process_groups import destroy_groups
@@ -70,6 +71,10 @@ def run_case(config: Config) -> dict[str, Any]:
     session = open_session(plan)
     parallel = session.parallel
     trainer = start_training(session, began=time.monotonic())
+    if config.parallel.gradient_accumulation_fusion:
+        # Else on CUDA only. With fp32 weights, or sums of 16 bits, nothing is changed.
+        for chunk in trainer.chunks:
+            fuse_weight_gradients(chunk)
     numbers = trainer.sampler.batch(0)
     reference = session.reference.logps(session.data.train, numbers)
     for chunk in trainer.model:

@@ -224,6 +224,11 @@ class TrainingConfig:
     """Evaluate the held-out data and stop. Neither an optimizer nor data_path is needed."""
     bf16: bool = False
     """Weights and activations in bfloat16, gradients and master weights in fp32. Off: everything in fp32."""
+    fp8_format: Literal["hybrid"] | None = None
+    """Products of Transformer Engine's linear layers in FP8 (with bf16 and transformer_impl=transformer_engine): E4M3 forward,
+    E5M2 for gradients. Attention, log-probs, the reference and held-out data stay in bfloat16."""
+    fp8_recipe: Literal["delayed", "tensorwise"] = "tensorwise"
+    """How fp8_format scales a tensor. tensorwise: by its own largest number; delayed is not offered."""
     recompute_granularity: Literal["auto", "none", "selective", "full"] = "auto"
     """Activations that the backward pass recomputes instead of keeping. selective: those of recompute_modules; full: whole
     layers; auto: the MLPs' first products where that is cheap, and beyond that as little as fits into memory; the log says
@@ -549,11 +554,38 @@ def check(config: Config) -> None:
             "and recompute_granularity=full with recompute_method=uniform recomputes all of them; use recompute_method=block, or "
             "leave it out"
         )
+    _check_fp8(config)
     unknown = set(config.training.recompute_modules) - set(RECOMPUTE_MODULES)
     if unknown:
         raise ConfigError(
             f"recompute_modules={', '.join(sorted(unknown))} is unknown; use core_attn, mlp and mlp_up "
             "(norms and activation functions are always recomputed)"
+        )
+
+
+def _check_fp8(config: Config) -> None:
+    """Rules of FP8 products that need no machine."""
+    training, implementation = config.training, config.model.transformer_impl
+    if training.fp8_format is None:
+        return
+    if not training.bf16:
+        raise ConfigError(
+            f"fp8_format={training.fp8_format} is for training in bfloat16; set bf16 as well, or leave it out"
+        )
+    if implementation != "transformer_engine":
+        raise ConfigError(
+            f"fp8_format={training.fp8_format} is computed by Transformer Engine's linear layers, and "
+            f"transformer_impl={implementation} may be others; set transformer_impl=transformer_engine, or leave fp8_format out"
+        )
+    if training.fp8_recipe == "delayed":
+        raise ConfigError(
+            "fp8_recipe=delayed scales by what earlier steps have seen, so that a product that is computed again gives other "
+            "numbers, and a resumed run as well; use fp8_recipe=tensorwise"
+        )
+    if training.cpu_offloading_num_layers:
+        raise ConfigError(
+            f"cpu_offloading_num_layers={training.cpu_offloading_num_layers} would copy the FP8 weights that "
+            f"fp8_format={training.fp8_format} keeps for the backward to host memory as well; leave one of them out"
         )
 
 

@@ -9,6 +9,7 @@ Shape legend: s = places on this context-parallel rank, N = places with a loss o
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -30,6 +31,7 @@ from torch import Tensor
 
 from megatron_longpo.config import Config, ParallelConfig, pipeline_split, virtual_pipeline_size
 from megatron_longpo.model.attention import AttentionPlan, BlockAttention
+from megatron_longpo.model.fp8 import check_fp8, fp8_for_gradients_only, fp8_settings, keep_inputs_as_given
 from megatron_longpo.model.implementation import LayerChoice, choose_layers
 from megatron_longpo.model.inputs import ModelInputs
 from megatron_longpo.model.kernels import kernels_for
@@ -133,12 +135,15 @@ def transformer_config(shape: ModelShape, config: Config, *, use_transformer_eng
         pipeline_dtype=dtype,
         params_dtype=dtype,
         bf16=training.bf16,
+        # Of megatron-core's layers see layers.fuse_weight_gradients. Transformer Engine's would be told by marks on the weight
+        # that autograd saved, which is another tensor where hooks decide what is saved.
         gradient_accumulation_fusion=False,
         # Weights come from a checkpoint, so random initialisation would be wasted.
         use_cpu_initialization=not use_transformer_engine,
         perform_initialization=False,
         deallocate_pipeline_outputs=True,
         **recompute,
+        **(fp8_settings(training) if use_transformer_engine else {}),
     )
 
 
@@ -232,11 +237,12 @@ class PolicyModel(GPTModel):
         hidden = self.embedding(input_ids=tokens_1s, position_ids=positions_1s) if self.pre_process else None
         # The plan carries the rotary tables, so that all layers share one pair.
         cos_sin = rotary.cos_sin(positions_1s[0], self.config.params_dtype)
-        found: Tensor = self.decoder(
-            hidden_states=hidden,
-            attention_mask=None,
-            packed_seq_params=plan.for_model(*cos_sin, self.attention.kernels),
-        )
+        with fp8_for_gradients_only(self.config):
+            found: Tensor = self.decoder(
+                hidden_states=hidden,
+                attention_mask=None,
+                packed_seq_params=plan.for_model(*cos_sin, self.attention.kernels),
+            )
         return found
 
     def _tied(self) -> bool:
@@ -265,6 +271,9 @@ def build_model(
     """
     implementation = choose_layers("local" if reference_layers else config.model.transformer_impl)
     engine = implementation.is_transformer_engine
+    if engine and config.training.fp8_format:
+        check_fp8(shape, parallel.tensor_size)
+        implementation = dataclasses.replace(implementation, reason=f"{implementation.reason}; products in FP8")
     megatron_config = transformer_config(shape, config, use_transformer_engine=engine)
     spec = layer_spec(engine, shape.qk_layernorm)
     chunks = []
@@ -300,6 +309,8 @@ def build_model(
         model.implementation = implementation
         _mark_tensor_parallel(model)
         training = config.training
+        if engine and training.fp8_format:
+            keep_inputs_as_given(model)
         of_full = layers if training.recompute_method == "uniform" else training.recompute_num_layers
         whole = of_full if training.recompute_granularity == "full" else 0
         set_recompute_up(

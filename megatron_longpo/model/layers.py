@@ -23,6 +23,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 from torch.nn.functional import silu
 
+from megatron_longpo.model.fp8 import products_as_now
 from megatron_longpo.model.offloading import HostActivations, keep
 
 
@@ -251,12 +252,15 @@ class GatedMLP(MLP):
             activated = gated(both)
             with recompute_in_backward(activated, lambda: _activated(kept())):
                 return self.linear_fc2(activated)
-        x = keep(hidden_states)
+        x, products = keep(hidden_states), products_as_now(self.config)
         # Recomputed for the down-projection's backward and used by the activation's, which comes right after it.
         waiting: list[Tensor] = []
 
         def make_both() -> Tensor:
-            return waiting.pop() if waiting else self.linear_fc1(x())[0]
+            if waiting:
+                return waiting.pop()
+            with products():
+                return self.linear_fc1(x())[0]  # type: ignore[no-any-return]
 
         def make_activated() -> Tensor:
             waiting.append(make_both())

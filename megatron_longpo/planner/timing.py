@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 
 from megatron_longpo.config import Config
 from megatron_longpo.model.attention import head_groups_of
+from megatron_longpo.model.fp8 import alignment
 from megatron_longpo.model.gpt import padded_vocab_size
 from megatron_longpo.model.shape import ModelShape
 from megatron_longpo.planner.links import Group
@@ -527,7 +528,8 @@ class Sizes:
         config, parallel = candidate.config, candidate.parallel
         tensor, context = parallel.tensor_size, parallel.context_size
         gathers = parallel.sequence_parallel and tensor > 1
-        places = round_up(candidate.micro_batch_size * rows.places, context * (tensor if gathers else 1)) // context
+        cut = context * (tensor if gathers else 1) * alignment(config.training)
+        places = round_up(candidate.micro_batch_size * rows.places, cut) // context
         kv_heads = max(1, shape.num_query_groups // tensor)
         gathers_keys = context > 1 and parallel.comm_type == "allgather"
         return cls(

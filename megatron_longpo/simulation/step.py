@@ -122,10 +122,12 @@ def _simulate(request: Request, folder: Path, account: Account) -> Report:
     report = Report()
     plan = plan_of(request, folder)
     # Transformer Engine's kernels take real tensors only.
-    wanted = plan.config.model.transformer_impl
+    wanted, fp8 = plan.config.model.transformer_impl, plan.config.training.fp8_format
     local = dataclasses.replace(plan.config.model, transformer_impl="local")
-    plan = dataclasses.replace(plan, config=dataclasses.replace(plan.config, model=local))
-    report.layers = "local" if wanted == "local" else f"local; transformer_impl={wanted} is not simulated"
+    training = dataclasses.replace(plan.config.training, fp8_format=None)
+    plan = dataclasses.replace(plan, config=dataclasses.replace(plan.config, model=local, training=training))
+    left_out = f"transformer_impl={wanted}" + (f" with fp8_format={fp8}" if fp8 else "")
+    report.layers = "local" if wanted == "local" else f"local; {left_out} is not simulated"
     parallel = groups_of(plan)
     data = open_data(plan)
     plan = memory.decide_recompute(plan, data.train, parallel)

@@ -18,6 +18,7 @@ import torch
 
 from megatron_longpo.config import Config
 from megatron_longpo.model.attention import head_groups_of
+from megatron_longpo.model.fp8 import alignment
 from megatron_longpo.model.gpt import padded_vocab_size
 from megatron_longpo.model.logprobs import chunk_tokens, default_chunk_bytes
 from megatron_longpo.model.shape import ModelShape
@@ -87,6 +88,7 @@ class Activations:
     @cached_property
     def _places(self) -> int:
         cut = self.parallel.context_size * (self.parallel.tensor_size if self.parallel.sequence_parallel else 1)
+        cut *= alignment(self.config.training)
         return round_up(self.tokens, cut) // self.parallel.context_size
 
     @cached_property
@@ -134,6 +136,16 @@ class Activations:
         """The MLP's activated tensor; its first product is twice as large."""
         return self._places * self.shape.ffn_hidden_size // self.parallel.tensor_size * self._width
 
+    @property
+    def _is_fp8(self) -> bool:
+        return self.config.training.fp8_format is not None
+
+    @property
+    def _fp8_weights(self) -> int:
+        """FP8 copies of a layer's weights, which its forward keeps for the backward: by rows and by columns, a byte each.
+        Blackwell needs only one of them."""
+        return 2 * self.shape.layer_weights // self.parallel.tensor_size if self._is_fp8 else 0
+
     # What is saved ----------------------------------------------------------------------------------
 
     @property
@@ -151,7 +163,7 @@ class Activations:
             # Norms of heads save their inputs and a number per head.
             saved += self._queries + int(self._keys / self._copies)
             saved += 4 * self._places * (self._query_heads + self._kv_heads)
-        return saved
+        return saved + self._fp8_weights
 
     @property
     def everything(self) -> int:
@@ -176,6 +188,10 @@ class Activations:
         gate = again + self._mlp + both + self._hidden
         # The first product is no longer needed: its gradient, the norm's output and its gradient, the weight's.
         first = both - (0 if recomputed else both) + self._hidden + 2 * self._whole_hidden + 2 * weight
+        if self._is_fp8:
+            # Of a product's input and of its output's gradient, FP8 copies by rows and by columns: as many bytes as they have.
+            second += self._mlp + self._whole_hidden
+            first += both + self._whole_hidden
         return max(second, gate, first)
 
     @cached_property

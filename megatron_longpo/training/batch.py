@@ -86,6 +86,7 @@ class MicroBatch:
         context_parallel: bool,
         window: int | None = None,
         responses: int = 2,
+        alignment: int = 1,
         more: Callable[[SequenceLayout, Shard], Mapping[str, np.ndarray]] = lambda _layout, _shard: {},
     ) -> MicroBatch:
         """Lay rows out, cut them, and bring what this rank needs of them to its device in one copy.
@@ -98,6 +99,7 @@ class MicroBatch:
             context_parallel: whether to cut the sequence over the context-parallel ranks.
             window: sliding attention window of the model.
             responses: response slots per sample: chosen, rejected, and others.
+            alignment: places of each rank, of tensor-parallel ranks with sequence parallelism too, are a multiple of this.
             more: function that makes other arrays, by name, for ``on_device``.
         """
         layout = lay_out(
@@ -108,7 +110,7 @@ class MicroBatch:
         gather = parts > 1 and parallel.comm_type == "allgather"
         ranges_of_rank = assign_places(
             layout,
-            multiple=parts * (parallel.tensor_size if parallel.sequence_parallel else 1),
+            multiple=parts * (parallel.tensor_size if parallel.sequence_parallel else 1) * alignment,
             parts=parts,
             tiles=TILES if gather else 1,
         )
@@ -252,6 +254,7 @@ def policy_batch(
     objective: ObjectiveConfig,
     parallel: Parallel,
     window: int | None = None,
+    alignment: int = 1,
 ) -> PolicyBatch:
     """Lay out and cut the long rows of some samples.
 
@@ -265,6 +268,7 @@ def policy_batch(
         objective: which rows the policy computes.
         parallel: degrees and groups.
         window: sliding attention window of the model.
+        alignment: as for ``MicroBatch.make``.
     """
     spec = spec_of(objective.objective, objective.loss_type)
     weights_B = np.array([sample.weight for sample in samples], np.float64)
@@ -299,6 +303,7 @@ def policy_batch(
         context_parallel=True,
         window=window,
         responses=spec.responses,
+        alignment=alignment,
         more=more,
     )
     of, counts = micro_batch.on_device, micro_batch.inputs.loss_counts

@@ -11,6 +11,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megatron_longpo.data.sampler import assign_batch
+from megatron_longpo.model.fp8 import alignment
 from megatron_longpo.model.logprobs import check_known
 from megatron_longpo.model.rotary import rotary_of
 from megatron_longpo.runtime.balance import round_up
@@ -113,6 +114,7 @@ class BatchRunner:
                 objective=config.objective,
                 parallel=parallel,
                 window=self.plan.shape.window_size,
+                alignment=alignment(config.training),
             )
             for places in places_of_batches
         ]

@@ -247,6 +247,8 @@ def choices(
         """Without whole layers recomputed: as many layers in host memory as wanted, or any number if it costs no time."""
         kept = activations.kept(recompute_up="mlp_up" in modules)
         is_hidden = on_cuda and (linear + attention) / sharing >= FLOPS_PER_COPIED_BYTE * kept
+        # What is saved would include FP8 copies of weights (config._check_fp8).
+        is_hidden = is_hidden and config.training.fp8_format is None
         counts = range(largest if is_hidden else 1) if wanted is None else (min(wanted, largest - 1),)
         # Fewer are better, though it makes no difference in operations.
         return [choice(granularity, modules, 0, extra + 1e-9 * n, n) for n in counts]

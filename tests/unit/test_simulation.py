@@ -81,6 +81,15 @@ ONLINE = {
     how: dataclasses.replace(_ONE, config={**_ONE.config, "reference": {"reference": "online", "reference_model": how}})
     for how in ("swapped", "resident")
 }
+# Whoever asks for Transformer Engine and FP8 gets local layers in bf16.
+ONLINE["resident"] = dataclasses.replace(
+    ONLINE["resident"],
+    config={
+        **ONLINE["resident"].config,
+        "model": {"transformer_impl": "transformer_engine"},
+        "training": {**_ONE.config["training"], "fp8_format": "hybrid"},
+    },
+)
 
 
 OFFLOADED = {
@@ -179,6 +188,8 @@ def test_an_online_reference_is_scored_in_the_step_and_may_be_a_second_model(rep
     # Its forward takes as many products as a third of the policy's step, on rows that are no longer than its own.
     assert 1 < swapped.flops["linear layers"] / cached.flops["linear layers"] < 1.4
     assert swapped.flops == resident.flops
+    assert cached.layers == "local; transformer_impl=auto is not simulated"
+    assert resident.layers == "local; transformer_impl=transformer_engine with fp8_format=hybrid is not simulated"
     assert resident.kinds["weights"] == pytest.approx(2 * cached.kinds["weights"], rel=0.02)
     assert swapped.kinds["weights"] == cached.kinds["weights"]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import sys
 import types
@@ -13,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_longpo.config import from_dict
+from megatron_longpo.config import from_dict, from_yaml
 from megatron_longpo.data.sequence import KeyBlock, QuerySpan
 from megatron_longpo.model.attention import rotate
 from megatron_longpo.model.blocks import Blocks, CausalBlock, FullBlock, block_attention, blocks_of
@@ -88,6 +89,7 @@ def test_what_is_recomputed_is_not_kept() -> None:
         torch.testing.assert_close(a, b)
 
 
+ROOT = Path(__file__).parents[2]
 _MISTRAL = ModelShape("mistral", 32, 4096, 14336, 32, 8, 128, 32000, 1e-5, False, True, 1e6, 32768, 0.02, "bfloat16")
 
 
@@ -177,6 +179,34 @@ def test_a_longer_row_needs_more_recompute() -> None:
     # Where attention is little, the MLPs' products are not cheap: nothing is computed again without need.
     short = _choices(1024, 1)
     assert memory.choose(short, [memory.free_bytes(c, 10**12) for c in short]).granularity == "none"
+
+
+def test_the_example_at_128k_is_the_layout_with_room_to_spare() -> None:
+    """Of the ways to cut Mistral-7B over eight ranks in two kinds of parallelism or one, by peaks of 131,072 tokens."""
+    example = from_yaml(ROOT / "examples" / "longpo_128k.yaml")
+
+    def peak(tensor: int, context: int) -> float:
+        degrees = {"tensor_model_parallel_size": tensor, "context_parallel_size": context}
+        config = dataclasses.replace(
+            example,
+            parallel=dataclasses.replace(example.parallel, **degrees, sequence_parallel=tensor > 1),
+            training=dataclasses.replace(
+                example.training, recompute_granularity="selective", recompute_modules=("mlp_up",)
+            ),
+        )
+        parallel = _parallel(tensor_size=tensor, context_size=context, sequence_parallel=tensor > 1, world_size=8)
+        sizes = {"tokens": 131072, "num_microbatches": 8, "stage": 0, "on_cuda": True}
+        found = memory.step_bytes(_MISTRAL, config, parallel, **sizes)  # type: ignore[arg-type]
+        assert found is not None
+        return found / 2**30
+
+    # CP 8, at which every rank has all weights and their fp32 gradients, is the tightest: 6 bytes of each of 7.2 billion.
+    peaks = {(tensor, context): peak(tensor, context) for tensor, context in ((1, 8), (2, 4), (4, 2), (8, 1))}
+    assert max(peaks, key=peaks.__getitem__) == (1, 8)
+    chosen = (example.parallel.tensor_model_parallel_size, example.parallel.context_parallel_size)
+    assert chosen == (2, 4) and example.parallel.sequence_parallel
+    # What docs/simulation.md has: nothing is recomputed but the MLPs' first products.
+    assert peaks[chosen] < 50 and peaks[1, 8] > peaks[chosen] + 18
 
 
 @settings(max_examples=60, deadline=None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,14 +11,24 @@ import torch
 import torch.distributed as dist
 
 from megatron_longpo.doctor.bounds import bounds_of
-from megatron_longpo.doctor.canonical import canonical
 from megatron_longpo.doctor.examination import Check
 from megatron_longpo.doctor.findings import Line, by_error
 from megatron_longpo.doctor.ranks import Ranks
-from megatron_longpo.doctor.steps import NOT_READY, Layout, Numbers, Workshop, layouts, numbers_of, quietly, step_errors
+from megatron_longpo.doctor.resources import NOT_SHARED, sees
+from megatron_longpo.doctor.steps import (
+    NOT_READY,
+    Layout,
+    Numbers,
+    Workshop,
+    layouts,
+    numbers_of,
+    quietly,
+    step_errors,
+    whole,
+)
 from megatron_longpo.errors import LongPOError
 from megatron_longpo.runtime import platform
-from megatron_longpo.runtime.collectives import all_gather_objects, on_rank0
+from megatron_longpo.runtime.collectives import all_gather_objects
 from megatron_longpo.runtime.process_groups import destroy_groups
 from megatron_longpo.training.trainer import Trainer
 
@@ -42,13 +53,12 @@ def _check(ranks: Ranks, *, workshop: Workshop, folder: Path) -> Iterator[Line]:
     if not workshop.is_ready:
         yield Line("checkpoint", "skipped", NOT_READY)
         return
-    if not _is_shared(folder):
-        yield Line(
-            "checkpoint",
-            "fail",
-            f"rank {ranks.rank} does not see what rank 0 writes to {folder}",
-            "name a folder on a file system that all nodes share with --folder, and use such a one for --save",
-        )
+    mine = sees(folder)
+    if not all(all_gather_objects(mine)):
+        if not mine:
+            yield Line(
+                "checkpoint", "fail", f"rank {ranks.rank} does not see what rank 0 writes to {folder}", NOT_SHARED
+            )
         return
     # A run keeps its optimizer's kind: where there is a distributed one, its states change places.
     found = layouts(ranks.world_size)
@@ -70,15 +80,6 @@ def _check(ranks: Ranks, *, workshop: Workshop, folder: Path) -> Iterator[Line]:
             yield _line(f"checkpoint, resumed in {other.name}", elsewhere, saved, after, bound)
 
 
-def _is_shared(folder: Path) -> bool:
-    """Whether all ranks see what rank 0 writes; collective."""
-    token = folder / "seen"
-    on_rank0(lambda: token.write_text("rank 0"))
-    mine = token.is_file()
-    seen = all_gather_objects(mine)
-    return mine if not all(seen) else True
-
-
 _Weights = dict[str, torch.Tensor]
 
 
@@ -87,8 +88,7 @@ def _saved(workshop: Workshop, layout: Layout, output: Path) -> tuple[_Weights, 
     trainer = workshop.trainer(layout, torch.float32, save=output)
     numbers_of(trainer)
     trainer.save(last=True)
-    weights = _weights(trainer)
-    after = numbers_of(trainer)
+    weights, after = _weights_and_step(trainer)
     _close(trainer)
     return weights, after
 
@@ -101,13 +101,16 @@ def _resumed(workshop: Workshop, layout: Layout, output: Path) -> tuple[_Weights
         return str(error)
     if trainer.step != 1:
         return f"it resumes after step {trainer.step}, not after step 1"
-    weights, after = _weights(trainer), numbers_of(trainer)
+    weights, after = _weights_and_step(trainer)
     _close(trainer)
     return weights, after
 
 
-def _weights(trainer: Trainer) -> _Weights:
-    return canonical(trainer.chunks, trainer.plan.shape, trainer.parallel, lambda p: p.detach())
+def _weights_and_step(trainer: Trainer) -> tuple[_Weights, Numbers]:
+    """A trainer's weights, and what its next step computes; collective."""
+    weights, trouble = whole(trainer, lambda p: p.detach())
+    numbers = numbers_of(trainer)
+    return weights, dataclasses.replace(numbers, trouble=trouble or numbers.trouble)
 
 
 def _close(trainer: Trainer) -> None:
@@ -120,6 +123,8 @@ def _line(name: str, found: tuple[_Weights, Numbers] | str, saved: _Weights, aft
     if isinstance(found, str):
         return Line(name, "fail", found, _REMEDY)
     weights, numbers = found
+    if after.trouble or numbers.trouble:
+        return Line(name, "fail", after.trouble or numbers.trouble, _REMEDY)
     # What is loaded is what was saved, to the last bit.
     changed = [key for key, value in saved.items() if not torch.equal(value, weights.get(key, torch.empty(0)))]
     if changed:

@@ -17,6 +17,7 @@ from megatron_longpo.doctor.examination import Check
 from megatron_longpo.doctor.findings import Line
 from megatron_longpo.doctor.ranks import Ranks
 from megatron_longpo.runtime import platform
+from megatron_longpo.runtime.collectives import on_rank0
 from megatron_longpo.simulation.data import read_shape
 from megatron_longpo.simulation.fallback import Estimate, estimate
 from megatron_longpo.simulation.request import Card, Request
@@ -26,6 +27,7 @@ _MIB, _GIGA = 2**20, 1e9
 # Bytes that are written and read back, at most, and seconds that it may take.
 _BYTES = {"cuda": 1024 * _MIB, "cpu": 32 * _MIB}
 _SECONDS = 8.0
+_LEAST_BYTES = _MIB
 # GB/s below which a disk is slow, and seconds that a checkpoint may take on it.
 _SLOWEST = {"cuda": 0.1, "cpu": 0.001}
 _CHECKPOINT_SECONDS = 600.0
@@ -37,6 +39,9 @@ _DISK = (
     "save to a faster file system (--save; this is the one of --folder), less often (--save-interval), or in the background "
     "(--async-save)"
 )
+
+
+NOT_SHARED = "name a folder on a file system that all nodes share with --folder, and use such a one for --save"
 
 
 @dataclass(frozen=True)
@@ -145,6 +150,15 @@ def _estimate(wanted: Wanted, rank: int, world_size: int) -> Estimate:
 
 
 def _check_disk(ranks: Ranks, *, wanted: Wanted, folder: Path, world_size: int) -> Iterator[Line]:
+    if not sees(folder):
+        # Its own disk is not the one that checkpoints go to. The others look at that.
+        yield Line(
+            "disk space",
+            "fail",
+            f"rank {ranks.rank} does not see what rank 0 writes to {folder}",
+            NOT_SHARED,
+        )
+        return
     kind = "cuda" if platform.CURRENT.is_cuda else "cpu"
     free = free_bytes(folder)
     needed = _checkpoint_bytes(wanted) if wanted.is_there else None
@@ -159,6 +173,9 @@ def _check_disk(ranks: Ranks, *, wanted: Wanted, folder: Path, world_size: int) 
         "free space, name another folder for --save, or save weights only (--no-save-optim)",
         figures=figures,
     )
+    if free < _LEAST_BYTES:
+        yield Line("disk speed", "skipped", f"{free} bytes are free, too few to write any")
+        return
     ranks.at("writing to the disk")
     written, read = rates(folder / f"rates-{ranks.rank}", min(_BYTES[kind], free // 4))
     figures = {"written_gigabytes_per_second": written, "read_gigabytes_per_second": read}
@@ -170,6 +187,13 @@ def _check_disk(ranks: Ranks, *, wanted: Wanted, folder: Path, world_size: int) 
         detail += f"; a checkpoint takes {seconds:.0f} s"
         slow = slow or seconds > _CHECKPOINT_SECONDS
     yield Line("disk speed", "slow" if slow else "pass", detail, _DISK, figures=figures)
+
+
+def sees(folder: Path) -> bool:
+    """Whether this rank sees what rank 0 writes to a folder; collective."""
+    token = folder / "seen"
+    on_rank0(lambda: token.write_text("rank 0"))
+    return token.is_file()
 
 
 def _checkpoint_bytes(wanted: Wanted) -> int:

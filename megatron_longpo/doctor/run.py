@@ -75,7 +75,9 @@ def examine(order: Order) -> int:
     Raises:
         ConfigError: the folder is none.
     """
-    if order.folder is not None and not order.folder.is_dir():
+    # Of the node that makes a folder in it; one that does not see it says so later, where the others do not wait for it.
+    first_node = os.environ.get("GROUP_RANK", "0") == "0"
+    if first_node and order.folder is not None and not order.folder.is_dir():
         raise ConfigError(f"folder={order.folder} is not a folder; make it, or name another")
     current = platform.CURRENT
     first = os.environ.get("RANK", "0") == "0"

@@ -238,14 +238,20 @@ def numbers_of(trainer: Trainer) -> Numbers:
     record = trainer.train_step()
     trainer.step += 1
     gather_gradient_shards(trainer.model)
-    gradients, trouble = _whole(trainer, lambda p: p.main_grad)  # type: ignore[attr-defined]
-    weights, more = _whole(trainer, lambda p: p.detach())
+    gradients, trouble = whole(trainer, lambda p: p.main_grad)  # type: ignore[attr-defined]
+    weights, more = whole(trainer, lambda p: p.detach())
     timed = ("step_seconds", "tokens_per_second", "peak_memory_gb")
     metrics = {k: float(v) for k, v in record.items() if isinstance(v, int | float) and k not in timed}
     return Numbers(metrics, gradients, weights, trouble or more)
 
 
-def _whole(trainer: Trainer, value_of: Any) -> tuple[dict[str, Tensor], str]:
+def whole(trainer: Trainer, value_of: Any) -> tuple[dict[str, Tensor], str]:
+    """A value of each weight by Hugging Face's names, on rank 0; and what is wrong if copies on several ranks differ. Collective.
+
+    Args:
+        trainer: the trainer.
+        value_of: the value of a parameter.
+    """
     try:
         return canonical(trainer.chunks, trainer.plan.shape, trainer.parallel, value_of), ""
     except AssertionError as error:

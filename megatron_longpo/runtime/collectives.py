@@ -82,13 +82,15 @@ def on_rank0(action: Callable[[], Item]) -> Item:
     """Run an action on rank 0 and give every rank what it returned; collective.
 
     Raises:
-        LongPOError: what the action raised; raised on every rank.
+        LongPOError, OSError: what the action raised; raised on every rank, which would otherwise wait for rank 0.
     """
+    if not dist.is_initialized():
+        return action()
     outcome: list[Any] = [None, None]
     if dist.get_rank() == 0:
         try:
             outcome[0] = action()
-        except LongPOError as error:
+        except (LongPOError, OSError) as error:
             outcome[1] = error
     dist.broadcast_object_list(outcome, src=0, device=platform.CURRENT.device)
     value, failure = outcome

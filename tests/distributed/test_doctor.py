@@ -87,6 +87,8 @@ EXPECTED: dict[str, tuple[str, list[str]]] = {
     "another tensor gathered": ("fail", [f"all_gather over {kind}, bfloat16" for kind in ("TP", "CP", "DP")]),
     "a slow broadcast": ("slow", ["broadcast over world, int32"]),
     "a slow disk": ("slow", ["disk speed"]),
+    # And what comes next is looked at as ever.
+    "a folder of one node": ("fail", ["disk space", "checkpoint"]),
     "a sum left out": ("fail", ["step, CP 2 a2a, float32"]),
     "a tensor lost": ("fail", ["checkpoint, saved and resumed in DP 2", "checkpoint, resumed in CP 2 allgather"]),
 }

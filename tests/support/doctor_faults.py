@@ -152,6 +152,10 @@ def _go_through(workshop: Workshop, folder: Path) -> None:
     )
     look("a slow broadcast", collectives[:1], (dist, "broadcast", _slowly(dist.broadcast, 3.0)))
     look("a slow disk", disk, (os, "fsync", _slowly(os.fsync, 6.0)))
+    # Each node has a folder of this name of its own.
+    here = folder if ranks.rank == 0 else folder / "elsewhere"
+    own_disk = resource_checks(Wanted(Config(), None, None), here, world_size=2, local_size=1)[1:]
+    look("a folder of one node", [*own_disk, checkpoint_check(workshop, here)])
     # The sum over context-parallel ranks is left out: each has its own part of the loss.
     look("a sum left out", step("CP 2 a2a") + step("DP 2"), (batch, "sum_over_group", lambda x, group: x))
     look(

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from megatron_longpo.config import Config, from_dict
+from megatron_longpo.doctor import checkpoints, resources
 from megatron_longpo.doctor import kernels as doctor_kernels
-from megatron_longpo.doctor import resources
 from megatron_longpo.doctor import run as doctor_run
 from megatron_longpo.doctor.bounds import bounds_of
 from megatron_longpo.doctor.calls import PACKED, SINGLE, block_calls
@@ -25,8 +25,9 @@ from megatron_longpo.doctor.findings import EXIT_STATUS, Line, Report, by_error,
 from megatron_longpo.doctor.kernels import Device, kernel_checks
 from megatron_longpo.doctor.ranks import Ranks
 from megatron_longpo.doctor.resources import Wanted, resource_checks
-from megatron_longpo.doctor.steps import layouts
-from megatron_longpo.errors import PlatformError
+from megatron_longpo.doctor.run import Order, examine
+from megatron_longpo.doctor.steps import Numbers, layouts
+from megatron_longpo.errors import ConfigError, PlatformError
 from megatron_longpo.model import kernels, layers, logprobs
 from megatron_longpo.model.kernels import (
     BlockInputs,
@@ -339,6 +340,9 @@ def test_memory_and_disk_for_the_model_that_is_asked_for(tmp_path: Path, monkeyp
     }
     assert "--context-parallel-size" in little["memory for the model"].remedy
     assert found(_CHECKPOINT - 1)["disk space"].status == "fail"
+    # A disk that is full takes nothing: there is no speed to tell of, nor to divide by.
+    full = found(3)
+    assert (full["disk space"].status, full["disk speed"].status) == ("fail", "skipped")
     # Half of what is there, since two ranks share it.
     assert little["memory for the model"].figures["available_bytes"] == 2**20
     monkeypatch.setitem(resources._SLOWEST, "cpu", 1e6)
@@ -351,6 +355,31 @@ def test_without_a_model_memory_is_not_asked(tmp_path: Path, monkeypatch: pytest
     found = examined(resource_checks(Wanted(Config(), None, None), tmp_path, world_size=1, local_size=1))
     assert found["memory for the model"].status == "skipped" and "--hf" in found["memory for the model"].detail
     assert found["disk space"].status == "pass"
+
+
+def test_weights_whose_copies_differ_are_a_line_of_the_checkpoint_and_not_an_error_of_one_rank() -> None:
+    right = Numbers({}, {}, {})
+    wrong = dataclasses.replace(right, trouble="decoder.weight: copies on ranks 0 and 1 differ")
+    for resumed, saved in ((wrong, right), (right, wrong)):
+        line = checkpoints._line("checkpoint", ({}, resumed), {}, saved, 1e-5)
+        assert line.status == "fail" and "copies on ranks 0 and 1" in line.detail
+
+
+def test_a_folder_that_is_none_is_refused_by_the_node_that_needs_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The others say so in a line, later: who ends before the ranks meet lets them wait."""
+    order = Order(Wanted(Config(), None, None), tmp_path / "none", tmp_path / "doctor.json", 1.0, 1.0)
+    with pytest.raises(ConfigError, match=r"none is not a folder; make it"):
+        examine(order)
+    monkeypatch.setenv("GROUP_RANK", "1")
+
+    def reached(*_: Any) -> None:
+        raise InterruptedError
+
+    monkeypatch.setattr(doctor_run, "_by_itself", reached)
+    with pytest.raises(InterruptedError):
+        examine(order)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -49,12 +49,14 @@ class Kind:
     answer: str | None = None
 
 
+# No sentence begins with its subject: at the beginning of an answer no space stands before it, so it is another token than in the
+# question and in the text, which a model this small takes long to learn.
 KINDS = {
     "code": Kind("The code of the {a} is {b}.", "What is the code of the {a}?", "things", 4),
-    "home": Kind("{a} lives in {b}.", "Where does {a} live?", "names", "cities"),
-    "job": Kind("{a} works as a {b}.", "What is the job of {a}?", "names", "jobs"),
+    "home": Kind("The home of {a} is in {b}.", "Where is the home of {a}?", "names", "cities"),
+    "job": Kind("The job of {a} is {b}.", "What is the job of {a}?", "names", "jobs"),
     "color": Kind("The color of the {a} is {b}.", "What is the color of the {a}?", "things", "colors"),
-    "pet": Kind("{a} keeps a {b}.", "Which animal does {a} keep?", "names", "animals"),
+    "pet": Kind("The pet of {a} is the {b}.", "What is the pet of {a}?", "names", "animals"),
     "order": Kind("After the {a} came the {b}.", "Who came after the {a}?", "animals", "animals"),
     # RULER's needles, in its words.
     "magic": Kind(

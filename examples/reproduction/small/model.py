@@ -78,15 +78,15 @@ def make_model(target: Path, size: Size, seed: int) -> None:
 def make_tokenizer(vocab_size: int):  # type: ignore[no-untyped-def]  # transformers is imported inside
     """A byte-level BPE of the essays and of facts, with digits in pairs and a chat template.
 
-    Single digits would be ten tokens that stand everywhere, and finding the next one again takes more context than a model this
-    small has.
+    Ten digits stand everywhere, and so does a space before them: to find the next of such tokens again takes more context than a
+    model this small has. The space belongs to the first pair.
     """
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(Regex(r"\d{1,2}"), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        [pre_tokenizers.Split(Regex(r" ?\d{1,2}"), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
     bpe.decoder = decoders.ByteLevel()
     special = [_PAD, *_ROLES, _END]

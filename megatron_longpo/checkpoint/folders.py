@@ -58,6 +58,9 @@ class RunProgress:
     guard: dict[str, Any] = field(default_factory=dict)
 
 
+_TYPES_OF_PROGRESS = {"step": int, "layout": str, "train_iters": int, "identity": dict, "guard": dict}
+
+
 def folder_of(output: Path, step: int) -> Path:
     """Folder of the checkpoint of a step."""
     return output / f"iter_{step:07d}"
@@ -217,8 +220,16 @@ def read_progress(folder: Path) -> RunProgress:
             f"{folder}: was saved with no_save_optim and cannot be resumed; use --load {folder} to start a new run from it"
         )
     try:
-        return RunProgress(**common["progress"])
+        progress = RunProgress(**common["progress"])
     except (KeyError, TypeError) as error:
         raise DamagedError(
             f"{folder}: has no record of its progress ({one_line(error)}); use another checkpoint"
         ) from None
+    for name, kind in _TYPES_OF_PROGRESS.items():
+        value = getattr(progress, name)
+        # A bool is an int in Python.
+        if type(value) is not kind or (kind is int and value < 0):
+            raise DamagedError(
+                f"{folder}: has no record of its progress ({name} is {str(value)[:40]!r}); use another checkpoint"
+            )
+    return progress

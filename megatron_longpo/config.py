@@ -314,7 +314,9 @@ class CheckpointConfig:
     async_save: bool = False
     """Write checkpoints in the background."""
     keep_last: Count | None = None
-    """Number of checkpoints to keep, newest first. Default: all."""
+    """Number of checkpoints to keep, newest first. Default: all, or 1 with save_retain_interval."""
+    save_retain_interval: Count | None = None
+    """Steps between checkpoints that are kept for good, beside those of keep_last; a multiple of save_interval."""
     save_best: str | None = None
     """Held-out metric by which the best checkpoint is saved and kept beside keep_last, after an evaluation (eval_interval): nll,
     loss, rewards/margins, rewards/accuracies, ...; with a direction of your own `kl/rejected:max`. OUTPUT/best stands for it
@@ -722,10 +724,26 @@ def _check_output(config: Config) -> None:
     ):
         if is_on and config.checkpoint.save is None:
             raise ConfigError(f"{name} is on but save is not given; name the output folder with --save")
+    _check_retention(config.checkpoint)
     start, end = config.logging.profile_step_start, config.logging.profile_step_end
     if start >= end:
         raise ConfigError(
             f"profile_step_start={start} must be less than profile_step_end={end}; steps 11 and 12 are profiled with 10 and 12"
+        )
+
+
+def _check_retention(checkpoint: CheckpointConfig) -> None:
+    retained, interval = checkpoint.save_retain_interval, checkpoint.save_interval
+    if retained is None:
+        return
+    if interval is None:
+        raise ConfigError(
+            f"save_retain_interval={retained} keeps some of the checkpoints of save_interval, which is not given; set it too"
+        )
+    if retained % interval:
+        raise ConfigError(
+            f"save_retain_interval={retained} must be a multiple of save_interval={interval}, by which steps are saved; use "
+            f"{max(1, round(retained / interval)) * interval}"
         )
 
 

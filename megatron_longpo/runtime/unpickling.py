@@ -83,6 +83,7 @@ def load_checkpoints_safely() -> None:
     import megatron.core.dist_checkpointing.strategies.common as common
     import torch.distributed.checkpoint.default_planner as planner
     import torch.distributed.checkpoint.filesystem as filesystem
+    from megatron.core.msc_utils import MultiStorageClientFeature
 
     module: Any
     for module in (planner, filesystem, common):
@@ -90,3 +91,5 @@ def load_checkpoints_safely() -> None:
             module.torch = _SafeTorch(module.torch)
     filesystem_module: Any = filesystem
     filesystem_module.pickle = _SafePickle()
+    # megatron-core 0.16.1 uses the readers of multi-storage-client wherever that is installed; 0.19.2 only when it is told to.
+    MultiStorageClientFeature.disable()

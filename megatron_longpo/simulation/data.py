@@ -90,7 +90,7 @@ def read_shape(model: str | None, config: Config, *, flag: str = "model") -> Mod
     if model is None:
         if config.checkpoint.load is None:
             raise ConfigError(f"neither {flag} nor load is given; name a model with --{flag} DIR or --load CKPT")
-        return ModelShape.read(resolve(config.checkpoint.load))
+        return ModelShape.read(resolve(config.checkpoint.load, weights=False))
     path = Path(model)
     names = (FILE_NAME, "config.json")
     file = next((path / name for name in names if (path / name).is_file()), path)

@@ -6,7 +6,8 @@ import contextlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from megatron_longpo.checkpoint.folders import BEST, whole_steps
+from megatron_longpo.checkpoint.folders import whole_steps
+from megatron_longpo.checkpoint.remote import BEST
 from megatron_longpo.errors import ConfigError
 from megatron_longpo.runtime.checked_json import read_checked, write_checked
 from megatron_longpo.training.metrics import names_reported, read_metrics

@@ -36,6 +36,7 @@ from megatron_longpo.checkpoint.folders import (
 )
 from megatron_longpo.checkpoint.retention import Retention
 from megatron_longpo.checkpoint.saving import Save, start_save
+from megatron_longpo.checkpoint.uploading import Uploader
 from megatron_longpo.config import data_sources
 from megatron_longpo.errors import CheckpointError, DamagedError, one_line
 from megatron_longpo.model.gpt import PolicyModel
@@ -50,6 +51,7 @@ from megatron_longpo.training.optimizer_state import load_optimizer, optimizer_c
 from megatron_longpo.training.plan import RunPlan
 from megatron_longpo.training.plausibility import first_not_finite
 from megatron_longpo.training.skipping import StepGuard
+from megatron_longpo.training.uploads import check_uploads, wait_for_uploads
 
 
 def run_identity(plan: RunPlan, reference_weights: str) -> dict[str, Any]:
@@ -201,6 +203,7 @@ class Checkpointer:
         parallel: degrees and groups.
         reference_weights: name of the reference's weights.
         folder_lock: lock on the output folder, on rank 0; ``close`` releases it.
+        uploader: copies to a store what is complete; None: nothing is copied.
 
     Attributes:
         resume_step: step of the newest readable checkpoint in the output folder; None: this is a new run.
@@ -213,12 +216,18 @@ class Checkpointer:
     """
 
     def __init__(
-        self, plan: RunPlan, parallel: Parallel, *, reference_weights: str, folder_lock: FolderLock | None = None
+        self,
+        plan: RunPlan,
+        parallel: Parallel,
+        *,
+        reference_weights: str,
+        folder_lock: FolderLock | None = None,
+        uploader: Uploader | None = None,
     ) -> None:
         self.plan, self.parallel, self.config = plan, parallel, plan.config.checkpoint
         self.output = plan.output
         self.identity = run_identity(plan, reference_weights)
-        self._folder_lock = folder_lock
+        self._folder_lock, self._uploader = folder_lock, uploader
         # Checkpoints that were passed over because they are damaged, by step.
         self._damaged: dict[int, str] = {}
         self._resume_steps = on_rank0(self._find_checkpoints)
@@ -375,8 +384,14 @@ class Checkpointer:
             self._finish_saving(self.output)
 
     def close(self) -> None:
-        """Wait for a background save, and give the output folder up."""
+        """Wait for a background save and for uploads, and give the output folder up; collective.
+
+        Raises:
+            CheckpointError: a save or an upload fails.
+        """
         self.wait()
+        if self._uploader is not None:
+            wait_for_uploads(self._uploader)
         if self._folder_lock is not None:
             self._folder_lock.release()
 
@@ -401,14 +416,29 @@ class Checkpointer:
                 write_atomically(output / LATEST, f"{step}\n".encode())
                 if best is not None and best.step == step:
                     self._name_best(output, best)
-                spare = () if best is None else (best.step,)
-                for old in Retention.of(self.config).removable(whole_steps(output), spare=spare):
+        doomed = on_rank0(lambda: self._removable(output, best))
+        if self._uploader is not None:
+            self._uploader.drop(doomed)
+            self._uploader.put(step, best=None if best is None else best.step)
+        with raise_on_all_ranks(output):
+            if self.parallel.rank == 0:
+                for old in doomed:
                     # Renamed first: a kill during the removal leaves no half checkpoint under its name.
-                    doomed = output / f".writing_{old:07d}_old"
-                    os.replace(folder_of(output, old), doomed)
-                    shutil.rmtree(doomed, ignore_errors=True)
+                    aside = output / f".writing_{old:07d}_old"
+                    os.replace(folder_of(output, old), aside)
+                    shutil.rmtree(aside, ignore_errors=True)
         # The trainer checked it before it was saved.
         self.good_step, self._good_best = step, best
+        if self._uploader is not None:
+            check_uploads(self._uploader, go_on=self.plan.config.faults.on_save_failure == "continue")
+
+    def _removable(self, output: Path, best: Best | None) -> list[int]:
+        """Steps whose checkpoints are to be removed."""
+        spare = set() if best is None else {best.step}
+        if self._uploader is not None and self._uploader.uploading is not None:
+            # What it reads goes with the next one.
+            spare.add(self._uploader.uploading)
+        return Retention.of(self.config).removable(whole_steps(output), spare=spare)
 
     def _name_best(self, output: Path, best: Best | None) -> None:
         assert best is not None and self._rule is not None
@@ -455,6 +485,9 @@ class Checkpointer:
         if self._rule is not None and self.output is not None:
             output, rule = self.output, self._rule
             self.best = self._good_best = on_rank0(lambda: read_best(output, rule, step))
+        if self._uploader is not None and step:
+            # The launch that saved it may have ended before it was in the store.
+            self._uploader.put(step, best=None if self.best is None else self.best.step)
         return step
 
     def _resume(self, state: TrainState) -> int:

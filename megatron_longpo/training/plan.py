@@ -122,7 +122,9 @@ def make_plan(config: Config, world_size: int) -> RunPlan:
                 f"skip_train evaluates load={config.checkpoint.load}, but save={own} holds the checkpoints of another run; "
                 f"use --load {own} to evaluate those, or leave --save out"
             )
-    reference_load = resolve(config.reference.reference_load or config.checkpoint.load)
+    reference_load = load
+    if config.reference.reference_load is not None:
+        reference_load = resolve(config.reference.reference_load, name="reference_load")
     shape, reference_shape = ModelShape.read(load), ModelShape.read(reference_load)
     check_against_model(
         config,

@@ -21,6 +21,7 @@ from megatron_longpo.training.optimization import fuses_weight_gradients
 from megatron_longpo.training.plan import RunPlan
 from megatron_longpo.training.session import Session
 from megatron_longpo.training.trackers import check_trackers
+from megatron_longpo.training.uploads import check_store
 
 _SHOWN_HASH = 12
 
@@ -41,6 +42,9 @@ def check_run(plan: RunPlan) -> None:
     if config.logging.wandb_project:
         _check_wandb_credentials(config.logging.wandb_project)
     _check_writable("save", plan.output)
+    if config.checkpoint.upload_to is not None:
+        # One process per node, since credentials may be missing on one of them.
+        check_store(config.checkpoint.upload_to, write=os.environ.get("LOCAL_RANK", "0") == "0")
     if config.reference.reference == "cached" and plan.objective.reference_rows is not None:
         for folder in _cache_folders(plan):
             # A table that is there may be the one that is asked for, and reading it takes no permission to write.

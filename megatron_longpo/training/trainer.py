@@ -23,7 +23,7 @@ from megatron.core.distributed import finalize_model_grads
 from torch.profiler import record_function
 
 from megatron_longpo.checkpoint.checksums import Verification
-from megatron_longpo.checkpoint.folders import folder_of, from_newest_good, is_one_of_several
+from megatron_longpo.checkpoint.folders import folder_of, from_newest_good, is_one_of_several, read_progress
 from megatron_longpo.config import Config, data_sources
 from megatron_longpo.data.sampler import BatchSampler, BlendSampler
 from megatron_longpo.errors import CheckpointError, ConfigError, LongPOError, one_line
@@ -35,7 +35,7 @@ from megatron_longpo.runtime.heartbeat import at, watch_neighbour
 from megatron_longpo.runtime.log import log
 from megatron_longpo.runtime.signals import heed
 from megatron_longpo.runtime.status import StatusFile
-from megatron_longpo.training.checkpointer import Checkpointer, TrainState
+from megatron_longpo.training.checkpointer import Checkpointer, TrainState, check_same_run, run_identity
 from megatron_longpo.training.data_set import DataSet
 from megatron_longpo.training.fingerprint import fingerprint, fingerprint_of_batch
 from megatron_longpo.training.metrics import (
@@ -63,6 +63,7 @@ from megatron_longpo.training.session import Session, open_session
 from megatron_longpo.training.skipping import StepGuard, write_skipped
 from megatron_longpo.training.stopping import Stop, StopCondition
 from megatron_longpo.training.trackers import Tracker, open_trackers
+from megatron_longpo.training.uploads import open_uploads
 
 # Given the folder of a checkpoint, writes a Hugging Face model to a new folder; collective.
 Export = Callable[[Path, Path], object]
@@ -496,8 +497,13 @@ def start_training(
     folder_lock = hold_output(session.plan.output)
     if status is not None:
         status.write("starting")
+    plan, reference = session.plan, session.reference.weights
+    identity = run_identity(plan, reference)
+    uploader = open_uploads(
+        plan, session.parallel, lambda folder: check_same_run(read_progress(folder), identity, folder)
+    )
     checkpointer = Checkpointer(
-        session.plan, session.parallel, reference_weights=session.reference.weights, folder_lock=folder_lock
+        plan, session.parallel, reference_weights=reference, folder_lock=folder_lock, uploader=uploader
     )
     trackers = _open_trackers(session)
     # Before the optimizer is built: until then its memory is free, and it copies the weights that it finds.

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from megatron.core import msc_utils
 
 from megatron_longpo.runtime import platform, unpickling
 from tests.support.launch import ROOT
@@ -111,3 +112,12 @@ def test_the_check_finds_what_it_looks_for() -> None:
     names = {name for _, _, name, _, _ in _calls()}
     assert {"torch.load", "np.load"} <= names
     assert any(name.endswith(".from_pretrained") for name in names)
+
+
+def test_readers_of_other_packages_are_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(msc_utils, "msc", object())  # as where multi-storage-client is installed
+    assert not msc_utils.MultiStorageClientFeature.is_enabled()
+    msc_utils.MultiStorageClientFeature.enable()
+    assert msc_utils.MultiStorageClientFeature.is_enabled()
+    unpickling.load_checkpoints_safely()
+    assert not msc_utils.MultiStorageClientFeature.is_enabled()

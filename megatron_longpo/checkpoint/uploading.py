@@ -1,0 +1,261 @@
+"""Upload of a run's checkpoints in the background: complete ones only, the oldest first, retried for as long as it takes.
+
+Every rank sends the files that it wrote, in a thread of its own, and leaves a note in the store; rank 0 sends the rest, waits for
+the notes, and writes ``checksums.json`` last. The threads speak with each other through the store alone: collectives belong to
+the main thread. What was sent is compared with its checksum before and with its size after, and S3 compares a checksum of every
+request (botocore sends one).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import threading
+import time
+from collections.abc import Callable, Collection
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_longpo.checkpoint.checksums import CHECKSUMS, Checksum, parse_checksums, writer_of
+from megatron_longpo.checkpoint.folders import LATEST, folder_of
+from megatron_longpo.checkpoint.remote import BEST, complete_steps, read_small, step_of
+from megatron_longpo.checkpoint.retention import Retention
+from megatron_longpo.checkpoint.store import Store, StoreError
+from megatron_longpo.errors import CheckpointError, DamagedError, one_line
+from megatron_longpo.runtime.files import sha256_of
+from megatron_longpo.runtime.log import log
+
+# What a run that goes on elsewhere needs of its folder, beside a checkpoint.
+RUN_FILES = ("metrics.jsonl", "validation.jsonl", BEST, "trackers.json")
+_THREADS = 2
+_NOTE = ".sent_"
+# Seconds between looks for the other ranks' notes.
+_POLL_SECONDS = 1.0
+# Seconds until the first other try; they double up to the longest.
+_FIRST_WAIT, _LONGEST_WAIT = 1.0, 60.0
+
+
+@dataclass(frozen=True)
+class Trouble:
+    """Why an upload does not come to its end.
+
+    Attributes:
+        step: step of the checkpoint.
+        reason: the error.
+    """
+
+    step: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class _Order:
+    step: int
+    best: int | None
+
+
+class Uploader:
+    """Copies checkpoints of a run to a store, one after the other; every rank has one.
+
+    Args:
+        store: where they go.
+        output: the run's folder.
+        rank: this rank.
+        world_size: number of ranks.
+        retention: which checkpoints stay in the store.
+        check_owner: raises if another run has taken the store over; called on rank 0 before each upload.
+        patience: seconds for which an upload may fail before ``trouble`` says so.
+        damaged: steps in the store that were found damaged; they are removed when another one is complete.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        output: Path,
+        *,
+        rank: int,
+        world_size: int,
+        retention: Retention,
+        check_owner: Callable[[], None],
+        patience: float,
+        damaged: Collection[int] = (),
+    ) -> None:
+        self.store = store
+        self._output, self._rank, self._world_size = output, rank, world_size
+        self._retention, self._check_owner, self._patience = retention, check_owner, patience
+        self._damaged = set(damaged)
+        self._changed = threading.Condition()
+        self._waiting: list[_Order] = []
+        self._current: _Order | None = None
+        self._given_up: set[int] = set()
+        self._error: str | None = None
+        # Value of time.monotonic() from which on every attempt failed.
+        self._failing_since = 0.0
+        # Files of the current checkpoint that are in the store.
+        self._sent: set[str] = set()
+        self._thread = threading.Thread(target=self._work, name="upload", daemon=True)
+        self._thread.start()
+
+    def put(self, step: int, *, best: int | None = None) -> None:
+        """Upload a complete checkpoint when its turn comes.
+
+        Args:
+            step: its step.
+            best: step of the best checkpoint so far.
+        """
+        with self._changed:
+            self._waiting.append(_Order(step, best))
+            self._changed.notify_all()
+
+    def drop(self, steps: Collection[int]) -> None:
+        """Forget checkpoints that wait for their turn, since they are removed here."""
+        with self._changed:
+            self._waiting = [order for order in self._waiting if order.step not in steps]
+
+    def give_up(self, step: int) -> None:
+        """Forget a checkpoint whose upload fails, for the sake of later ones."""
+        with self._changed:
+            self._given_up.add(step)
+            self._changed.notify_all()
+
+    @property
+    def uploading(self) -> int | None:
+        """Step of the checkpoint that is being read for an upload."""
+        with self._changed:
+            return None if self._current is None else self._current.step
+
+    @property
+    def is_done(self) -> bool:
+        """Whether everything is in the store."""
+        with self._changed:
+            return not self._waiting and self._current is None
+
+    @property
+    def trouble(self) -> Trouble | None:
+        """Why the upload does not come to its end, if it has failed for longer than ``patience``."""
+        with self._changed:
+            if self._error is None or self._current is None or time.monotonic() - self._failing_since < self._patience:
+                return None
+            return Trouble(self._current.step, self._error)
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._waiting)
+                self._current = order = self._waiting.pop(0)
+                self._sent.clear()
+            self._upload_until_done(order)
+            with self._changed:
+                self._current, self._error = None, None
+
+    def _upload_until_done(self, order: _Order) -> None:
+        wait = _FIRST_WAIT
+        while not self._is_given_up(order.step):
+            try:
+                self._upload(order)
+                return
+            except Exception as error:
+                text = (
+                    str(error) if isinstance(error, CheckpointError) else f"{type(error).__name__}: {one_line(error)}"
+                )
+                with self._changed:
+                    if self._error is None:
+                        self._failing_since = time.monotonic()
+                        log(f"step {order.step} is not uploaded yet: {text}", level=logging.WARNING)
+                    if not isinstance(error, StoreError):
+                        # Neither damage nor another owner passes by itself.
+                        self._failing_since = float("-inf")
+                    self._error = text
+                    self._changed.wait_for(lambda: order.step in self._given_up, timeout=wait)
+                wait = min(2 * wait, _LONGEST_WAIT)
+
+    def _is_given_up(self, step: int) -> bool:
+        with self._changed:
+            return step in self._given_up
+
+    def _upload(self, order: _Order) -> None:
+        """Upload this rank's part of a checkpoint; on rank 0, wait for the others' and complete it."""
+        folder = folder_of(self._output, order.step)
+        if not folder.is_dir():
+            # The run keeps only newer ones by now.
+            return
+        listed = (folder / CHECKSUMS).read_bytes()
+        checksums = parse_checksums(listed)
+        writers = {name: (writer_of(Path(name)) or 0) % self._world_size for name in checksums}
+        own = {name: checksum for name, checksum in checksums.items() if writers[name] == self._rank}
+        if self._rank != 0 and not own:
+            return
+        prefix, key = f"{folder.name}/", hashlib.sha256(listed).hexdigest()[:8]
+        if self._rank == 0:
+            self._check_owner()
+        if (there := read_small(self.store, prefix + CHECKSUMS)) != listed:
+            if self._rank == 0 and there is not None:
+                # Another one of this step: not complete from here on.
+                self.store.remove([prefix + CHECKSUMS])
+            self._send(folder, prefix, own)
+            if self._rank == 0:
+                others = {f"{prefix}{_NOTE}{key}_{writer}" for writer in set(writers.values()) - {0}}
+                if not self._complete(order, prefix, checksums, listed, others):
+                    return
+            else:
+                self.store.write(f"{prefix}{_NOTE}{key}_{self._rank}", b"")
+        if self._rank == 0:
+            self._remove_old(order)
+            log(f"step {order.step} is in {self.store.url}/{folder.name}")
+
+    def _send(self, folder: Path, prefix: str, own: dict[str, Checksum]) -> None:
+        def send(name: str) -> None:
+            path = folder / name
+            if sha256_of(path) != own[name].sha256:
+                raise DamagedError(
+                    f"{path}: its content differs from its checksum in {CHECKSUMS}, so the checkpoint is damaged and is not "
+                    "uploaded; check the disk"
+                )
+            self.store.upload(path, prefix + name)
+            self._sent.add(name)
+
+        with ThreadPoolExecutor(_THREADS, thread_name_prefix="upload") as threads:
+            list(threads.map(send, [name for name in own if name not in self._sent]))
+
+    def _complete(
+        self, order: _Order, prefix: str, checksums: dict[str, Checksum], listed: bytes, others: set[str]
+    ) -> bool:
+        """Wait for the other ranks, and write what makes the files a checkpoint; False: it was given up meanwhile."""
+        while True:
+            files = self.store.files(prefix.rstrip("/"))
+            if others <= files.keys():
+                break
+            if self._is_given_up(order.step):
+                return False
+            time.sleep(_POLL_SECONDS)
+        for name, checksum in checksums.items():
+            if files.get(prefix + name) != checksum.bytes:
+                raise StoreError(
+                    f"{self.store.url}/{prefix}{name}: has {files.get(prefix + name)} bytes in the store instead of "
+                    f"{checksum.bytes}; another process may write there",
+                    is_lasting=False,
+                )
+        for name in RUN_FILES:
+            if (path := self._output / name).is_file():
+                # Read at once: the run appends to it.
+                self.store.write(name, path.read_bytes())
+        self.store.remove(path for path in files if path.startswith(prefix + _NOTE))
+        self.store.write(prefix + CHECKSUMS, listed)
+        self.store.write(LATEST, f"{order.step}\n".encode())
+        return True
+
+    def _remove_old(self, order: _Order) -> None:
+        """Remove what the rule does not keep, and what broken-off uploads left."""
+        files = self.store.files()
+        complete = complete_steps(files)
+        spare = {order.step, *(() if order.best is None else (order.best,))}
+        damaged = self._damaged - {order.step}
+        doomed = damaged | set(self._retention.removable([s for s in complete if s not in damaged], spare=spare))
+        # An upload of this run that is broken off is older than the one that is complete now.
+        doomed |= {s for path in files if (s := step_of(path)) is not None and s < order.step} - set(complete)
+        for step in sorted(doomed):
+            own = [path for path in files if step_of(path) == step]
+            # Without its checksums it does not count as a checkpoint, so they go first.
+            self.store.remove(sorted(own, key=lambda path: not path.endswith(f"/{CHECKSUMS}")))
+        self._damaged.clear()

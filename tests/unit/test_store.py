@@ -1,0 +1,305 @@
+"""Checkpoints in an S3 store: what counts as complete, what is brought here, and what is said where that cannot be done."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import s3fs
+
+from megatron_longpo.checkpoint import remote, store, uploading
+from megatron_longpo.checkpoint.checksums import CHECKSUMS, hash_own_files, write_checksums
+from megatron_longpo.checkpoint.folders import folder_of, from_newest_good, resolve
+from megatron_longpo.checkpoint.remote import CACHE_VARIABLE, complete_steps, fetch
+from megatron_longpo.checkpoint.retention import Retention
+from megatron_longpo.checkpoint.store import Store, StoreError
+from megatron_longpo.checkpoint.uploading import Uploader
+from megatron_longpo.errors import CheckpointError, ConfigError, DamagedError
+from tests.fuzz.readers import wait_until
+from tests.support.s3 import BUCKET, SECRET, S3Server
+
+URL = f"s3://{BUCKET}/run"
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[S3Server]:
+    server = S3Server()
+    yield server
+    server.close()
+
+
+@pytest.fixture(autouse=True)
+def settings(server: S3Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name, value in server.env.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
+    monkeypatch.setattr(store, "_FIRST_WAIT", 0.01)
+    monkeypatch.setattr(uploading, "_FIRST_WAIT", 0.05)
+    monkeypatch.setattr(uploading, "_POLL_SECONDS", 0.05)
+    # botocore would wait for seconds between its own tries.
+    monkeypatch.setitem(store._S3_CONNECTION, "retries", {"mode": "standard", "max_attempts": 1})
+    server.status = ""
+    for key in server.names():
+        server.client.delete_object(Bucket=BUCKET, Key=key)
+
+
+def write_checkpoint(output: Path, step: int, ranks: int = 2) -> Path:
+    """A folder with the names of a checkpoint's files."""
+    folder = folder_of(output, step)
+    (folder / "hf").mkdir(parents=True)
+    for name in (".metadata", "common.pt", "metadata.json", "model.json", "hf/config.json"):
+        (folder / name).write_text(f"{name} of step {step}")
+    for rank in range(ranks):
+        (folder / f"__{rank}_0.distcp").write_bytes(bytes([rank, step]) * 1000)
+        hash_own_files(folder, rank)
+    write_checksums(folder)
+    return folder
+
+
+def content_of(folder: Path) -> dict[str, bytes]:
+    found = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+    return {name: path.read_bytes() for name, path in found.items() if not name.startswith(".copying")}
+
+
+def uploader(
+    output: Path, rank: int = 0, *, ranks: int = 1, keep_last: int | None = None, patience: float = 60
+) -> Uploader:
+    def nobody_else() -> None:
+        pass
+
+    return Uploader(
+        Store(URL, name="upload_to"),
+        output,
+        rank=rank,
+        world_size=ranks,
+        retention=Retention(keep_last),
+        check_owner=nobody_else,
+        patience=patience,
+    )
+
+
+def upload(output: Path, *steps: int, keep_last: int | None = None, best: int | None = None) -> None:
+    up = uploader(output, keep_last=keep_last)
+    for step in steps:
+        up.put(step, best=best)
+    assert wait_until(lambda: up.is_done, 30)
+
+
+def test_ranks_upload_what_they_wrote_and_the_checksums_come_last(server: S3Server, tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path, 10)
+    (tmp_path / "metrics.jsonl").write_text("{}\n")
+    first, second = (uploader(tmp_path, rank, ranks=2) for rank in (0, 1))
+    first.put(10)
+    assert wait_until(lambda: f"run/{folder.name}/__0_0.distcp" in server.names(), 30)
+    # The other rank has not sent its file, so there is no checkpoint: a kill here leaves nothing that is taken for one.
+    assert complete_steps(first.store.files()) == [] and first.uploading == 10 and not first.is_done
+    with pytest.raises(CheckpointError, match=r"load=s3://bucket/run: holds neither .* \(but \d other files\)"):
+        fetch(URL)
+    second.put(10)
+    assert wait_until(lambda: first.is_done and second.is_done, 30)
+    assert complete_steps(first.store.files()) == [10]
+    puts = [path for method, path in server.requests if method == "PUT" and "/iter_" in path]
+    assert puts[-1].endswith(CHECKSUMS)
+    assert {key.removeprefix(f"run/{folder.name}/") for key in server.names("run/iter_")} == set(content_of(folder))
+    assert {"run/metrics.jsonl", "run/latest_checkpointed_iteration.txt"} <= set(server.names())
+    for url in (URL, f"{URL}/{folder.name}", f"{URL}/"):
+        assert content_of(resolve(url)) == content_of(folder)
+    # What is there is not copied again, and without the weights only the small files are.
+    server.requests.clear()
+    assert content_of(fetch(URL)) == content_of(folder)
+    assert not [path for method, path in server.requests if method == "GET" and path.endswith(".distcp")]
+    small = fetch(f"{URL}/{folder.name}/", weights=False)
+    assert content_of(folder).keys() - content_of(small).keys() <= {"__0_0.distcp", "__1_0.distcp", CHECKSUMS}
+
+
+def test_processes_share_the_copying(server: S3Server, tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path, 10, ranks=6)
+    upload(tmp_path, 10)
+    server.requests.clear()
+    found: list[Path] = []
+    threads = [threading.Thread(target=lambda: found.append(fetch(URL))) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(set(found)) == 1 and len(found) == 3 and content_of(found[0]) == content_of(folder)
+    weights = [path for method, path in server.requests if method == "GET" and path.endswith(".distcp")]
+    assert len(weights) == len(set(weights)) == 6
+
+
+def test_a_damaged_checkpoint_is_passed_over(server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = write_checkpoint(tmp_path, 10)
+    write_checkpoint(tmp_path, 20)
+    upload(tmp_path, 10, 20)
+    weights, checksums = "run/iter_0000020/__1_0.distcp", f"run/iter_0000020/{CHECKSUMS}"
+    content = {key: server.read(key) for key in (weights, checksums)}
+    for number, (key, changed, reason) in enumerate(
+        [
+            (weights, bytes([content[weights][0] ^ 1]) + content[weights][1:], "its content differs from its checksum"),
+            (weights, content[weights][:-1], "has 1999 bytes instead of 2000"),
+            (weights, None, "is missing"),
+            (checksums, b"{}", "its schema_version is not 1"),
+        ]
+    ):
+        monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / f"cache_{number}"))
+        if changed is None:
+            server.client.delete_object(Bucket=BUCKET, Key=key)
+        else:
+            server.write(key, changed)
+        with pytest.raises(DamagedError, match=rf"s3://bucket/{key}: .*{reason}"):
+            fetch(f"{URL}/iter_0000020")
+        assert content_of(fetch(URL)) == content_of(before)
+        server.write(key, content[key])
+    server.flip_a_bit(weights)
+    server.flip_a_bit("run/iter_0000010/common.pt")
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "none"))
+    with pytest.raises(DamagedError, match=r"iter_0000020/.*damaged; use another"):
+        from_newest_good(URL, lambda folder: folder)
+
+
+def test_names_that_lead_out_of_the_folder_are_refused(server: S3Server, tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, 10)
+    upload(tmp_path, 10)
+    listed = json.loads(server.read(f"run/iter_0000010/{CHECKSUMS}"))
+    listed["files"]["../out"] = listed["files"].pop("common.pt")
+    server.write(f"run/iter_0000010/{CHECKSUMS}", json.dumps(listed).encode())
+    with pytest.raises(DamagedError, match="is outside the folder"):
+        fetch(URL)
+
+
+def test_old_ones_go_after_the_new_one_is_there(server: S3Server, tmp_path: Path) -> None:
+    for step in (10, 20, 30):
+        write_checkpoint(tmp_path, step)
+    upload(tmp_path, 10)
+    # What a broken-off upload left.
+    server.write("run/iter_0000015/__0_0.distcp", b"half")
+    server.requests.clear()
+    upload(tmp_path, 20, 30, keep_last=1, best=10)
+    assert {key.split("/")[1] for key in server.names("run/iter_")} == {"iter_0000010", "iter_0000030"}
+    deleted = [path for method, path in server.requests if method == "DELETE" and "iter_0000020" in path]
+    assert deleted[0].endswith(CHECKSUMS), "without it nothing takes the rest for a checkpoint"
+    (tmp_path / "best.json").write_text('{"step": 10}')
+    upload(tmp_path, 30)
+    server.write("run/best.json", b'{"step": 10}')
+    assert fetch(f"{URL}/best").name == "iter_0000010"
+
+
+def test_an_upload_goes_on_when_the_store_is_back(
+    server: S3Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = write_checkpoint(tmp_path, 10)
+    server.status = "503 Service Unavailable"
+    up = uploader(tmp_path, patience=0.1)
+    up.put(10)
+    assert wait_until(lambda: up.trouble is not None, 30)
+    trouble = up.trouble
+    assert trouble is not None and trouble.step == 10 and "Service Unavailable" in trouble.reason
+    server.status = ""
+    assert wait_until(lambda: up.is_done, 30)
+    assert up.trouble is None and content_of(fetch(URL)) == content_of(folder)
+    said = capsys.readouterr().out
+    assert said.count("step 10 is not uploaded yet") == 1 and f"step 10 is in {URL}/iter_0000010" in said
+    # One that is given up makes place for the next.
+    server.status = "500 Internal Server Error"
+    write_checkpoint(tmp_path, 20)
+    write_checkpoint(tmp_path, 30)
+    up.put(20)
+    up.put(30)
+    assert wait_until(lambda: up.trouble is not None, 30)
+    up.give_up(20)
+    assert wait_until(lambda: up.uploading == 30, 30)
+    server.status = ""
+    assert wait_until(lambda: up.is_done, 30)
+    assert complete_steps(up.store.files()) == [10, 30]
+
+
+def test_what_is_damaged_here_is_not_uploaded(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path, 10)
+    (folder / "common.pt").write_text("other" + (folder / "common.pt").read_text()[5:])
+    up = uploader(tmp_path)
+    up.put(10)
+    assert wait_until(lambda: up.trouble is not None, 30)
+    assert up.trouble is not None and f"{folder}/common.pt: its content differs" in up.trouble.reason
+    assert complete_steps(up.store.files()) == []
+
+
+def test_another_checkpoint_of_the_same_step_takes_its_place(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "a", 10)
+    upload(tmp_path / "a", 10)
+    folder = write_checkpoint(tmp_path / "b", 10, ranks=1)
+    first = fetch(URL)
+    upload(tmp_path / "b", 10)
+    assert fetch(URL) != first and content_of(fetch(URL)) == content_of(folder)
+
+
+def test_folders_by_url_are_stores_too(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path / "run", 10)
+    target = Store(f"file://{tmp_path}/store", name="upload_to")
+    for name, content in content_of(folder).items():
+        target.write(f"{folder.name}/{name}", content)
+    assert content_of(fetch(f"file://{tmp_path}/store")) == content_of(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "url", "message"),
+    [
+        ({}, "s3://other/run", "no such bucket or file .*; create the bucket, or correct the URL"),
+        ({"AWS_ACCESS_KEY_ID": "", "AWS_SECRET_ACCESS_KEY": ""}, URL, "no credentials .*; set AWS_PROFILE"),
+        ({"AWS_ENDPOINT_URL": "http://127.0.0.1:9"}, URL, r"cannot be reached, or fails \(EndpointConnectionError"),
+        ({}, "xyz://bucket/run", "Protocol not known: xyz.*; use s3://"),
+    ],
+)
+def test_a_store_that_cannot_be_used_is_named_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, change: dict[str, str], url: str, message: str
+) -> None:
+    for name, value in change.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(store, "_TRIES", 1)
+    s3fs.S3FileSystem.clear_instance_cache()
+    with pytest.raises(StoreError, match=f"^upload_to={url}: .*{message}") as caught:
+        Store(url, name="upload_to").files()
+    s3fs.S3FileSystem.clear_instance_cache()
+    assert SECRET not in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_secrets_are_not_shown(server: S3Server) -> None:
+    server.status = f"500 failed for {SECRET} at http://me:password@host/x"
+    with pytest.raises(StoreError) as caught:
+        Store(URL, name="upload_to").write("x", b"")
+    said = store._shown(f"failed for {SECRET} at http://me:password@host/x")
+    assert said == "failed for [AWS_SECRET_ACCESS_KEY] at http://[credentials]@host/x"
+    assert SECRET not in str(caught.value) and "password" not in str(caught.value)
+
+
+def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(*_: object, **__: object) -> None:
+        raise ImportError("Install s3fs to access S3")
+
+    monkeypatch.setattr(store.fsspec.core, "url_to_fs", missing)
+    with pytest.raises(
+        StoreError, match=r"Install s3fs .*; it needs the package s3fs: pip install s3fs \(the extra `s3`"
+    ):
+        Store(URL, name="upload_to")
+
+
+@pytest.mark.parametrize(
+    "url", ["s3://key:secret@bucket/run", "https://h/run?X-Amz-Signature=secret", "s3://b/run#secret"]
+)
+def test_urls_with_credentials_are_refused_and_not_quoted(url: str) -> None:
+    with pytest.raises(ConfigError, match="could be credentials") as caught:
+        Store(url, name="load")
+    assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("url", ["bucket/run", "s3:///run", "://x", "simplecache::s3://bucket/run"])
+def test_what_is_no_url_is_refused(url: str) -> None:
+    with pytest.raises(ConfigError, match="is no URL of a folder; write it as s3://BUCKET/RUN"):
+        Store(url, name="upload_to")
+
+
+def test_the_names_in_a_store_are_those_of_a_run() -> None:
+    files = ["iter_0000010/checksums.json", "iter_0000020/.metadata", "metrics.jsonl", "iter_5/checksums.json"]
+    assert complete_steps(files) == [10] and [remote.step_of(path) for path in files] == [10, 20, None, None]

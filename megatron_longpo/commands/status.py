@@ -13,7 +13,7 @@ import tyro
 from megatron_longpo.command_line import parse
 from megatron_longpo.runtime.log import log
 from megatron_longpo.runtime.signals import STOPPED
-from megatron_longpo.runtime.status import read_status
+from megatron_longpo.runtime.status import read_status, silent_seconds
 from megatron_longpo.schema import PositiveFloat, check_ranges
 
 _FAILED = 2
@@ -36,9 +36,9 @@ def status(arguments: Sequence[str], *, prog: str) -> None:
     first."""
     options = parse(StatusOptions, arguments, prog=prog, description=status.__doc__ or "")
     check_ranges(options)
-    found = read_status(Path(options.run))
-    line = f"{found.state}, step {found.step} of {found.train_iters}, {found.age_seconds:.0f} s ago on {found.host}"
+    found, seconds = read_status(Path(options.run)), silent_seconds(Path(options.run))
+    line = f"{found.state}, step {found.step} of {found.train_iters}, {seconds:.0f} s ago on {found.host}"
     log(f"{options.run}: {line}{f' ({found.message})' if found.message else ''}")
     if options.alive is not None:
-        sys.exit(0 if found.state == "finished" or found.age_seconds <= options.alive else _SILENT)
+        sys.exit(0 if found.state == "finished" or seconds <= options.alive else _SILENT)
     sys.exit({"finished": 0, "failed": _FAILED}.get(found.state, STOPPED))

@@ -34,7 +34,7 @@ from megatron_longpo.runtime.checked_json import read_checked, write_checked
 from megatron_longpo.runtime.files import FolderLock, write_atomically
 from megatron_longpo.runtime.launcher import terminate_with_parent
 from megatron_longpo.runtime.log import log
-from megatron_longpo.runtime.status import read_status
+from megatron_longpo.runtime.status import read_status, silent_seconds
 from megatron_longpo.schema import convert_fields
 
 _PACKAGE_ROOT = Path(__file__).resolve().parents[2]
@@ -332,7 +332,7 @@ def _goes_on(output: Path, seconds: float) -> bool:
         status = read_status(output)
     except DataError:
         return False
-    return status.state not in ("finished", "failed") and status.age_seconds <= seconds
+    return status.state not in ("finished", "failed") and silent_seconds(output) <= seconds
 
 
 def _tail(path: Path) -> str:

@@ -20,7 +20,7 @@ from megatron_longpo.config import read_yaml
 from megatron_longpo.errors import ConfigError, DataError
 from megatron_longpo.runs.records import METRICS, VALIDATION, read_metrics
 from megatron_longpo.runtime.progress import duration
-from megatron_longpo.runtime.status import HEARTBEAT_FILE, Status, read_status
+from megatron_longpo.runtime.status import HEARTBEAT_FILE, Status, read_status, silent_seconds
 
 _BLOCKS = "▁▂▃▄▅▆▇█"
 _CURVE = 24
@@ -65,6 +65,7 @@ class View:
         records: metrics of its steps.
         validations: metrics of its held-out data.
         status: what it last said of itself; None: a run of an earlier version says nothing.
+        silent_seconds: seconds since it said that.
         train_iters: steps of the whole run, or None if they are not known.
         events: last events, oldest first.
     """
@@ -73,6 +74,7 @@ class View:
     records: Sequence[dict[str, Any]]
     validations: Sequence[dict[str, Any]]
     status: Status | None
+    silent_seconds: float
     train_iters: int | None
     events: Sequence[Event]
 
@@ -127,6 +129,7 @@ def look(folder: Path) -> View:
         records=read_metrics(folder / METRICS),
         validations=read_metrics(folder / VALIDATION),
         status=status,
+        silent_seconds=0.0 if status is None else silent_seconds(folder),
         train_iters=_configured_iters(folder) if status is None else status.train_iters,
         events=sorted(_events(folder), key=lambda event: event.time)[-_EVENTS:],
     )
@@ -196,7 +199,7 @@ def _headline(view: View) -> Text:
     if view.status is not None:
         words.append(f"{view.status.state} on {view.status.host}")
         if not view.has_ended:
-            words.append(f"last sign of life {duration(view.status.age_seconds)} ago")
+            words.append(f"last sign of life {duration(view.silent_seconds)} ago")
         if view.status.message:
             words.append(view.status.message)
     elif view.has_ended:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+import tempfile
 import time
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
@@ -44,11 +45,6 @@ class Status:
     pid: int
     message: str = ""
 
-    @property
-    def age_seconds(self) -> float:
-        """Seconds since it was written, by this machine's clock."""
-        return time.time() - datetime.fromisoformat(self.time).timestamp()
-
 
 class StatusFile:
     """Writes OUTPUT/heartbeat.json. A run does not fail because this file cannot be written.
@@ -83,6 +79,26 @@ class StatusFile:
         status = Status(state, self._step, self._train_iters, now, socket.gethostname(), os.getpid(), message)
         with contextlib.suppress(OSError):
             write_checked(self._output / HEARTBEAT_FILE, asdict(status), indent=None)
+
+
+def silent_seconds(output: Path) -> float:
+    """Seconds since a run wrote its file, by the clock of the file system that both are on: those of two machines may differ.
+
+    Where nothing can be written into the folder, this machine's clock has to do.
+
+    Raises:
+        DataError: the folder has no such file.
+    """
+    try:
+        written = os.stat(output / HEARTBEAT_FILE).st_mtime
+    except OSError as error:
+        raise DataError(f"{output / HEARTBEAT_FILE}: cannot be read ({one_line(error)}); run this again") from None
+    try:
+        with tempfile.TemporaryFile(dir=output) as probe:
+            now = os.fstat(probe.fileno()).st_mtime
+    except OSError:
+        now = time.time()
+    return max(0.0, now - written)
 
 
 def read_status(output: Path) -> Status:

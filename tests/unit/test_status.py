@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import time
 from pathlib import Path
 
 import pytest
@@ -34,11 +36,45 @@ def test_signs_of_life(tmp_path: Path) -> None:
     StatusFile(tmp_path, train_iters=10).write("running", step=4)
     assert status(str(tmp_path), "--alive", "60") == 0
     path = tmp_path / HEARTBEAT_FILE
-    write_checked(path, {**read_checked(path), "time": "2026-01-02T03:04:05+00:00"})
+    _let_pass(path, 61)
     assert status(str(tmp_path), "--alive", "60") == 1
     StatusFile(tmp_path, train_iters=10).write("finished", step=10)
-    write_checked(path, {**read_checked(path), "time": "2026-01-02T03:04:05+00:00"})
+    _let_pass(path, 61)
     assert status(str(tmp_path), "--alive", "60") == 0
+
+
+def _let_pass(path: Path, seconds: float) -> None:
+    """As if a file had been written so long ago."""
+    then = path.stat().st_mtime - seconds
+    os.utime(path, (then, then))
+
+
+@pytest.mark.parametrize("hours", [-24, 24])
+def test_clocks_that_differ_do_not_matter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hours: int) -> None:
+    """Of the run's machine, of the one that asks, or of both from the file server's."""
+    StatusFile(tmp_path, train_iters=10).write("running", step=4)
+    path = tmp_path / HEARTBEAT_FILE
+    write_checked(
+        path, {**read_checked(path), "time": "2020-01-02T03:04:05+00:00" if hours < 0 else "2040-01-02T03:04:05+00:00"}
+    )
+    now = time.time()
+    monkeypatch.setattr(status_module.time, "time", lambda: now + 3600 * hours)
+    assert status(str(tmp_path), "--alive", "60") == 0 and status_module.silent_seconds(tmp_path) < 60
+    _let_pass(path, 61)
+    assert status(str(tmp_path), "--alive", "60") == 1
+    assert [p.name for p in tmp_path.iterdir()] == [HEARTBEAT_FILE]
+
+
+def test_in_a_folder_that_is_read_only_the_own_clock_has_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    StatusFile(tmp_path, train_iters=10).write("running", step=4)
+
+    def refuse(**_: object) -> None:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(status_module.tempfile, "TemporaryFile", refuse)
+    assert status(str(tmp_path), "--alive", "60") == 0
+    _let_pass(tmp_path / HEARTBEAT_FILE, 61)
+    assert status(str(tmp_path), "--alive", "60") == 1
 
 
 def test_steps_are_written_now_and_then_and_changes_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

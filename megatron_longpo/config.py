@@ -380,6 +380,13 @@ class LoggingConfig:
     fingerprint_interval: Count | None = None
     """Steps between fingerprints of the batch, the gradients and the weights in metrics.jsonl, by which `compare-runs` finds
     where two runs of the same layout part. Default: none."""
+    log_straggler: bool = False
+    """At each log interval compare the ranks' own work (without waiting for others) by phase, data reading among them; name those
+    that are slow in the log, metrics.jsonl, the trackers, `status` and `watch`."""
+    straggler_threshold: Annotated[float, Range(gt=1, fix="1.5 names a rank that takes half as long again")] = 1.5
+    """How many times as long as the median of its peers a rank must take to be named, both per step and per unit of its work."""
+    straggler_minmax_count: Count = 1
+    """Most ranks that a warning names, the slowest first."""
     tensorboard: bool = True
     """Write TensorBoard events to OUTPUT/tensorboard."""
     wandb_project: str | None = None

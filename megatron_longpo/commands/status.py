@@ -39,6 +39,8 @@ def status(arguments: Sequence[str], *, prog: str) -> None:
     found, seconds = read_status(Path(options.run)), silent_seconds(Path(options.run))
     line = f"{found.state}, step {found.step} of {found.train_iters}, {seconds:.0f} s ago on {found.host}"
     log(f"{options.run}: {line}{f' ({found.message})' if found.message else ''}")
+    if found.slow:
+        log(f"{options.run}: {found.slow}")
     if options.alive is not None:
         sys.exit(0 if found.state == "finished" or seconds <= options.alive else _SILENT)
     sys.exit({"finished": 0, "failed": _FAILED}.get(found.state, STOPPED))

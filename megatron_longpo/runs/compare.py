@@ -20,7 +20,7 @@ _HELD_OUT = "held-out "
 _OF_THE_MACHINE = frozenset(
     {"tokens_per_second", "step_seconds", "peak_memory_gb", "tflops_per_rank", "mfu", f"{_HELD_OUT}seconds"}
 )
-_KINDS_OF_THE_MACHINE = ("seconds/", "memory/")
+_KINDS_OF_THE_MACHINE = ("seconds/", "memory/", "straggler/")
 
 
 @dataclass(frozen=True)

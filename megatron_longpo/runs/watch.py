@@ -170,6 +170,8 @@ def render(view: View) -> RenderableType:
         bar = Table.grid()
         bar.add_row(ProgressBar(total=view.train_iters, completed=view.step, width=60))
         parts.append(bar)
+    if view.status is not None and view.status.slow and not view.has_ended:
+        parts.append(Text(view.status.slow, style="yellow"))
     if view.records:
         parts.append(_speed(view))
         table = Table()

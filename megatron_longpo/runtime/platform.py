@@ -22,8 +22,9 @@ import re
 import resource
 import subprocess
 import sys
+import time
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -231,6 +232,23 @@ class Platform:
         """Wait for all queued work, so that a clock read afterwards measures it."""
         if self.is_cuda:
             torch.cuda.synchronize()
+
+    def mark(self) -> Any:
+        """A point in time, for ``seconds_between``: now, or on CUDA when the main stream gets there. None on any other stream: it
+        runs beside the main one."""
+        if not self.is_cuda:
+            return time.monotonic()
+        if torch.cuda.current_stream() != torch.cuda.default_stream():
+            return None
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def seconds_between(self, marks: Iterable[tuple[Any, Any]]) -> float:
+        """Sum of the seconds between the marks of each pair; on CUDA the device must have come past them (``synchronize``)."""
+        if not self.is_cuda:
+            return float(sum(end - began for began, end in marks))
+        return float(sum(began.elapsed_time(end) for began, end in marks)) / 1000
 
     def peak_memory_bytes(self) -> int:
         """Peak memory: the allocator's on CUDA, the peak resident set of the process on the CPU."""

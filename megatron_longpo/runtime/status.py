@@ -35,6 +35,7 @@ class Status:
         host: machine of rank 0.
         pid: process of rank 0.
         message: why the run stopped or failed.
+        slow: ranks that are slower than others while it runs, and in what.
     """
 
     state: State
@@ -44,6 +45,7 @@ class Status:
     host: str
     pid: int
     message: str = ""
+    slow: str = ""
 
 
 class StatusFile:
@@ -52,11 +54,15 @@ class StatusFile:
     Args:
         output: the run's folder; None: nothing is written.
         train_iters: optimizer steps of the whole run.
+
+    Attributes:
+        slow: see ``Status``.
     """
 
     def __init__(self, output: Path | None, *, train_iters: int) -> None:
         self._output, self._train_iters = output, train_iters
         self._step, self._written = 0, 0.0
+        self.slow = ""
 
     def beat(self, step: int) -> None:
         """Say that a step is done; at most once in some seconds."""
@@ -76,7 +82,8 @@ class StatusFile:
             return
         self._written = time.monotonic()
         now = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
-        status = Status(state, self._step, self._train_iters, now, socket.gethostname(), os.getpid(), message)
+        slow = self.slow if state == "running" else ""
+        status = Status(state, self._step, self._train_iters, now, socket.gethostname(), os.getpid(), message, slow)
         with contextlib.suppress(OSError):
             write_checked(self._output / HEARTBEAT_FILE, asdict(status), indent=None)
 

@@ -37,25 +37,22 @@ class BatchRunner:
     def forward_backward(
         self,
         model: Sequence[torch.nn.Module],
-        data: DataSet,
-        numbers: Sequence[int],
-        reference: np.ndarray | None,
+        batches: Sequence[PolicyBatch],
         *,
+        count: int,
         forward_only: bool = False,
     ) -> list[SampleMetrics]:
         """Compute the mean loss over a global batch and its gradients, which are in DDP's buffers afterwards, reduced.
 
         Args:
             model: this pipeline rank's chunks, wrapped by DDP unless ``forward_only``.
-            data: data set of the samples.
-            numbers: numbers of the samples of the global batch, in order; any count of at least 1.
-            reference: [global batch, 2] log-probs of the reference, or None.
+            batches: micro batches of this data-parallel rank, as ``lay_out`` gives them.
+            count: samples of the global batch.
             forward_only: take no gradients.
 
         Returns:
             Metrics of the samples of this data-parallel rank, on the last pipeline stage; nothing on the others.
         """
-        batches = self.lay_out(data, numbers, reference)
         found: list[SampleMetrics] = []
 
         def forward_step(iterator: Iterator[PolicyBatch], chunk: torch.nn.Module) -> tuple[Tensor, Callable[..., Any]]:
@@ -82,12 +79,17 @@ class BatchRunner:
         if not forward_only:
             check_known([batch.known for batch in batches if batch.known is not None])
         # Places that fill the batch up hold no sample.
-        return [metrics.before(len(numbers)) for metrics in found]
+        return [metrics.before(count) for metrics in found]
 
     def lay_out(self, data: DataSet, numbers: Sequence[int], reference: np.ndarray | None) -> list[PolicyBatch]:
-        """The micro batches of this data-parallel rank.
+        """Read samples, and lay out the micro batches of this data-parallel rank.
 
         A batch that cannot be divided evenly is filled up with copies of its cheapest sample, whose loss does not count.
+
+        Args:
+            data: data set of the samples.
+            numbers: numbers of the samples of the global batch, in order; any count of at least 1.
+            reference: [global batch, 2] log-probs of the reference, or None.
         """
         config, parallel = self.plan.config, self.parallel
         micro_batch_size, count = config.training.micro_batch_size, len(numbers)

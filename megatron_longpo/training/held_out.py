@@ -127,7 +127,8 @@ class HeldOut:
 
     def _evaluate_batch(self, data: DataSet, numbers: list[int]) -> Table:
         reference = self.reference.logps(data, numbers)
-        found = self.runner.forward_backward(self.chunks, data, numbers, reference, forward_only=True)
+        batches = self.runner.lay_out(data, numbers, reference)
+        found = self.runner.forward_backward(self.chunks, batches, count=len(numbers), forward_only=True)
         gathered = gather_samples(found, METRICS, len(numbers), self.parallel)
         return {name: values.cpu().numpy() for name, values in gathered.items()}
 

@@ -35,6 +35,7 @@ from megatron_longpo.runtime.heartbeat import at, watch_neighbour
 from megatron_longpo.runtime.log import log
 from megatron_longpo.runtime.signals import heed
 from megatron_longpo.runtime.status import StatusFile
+from megatron_longpo.runtime.waiting import Waits
 from megatron_longpo.training.checkpointer import Checkpointer, TrainState, check_same_run, run_identity
 from megatron_longpo.training.data_set import DataSet
 from megatron_longpo.training.fingerprint import fingerprint, fingerprint_of_batch
@@ -62,6 +63,7 @@ from megatron_longpo.training.replicas import check_replicas
 from megatron_longpo.training.session import Session, open_session
 from megatron_longpo.training.skipping import StepGuard, write_skipped
 from megatron_longpo.training.stopping import Stop, StopCondition
+from megatron_longpo.training.stragglers import StragglerDetector
 from megatron_longpo.training.trackers import Tracker, open_trackers
 from megatron_longpo.training.uploads import open_uploads
 
@@ -111,12 +113,25 @@ class Trainer:
         self._numbers: list[int] = []
         self.profiler = Profiler(config.logging, plan.output, self.parallel.rank)
         self.stop_condition = StopCondition(config.checkpoint, began=began)
-        self.phases = Phases()
+        self._waits = Waits()
+        self.phases = Phases(self._waits)
+        self.stragglers = self._straggler_detector() if self.parallel.world_size > 1 and not is_replay else None
         self.step = 0
         self._export, self._trackers, self.is_replay = export, trackers, is_replay
         # Summary of the held-out data after this step, if they were evaluated.
         self._held_out: dict[str, Any] | None = None
         self._configure_schedule()
+
+    def _straggler_detector(self) -> StragglerDetector | None:
+        if not self.config.logging.log_straggler:
+            return None
+        return StragglerDetector(
+            self.config.logging,
+            self.parallel,
+            self.plan.policy_shape,
+            layers=sum(len(chunk.decoder.layers) for chunk in self.chunks),
+            parameters=sum(p.numel() for chunk in self.chunks for p in chunk.parameters()),
+        )
 
     def _configure_schedule(self) -> None:
         """Set what megatron-core's schedules read from the model's configuration."""
@@ -151,7 +166,9 @@ class Trainer:
         Returns:
             Why it stopped before, or None.
         """
-        with contextlib.closing(self.stop_condition):
+        with contextlib.closing(self.stop_condition), contextlib.closing(self._waits):
+            if self.stragglers is not None:
+                self._waits.open()
             stop = self._train()
             self.profiler.close(self.step)
             # Whoever stops a job often sends its signal twice: the second one must not end the writing of the checkpoint.
@@ -175,6 +192,8 @@ class Trainer:
             record = self.train_step()
             self.step += 1
             self.reporter.step(record)
+            if self.stragglers is not None:
+                self.status.slow = self.stragglers.said
             self.status.beat(self.step)
             self._check_replicas()
             last = self.step == self.plan.train_iters
@@ -211,11 +230,17 @@ class Trainer:
         with self._phase("reference"):
             reference = self.reference.logps(self.session.data.train, numbers)
         self.phases.end("reference")
+        data = self.session.data.train
+        with self._phase("data"):
+            batches = self.session.runner.lay_out(data, numbers, reference)
+        if self.stragglers is not None:
+            self.stragglers.count_work(batches, [data.costs[number] for number in numbers])
+        self.phases.end("data")
         for chunk in self.model:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         with self._phase("forward_backward"):
-            return self.session.runner.forward_backward(self.model, self.session.data.train, numbers, reference)
+            return self.session.runner.forward_backward(self.model, batches, count=len(numbers))
 
     def train_step(self) -> dict[str, Any]:
         """Take one optimizer step; collective. Returns what metrics.jsonl records of it."""
@@ -259,10 +284,19 @@ class Trainer:
             "peak_memory_gb": platform.CURRENT.peak_memory_bytes() / 2**30,
             **{f"memory/{name}_gb": size / 2**30 for name, size in self._memory().items()},
             **prints,
+            **self._straggler_metrics(),
         }
         if fault is None:
             return record
         return {**{k: v for k, v in record.items() if math.isfinite(v)}, "skipped": len(self.guard.skipped)}
+
+    def _straggler_metrics(self) -> dict[str, float]:
+        """Figures of the slowest ranks if it is time to; collective."""
+        if self.stragglers is None:
+            return {}
+        self.stragglers.add(self.phases.own_seconds(), step_seconds=self.phases.step_seconds)
+        step, interval = self.step + 1, self.config.logging.log_interval
+        return self.stragglers.report() if step % interval == 0 or step == self.plan.train_iters else {}
 
     def _speed(self, numbers: Sequence[int], tokens: int, seconds: float) -> dict[str, float]:
         """Operations per second of a rank, and their share of what its device can do, where that is known."""

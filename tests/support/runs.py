@@ -11,12 +11,13 @@ from megatron_longpo.checkpoint.distributed import DistributedReader
 from megatron_longpo.training.metrics import read_metrics
 
 # What differs between two runs that are equal.
-PHASES = ("between_steps", "reference", "forward_backward", "optimizer")
+PHASES = ("between_steps", "reference", "data", "forward_backward", "optimizer")
 PARTS = ("weights", "gradients", "optimizer")
 TIMED = {
     *("tokens_per_second", "step_seconds", "peak_memory_gb", "tflops_per_rank"),
     *(f"seconds/{phase}" for phase in PHASES),
     *(f"memory/{part}_gb" for part in PARTS),
+    *(f"straggler/{phase}_{what}" for phase in PHASES for what in ("rank", "seconds", "median_seconds")),
 }
 
 

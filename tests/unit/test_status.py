@@ -77,6 +77,16 @@ def test_in_a_folder_that_is_read_only_the_own_clock_has_to_do(tmp_path: Path, m
     assert status(str(tmp_path), "--alive", "60") == 1
 
 
+def test_slow_ranks_are_said_while_it_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = StatusFile(tmp_path, train_iters=10)
+    file.slow = "slow in reading its samples: rank 3 (node1)"
+    file.write("running", step=4)
+    assert status(str(tmp_path)) == 75
+    assert capsys.readouterr().out.splitlines()[1] == f"{tmp_path}: slow in reading its samples: rank 3 (node1)"
+    file.write("finished", step=10)
+    assert status(str(tmp_path)) == 0 and len(capsys.readouterr().out.splitlines()) == 1
+
+
 def test_steps_are_written_now_and_then_and_changes_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
     monkeypatch.setattr(status_module.time, "monotonic", lambda: now)

@@ -79,7 +79,8 @@ def run_case(config: Config) -> dict[str, Any]:
     reference = session.reference.logps(session.data.train, numbers)
     for chunk in trainer.model:
         chunk.zero_grad_buffer()
-    found = session.runner.forward_backward(trainer.model, session.data.train, numbers, reference)
+    batches = session.runner.lay_out(session.data.train, numbers, reference)
+    found = session.runner.forward_backward(trainer.model, batches, count=len(numbers))
     metrics = reduce_samples(found, len(numbers), parallel)
     gather_gradient_shards(trainer.model)
     gradients = canonical(session.chunks, plan.shape, parallel, lambda p: p.main_grad)

@@ -363,6 +363,12 @@ class FaultsConfig:
     check_weight_hash_across_dp_replicas_interval: Count | None = None
     """Steps between comparisons, bit for bit, of the weights of ranks that should have the same; a rank whose memory or
     arithmetic fails is named, and the run ends. Default: never."""
+    check_rerun_interval: Count | None = None
+    """Steps between checks in which one micro batch is computed twice from the same state, and all that its modules give and all
+    gradients are compared: bit for bit on the CPU and with deterministic_mode, otherwise by norms to 1e-5, in bf16 to 1/128. It
+    takes two micro batches more. Default: never."""
+    on_rerun_mismatch: Literal["stop", "continue"] = "stop"
+    """What to do when they differ, after rank, machine and place are named. continue: only warn."""
     on_save_failure: Literal["stop", "continue"] = "stop"
     """What to do when a checkpoint or a line of metrics cannot be written, as on a full, read-only or vanished disk. continue:
     train on and write again when it is time to, until the last step, which must be saved. The checkpoints that are there stay in

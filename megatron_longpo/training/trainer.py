@@ -60,6 +60,7 @@ from megatron_longpo.training.plausibility import first_not_finite
 from megatron_longpo.training.preflight import cautions, check_run, refuse_wrong_kernels
 from megatron_longpo.training.profiler import Profiler
 from megatron_longpo.training.replicas import check_replicas
+from megatron_longpo.training.rerun import Rerun
 from megatron_longpo.training.session import Session, open_session
 from megatron_longpo.training.skipping import StepGuard, write_skipped
 from megatron_longpo.training.stopping import Stop, StopCondition
@@ -105,6 +106,7 @@ class Trainer:
         self.model = wrap_for_training(self.chunks, config)
         self.optimizer = build_optimizer(config, self.model)
         self.scheduler = build_scheduler(config, self.optimizer, plan.train_iters)
+        self.rerun = Rerun(config, self.parallel, session.runner, chunks=self.chunks, model=self.model)
         self.guard = StepGuard(config.faults)
         self.state = TrainState(
             chunks=self.chunks, optimizer=self.optimizer, scheduler=self.scheduler, guard=self.guard
@@ -236,6 +238,11 @@ class Trainer:
         if self.stragglers is not None:
             self.stragglers.count_work(batches, [data.costs[number] for number in numbers])
         self.phases.end("data")
+        if not self.is_replay and self.rerun.is_due(self.step + 1):
+            gather_weights(self.model)
+            with self._phase("rerun"):
+                self.rerun.check(batches, count=len(numbers), step=self.step + 1)
+            self.phases.end("rerun")
         for chunk in self.model:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()

@@ -11,7 +11,7 @@ from megatron_longpo.checkpoint.distributed import DistributedReader
 from megatron_longpo.training.metrics import read_metrics
 
 # What differs between two runs that are equal.
-PHASES = ("between_steps", "reference", "data", "forward_backward", "optimizer")
+PHASES = ("between_steps", "reference", "data", "rerun", "forward_backward", "optimizer")
 PARTS = ("weights", "gradients", "optimizer")
 TIMED = {
     *("tokens_per_second", "step_seconds", "peak_memory_gb", "tflops_per_rank"),

@@ -1,0 +1,136 @@
+"""Two ranks in several layouts, of which one is slow, and then one computes wrong: what the run says of them.
+
+torchrun ... -m tests.support.suspicious_rank_worker FOLDER
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_longpo.config import from_dict
+from megatron_longpo.errors import PlatformError
+from megatron_longpo.runtime import process_groups
+from megatron_longpo.runtime.failure import run_or_fail
+from megatron_longpo.runtime.process_groups import destroy_groups
+from megatron_longpo.training.plan import make_plan
+from megatron_longpo.training.session import open_session
+from megatron_longpo.training.trainer import Trainer, start_training
+
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "dp2": {},
+    "dp2-overlap": {"use_distributed_optimizer": True, "overlap_grad_reduce": True, "overlap_param_gather": True},
+    "cp2-a2a": {"context_parallel_size": 2, "cp_comm_type": "a2a"},
+    "cp2-allgather": {"context_parallel_size": 2, "cp_comm_type": "allgather"},
+    "tp2-sp": {"tensor_model_parallel_size": 2, "sequence_parallel": True},
+    "pp2": {"pipeline_model_parallel_size": 2},
+    "pp2-vpp2": {"pipeline_model_parallel_size": 2, "num_layers_per_virtual_pipeline_stage": 1},
+}
+# Ranks that something happens to: in reading, in computing, and in arithmetic.
+READS_SLOWLY, COMPUTES_SLOWLY, COMPUTES_WRONG = 0, 1, 1
+_SECONDS = 0.08
+
+
+def _settings(folder: Path, layout: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    return {
+        "data": {"data_path": str(folder / "data")},
+        "parallel": layout,
+        "objective": {"objective": "sft"},
+        "checkpoint": {"load": str(folder / "llama.ckpt")},
+        "training": {"global_batch_size": 4, "train_iters": 8},
+        "logging": {"log_interval": 2, "log_straggler": True},
+        "faults": {"check_rerun_interval": 3},
+    }
+
+
+def _while_active(flag: list[bool], action: Callable[[], None]) -> Callable[..., None]:
+    return lambda *_: action() if flag else None
+
+
+def _flip(output: Any) -> Any:
+    """The output of a linear layer with one bit more or less."""
+    value = output[0].clone()
+    bits = value.view(torch.int32)
+    bits.view(-1)[5] ^= 1 << 3
+    return value, *output[1:]
+
+
+def _second_time(trainer: Trainer, action: Callable[[], None]) -> None:
+    """Act before the second computation of the next check."""
+    original, calls = trainer.rerun._compute, []
+
+    def compute(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 2:
+            action()
+        return original(*args, **kwargs)
+
+    trainer.rerun._compute = compute  # type: ignore[method-assign]
+
+
+def _take(trainer: Trainer, steps: int) -> dict[str, Any]:
+    record: dict[str, Any] = {}
+    for _ in range(steps):
+        record = trainer.train_step()
+        trainer.step += 1
+    return record
+
+
+def run_layout(folder: Path, name: str) -> dict[str, Any]:
+    rank = int(os.environ["RANK"])
+    config = from_dict(_settings(folder, LAYOUTS[name]), name)
+    trainer = start_training(open_session(make_plan(config, 2)), began=time.monotonic())
+    assert trainer.stragglers is not None
+    computing: list[bool] = []
+    layer = trainer.chunks[0].decoder.layers[0]
+    layer.register_forward_pre_hook(_while_active(computing, lambda: time.sleep(_SECONDS)))
+    trainer._waits.open()
+
+    computing[:] = [True] if rank == COMPUTES_SLOWLY else []
+    found: dict[str, Any] = {"computing": _take(trainer, 2), "said of computing": trainer.stragglers.said}
+    computing.clear()
+    data, samples = trainer.session.data.train, trainer.session.data.train.samples
+
+    def slowly(numbers: Any) -> Any:
+        time.sleep(_SECONDS)
+        return samples(numbers)
+
+    if rank == READS_SLOWLY:
+        data.samples = slowly  # type: ignore[method-assign]
+    found |= {"reading": _take(trainer, 2), "said of reading": trainer.stragglers.said}
+    trainer._waits.close()
+
+    # The check after the third step has found nothing; that after the sixth will.
+    wrong: list[bool] = []
+    linear = trainer.chunks[-1].decoder.layers[-1].self_attention.linear_qkv
+    linear.register_forward_hook(lambda _module, _inputs, output: _flip(output) if wrong else None)
+    if rank == COMPUTES_WRONG:
+        _second_time(trainer, lambda: wrong.append(True))
+    try:
+        _take(trainer, 2)
+    except PlatformError as error:
+        found["error"] = str(error)
+    return found
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    process_groups.start_processes(5)
+    found = {}
+    for name in LAYOUTS:
+        found[name] = run_layout(folder, name)
+        destroy_groups()
+    if int(os.environ["RANK"]) == 0:
+        (folder / "found.json").write_text(json.dumps(found))
+    process_groups.stop_processes()
+
+
+if __name__ == "__main__":
+    run_or_fail(main)

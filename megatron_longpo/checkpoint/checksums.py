@@ -34,7 +34,8 @@ _SMALL_BYTES = 2**24
 _THREADS = 2
 _PART_PREFIX = ".checksums_rank_"
 # Files that torch.distributed.checkpoint and megatron-core read; the others serve export and the next run.
-_STATE_FILES = frozenset({".metadata", "common.pt", "metadata.json"})
+COMMON = "common.pt"
+_STATE_FILES = frozenset({".metadata", COMMON, "metadata.json"})
 WEIGHTS_SUFFIX = ".distcp"
 # "__3_0.distcp" was written by rank 3.
 _WRITER = re.compile(r"__(\d+)_\d+\.distcp$")

@@ -236,7 +236,7 @@ def read_progress(folder: Path) -> RunProgress:
     for name, kind in _TYPES_OF_PROGRESS.items():
         value = getattr(progress, name)
         # A bool is an int in Python.
-        if type(value) is not kind or (kind is int and value < 0):
+        if type(value) is not kind or (isinstance(value, int) and value < 0):
             raise DamagedError(
                 f"{folder}: has no record of its progress ({name} is {str(value)[:40]!r}); use another checkpoint"
             )

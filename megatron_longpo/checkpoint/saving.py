@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
 from megatron.core.dist_checkpointing.strategies.state_dict_saver import (
@@ -35,8 +36,9 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteIte
 from megatron_longpo.checkpoint.checksums import hash_own_files
 from megatron_longpo.checkpoint.prefetch import flushing
 from megatron_longpo.runtime import platform
-from megatron_longpo.runtime.collectives import rank
+from megatron_longpo.runtime.collectives import raise_on_all_ranks, rank
 
+_BACKEND, _VERSION = "torch_dist", 1
 # How often ranks ask each other whether all have written. Each question is a collective of its own, so however long a rank
 # writes, none of them times out.
 _POLL_SECONDS = 0.2
@@ -87,6 +89,7 @@ class _Writer(FileSystemWriter):
         self._plan: SavePlan | None = None
         self._planner: Any = None
         self._results: Any = []
+        self.failure: Exception | None = None
 
     def prepare_write_data(self, plan: SavePlan, planner: SavePlanner) -> None:
         self._plan = plan
@@ -107,17 +110,25 @@ class _Writer(FileSystemWriter):
     def retrieve_write_results(self) -> Any:
         return self._results
 
+    def finish(self, metadata: Any, results: Any) -> None:
+        """Write the index, on rank 0; a failure is kept for ``Save``, since the other ranks wait for what comes next."""
+        try:
+            super().finish(metadata, results)
+        except Exception as error:
+            self.failure = error
+
 
 class _Strategy(TorchDistSaveShardedStrategy):
     """megatron-core's strategy with this module's writer."""
 
     def __init__(self, *, staged: bool) -> None:
-        super().__init__("torch_dist", 1)
+        super().__init__(_BACKEND, _VERSION)
         self._is_staged = staged
+        self.writer: _Writer | None = None
 
     def async_save(self, sharded_state_dict: Any, checkpoint_dir: Any, *_: Any) -> AsyncRequest:
         by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, self.keep_only_main_replica)
-        writer = _Writer(Path(checkpoint_dir), staged=self._is_staged)
+        self.writer = writer = _Writer(Path(checkpoint_dir), staged=self._is_staged)
         planned = save_state_dict_async_plan(
             mcore_to_pyt_state_dict(by_key, False),
             writer,
@@ -126,16 +137,41 @@ class _Strategy(TorchDistSaveShardedStrategy):
         return AsyncRequest(writer.write, (), [lambda: save_state_dict_async_finalize(*planned)])
 
 
+class _SharedStrategy(FullyParallelSaveStrategyWrapper):
+    """megatron-core's division of the writing among replicas, once all ranks know that rank 0 came this far.
+
+    Args:
+        strategy: what writes.
+        group: ranks that hold the same weights.
+        output: the run's folder, for messages.
+    """
+
+    def __init__(self, strategy: _Strategy, group: dist.ProcessGroup, output: Path) -> None:
+        super().__init__(strategy, group)
+        self._output = output
+        self.has_begun = False
+
+    def async_save(self, sharded_state_dict: Any, checkpoint_dir: Any, *rest: Any) -> Any:
+        self.has_begun = True
+        with raise_on_all_ranks(self._output):
+            pass
+        return super().async_save(sharded_state_dict, checkpoint_dir, *rest)
+
+
 class Save:
     """A checkpoint that is being written; made by ``start_save``.
 
     Args:
         request: what megatron-core wants done.
+        writer: what writes this rank's files.
+        folder: folder of the checkpoint.
         publish: function called on all ranks when the checkpoint is complete.
     """
 
-    def __init__(self, request: AsyncRequest, publish: Callable[[], None]) -> None:
-        self._finalize = [*request.finalize_fns, publish]
+    def __init__(self, request: AsyncRequest, writer: _Writer, folder: Path, publish: Callable[[], None]) -> None:
+        # Its other function writes metadata.json on rank 0, for which the other ranks would wait for ever if that failed.
+        self._gather = request.finalize_fns[0]
+        self._writer, self._folder, self._publish = writer, folder, publish
         # A daemon: a rank that fails ends, and the checkpoint stays without a name.
         self._thread = threading.Thread(target=request.async_fn, daemon=True)
         self._thread.start()
@@ -151,11 +187,17 @@ class Save:
 
         Raises:
             CheckpointException: torch.distributed.checkpoint's, on all ranks, with what any of them raised on the first.
+            CheckpointError: rank 0 could not complete it; raised on all ranks.
         """
         while not self.is_written():
             self._thread.join(_POLL_SECONDS)
-        for step in self._finalize:
-            step()
+        self._gather()
+        with raise_on_all_ranks(self._folder.parent):
+            if self._writer.failure is not None:
+                raise self._writer.failure
+            if rank() == 0:
+                save_config(CheckpointingConfig(_BACKEND, _VERSION), str(self._folder))
+        self._publish()
 
 
 def start_save(
@@ -177,7 +219,17 @@ def start_save(
 
     Raises:
         CheckpointException: torch.distributed.checkpoint's, on all ranks, if the plan fails on any.
+        CheckpointError: rank 0 cannot write; raised on all ranks.
     """
-    strategy = FullyParallelSaveStrategyWrapper(_Strategy(staged=staged), group)
-    request = dist_checkpointing.save(content, str(folder), sharded_strategy=strategy, async_sharded_save=True)
-    return Save(request, publish)
+    strategy = _Strategy(staged=staged)
+    shared = _SharedStrategy(strategy, group, folder.parent)
+    try:
+        request = dist_checkpointing.save(content, str(folder), sharded_strategy=shared, async_sharded_save=True)
+    except Exception:
+        if shared.has_begun:
+            raise
+        # megatron-core 0.16 writes common.pt before, on rank 0.
+        with raise_on_all_ranks(folder.parent):
+            raise
+    assert strategy.writer is not None
+    return Save(request, strategy.writer, folder, publish)

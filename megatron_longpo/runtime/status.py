@@ -32,8 +32,8 @@ class Status:
         step: optimizer steps done.
         train_iters: optimizer steps of the whole run.
         time: when this was written, with the time zone.
-        host: machine of rank 0.
-        pid: process of rank 0.
+        host: machine of rank 0, or of the rank that failed.
+        pid: its process.
         message: why the run stopped or failed.
         slow: ranks that are slower than others while it runs, and in what.
     """
@@ -54,13 +54,14 @@ class StatusFile:
     Args:
         output: the run's folder; None: nothing is written.
         train_iters: optimizer steps of the whole run.
+        only_failures: whether this rank writes only why it failed; rank 0 writes the rest.
 
     Attributes:
         slow: see ``Status``.
     """
 
-    def __init__(self, output: Path | None, *, train_iters: int) -> None:
-        self._output, self._train_iters = output, train_iters
+    def __init__(self, output: Path | None, *, train_iters: int, only_failures: bool = False) -> None:
+        self._output, self._train_iters, self._only_failures = output, train_iters, only_failures
         self._step, self._written = 0, 0.0
         self.slow = ""
 
@@ -81,6 +82,8 @@ class StatusFile:
         if self._output is None:
             return
         self._written = time.monotonic()
+        if self._only_failures and state != "failed":
+            return
         now = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
         slow = self.slow if state == "running" else ""
         status = Status(state, self._step, self._train_iters, now, socket.gethostname(), os.getpid(), message, slow)

@@ -408,6 +408,10 @@ class Trainer:
             )
         if streak and not (last or stopping) and saved is not None and saved >= self.step - streak:
             # The same weights again would only take the place of older ones, and these may be what the run has to go back to.
+            if self.checkpointer.is_hf_due(self.step):
+                self._log(
+                    f"step {self.step} is skipped, so its weights are those of before, and are not exported again"
+                )
             return
         last = last or stopping
         if last and self.config.faults.on_save_failure == "continue":
@@ -443,8 +447,11 @@ class Trainer:
     def _go_on_without_save(self, error: CheckpointError) -> None:
         step = self.checkpointer.saved_step
         self.checkpointer.give_up_save()
+        lost = "not saved"
+        if step is not None and self.checkpointer.is_hf_due(step):
+            lost += f", nor exported to {_HF_PREFIX}{step:07d}"
         log(
-            f"{error}; step {step} is not saved, and training goes on (on_save_failure=continue)",
+            f"{error}; step {step} is {lost}, and training goes on (on_save_failure=continue)",
             active=self.parallel.rank == 0,
             level=logging.WARNING,
         )
@@ -654,7 +661,7 @@ def run(config: Config, *, export: Export | None = None) -> Stop | None:
     elif config.training.skip_train:
         evaluate_only(session)
     else:
-        status = StatusFile(plan.output if session.parallel.rank == 0 else None, train_iters=plan.train_iters)
+        status = StatusFile(plan.output, train_iters=plan.train_iters, only_failures=session.parallel.rank != 0)
         try:
             stop = start_training(session, began=began, status=status, export=export).train()
         except Exception as error:

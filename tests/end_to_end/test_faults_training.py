@@ -241,6 +241,19 @@ def test_a_run_may_go_on_while_the_disk_takes_nothing(model: Path, tmp_path: Pat
     assert not list(output.glob(".writing_*"))
 
 
+def test_ranks_go_on_where_the_first_cannot_complete_a_checkpoint(model: Path, tmp_path: Path) -> None:
+    """After steps 2, 3 and 4 rank 0 cannot write what it writes alone; the other rank waits for it neither there nor later."""
+    output = tmp_path / "run"
+    flags = ["--on-save-failure", "continue", "--exit-interval", "6", "--save-hf-interval", "4"]
+    done = meddle(model, output, "complete", *flags, processes=2).wait(timeout=120)
+    for step, name in ((2, "save_common"), (3, "finish"), (4, "save_config")):
+        lost = "not saved, nor exported to hf_0000004" if step == 4 else "not saved"
+        assert f"{name}: no space left on device; free space" in done.stdout
+        assert f"step {step} is {lost}, and training goes on" in done.stdout
+    assert whole_steps(output) == [1, 5, 6] and not list(output.glob(".writing_*"))
+    assert [r["step"] for r in read_metrics(output / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
+
+
 @pytest.mark.parametrize("what", ["remove", "replace"])
 def test_an_output_that_is_removed_is_named(model: Path, tmp_path: Path, what: str) -> None:
     output = tmp_path / "run"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import resource
@@ -102,6 +103,32 @@ def _limit_files_for_a_while(run: Trainer) -> None:
     run.save = limited  # type: ignore[method-assign]
 
 
+def _fail_to_complete(_: Trainer) -> None:
+    """Each of the files that rank 0 writes of a checkpoint fails once: common.pt, then .metadata, then metadata.json."""
+    from megatron.core.dist_checkpointing.strategies.common import TorchCommonSaveStrategy
+
+    from megatron_longpo.checkpoint import saving
+
+    places: list[tuple[Any, str]] = [
+        *((TorchCommonSaveStrategy, "save_common"), (saving.FileSystemWriter, "finish"), (saving, "save_config"))
+    ]
+    for place, name in places:
+        setattr(place, name, _failing_once(getattr(place, name)))
+
+
+def _failing_once(original: Callable[..., Any]) -> Callable[..., Any]:
+    has_failed = False
+
+    def act(*args: Any, **kwargs: Any) -> Any:
+        nonlocal has_failed
+        if not has_failed:
+            has_failed = True
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), original.__name__)
+        return original(*args, **kwargs)
+
+    return act
+
+
 def _fail_plot(_: Trainer) -> None:
     from megatron_longpo.training import metrics
 
@@ -122,6 +149,7 @@ MEDDLES: dict[str, Callable[[Trainer], None]] = {
     "replace": _replace_output,
     "limit": _limit_files,
     "limit for a while": _limit_files_for_a_while,
+    "complete": _fail_to_complete,
     "curves": _fail_plot,
     "kill": lambda _: os.kill(os.getpid(), signal.SIGKILL),
     "stop": lambda _: os.kill(os.getpid(), signal.SIGSTOP),

@@ -196,8 +196,8 @@ def test_rounds_are_requeued_if_training_goes_on(slurm: Path, status: int, reque
     assert (slurm / "scontrol.args").exists() == requeued
 
 
-@pytest.mark.parametrize("name", ["train", "generate", "evaluate", "evolve"])
-def test_a_job_that_is_out_of_time_is_requeued(slurm: Path, name: str) -> None:
+def until_out_of_time(slurm: Path, name: str) -> int:
+    """Run a batch file until it gets Slurm's signal before the time limit; its exit status."""
     (slurm / "hold").touch()
     job = subprocess.Popen(["bash", ROOT / "examples" / "slurm" / f"{name}.sbatch"], cwd=slurm, start_new_session=True)
     try:
@@ -206,14 +206,35 @@ def test_a_job_that_is_out_of_time_is_requeued(slurm: Path, name: str) -> None:
             assert time.monotonic() < ends
             time.sleep(0.02)
         job.send_signal(signal.SIGUSR1)
-        status = job.wait(20)
+        return job.wait(20)
     finally:
         if job.poll() is None or name in ("generate", "evaluate"):
             os.killpg(job.pid, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("name", ["train", "generate", "evaluate", "evolve"])
+def test_a_job_that_is_out_of_time_is_requeued(slurm: Path, name: str) -> None:
+    # That of an earlier launch does not count.
+    (slurm / "the run").mkdir()
+    (slurm / "the run" / "heartbeat.json").write_text('{"state": "failed", "step": 3}')
+    status = until_out_of_time(slurm, name)
     assert (slurm / "scontrol.args").read_text() == "requeue 41\n"
     if name == "train":
         # The ranks saved first.
         assert (slurm / "scancel.args").read_text() == "--signal=USR1 41\n" and status == 7
+
+
+def test_a_job_that_failed_as_its_time_ran_out_is_not_requeued(slurm: Path) -> None:
+    srun = (slurm / "srun").read_text()
+    says = 'mkdir "the run"; echo "{\\"state\\": \\"failed\\"}" >"the run/heartbeat.json"; exit 1'
+    (slurm / "srun").write_text(srun.replace("trap 'exit 7'", f"trap '{says}'"))
+    assert until_out_of_time(slurm, "train") == 1 and (slurm / "scancel.args").exists()
+    assert not (slurm / "scontrol.args").exists()
+
+
+def test_rounds_that_failed_as_their_time_ran_out_are_not_requeued(slurm: Path) -> None:
+    (slurm / "srun").write_text((slurm / "srun").read_text().replace("exit 7", "exit 2"))
+    assert until_out_of_time(slurm, "evolve") == 2 and not (slurm / "scontrol.args").exists()
 
 
 def test_the_tasks_of_an_array_share_an_evaluation(slurm: Path, monkeypatch: pytest.MonkeyPatch) -> None:

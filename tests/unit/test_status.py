@@ -107,6 +107,18 @@ def test_steps_are_written_now_and_then_and_changes_at_once(tmp_path: Path, monk
     assert (found.state, found.step, found.message) == ("failed", 4, "the loss is nan")
 
 
+def test_other_ranks_than_the_first_say_only_why_they_failed(tmp_path: Path) -> None:
+    StatusFile(tmp_path, train_iters=10).write("running", step=3)
+    other = StatusFile(tmp_path, train_iters=10, only_failures=True)
+    other.fail("another run works on it")
+    other.write("starting")
+    other.beat(3)
+    assert read_status(tmp_path).state == "running"
+    other.fail("its disk is full")
+    found = read_status(tmp_path)
+    assert (found.state, found.step, found.message) == ("failed", 3, "its disk is full")
+
+
 def test_where_it_cannot_be_written_the_run_goes_on(tmp_path: Path) -> None:
     StatusFile(tmp_path / "missing", train_iters=10).beat(1)
     StatusFile(None, train_iters=10).beat(1)

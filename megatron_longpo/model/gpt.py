@@ -31,7 +31,13 @@ from torch import Tensor
 
 from megatron_longpo.config import Config, ParallelConfig, pipeline_split, virtual_pipeline_size
 from megatron_longpo.model.attention import AttentionPlan, BlockAttention
-from megatron_longpo.model.fp8 import check_fp8, fp8_for_gradients_only, fp8_settings, keep_inputs_as_given
+from megatron_longpo.model.fp8 import (
+    check_fp8,
+    check_fp8_products,
+    fp8_for_gradients_only,
+    fp8_settings,
+    keep_inputs_as_given,
+)
 from megatron_longpo.model.implementation import LayerChoice, choose_layers
 from megatron_longpo.model.inputs import ModelInputs
 from megatron_longpo.model.kernels import kernels_for
@@ -322,6 +328,8 @@ def build_model(
             offload_layers(model.decoder.layers, whole, training.cpu_offloading_num_layers)
         is_meta = any(p.is_meta for p in model.parameters())
         chunks.append(model if is_meta else model.to(platform.CURRENT.device))
+    if megatron_config.fp8 and not is_meta:
+        check_fp8_products(megatron_config)
     return chunks
 
 

@@ -5,8 +5,11 @@ Weights, checkpoint keys and mathematics are the same, so ranks may choose diffe
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,8 +79,16 @@ def _trouble() -> str | None:
     return None
 
 
-def linear_error(engine: Any, device: torch.device) -> float:
-    """Largest relative error of the linear layer of ``transformer_engine.pytorch`` in bf16, of its output and its gradients."""
+def linear_error(
+    engine: Any, device: torch.device, products: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext
+) -> float:
+    """Largest relative error of the linear layer of ``transformer_engine.pytorch`` in bf16, of its output and its gradients.
+
+    Args:
+        engine: the module.
+        device: device of the layer.
+        products: context of its forward.
+    """
     generator = torch.Generator().manual_seed(1)
     x, weight, grad = (torch.randn(*shape, generator=generator).to(device) for shape in ((32, 64), (96, 64), (32, 96)))
     layer = engine.Linear(64, 96, bias=False, params_dtype=torch.bfloat16, device=device)
@@ -85,7 +96,8 @@ def linear_error(engine: Any, device: torch.device) -> float:
         layer.weight.copy_(weight)
     given = x.bfloat16().requires_grad_()
     with torch.enable_grad():
-        out = layer(given)
+        with products():
+            out = layer(given)
         out.backward(grad.bfloat16())
     found = (out.detach(), given.grad, layer.weight.grad)
     x, weight, grad = (t.bfloat16().double() for t in (x, weight, grad))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -10,14 +11,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from megatron.core.transformer import transformer_block
 from torch import Tensor
 
 from megatron_longpo.config import Config, check, from_dict
 from megatron_longpo.data.sequence import Row
 from megatron_longpo.errors import ConfigError
 from megatron_longpo.model import fp8
-from megatron_longpo.model.gpt import transformer_config
+from megatron_longpo.model.gpt import build_model, transformer_config
+from megatron_longpo.model.implementation import linear_error
 from megatron_longpo.model.layers import GatedMLP
+from megatron_longpo.model.rotary import rotary_of
+from megatron_longpo.runtime import process_groups
 from megatron_longpo.runtime.process_groups import Parallel
 from megatron_longpo.training.activations import Activations
 from megatron_longpo.training.batch import MicroBatch
@@ -81,6 +86,31 @@ def test_a_hopper_with_a_new_transformer_engine_takes_a_model_of_multiples_of_16
 ) -> None:
     _machine(monkeypatch, (9, 0), "2.6.0")
     fp8.check_fp8(SHAPE, 1)
+
+
+@pytest.mark.parametrize(("scale", "passes"), [(1.0, True), (1.25, False), (float("nan"), False)])
+def test_products_that_are_wrong_by_more_than_rounding_are_refused(
+    monkeypatch: pytest.MonkeyPatch, scale: float, passes: bool
+) -> None:
+    """Rounded as FP8 the stand-in's product is off by some percent, in its output and in its gradients."""
+    config: Any = SimpleNamespace(fp8="hybrid")
+    made: list[_Scaled] = []
+
+    def linear(inputs: int, outputs: int, **_: Any) -> _Scaled:
+        made.append(_Scaled(outputs, inputs, scale))
+        return made[-1].bfloat16()
+
+    engine = SimpleNamespace(Linear=linear)
+    monkeypatch.setitem(sys.modules, "transformer_engine.pytorch", engine)
+    monkeypatch.setattr(fp8, "get_fp8_context", _fp8_context)
+    assert linear_error(engine, torch.device("cpu")) < 0.01 or not passes
+    error = linear_error(engine, torch.device("cpu"), fp8.products_as_now(config))
+    assert (0.04 < error < 0.08) == passes
+    if passes:
+        fp8.check_fp8_products(config)
+        return
+    with pytest.raises(ConfigError, match=r"FP8 products differ from plain mathematics by .* leave fp8_format out"):
+        fp8.check_fp8_products(config)
 
 
 def test_megatron_core_is_told_of_fp8_with_transformer_engine_only() -> None:
@@ -197,6 +227,17 @@ class _Linear(torch.nn.Module):
         return _Product.apply(x, self.weight), None
 
 
+class _Scaled(_Linear):
+    """Its output is too large by a factor."""
+
+    def __init__(self, outputs: int, inputs: int, scale: float) -> None:
+        super().__init__(outputs, inputs)
+        self._scale = scale
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(x)[0] * self._scale
+
+
 @contextlib.contextmanager
 def _fp8_context(config: Any) -> Iterator[None]:
     assert config.fp8 == "hybrid"
@@ -233,3 +274,41 @@ def test_a_first_product_that_is_computed_again_gives_the_same_bits_in_fp8(monke
     other = _gradients(recompute_up=True, quantized=True)
     assert torch.equal(other[0], kept[0])
     assert not any(torch.equal(a, b) for a, b in zip(kept[2:], other[2:], strict=True))
+
+
+def test_in_a_model_every_layer_of_a_training_forward_is_in_fp8_and_what_is_computed_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """megatron-core's block opens a context per layer, the backward one per first product; without gradients there is none."""
+    opened: list[str] = []
+
+    def context(config: Any, layer: int | None = None, **_: Any) -> Any:
+        assert config.fp8 == "hybrid"
+        opened.append("again" if layer is None else f"layer {layer}")
+        return contextlib.nullcontext()
+
+    monkeypatch.setattr(fp8, "get_fp8_context", context)
+    monkeypatch.setattr(transformer_block, "get_fp8_context", context)
+    plain = from_dict({"training": {"recompute_granularity": "selective", "recompute_modules": ("mlp_up",)}}, "test")
+    tokens = np.arange(1, 20)
+    with process_groups.alone():
+        parallel = process_groups.set_up()
+        (model,) = build_model(SHAPE, plain, parallel)
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.1)
+        # The local layers know nothing of FP8; the settings are those of a run with it.
+        model.config.fp8, model.config.fp8_recipe = "hybrid", "tensorwise"
+        inputs = MicroBatch.make(
+            [Row(tokens, np.full(19, -1), np.ones(19, bool), 0)],
+            num_samples=1,
+            prefix_sharing=True,
+            parallel=parallel,
+            context_parallel=False,
+        ).inputs
+        rotary = rotary_of(SHAPE, SHAPE.rotary_base)
+        with torch.no_grad():
+            model(inputs, rotary)
+        assert opened == []
+        model(inputs, rotary).sum().backward()
+        assert opened == [f"layer {n}" for n in range(4)] + ["again"] * 4
+        process_groups.destroy_groups()

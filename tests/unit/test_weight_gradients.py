@@ -129,7 +129,8 @@ def _batch(
     reference = trainer.reference.logps(trainer.session.data.train, numbers)
     for model in trainer.model:
         model.zero_grad_buffer()
-    trainer.session.runner.forward_backward(trainer.model, trainer.session.data.train, numbers, reference)
+    batches = trainer.session.runner.lay_out(trainer.session.data.train, numbers, reference)
+    trainer.session.runner.forward_backward(trainer.model, batches, count=len(numbers))
     result.gradients = {n: p.main_grad.clone() for p, n in names.items()}  # type: ignore[attr-defined]
     return result
 

@@ -151,6 +151,17 @@ class Store:
             except StoreError as error:
                 if not isinstance(error.__cause__, FileNotFoundError):
                     raise
+            if self._has_folders:
+                self._remove_empty_folders(path)
+
+    def _remove_empty_folders(self, path: str) -> None:
+        while folder := os.path.dirname(path):
+            try:
+                self._fs.rmdir(self._at(folder))
+            except OSError:
+                # It holds other files.
+                return
+            path = folder
 
     def _at(self, path: str) -> str:
         return f"{self._root.rstrip('/')}/{path}"

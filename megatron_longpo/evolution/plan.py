@@ -309,6 +309,9 @@ class _Round:
             own["data"]["valid_data_path"] = str(paths.held_out)
         training, values = self._config("train", Config, own, changes)
         check_training(training)
+        if training.checkpoint.upload_to is not None:
+            place = f"{training.checkpoint.upload_to.rstrip('/')}/{self._round.name}/{method}"
+            values = merged(values, {"checkpoint": {"upload_to": place}})
         data = ["preprocess", "import", *(["preprocess-held-out"] if self._held_out else [])]
         before = data
         if _caches_reference(training):

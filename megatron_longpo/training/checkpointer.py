@@ -36,7 +36,6 @@ from megatron_longpo.checkpoint.folders import (
 )
 from megatron_longpo.checkpoint.retention import Retention
 from megatron_longpo.checkpoint.saving import Save, start_save
-from megatron_longpo.checkpoint.uploading import Uploader
 from megatron_longpo.config import data_sources
 from megatron_longpo.errors import CheckpointError, DamagedError, one_line
 from megatron_longpo.model.gpt import PolicyModel
@@ -51,7 +50,7 @@ from megatron_longpo.training.optimizer_state import load_optimizer, optimizer_c
 from megatron_longpo.training.plan import RunPlan
 from megatron_longpo.training.plausibility import first_not_finite
 from megatron_longpo.training.skipping import StepGuard
-from megatron_longpo.training.uploads import check_uploads, wait_for_uploads
+from megatron_longpo.training.uploads import Uploads, check_uploads, wait_for_uploads
 
 
 def run_identity(plan: RunPlan, reference_weights: str) -> dict[str, Any]:
@@ -203,7 +202,7 @@ class Checkpointer:
         parallel: degrees and groups.
         reference_weights: name of the reference's weights.
         folder_lock: lock on the output folder, on rank 0; ``close`` releases it.
-        uploader: copies to a store what is complete; None: nothing is copied.
+        uploads: the run's store, which what is complete is copied to; None: it has none.
 
     Attributes:
         resume_step: step of the newest readable checkpoint in the output folder; None: this is a new run.
@@ -222,12 +221,13 @@ class Checkpointer:
         *,
         reference_weights: str,
         folder_lock: FolderLock | None = None,
-        uploader: Uploader | None = None,
+        uploads: Uploads | None = None,
     ) -> None:
         self.plan, self.parallel, self.config = plan, parallel, plan.config.checkpoint
         self.output = plan.output
         self.identity = run_identity(plan, reference_weights)
-        self._folder_lock, self._uploader = folder_lock, uploader
+        self._folder_lock, self._uploads = folder_lock, uploads
+        self._uploader = None if uploads is None else uploads.uploader
         # Checkpoints that were passed over because they are damaged, by step.
         self._damaged: dict[int, str] = {}
         self._resume_steps = on_rank0(self._find_checkpoints)
@@ -496,12 +496,10 @@ class Checkpointer:
         for step in self._resume_steps:
             assert self.output is not None
             folder = folder_of(self.output, step)
-            failure: str | None = None
-            try:
-                self._load_run(folder, state)
-            except DamagedError as error:
-                failure = str(error)
-            failure = next((f for f in all_gather_objects(failure) if f is not None), None)
+            failure = self._try_to_load(folder, state)
+            if failure is not None and self._uploads is not None and self._uploads.bring(step):
+                log(f"{failure}; its copy in the store is used", active=self.parallel.rank == 0, level=logging.WARNING)
+                failure = self._try_to_load(folder, state)
             if failure is None:
                 if self.parallel.rank == 0:
                     self._set_damaged_aside(self.output, step)
@@ -513,6 +511,15 @@ class Checkpointer:
         if first_error is not None:
             raise DamagedError(first_error)
         return 0
+
+    def _try_to_load(self, folder: Path, state: TrainState) -> str | None:
+        """Load everything from a checkpoint; what is damaged, if anything is. Collective."""
+        failure: str | None = None
+        try:
+            self._load_run(folder, state)
+        except DamagedError as error:
+            failure = str(error)
+        return next((f for f in all_gather_objects(failure) if f is not None), None)
 
     def load_step(self, step: int, state: TrainState) -> None:
         """Load the run's checkpoint after some steps, and leave its folder as it is; collective.

@@ -547,11 +547,11 @@ def start_training(
         status.write("starting")
     plan, reference = session.plan, session.reference.weights
     identity = run_identity(plan, reference)
-    uploader = open_uploads(
+    uploads = open_uploads(
         plan, session.parallel, lambda folder: check_same_run(read_progress(folder), identity, folder)
     )
     checkpointer = Checkpointer(
-        plan, session.parallel, reference_weights=reference, folder_lock=folder_lock, uploader=uploader
+        plan, session.parallel, reference_weights=reference, folder_lock=folder_lock, uploads=uploads
     )
     trackers = _open_trackers(session)
     # Before the optimizer is built: until then its memory is free, and it copies the weights that it finds.

@@ -71,7 +71,21 @@ class _Listing:
     steps: list[int]
 
 
-def open_uploads(plan: RunPlan, parallel: Parallel, check_same: Callable[[Path], None]) -> Uploader | None:
+@dataclass(frozen=True)
+class Uploads:
+    """A run's store, opened.
+
+    Attributes:
+        uploader: copies what this rank saves.
+        bring: brings the checkpoint of a step, in the place of one that proved to be damaged; returns whether the store has a
+            good one. Collective.
+    """
+
+    uploader: Uploader
+    bring: Callable[[int], bool]
+
+
+def open_uploads(plan: RunPlan, parallel: Parallel, check_same: Callable[[Path], None]) -> Uploads | None:
     """Bring the newest good checkpoint from the run's store if the run's folder has none as new, and start to upload; collective.
 
     Args:
@@ -80,7 +94,7 @@ def open_uploads(plan: RunPlan, parallel: Parallel, check_same: Callable[[Path],
         check_same: given a folder with a checkpoint's small files, raises if it is one of another run.
 
     Returns:
-        What uploads this rank's files; None without upload_to.
+        The store; None without upload_to.
 
     Raises:
         CheckpointError: the store belongs to another run, or cannot be used.
@@ -92,7 +106,7 @@ def open_uploads(plan: RunPlan, parallel: Parallel, check_same: Callable[[Path],
     own = on_rank0(lambda: _own_id(store, output))
     damaged = _bring_newest(store, output, check_same)
     on_rank0(lambda: _take(store, output, own))
-    return Uploader(
+    uploader = Uploader(
         store,
         output,
         rank=parallel.rank,
@@ -102,6 +116,19 @@ def open_uploads(plan: RunPlan, parallel: Parallel, check_same: Callable[[Path],
         patience=60 * plan.config.checkpoint.upload_retry_minutes,
         damaged=damaged,
     )
+
+    def bring(step: int) -> bool:
+        files = on_rank0(store.files)
+        if step not in complete_steps(files):
+            return False
+        try:
+            _bring(store, output, step, files, check_same)
+        except DamagedError as error:
+            log(str(error), active=rank() == 0, level=logging.WARNING)
+            return False
+        return True
+
+    return Uploads(uploader, bring)
 
 
 def _own_id(store: Store, output: Path) -> str:
@@ -193,7 +220,7 @@ def _bring(store: Store, output: Path, step: int, files: dict[str, int], check_s
     """
     final = folder_of(output, step)
     prefix = f"{final.name}/"
-    log(f"{store.url}/{final.name} is newer than what {output} has; copying it", active=rank() == 0)
+    log(f"copying {store.url}/{final.name} to {output}", active=rank() == 0)
     listed = on_rank0(lambda: read_small(store, prefix + CHECKSUMS))
     if listed is None:
         raise DamagedError(f"{store.url}/{prefix}{CHECKSUMS}: is missing, or too large; use another checkpoint")
@@ -203,7 +230,7 @@ def _bring(store: Store, output: Path, step: int, files: dict[str, int], check_s
         copy_here(store, prefix, writing, files, listed=listed, wanted=lambda name: not is_weights(name))
     if on_rank0((writing / COMMON).is_file):
         # Before the long part. megatron-core 0.19 has what is asked for among the weights.
-        on_rank0(lambda: check_same(writing))
+        on_rank0(lambda: _check_same(store, check_same, writing))
     with raise_on_all_ranks(output):
         copy_here(store, prefix, writing, files, listed=listed)
     with raise_on_all_ranks(output):
@@ -214,6 +241,17 @@ def _bring(store: Store, output: Path, step: int, files: dict[str, int], check_s
             for name in RUN_FILES:
                 if (content := read_small(store, name, most=_MOST_OF_RUN_FILE)) is not None:
                     write_atomically(output / name, content)
+
+
+def _check_same(store: Store, check_same: Callable[[Path], None], writing: Path) -> None:
+    try:
+        check_same(writing)
+    except DamagedError:
+        raise
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"upload_to={store.url}: holds the checkpoints of another run ({error}); choose another --upload-to"
+        ) from None
 
 
 def _bring_best(store: Store, output: Path, files: dict[str, int], check_same: Callable[[Path], None]) -> None:

@@ -75,6 +75,16 @@ def test_a_run_goes_on_from_its_store_bit_for_bit(model: Path, server: S3Server,
     assert metrics_of(output) == metrics_of(plain) and len(metrics_of(output)) == STEPS
     assert_same_tensors(output / f"iter_{STEPS:07d}", plain / f"iter_{STEPS:07d}")
 
+    # Damage here is made good from there.
+    weights = output / f"iter_{STEPS:07d}" / "__0_0.distcp"
+    content = bytearray(weights.read_bytes())
+    content[len(content) // 2] ^= 1
+    weights.write_bytes(content)
+    done = run([PYTHON, *uploading], env=env)
+    assert f"copying {URL}/iter_{STEPS:07d} to {output}" in done.stdout
+    assert (output / f"damaged_iter_{STEPS:07d}").is_dir()
+    assert_same_tensors(output / f"iter_{STEPS:07d}", plain / f"iter_{STEPS:07d}")
+
     # The folder of before would write into a store that another one has taken over.
     line = error_of(
         run([PYTHON, *train(model, tmp_path / "kept", *flags, "--upload-to", URL)], env=env, expect=2).stderr

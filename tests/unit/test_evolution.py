@@ -124,6 +124,14 @@ def test_the_stages_of_a_round(tmp_path: Path) -> None:
         seen.add(stage.id)
 
 
+def test_each_run_has_a_place_of_its_own_in_a_store(tmp_path: Path) -> None:
+    defaults = {"train": {"checkpoint": {"upload_to": "s3://bucket/evolution/"}}}
+    plans = planner(tmp_path, defaults=defaults, methods={"longpo": {}, "sft": {"objective": {"objective": "sft"}}})
+    found = [s.config for s in stages(plans).values() if s.name.startswith("train:") and s.config is not None]
+    places = [config["checkpoint"]["upload_to"] for config in found]
+    assert places == ["s3://bucket/evolution/first/longpo", "s3://bucket/evolution/first/sft"]
+
+
 def test_without_held_out_data_and_evaluation(tmp_path: Path) -> None:
     plans = planner(tmp_path, evolve={"held_out_fraction": 0.0}, defaults={"evaluate": None})
     assert not {"preprocess-held-out", "evaluate-before", "compare"} & set(stages(plans))

@@ -241,6 +241,10 @@ def test_folders_by_url_are_stores_too(tmp_path: Path) -> None:
     for name, content in content_of(folder).items():
         target.write(f"{folder.name}/{name}", content)
     assert content_of(fetch(f"file://{tmp_path}/store")) == content_of(folder)
+    target.remove([f"{folder.name}/hf/config.json", f"{folder.name}/nothing"])
+    assert not (tmp_path / "store" / folder.name / "hf").exists() and (tmp_path / "store" / folder.name).exists()
+    target.remove(target.files())
+    assert list((tmp_path / "store").iterdir()) == []
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from torch.profiler import record_function
 from megatron_longpo.config import CheckpointConfig, LoggingConfig, ObjectiveConfig, check, from_dict
 from megatron_longpo.data.indexed import Manifest
 from megatron_longpo.data.preference import Sample
-from megatron_longpo.errors import CheckpointError, ConfigError
+from megatron_longpo.errors import CheckpointError, ConfigError, DamagedError
 from megatron_longpo.training import checkpointer as checkpointer_module
 from megatron_longpo.training import memory, session, stopping
 from megatron_longpo.training.best import Best
@@ -130,6 +130,39 @@ def test_another_run_is_refused_before_anything_long(monkeypatch: pytest.MonkeyP
     # A setting that did not exist when the run was saved.
     del before["rope_scaling"]
     Checkpointer(_plan(tmp_path), _ONE, reference_weights="weights")
+
+
+def test_a_damaged_checkpoint_is_replaced_by_the_stores(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Damage that shows only as it is loaded."""
+    monkeypatch.setattr(checkpointer_module, "on_rank0", lambda action: action())
+    monkeypatch.setattr(checkpointer_module, "whole_steps", lambda _: [3, 6])
+    identity = checkpointer_module.run_identity(_plan(tmp_path), "weights")
+    progress = checkpointer_module.RunProgress(step=6, layout="", train_iters=10, identity=identity)
+    monkeypatch.setattr(checkpointer_module, "read_progress", lambda _: progress)
+    damaged, put = {"iter_0000006"}, []
+    state: Any = None
+
+    def load(_: Checkpointer, folder: Path, __: Any) -> None:
+        if folder.name in damaged:
+            raise DamagedError(f"{folder.name} is damaged")
+
+    monkeypatch.setattr(Checkpointer, "_load_run", load)
+    monkeypatch.setattr(Checkpointer, "_set_damaged_aside", lambda *_: None)
+    for has_copy, resumed in ((False, 3), (True, 6)):
+
+        def bring(step: int, *, has_copy: bool = has_copy) -> bool:
+            if has_copy:
+                damaged.remove(f"iter_{step:07d}")
+            return has_copy
+
+        uploader = types.SimpleNamespace(put=lambda step, best: put.append(step))
+        uploads: Any = types.SimpleNamespace(uploader=uploader, bring=bring)
+        keeper = Checkpointer(_plan(tmp_path), _ONE, reference_weights="weights", uploads=uploads)
+        assert keeper.resume(state) == resumed
+    assert put == [3, 6]
+    assert "iter_0000006 is damaged; its copy in the store is used" in capsys.readouterr().out
 
 
 def test_a_run_stops_after_its_interval_or_its_minutes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ COPY megatron_longpo megatron_longpo
 # here; the build fails if pip replaced torch nevertheless.
 RUN version() { python -c 'import importlib.metadata as m; print(m.version("torch"))'; } \
  && before=$(version) \
- && pip install --no-cache-dir . \
+ && pip install --no-cache-dir -c "${PIP_CONSTRAINT:-/dev/null}" '.[s3]' \
  && after=$(version) \
  && if [[ $before != "$after" ]]; then echo "torch $before of the base became $after" >&2; exit 1; fi
 COPY tools tools

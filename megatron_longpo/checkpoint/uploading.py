@@ -64,7 +64,7 @@ class Uploader:
         rank: this rank.
         world_size: number of ranks.
         retention: which checkpoints stay in the store.
-        check_owner: raises if another run has taken the store over; called on rank 0 before each upload.
+        check_owner: raises if another run has taken the store over; called before each upload.
         patience: seconds for which an upload may fail before ``trouble`` says so.
         damaged: steps in the store that were found damaged; they are removed when another one is complete.
     """
@@ -180,6 +180,10 @@ class Uploader:
         if not folder.is_dir():
             # The run keeps only newer ones by now.
             return
+        if not (folder / CHECKSUMS).exists():
+            if self._rank == 0:
+                log(f"{folder}: has no {CHECKSUMS} (it was written by version 0.1), so it is not uploaded")
+            return
         listed = (folder / CHECKSUMS).read_bytes()
         checksums = parse_checksums(listed)
         writers = {name: (writer_of(Path(name)) or 0) % self._world_size for name in checksums}
@@ -187,8 +191,7 @@ class Uploader:
         if self._rank != 0 and not own:
             return
         prefix, key = f"{folder.name}/", hashlib.sha256(listed).hexdigest()[:8]
-        if self._rank == 0:
-            self._check_owner()
+        self._check_owner()
         if (there := read_small(self.store, prefix + CHECKSUMS)) != listed:
             if self._rank == 0 and there is not None:
                 # Another one of this step: not complete from here on.

@@ -250,7 +250,7 @@ def _check_same(store: Store, check_same: Callable[[Path], None], writing: Path)
         raise
     except CheckpointError as error:
         raise CheckpointError(
-            f"upload_to={store.url}: holds the checkpoints of another run ({error}); choose another --upload-to"
+            f"upload_to={store.url}: the run cannot go on from its newest checkpoint ({error}); choose another --upload-to"
         ) from None
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -18,6 +18,7 @@ from megatron_longpo.checkpoint.retention import Retention
 from megatron_longpo.checkpoint.store import Store, StoreError
 from megatron_longpo.checkpoint.uploading import Uploader
 from megatron_longpo.errors import CheckpointError, ConfigError, DamagedError
+from megatron_longpo.training import uploads
 from tests.fuzz.readers import wait_until
 from tests.support.s3 import BUCKET, SECRET, S3Server
 
@@ -65,18 +66,21 @@ def content_of(folder: Path) -> dict[str, bytes]:
 
 
 def uploader(
-    output: Path, rank: int = 0, *, ranks: int = 1, keep_last: int | None = None, patience: float = 60
+    output: Path,
+    rank: int = 0,
+    *,
+    ranks: int = 1,
+    keep_last: int | None = None,
+    patience: float = 60,
+    check_owner: Callable[[], None] = lambda: None,
 ) -> Uploader:
-    def nobody_else() -> None:
-        pass
-
     return Uploader(
         Store(URL, name="upload_to"),
         output,
         rank=rank,
         world_size=ranks,
         retention=Retention(keep_last),
-        check_owner=nobody_else,
+        check_owner=check_owner,
         patience=patience,
     )
 
@@ -224,6 +228,36 @@ def test_what_is_damaged_here_is_not_uploaded(tmp_path: Path) -> None:
     assert wait_until(lambda: up.trouble is not None, 30)
     assert up.trouble is not None and f"{folder}/common.pt: its content differs" in up.trouble.reason
     assert complete_steps(up.store.files()) == []
+    up.give_up(10)
+
+
+def test_a_store_that_another_run_has_taken_over_is_left_alone(server: S3Server, tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "a", 10)
+    owner = uploads._own_id(Store(URL, name="upload_to"), tmp_path / "a")
+    uploads._take(Store(URL, name="upload_to"), tmp_path / "a", owner)
+    first = uploader(tmp_path / "a", check_owner=lambda: uploads._check_owner(Store(URL, name="upload_to"), owner))
+    first.put(10)
+    assert wait_until(lambda: first.is_done, 30)
+    # The same folder is the same run; an empty one goes on with it; one with checkpoints of its own does not.
+    assert uploads._own_id(first.store, tmp_path / "a") == owner
+    write_checkpoint(tmp_path / "c", 5)
+    with pytest.raises(CheckpointError, match=f"another run .*{tmp_path}/a.*, but save={tmp_path}/c has checkpoints"):
+        uploads._own_id(first.store, tmp_path / "c")
+    (tmp_path / "b").mkdir()
+    uploads._take(first.store, tmp_path / "b", uploads._own_id(first.store, tmp_path / "b"))
+    write_checkpoint(tmp_path / "a", 20)
+    first.put(20)
+    assert wait_until(lambda: first.trouble is not None, 30)
+    assert first.trouble is not None and f"{tmp_path}/b) has taken it over" in first.trouble.reason
+    assert complete_steps(first.store.files()) == [10] and server.names("run/iter_0000020") == []
+    first.give_up(20)
+
+
+def test_checkpoints_of_version_0_1_stay_here(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write_checkpoint(tmp_path, 10)
+    (folder / CHECKSUMS).unlink()
+    upload(tmp_path, 10)
+    assert "so it is not uploaded" in capsys.readouterr().out and complete_steps(Store(URL, name="x").files()) == []
 
 
 def test_another_checkpoint_of_the_same_step_takes_its_place(tmp_path: Path) -> None:

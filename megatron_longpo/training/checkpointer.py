@@ -402,7 +402,8 @@ class Checkpointer:
         (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         assets = self.plan.load / ASSETS
         if assets.is_dir():
-            shutil.copytree(assets, folder / ASSETS, copy_function=_link_or_copy)
+            # Not as links: what damages a file on the disk would damage it in all checkpoints, the converted one included.
+            shutil.copytree(assets, folder / ASSETS)
 
     def _publish(self, output: Path, writing: Path, step: int, record: dict[str, Any], best: Best | None) -> None:
         """Give a checkpoint that all ranks have written its final name, and remove old ones except the best."""
@@ -606,10 +607,3 @@ def _explaining(output: Path) -> Iterator[None]:
         # megatron-core raises it on all ranks at once; other errors come up on one rank, and its peers are elsewhere.
         with raise_on_all_ranks(output):
             raise error
-
-
-def _link_or_copy(source: str, target: str) -> None:
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)

@@ -567,11 +567,12 @@ class Checkpointer:
         try:
             load_optimizer(state.optimizer, loaded["optimizer"])
             follow_config(state.optimizer, self.plan.config)
+            state.guard.load(progress.guard)
             for inner in inner_optimizers(state.optimizer):
-                set_steps(inner, progress.step)
+                # A step that was skipped is none of the optimizer's.
+                set_steps(inner, progress.step - len(state.guard.skipped))
             _check_finite(folder, first_not_finite(state.chunks, inner_optimizers(state.optimizer)))
             state.scheduler.load_state_dict(loaded["scheduler"])
-            state.guard.load(progress.guard)
             if same_layout:
                 platform.CURRENT.set_rng_state(loaded["rng"])
         except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:

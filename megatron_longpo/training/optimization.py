@@ -231,7 +231,7 @@ def make_states(optimizer: torch.optim.Optimizer) -> None:
 
 
 def set_steps(optimizer: torch.optim.Optimizer, step: int) -> None:
-    """Give each parameter its own step count.
+    """Give each parameter its own count of updates.
 
     After a load by megatron-core (0.16.1, 0.19.2) all parameters share one tensor, which the update of each of them
     increments: the bias correction runs ahead, and training drifts silently.

@@ -482,16 +482,19 @@ def test_a_single_process_says_by_its_status_that_it_goes_on(model: Path, tmp_pa
 
 
 def test_random_faults_lose_and_double_no_sample_and_change_no_weight(model: Path, tmp_path: Path) -> None:
-    """Five faults over sixty steps: killed, asked to stop, out of disk, and the newest checkpoint damaged meanwhile."""
+    """Five faults over sixty steps: killed, asked to stop, out of disk, and the newest checkpoint damaged meanwhile. Two steps of
+    both runs are skipped."""
     seed = int(time.time())
     rng = random.Random(seed)
     flags = ["--train-iters", "60", "--save-interval", "6", "--keep-last", "3"]
+    bad = json.dumps({"8": "nan loss", "33": "gradient"})
     whole, output = tmp_path / "whole", tmp_path / "run"
-    meddle(model, whole, "nothing", *flags, MEDDLE_LEDGER=str(tmp_path / "whole.jsonl")).wait()
+    meddle(model, whole, "nothing", *flags, MEDDLE_LEDGER=str(tmp_path / "whole.jsonl"), MEDDLE_DATA=bad).wait()
     ledger, done, story = tmp_path / "run.jsonl", 0, []
     for fault in rng.sample(["kill", "SIGTERM", "SIGUSR1", "limit", "kill"], 5):
         step = done + rng.randint(3, 11)
-        ended = meddle(model, output, fault, *flags, MEDDLE_STEP=str(step), MEDDLE_LEDGER=str(ledger)).wait(expect=None)
+        env = {"MEDDLE_STEP": str(step), "MEDDLE_LEDGER": str(ledger), "MEDDLE_DATA": bad}
+        ended = meddle(model, output, fault, *flags, **env).wait(expect=None)
         steps = whole_steps(output)
         story.append((fault, step, ended.returncode, steps))
         assert ended.returncode == {"kill": -9, "limit": 2}.get(fault, 75), (seed, story)
@@ -503,7 +506,7 @@ def test_random_faults_lose_and_double_no_sample_and_change_no_weight(model: Pat
             path.write_bytes(content)
             steps, story = steps[:-1], [*story, ("bit", path.name)]
         done = steps[-1] if steps else 0
-    meddle(model, output, "nothing", *flags, MEDDLE_LEDGER=str(ledger)).wait()
+    meddle(model, output, "nothing", *flags, MEDDLE_LEDGER=str(ledger), MEDDLE_DATA=bad).wait()
     used = [dict(map(json.loads, path.read_text().splitlines())) for path in (ledger, tmp_path / "whole.jsonl")]
     assert used[0] == used[1] and len(used[0]) == 60, (seed, story)
     # However often a step was done again, it was with the same samples.

@@ -1,4 +1,8 @@
-"""Training in which the environment variable MEDDLE says what happens after step MEDDLE_STEP (2), on the rank MEDDLE_RANK."""
+"""Training in which the environment variable MEDDLE says what happens after step MEDDLE_STEP (2), on the rank MEDDLE_RANK.
+
+With MEDDLE_MORE, a list in JSON of objects with what, step and rank, more happens later. With MEDDLE_DATA, an object in JSON,
+what it says happens on all ranks in every step that it names, whenever that is computed: as if it were the samples' fault.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,7 @@ import os
 import resource
 import shutil
 import signal
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -21,6 +26,8 @@ from megatron_longpo.training.optimization import inner_optimizers
 from megatron_longpo.training.trainer import Trainer
 
 _original = Trainer.train_step
+_OF_DATA: dict[str, str] = json.loads(os.environ.get("MEDDLE_DATA", "{}"))
+_MORE: list[dict[str, Any]] = json.loads(os.environ.get("MEDDLE_MORE", "[]"))
 
 
 def _poison_weight(run: Trainer, value: float = float("nan")) -> None:
@@ -70,7 +77,8 @@ def _spoil_loss(run: Trainer, value: float) -> None:
     def spoiled(*args: Any, **kwargs: Any) -> Any:
         run.session.runner.forward_backward = original  # type: ignore[method-assign]
         found = original(*args, **kwargs)
-        found[0].values["loss"][0] = value
+        if found:
+            found[0].values["loss"][0] = value
         return found
 
     run.session.runner.forward_backward = spoiled  # type: ignore[method-assign]
@@ -129,6 +137,27 @@ def _failing_once(original: Callable[..., Any]) -> Callable[..., Any]:
     return act
 
 
+def _kill_in_save(run: Trainer) -> None:
+    """Some milliseconds after the next save began."""
+    original = run.checkpointer._save
+
+    def save(*args: Any) -> None:
+        killed = threading.Timer(
+            float(os.environ.get("MEDDLE_DELAY", "0.01")), lambda: os.kill(os.getpid(), signal.SIGKILL)
+        )
+        killed.start()
+        original(*args)
+
+    run.checkpointer._save = save  # type: ignore[method-assign]
+
+
+def _wait_and_stop(_: Trainer) -> None:
+    """Until the file MEDDLE_GO is there."""
+    while not os.path.exists(os.environ["MEDDLE_GO"]):
+        time.sleep(0.1)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
 def _fail_plot(_: Trainer) -> None:
     from megatron_longpo.training import metrics
 
@@ -152,6 +181,9 @@ MEDDLES: dict[str, Callable[[Trainer], None]] = {
     "complete": _fail_to_complete,
     "curves": _fail_plot,
     "kill": lambda _: os.kill(os.getpid(), signal.SIGKILL),
+    "kill in save": _kill_in_save,
+    "kill the launcher": lambda _: os.kill(os.getppid(), signal.SIGKILL),
+    "wait": _wait_and_stop,
     "stop": lambda _: os.kill(os.getpid(), signal.SIGSTOP),
     "nan loss": lambda run: _spoil_loss(run, float("nan")),
     "high loss": lambda run: _spoil_loss(run, 1e6),
@@ -165,6 +197,8 @@ MEDDLES: dict[str, Callable[[Trainer], None]] = {
 
 
 def _step(self: Trainer) -> dict[str, Any]:
+    if (what := _OF_DATA.get(str(self.step + 1))) is not None:
+        MEDDLES[what](self)
     record = _original(self)
     if "MEDDLE_LEDGER" in os.environ and os.environ["RANK"] == "0":
         with open(os.environ["MEDDLE_LEDGER"], "a", encoding="utf-8") as ledger:
@@ -172,6 +206,9 @@ def _step(self: Trainer) -> dict[str, Any]:
     is_time = self.step == int(os.environ.get("MEDDLE_STEP", "2")) - 1
     if is_time and os.environ["RANK"] == os.environ.get("MEDDLE_RANK", "0") and _is_first():
         MEDDLES[os.environ["MEDDLE"]](self)
+    for later in _MORE:
+        if self.step == later["step"] - 1 and os.environ["RANK"] == str(later["rank"]):
+            MEDDLES[later["what"]](self)
     return record
 
 

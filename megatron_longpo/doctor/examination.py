@@ -39,6 +39,7 @@ class Check:
         remedy: what to do if it hangs or fails as a whole.
         kernel: name of the kernel that it is about, which training refuses in that case; empty: none.
         optional: left out when the time of the whole examination is over.
+        is_apart: whether each rank looks by itself, so that one that fails makes no other wait.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Check:
     remedy: str = ""
     kernel: str = ""
     optional: bool = False
+    is_apart: bool = False
 
 
 class Examination:
@@ -125,7 +127,7 @@ class Examination:
                 self._running = None
             self.report.lines += merged([_lines_in(each) for each in found])
             failed = [rank for rank, each in enumerate(found) if each["failure"]]
-            if 0 < len(failed) < ranks.world_size:
+            if 0 < len(failed) < ranks.world_size and not check.is_apart:
                 # The others may have waited for them in a collective that some of them never began.
                 self._give_up()
             self._on_change(self.report)
@@ -167,7 +169,7 @@ class Examination:
             number, check, began = running
             found = [ranks.peek(f"{number}/found/{rank}") for rank in range(ranks.world_size)]
             now = time.monotonic()
-            has_failed = any(each and each["failure"] for each in found)
+            has_failed = not check.is_apart and any(each and each["failure"] for each in found)
             failed_since = (failed_since or now) if has_failed else None
             if now - began > self._check_seconds or (failed_since is not None and now - failed_since > _GRACE_SECONDS):
                 with self._lock:

@@ -74,11 +74,13 @@ def resource_checks(wanted: Wanted, folder: Path, *, world_size: int, local_size
     """
     memory = functools.partial(_check_memory, wanted=wanted, world_size=world_size, local_size=local_size)
     return [
-        Check("memory", memory, "give --tokens, or another layout"),
+        Check("memory", memory, "give --tokens, or another layout", is_apart=True),
         Check(
             "disk",
             functools.partial(_check_disk, wanted=wanted, folder=folder, world_size=world_size),
             "the file system of --folder does not answer: name another, and use it for --save",
+            # But for the folder's first file, which rank 0 writes before the others look.
+            is_apart=True,
         ),
     ]
 

@@ -89,6 +89,7 @@ EXPECTED: dict[str, tuple[str, list[str]]] = {
     "a slow disk": ("slow", ["disk speed"]),
     # And what comes next is looked at as ever.
     "a folder of one node": ("fail", ["disk space", "checkpoint"]),
+    "a model of one node": ("fail", ["memory"]),
     "a sum left out": ("fail", ["step, CP 2 a2a, float32"]),
     "a tensor lost": ("fail", ["checkpoint, saved and resumed in DP 2", "checkpoint, resumed in CP 2 allgather"]),
 }

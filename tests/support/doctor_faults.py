@@ -29,7 +29,7 @@ from megatron_longpo.doctor.examination import Check, Examination
 from megatron_longpo.doctor.findings import Report
 from megatron_longpo.doctor.ranks import Ranks
 from megatron_longpo.doctor.resources import Wanted, resource_checks
-from megatron_longpo.doctor.steps import Workshop, step_checks
+from megatron_longpo.doctor.steps import SHAPE, Workshop, step_checks
 from megatron_longpo.runtime import process_groups
 from megatron_longpo.runtime.failure import run_or_fail
 from megatron_longpo.training import batch
@@ -156,6 +156,10 @@ def _go_through(workshop: Workshop, folder: Path) -> None:
     here = folder if ranks.rank == 0 else folder / "elsewhere"
     own_disk = resource_checks(Wanted(Config(), None, None), here, world_size=2, local_size=1)[1:]
     look("a folder of one node", [*own_disk, checkpoint_check(workshop, here)])
+    if ranks.rank == 0:
+        SHAPE.write(folder)
+    model = str(folder if ranks.rank == 0 else folder / "elsewhere")
+    look("a model of one node", resource_checks(Wanted(Config(), model, 1024), folder, world_size=2, local_size=2)[:1])
     # The sum over context-parallel ranks is left out: each has its own part of the loss.
     look("a sum left out", step("CP 2 a2a") + step("DP 2"), (batch, "sum_over_group", lambda x, group: x))
     look(

@@ -12,7 +12,7 @@ from megatron_longpo.training.checkpointer import load_weights
 from megatron_longpo.training.data_set import RunData, mixture_lines, open_data
 from megatron_longpo.training.held_out import HeldOut
 from megatron_longpo.training.memory import decide_recompute
-from megatron_longpo.training.optimization import idle_line
+from megatron_longpo.training.optimization import fuses_weight_gradients, idle_line
 from megatron_longpo.training.plan import RunPlan, groups_of
 from megatron_longpo.training.reference import make_reference
 
@@ -34,7 +34,9 @@ class Session:
         attention = self.chunks[0].attention
         log(f"attention: {attention.kernels.name} ({attention.reason})", active=parallel.rank == 0)
         layers = self.chunks[0].implementation
-        log(f"linear layers: {layers.name} ({layers.reason})", active=parallel.rank == 0)
+        is_fused = not layers.is_transformer_engine and fuses_weight_gradients(plan.config)
+        gradients = "; gradients of weights are added inside their products" if is_fused else ""
+        log(f"linear layers: {layers.name} ({layers.reason}){gradients}", active=parallel.rank == 0)
         self.runner = BatchRunner(plan, parallel)
         self.reference = make_reference(plan, self.chunks, parallel)
         self.held_out = HeldOut(

@@ -445,10 +445,14 @@ def test_weights_that_were_destroyed_are_not_trained_on_and_replay_says_where(mo
 
 
 def test_a_signal_stops_a_run_which_then_goes_on(model: Path, tmp_path: Path) -> None:
-    """First one that only rank 1 gets, then one that torchrun passes on: the undisturbed run's numbers and weights."""
+    """First one that only rank 1 gets, then one that torchrun passes on: the undisturbed run's numbers and weights.
+
+    Ranks that are compared and micro batches that are computed twice change none of them.
+    """
     whole, output = tmp_path / "whole", tmp_path / "run"
     flags = ["--save-interval", "100"]
     run(torchrun(2, *train(model, whole, *flags)))
+    flags += ["--log-straggler", "--check-rerun-interval", "2"]
     for step, what in ((2, "SIGUSR1"), (5, "SIGTERM to the launcher")):
         # torchrun knows only success and failure.
         done = meddle(model, output, what, *flags, rank=1, processes=2, MEDDLE_STEP=str(step)).wait(expect=1)
@@ -459,6 +463,8 @@ def test_a_signal_stops_a_run_which_then_goes_on(model: Path, tmp_path: Path) ->
         assert (found.state, found.step, found.message) == ("stopped", step, f"on {name}")
     run(torchrun(2, *train(model, output, *flags)))
     assert read_status(output).state == "finished"
+    last = read_metrics(output / "metrics.jsonl")[-1]
+    assert last["seconds/rerun"] > 0 and last["straggler/data_rank"] in (0, 1)
     assert metrics_of(output) == metrics_of(whole) and len(metrics_of(output)) == 10
     assert_same_tensors(folder_of(output, 10), folder_of(whole, 10))
 

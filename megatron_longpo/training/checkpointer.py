@@ -9,7 +9,7 @@ import logging
 import os
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -383,15 +383,18 @@ class Checkpointer:
         if self.output is not None:
             self._finish_saving(self.output)
 
-    def close(self) -> None:
+    def close(self, *, while_waiting: Callable[[], None] = lambda: None) -> None:
         """Wait for a background save and for uploads, and give the output folder up; collective.
+
+        Args:
+            while_waiting: called now and then as long as an upload takes.
 
         Raises:
             CheckpointError: a save or an upload fails.
         """
         self.wait()
         if self._uploader is not None:
-            wait_for_uploads(self._uploader)
+            wait_for_uploads(self._uploader, while_waiting)
         if self._folder_lock is not None:
             self._folder_lock.release()
 

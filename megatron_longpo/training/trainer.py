@@ -174,7 +174,7 @@ class Trainer:
             stop = self._train()
             self.profiler.close(self.step)
             # Whoever stops a job often sends its signal twice: the second one must not end the writing of the checkpoint.
-            self.checkpointer.close()
+            self.checkpointer.close(while_waiting=lambda: self.status.beat(self.step))
         self.reporter.close()
         self.status.write("stopped" if stop else "finished", step=self.step, message=stop.reason if stop else "")
         # A rank that ends with status 75 makes torchrun end the others, which may still be closing trackers.

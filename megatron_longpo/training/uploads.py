@@ -26,6 +26,7 @@ from megatron_longpo.errors import CheckpointError, DamagedError
 from megatron_longpo.runtime.checked_json import read_checked, write_checked
 from megatron_longpo.runtime.collectives import all_gather_objects, on_rank0, raise_on_all_ranks, rank
 from megatron_longpo.runtime.files import write_atomically
+from megatron_longpo.runtime.heartbeat import at
 from megatron_longpo.runtime.log import log
 from megatron_longpo.runtime.process_groups import Parallel
 from megatron_longpo.runtime.reading import parse_json
@@ -220,6 +221,7 @@ def _bring(store: Store, output: Path, step: int, files: dict[str, int], check_s
     """
     final = folder_of(output, step)
     prefix = f"{final.name}/"
+    at(f"copying {final.name} from the store")
     log(f"copying {store.url}/{final.name} to {output}", active=rank() == 0)
     listed = on_rank0(lambda: read_small(store, prefix + CHECKSUMS))
     if listed is None:
@@ -314,15 +316,21 @@ def _first_trouble(uploader: Uploader) -> Trouble | None:
     return next((trouble for trouble in all_gather_objects(uploader.trouble) if trouble is not None), None)
 
 
-def wait_for_uploads(uploader: Uploader) -> None:
+def wait_for_uploads(uploader: Uploader, while_waiting: Callable[[], None]) -> None:
     """Wait until everything is in the store; collective.
+
+    Args:
+        uploader: this rank's.
+        while_waiting: called now and then.
 
     Raises:
         CheckpointError: an upload fails for too long; raised on all ranks.
     """
+    at("uploading the last checkpoint")
     if not all(all_gather_objects(uploader.is_done)):
         log(f"waiting until {uploader.store.url} has the last checkpoint", active=rank() == 0)
     # One collective after the other, since a single one would time out during a long upload.
     while not all(all_gather_objects(uploader.is_done)):
         check_uploads(uploader, go_on=False)
+        while_waiting()
         time.sleep(_POLL_SECONDS)

@@ -6,6 +6,7 @@ variables, files and roles (``AWS_PROFILE``, ``AWS_ENDPOINT_URL``, ...). A URL n
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import time
@@ -28,6 +29,8 @@ _WITH_FOLDERS = ("file", "local")
 _S3 = ("s3", "s3a")
 # botocore's own limits are 60 s to connect, and five tries: minutes, until an address that swallows packets is named.
 _S3_CONNECTION = {"connect_timeout": 10, "read_timeout": 60, "retries": {"mode": "standard", "max_attempts": 3}}
+# Errors that only a disk here can have given.
+_OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO)
 # Variables whose values no message shows, whatever a library writes into its errors.
 _SECRETS = ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_ACCESS_KEY_ID")
 _CREDENTIALS = re.compile(r"//[^/@\s]*@")
@@ -123,7 +126,12 @@ class Store:
         return content
 
     def download(self, path: str, target: Path) -> None:
-        """Copy a file from the store, under a temporary name of the caller's."""
+        """Copy a file from the store, under a temporary name of the caller's.
+
+        Raises:
+            OSError: the disk here does not take it.
+            StoreError: the store does not give it.
+        """
         self._tried(lambda: self._fs.get_file(self._at(path), str(target)))
 
     def upload(self, source: Path, path: str) -> None:
@@ -170,6 +178,8 @@ class Store:
         try:
             return action()
         except Exception as error:
+            if isinstance(error, OSError) and error.errno in _OF_THE_DISK:
+                raise
             raise self._explained(error) from error
 
     def _tried(self, action: Callable[[], Item]) -> Item:

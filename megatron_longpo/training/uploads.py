@@ -236,10 +236,8 @@ def _bring(store: Store, output: Path, step: int, files: dict[str, int], check_s
     with raise_on_all_ranks(output):
         copy_here(store, prefix, writing, files, listed=listed)
     with raise_on_all_ranks(output):
-        # The first rank of each node, since nodes may have disks of their own.
-        if int(os.environ.get("LOCAL_RANK", "0")) == 0:
-            _give_name(writing, final, listed)
         if rank() == 0:
+            _give_name(writing, final, listed)
             for name in RUN_FILES:
                 if (content := read_small(store, name, most=_MOST_OF_RUN_FILE)) is not None:
                     write_atomically(output / name, content)
@@ -276,16 +274,14 @@ def _bring_best(store: Store, output: Path, files: dict[str, int], check_same: C
 
 
 def _give_name(writing: Path, final: Path, listed: bytes) -> None:
-    # On a shared disk another node's first rank may be faster.
-    with contextlib.suppress(FileNotFoundError):
-        forget_claims(writing)
-        write_atomically(writing / CHECKSUMS, listed)
-        if final.exists():
-            # It is damaged; else the one in the store would not be newer than all good ones.
-            aside = final.with_name(f"damaged_{final.name}")
-            shutil.rmtree(aside, ignore_errors=True)
-            os.replace(final, aside)
-        os.replace(writing, final)
+    forget_claims(writing)
+    write_atomically(writing / CHECKSUMS, listed)
+    if final.exists():
+        # It is damaged; else it would not be replaced.
+        aside = final.with_name(f"damaged_{final.name}")
+        shutil.rmtree(aside, ignore_errors=True)
+        os.replace(final, aside)
+    os.replace(writing, final)
 
 
 def check_uploads(uploader: Uploader, *, go_on: bool) -> None:

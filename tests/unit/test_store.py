@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import threading
+import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -18,6 +21,7 @@ from megatron_longpo.checkpoint.retention import Retention
 from megatron_longpo.checkpoint.store import Store, StoreError
 from megatron_longpo.checkpoint.uploading import Uploader
 from megatron_longpo.errors import CheckpointError, ConfigError, DamagedError
+from megatron_longpo.runtime.failure import explain
 from megatron_longpo.training import uploads
 from tests.fuzz.readers import wait_until
 from tests.support.s3 import BUCKET, SECRET, S3Server
@@ -162,6 +166,25 @@ def test_a_damaged_checkpoint_is_passed_over(server: S3Server, tmp_path: Path, m
     monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "none"))
     with pytest.raises(DamagedError, match=r"iter_0000020/.*damaged; use another"):
         from_newest_good(URL, lambda folder: folder)
+
+
+def test_a_full_disk_is_no_fault_of_the_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_checkpoint(tmp_path, 10)
+    upload(tmp_path, 10)
+
+    async def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(tmp_path / "cache"))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(s3fs.S3FileSystem, "_get_file", full)
+        s3fs.S3FileSystem.clear_instance_cache()
+        with pytest.raises(OSError, match="No space left on device") as caught:
+            fetch(URL)
+    s3fs.S3FileSystem.clear_instance_cache()
+    assert explain(caught.value) == f"{tmp_path}/cache: no space left on device; free space, then run the command again"
+    monkeypatch.setattr(remote.shutil, "disk_usage", lambda _: types.SimpleNamespace(free=100))
+    with pytest.raises(CheckpointError, match=r"needs 0\.0 GB, but the disk has 0\.0 GB free; .* set MEGATRON_LONGPO"):
+        fetch(URL)
 
 
 def test_names_that_lead_out_of_the_folder_are_refused(server: S3Server, tmp_path: Path) -> None:

@@ -192,7 +192,7 @@ def _bring_newest(store: Store, output: Path, check_same: Callable[[Path], None]
     found = on_rank0(lambda: _look(store, output))
     for step in found.steps:
         try:
-            _bring(store, output, step, found.files, check_same)
+            _bring(store, output, step, found.files, check_same, is_newest=True)
             _bring_best(store, output, found.files, check_same)
             break
         except DamagedError as error:
@@ -212,8 +212,24 @@ def _look(store: Store, output: Path) -> _Listing:
     return _Listing(files, [step for step in reversed(complete_steps(files)) if step > newest])
 
 
-def _bring(store: Store, output: Path, step: int, files: dict[str, int], check_same: Callable[[Path], None]) -> None:
-    """Copy a checkpoint and the run's files into the run's folder; collective.
+def _bring(
+    store: Store,
+    output: Path,
+    step: int,
+    files: dict[str, int],
+    check_same: Callable[[Path], None],
+    *,
+    is_newest: bool = False,
+) -> None:
+    """Copy a checkpoint into the run's folder, and those of the run's files that are missing there; collective.
+
+    Args:
+        store: where it is.
+        output: the run's folder.
+        step: its step.
+        files: listing of the store.
+        check_same: see ``open_uploads``.
+        is_newest: whether it is newer than what the folder has, so that the run's files there are replaced.
 
     Raises:
         DamagedError: the one in the store is damaged.
@@ -237,10 +253,13 @@ def _bring(store: Store, output: Path, step: int, files: dict[str, int], check_s
         copy_here(store, prefix, writing, files, listed=listed)
     with raise_on_all_ranks(output):
         if rank() == 0:
-            _give_name(writing, final, listed)
+            # First, since they are not looked for again once the checkpoint is here.
             for name in RUN_FILES:
-                if (content := read_small(store, name, most=_MOST_OF_RUN_FILE)) is not None:
-                    write_atomically(output / name, content)
+                if is_newest or not (output / name).exists():
+                    content = read_small(store, name, most=_MOST_OF_RUN_FILE)
+                    if content is not None:
+                        write_atomically(output / name, content)
+            _give_name(writing, final, listed)
 
 
 def _check_same(store: Store, check_same: Callable[[Path], None], writing: Path) -> None:

@@ -105,23 +105,31 @@ class Uploader:
             best: step of the best checkpoint so far.
         """
         with self._changed:
+            self._given_up.discard(step)
             self._waiting.append(_Order(step, best))
             self._changed.notify_all()
 
-    def drop(self, steps: Collection[int]) -> None:
-        """Forget checkpoints that wait for their turn, since they are removed here."""
+    def release(self, steps: Collection[int]) -> list[int]:
+        """Forget those of some checkpoints that wait for their turn, since they are to be removed here.
+
+        Returns:
+            The steps that may be removed: all but the one that is being uploaded.
+        """
+        with self._changed:
+            removable = [step for step in steps if self._current is None or step != self._current.step]
+            self._waiting = [order for order in self._waiting if order.step not in removable]
+            return removable
+
+    def give_up(self, *steps: int) -> None:
+        """Forget checkpoints, whether they wait or are being uploaded."""
         with self._changed:
             self._waiting = [order for order in self._waiting if order.step not in steps]
-
-    def give_up(self, step: int) -> None:
-        """Forget a checkpoint whose upload fails, for the sake of later ones."""
-        with self._changed:
-            self._given_up.add(step)
+            self._given_up.update(steps)
             self._changed.notify_all()
 
     @property
     def uploading(self) -> int | None:
-        """Step of the checkpoint that is being read for an upload."""
+        """Step of the checkpoint that is being uploaded."""
         with self._changed:
             return None if self._current is None else self._current.step
 
@@ -135,7 +143,9 @@ class Uploader:
     def trouble(self) -> Trouble | None:
         """Why the upload does not come to its end, if it has failed for longer than ``patience``."""
         with self._changed:
-            if self._error is None or self._current is None or time.monotonic() - self._failing_since < self._patience:
+            if self._error is None or self._current is None or self._current.step in self._given_up:
+                return None
+            if time.monotonic() - self._failing_since < self._patience:
                 return None
             return Trouble(self._current.step, self._error)
 

@@ -422,7 +422,8 @@ class Checkpointer:
                     self._name_best(output, best)
         doomed = on_rank0(lambda: self._removable(output, best))
         if self._uploader is not None:
-            self._uploader.drop(doomed)
+            # Other ranks may be ahead of the first, and send it just now.
+            self._uploader.give_up(*doomed)
             self._uploader.put(step, best=None if best is None else best.step)
         with raise_on_all_ranks(output):
             if self.parallel.rank == 0:
@@ -438,11 +439,10 @@ class Checkpointer:
 
     def _removable(self, output: Path, best: Best | None) -> list[int]:
         """Steps whose checkpoints are to be removed."""
-        spare = set() if best is None else {best.step}
-        if self._uploader is not None and self._uploader.uploading is not None:
-            # What it reads goes with the next one.
-            spare.add(self._uploader.uploading)
-        return Retention.of(self.config).removable(whole_steps(output), spare=spare)
+        spare = () if best is None else (best.step,)
+        old = Retention.of(self.config).removable(whole_steps(output), spare=spare)
+        # What is being uploaded goes with the next one.
+        return old if self._uploader is None else self._uploader.release(old)
 
     def _name_best(self, output: Path, best: Best | None) -> None:
         assert best is not None and self._rule is not None

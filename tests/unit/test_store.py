@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import threading
 import types
 from collections.abc import Callable, Iterator
@@ -241,6 +242,23 @@ def test_an_upload_goes_on_when_the_store_is_back(
     server.status = ""
     assert wait_until(lambda: up.is_done, 30)
     assert complete_steps(up.store.files()) == [10, 30]
+
+
+def test_what_is_being_uploaded_is_not_removed(server: S3Server, tmp_path: Path) -> None:
+    for step in (10, 20, 30):
+        write_checkpoint(tmp_path, step)
+    server.status = "503 Service Unavailable"
+    up = uploader(tmp_path, patience=0.1)
+    for step in (10, 20, 30):
+        up.put(step)
+    assert wait_until(lambda: up.trouble is not None, 30)
+    # Step 20 waits, so it may go; a rank that is ahead gives up what the first rank removes, and that is no failure.
+    assert up.release([10, 20]) == [20]
+    shutil.rmtree(folder_of(tmp_path, 10))
+    up.give_up(10, 20)
+    assert up.trouble is None and wait_until(lambda: up.uploading == 30, 30)
+    server.status = ""
+    assert wait_until(lambda: up.is_done, 30) and complete_steps(up.store.files()) == [30]
 
 
 def test_what_is_damaged_here_is_not_uploaded(tmp_path: Path) -> None:

@@ -450,11 +450,12 @@ class Trainer:
         lost = "not saved"
         if step is not None and self.checkpointer.is_hf_due(step):
             lost += f", nor exported to {_HF_PREFIX}{step:07d}"
-        log(
-            f"{error}; step {step} is {lost}, and training goes on (on_save_failure=continue)",
-            active=self.parallel.rank == 0,
-            level=logging.WARNING,
-        )
+        # All ranks have the error, and a warning is shown whichever rank gives it.
+        if self.parallel.rank == 0:
+            log(
+                f"{error}; step {step} is {lost}, and training goes on (on_save_failure=continue)",
+                level=logging.WARNING,
+            )
 
     def _export_hf(self) -> None:
         """Write Hugging Face weights beside the checkpoint of this step if it is time to and they are not there; collective."""

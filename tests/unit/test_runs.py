@@ -151,9 +151,12 @@ def test_what_the_run_says_of_itself_is_shown(tmp_path: Path) -> None:
     status = StatusFile(folder, train_iters=9)
     status.write("running", step=3)
     assert "step 3 of 9, running on" in shown(folder) and not watch.look(folder).has_ended
+    status.slow = "slow in reading its samples: rank 5 (node1)"
+    status.write("running", step=3)
+    assert status.slow in shown(folder)
     status.write("failed", message="no space")
     text = shown(folder)
-    assert "failed on" in text and "no space" in text and "left" not in text
+    assert "failed on" in text and "no space" in text and "left" not in text and "slow" not in text
     assert watch.look(folder).has_ended
 
 

@@ -1,0 +1,127 @@
+"""Random losses of a run that uploads: ``python -m tests.random_stores --folder F --launches 14 --seed S``.
+
+A tiny run with ``--upload-to`` a real S3 server (moto's) is killed in every launch but the last, at a random moment. Before the
+next launch its folder is lost, or the newest checkpoint in the store or in the folder is damaged, or nothing happens; in a third
+of the launches the store answers one request in twenty with 503. Metrics and final weights must be those of the undisturbed run,
+bit for bit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import random
+import shutil
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_longpo.checkpoint.folders import folder_of, latest_step
+from megatron_longpo.checkpoint.remote import step_of
+from tests.support.data import make_data
+from tests.support.launch import Running, command, environment, run
+from tests.support.models import make_model
+from tests.support.runs import assert_same_tensors, metrics_of
+from tests.support.s3 import BUCKET, S3Server
+
+_STEPS = 60
+_LOSSES = ("nothing", "folder", "store", "store and folder", "here")
+
+
+class _UnreliableServer(S3Server):
+    """Answers a share of the requests with 503, and takes its time for uploads."""
+
+    share = 0.0
+
+    def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
+        if environ["REQUEST_METHOD"] == "PUT":
+            time.sleep(0.02)
+        self.status = "503 Service Unavailable" if random.random() < self.share else ""
+        return super().__call__(environ, start_response)
+
+
+def train(folder: Path, output: Path, *flags: str) -> list[str]:
+    """Command line of a run without a reference that saves every step."""
+    paths = {"data_path": folder / "data", "load": folder / "ckpt", "save": output}
+    settings = {"global_batch_size": 2, "train_iters": _STEPS, "save_interval": 1, "objective": "sft", "lr": 1e-3}
+    return [*command("train", "--no-tensorboard", **paths, **settings, adam_eps=1e-4, plot_interval=1000), *flags]
+
+
+def damage(rng: random.Random, server: S3Server, output: Path, what: str) -> None:
+    """Let something happen between two launches."""
+    stored = [name for name in server.names("run/") if step_of(name.removeprefix("run/")) is not None]
+    if "store" in what and stored:
+        newest = max(name.split("/")[1] for name in stored)
+        key = rng.choice([name for name in stored if name.split("/")[1] == newest])
+        content = server.read(key)
+        kind = rng.choice(("bit", "cut", "missing"))
+        if kind == "missing" or not content:
+            server.client.delete_object(Bucket=BUCKET, Key=key)
+        elif kind == "cut":
+            server.write(key, content[:-1])
+        else:
+            server.flip_a_bit(key)
+    if "here" in what and (step := latest_step(output)) is not None:
+        path = folder_of(output, step) / "__0_0.distcp"
+        changed = bytearray(path.read_bytes())
+        changed[rng.randrange(len(changed))] ^= 4
+        path.write_bytes(changed)
+    if "folder" in what:
+        shutil.rmtree(output, ignore_errors=True)
+
+
+def losses(folder: Path, *, launches: int, seed: int) -> collections.Counter[str]:
+    """Train with losses, and without; what happened, by name.
+
+    Raises:
+        AssertionError: the two runs differ, or a launch printed a traceback.
+    """
+    rng, server = random.Random(seed), _UnreliableServer()
+    make_model("llama", folder / "hf", num_hidden_layers=2)
+    run(command("convert", "import", hf=folder / "hf", output=folder / "ckpt", no_verify=True))
+    make_data(folder / "data", 6, longest=60)
+    output, env = folder / "run", environment(**server.env)
+    line = train(folder, output, "--upload-to", f"s3://{BUCKET}/run", "--keep-last", "3")
+    found: collections.Counter[str] = collections.Counter()
+    for number in range(launches):
+        server.share = rng.choice((0.0, 0.0, 0.05)) if number < launches - 1 else 0.0
+        running = Running(line, env=env)
+        if number < launches - 1:
+            began = time.monotonic()
+            while not (output / "metrics.jsonl").exists() and running.poll() is None and time.monotonic() < began + 60:
+                time.sleep(0.05)
+            time.sleep(rng.uniform(0.3, 4.0))
+            found["killed"] += running.poll() is None
+            running.kill()
+        else:
+            running.wait()
+        said, errors = running.output()
+        assert "Traceback" not in errors, errors
+        found["resumed"] += "resumed from" in said
+        found["copied from the store"] += "copying s3://" in said
+        if number < launches - 1:
+            what = rng.choice(_LOSSES)
+            found[f"lost: {what}"] += 1
+            damage(rng, server, output, what)
+    server.close()
+    run(train(folder, folder / "plain"))
+    metrics = metrics_of(output)
+    assert metrics == metrics_of(folder / "plain") and [r["step"] for r in metrics] == list(range(1, _STEPS + 1))
+    assert_same_tensors(folder_of(output, _STEPS), folder_of(folder / "plain", _STEPS))
+    return found
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, required=True, help="a folder that does not exist yet")
+    parser.add_argument("--launches", type=int, default=14)
+    parser.add_argument("--seed", type=int, default=1)
+    options = parser.parse_args(arguments)
+    options.folder.mkdir(parents=True)
+    found = losses(options.folder, launches=options.launches, seed=options.seed)
+    print(f"seed {options.seed}: equal to the undisturbed run; " + ", ".join(f"{k} {n}" for k, n in found.items()))
+
+
+if __name__ == "__main__":
+    main()

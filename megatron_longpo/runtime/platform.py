@@ -302,6 +302,12 @@ class Platform:
 
         return min(int(psutil.virtual_memory().available), _left_in_control_group())
 
+    def host_memory_size(self) -> int:
+        """Bytes of the host's memory, or of what the container or the job may take of it; the same on all ranks of a node."""
+        import psutil
+
+        return min(int(psutil.virtual_memory().total), *(limit for limit, _ in _control_group_memory()), sys.maxsize)
+
     def start_memory_history(self) -> None:
         """Record allocations from here on, for ``write_memory_snapshot``; does nothing on the CPU."""
         if self.is_cuda:
@@ -365,13 +371,23 @@ class HostTraffic:
             torch.cuda.current_stream().wait_event(mark)
 
 
-def _left_in_control_group(root: Path = Path("/sys/fs/cgroup"), process: Path = Path("/proc/self/cgroup")) -> int:
+_CONTROL_GROUPS, _CONTROL_GROUP_OF_PROCESS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+
+
+def _left_in_control_group(root: Path = _CONTROL_GROUPS, process: Path = _CONTROL_GROUP_OF_PROCESS) -> int:
     """Memory left under the limit of a container or a Slurm job; ``sys.maxsize`` if there is no limit."""
+    left = (limit - used for limit, used in _control_group_memory(root, process))
+    return max(0, min(left, default=sys.maxsize))
+
+
+def _control_group_memory(
+    root: Path = _CONTROL_GROUPS, process: Path = _CONTROL_GROUP_OF_PROCESS
+) -> Iterator[tuple[int, int]]:
+    """Limits of the control groups that this process is in, and the memory that they use."""
     folders = [root]
     with contextlib.suppress(OSError):
         for line in process.read_text().splitlines():
             folders.append(root / line.split(":", 2)[2].lstrip("/"))
-    left = sys.maxsize
     for folder in folders:
         # Control groups version 2, then version 1.
         for limit, used in (
@@ -384,8 +400,7 @@ def _left_in_control_group(root: Path = Path("/sys/fs/cgroup"), process: Path = 
                 cached = re.search(r"^inactive_file (\d+)", (folder / limit).with_name("memory.stat").read_text(), re.M)
                 # The kernel drops cached files before an allocation fails.
                 now = int((folder / used).read_text()) - int(cached[1] if cached else 0)
-                left = min(left, most - now)
-    return max(0, left)
+                yield most, now
 
 
 def _tune_allocator() -> None:

@@ -41,7 +41,7 @@ CHEAP = 0.1
 # Operations that a GPU does while it copies a byte to host memory: 600 TFLOP/s, more than any step here has reached, beside
 # 20 GB/s, less than PCIe 4.0 with 16 lanes gives.
 FLOPS_PER_COPIED_BYTE = 30_000
-# Share of the host's free memory that activations may take. torch rounds pinned memory up to powers of two.
+# Share of the host's free memory that activations and the optimizer may take. torch rounds pinned memory up to powers of two.
 HOST_SHARE, PINNED_ROUNDING = 0.5, 2
 
 # How many of the most expensive samples are laid out to find the longest micro batch.
@@ -157,11 +157,12 @@ def decide_recompute(plan: RunPlan, data: DataSet, parallel: Parallel) -> RunPla
     # The processes of a node share its memory, but each has a GPU of its own.
     sharing = 1 if platform.CURRENT.is_cuda else int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     on_host = platform.CURRENT.host_memory_bytes() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    on_host = host_room(on_host, plan.shape, plan.config, parallel)
     least = torch.tensor([platform.CURRENT.available_memory_bytes() // sharing, on_host]).to(platform.CURRENT.device)
     # The processes of a node have not all allocated the same when they measure: the tightest rank counts.
     dist.all_reduce(least, op=dist.ReduceOp.MIN)
     available, on_host = least.tolist()
-    found = [c for c in found if c.host_bytes <= HOST_SHARE * on_host]
+    found = [c for c in found if c.host_bytes <= on_host]
     choice = choose(found, [free_bytes(c, available) for c in found])
     need, have = choice.bytes_needed / 2**30, available / 2**30
     log(
@@ -378,9 +379,25 @@ def _states(config: Config) -> int:
 
 def host_optimizer_bytes(parameters: int, config: Config, parallel: Parallel) -> int:
     """Host memory that a rank takes with ``optimizer_cpu_offload``: of its share, fp32 weights, states, and gradients in pinned
-    memory."""
+    memory. Weights that are trained in fp32 are pinned as well; an fp32 copy of bf16 weights is not."""
     share = config.optimizer.optimizer_offload_fraction * parameters / parallel.dp_cp_size
-    return int(share * 4 * (1 + _states(config) + PINNED_ROUNDING))
+    weights = 1 if config.training.bf16 else PINNED_ROUNDING
+    return int(share * 4 * (weights + _states(config) + PINNED_ROUNDING))
+
+
+def host_room(free: int, shape: ModelShape, config: Config, parallel: Parallel) -> int:
+    """Bytes of the host's memory that a rank's activations may take: its half, less what the optimizer will put there.
+
+    Args:
+        free: a rank's share of the host's memory that is free before the optimizer is made.
+        shape, config, parallel: as for ``choices``.
+    """
+    room = int(HOST_SHARE * free)
+    if config.optimizer.optimizer_cpu_offload:
+        stages = range(parallel.pipeline_size)
+        weights = max(static_bytes(shape, config, parallel, stage).parameters for stage in stages)
+        room -= host_optimizer_bytes(weights, config, parallel)
+    return max(0, room)
 
 
 def offloaded_fraction(config: Config) -> float:

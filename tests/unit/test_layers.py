@@ -172,6 +172,39 @@ def test_activations_wait_in_host_memory_before_layers_are_recomputed_if_copies_
     assert {c.offloaded for c in _choices(1024, 1, cpu_offloading_num_layers=4) if c.layers < 28} == {4}
 
 
+@pytest.mark.parametrize(("bf16", "each"), [(True, 16), (False, 20)])
+def test_activations_in_host_memory_leave_room_for_the_optimizer(bf16: bool, each: int) -> None:
+    """RMSProp's fp32 weight, state and pinned gradient (twice): 16 bytes per weight; weights trained in fp32 are pinned, too."""
+    config = from_dict(
+        {
+            "parallel": {"use_distributed_optimizer": True, "context_parallel_size": 8},
+            "training": {"bf16": bf16},
+            "optimizer": {"optimizer": "rmsprop", "optimizer_cpu_offload": True},
+        },
+        "test",
+    )
+    parallel = Parallel(
+        tensor_size=1,
+        pipeline_size=1,
+        virtual_stages=None,
+        context_size=8,
+        data_size=1,
+        sequence_parallel=False,
+        comm_type="a2a",
+        rank=0,
+        world_size=8,
+    )
+    weights = memory.static_bytes(_MISTRAL, config, parallel, 0).parameters
+    taken = each * weights // 8
+    assert memory.host_optimizer_bytes(weights, config, parallel) == pytest.approx(taken, abs=1)
+    assert memory.host_room(4 * taken, _MISTRAL, config, parallel) == pytest.approx(taken, abs=1)
+    assert memory.host_room(taken, _MISTRAL, config, parallel) == 0
+    on_device = dataclasses.replace(
+        config, optimizer=dataclasses.replace(config.optimizer, optimizer_cpu_offload=False)
+    )
+    assert memory.host_room(4 * taken, _MISTRAL, on_device, parallel) == 2 * taken
+
+
 def test_a_longer_row_needs_more_recompute() -> None:
     rooms = [[memory.free_bytes(c, 80 * 10**9) for c in _choices(tokens, 8)] for tokens in (32768, 131072, 262144)]
     extra = [memory.choose(_choices(t, 8), r).extra for t, r in zip((32768, 131072, 262144), rooms, strict=True)]
@@ -304,6 +337,7 @@ def test_limits_of_containers_and_jobs_are_seen(tmp_path: Path) -> None:
     (job / "memory.current").write_text("700\n")
     (job / "memory.stat").write_text("anon 100\ninactive_file 200\n")
     assert platform._left_in_control_group(root, process) == 1000 - (700 - 200)
+    assert list(platform._control_group_memory(root, process)) == [(1000, 700 - 200)]
     first = root / "memory"
     first.mkdir()
     (first / "memory.limit_in_bytes").write_text("450\n")

@@ -586,6 +586,11 @@ def check(config: Config) -> None:
 def _check_fp8(config: Config) -> None:
     """Rules of FP8 products that need no machine."""
     training, implementation = config.training, config.model.transformer_impl
+    if training.fp8_recipe == "delayed":
+        raise ConfigError(
+            "fp8_recipe=delayed scales by what earlier steps have seen, so that a product that is computed again gives other "
+            "numbers, and a resumed run as well; use fp8_recipe=tensorwise"
+        )
     if training.fp8_format is None:
         return
     if not training.bf16:
@@ -596,11 +601,6 @@ def _check_fp8(config: Config) -> None:
         raise ConfigError(
             f"fp8_format={training.fp8_format} is computed by Transformer Engine's linear layers, and "
             f"transformer_impl={implementation} may be others; set transformer_impl=transformer_engine, or leave fp8_format out"
-        )
-    if training.fp8_recipe == "delayed":
-        raise ConfigError(
-            "fp8_recipe=delayed scales by what earlier steps have seen, so that a product that is computed again gives other "
-            "numbers, and a resumed run as well; use fp8_recipe=tensorwise"
         )
     if training.cpu_offloading_num_layers:
         raise ConfigError(

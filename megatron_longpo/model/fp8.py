@@ -24,7 +24,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import get_te_version, is_te_min_version
 
 from megatron_longpo.config import TrainingConfig
-from megatron_longpo.errors import ConfigError
+from megatron_longpo.errors import ConfigError, one_line
 from megatron_longpo.model.implementation import linear_error
 from megatron_longpo.model.shape import ModelShape
 from megatron_longpo.runtime import platform
@@ -67,6 +67,19 @@ def check_fp8(shape: ModelShape, tensor_size: int) -> None:
             f"fp8_format=hybrid needs Transformer Engine {_LEAST_VERSION} or later, not {get_te_version()}; install it, or leave "
             "fp8_format out"
         )
+    check_fp8_widths(shape, tensor_size)
+
+
+def check_fp8_widths(shape: ModelShape, tensor_size: int) -> None:
+    """Check that FP8 products take the model, whatever the machine.
+
+    Args:
+        shape: shape of the model.
+        tensor_size: tensor-parallel size.
+
+    Raises:
+        ConfigError: the sides of a rank's matrices are not multiples of 16.
+    """
     widths = {
         "hidden_size": shape.hidden_size,
         "width of the queries": shape.query_width // tensor_size,
@@ -82,13 +95,18 @@ def check_fp8(shape: ModelShape, tensor_size: int) -> None:
 
 
 def check_fp8_products(config: TransformerConfig) -> None:
-    """Check that FP8 products are those of plain mathematics but for their rounding.
+    """Check that FP8 products are those of plain mathematics but for their rounding, in a layer that keeps its input as given.
 
     Raises:
-        ConfigError: they are not.
+        ConfigError: they are not, or Transformer Engine fails.
     """
-    engine = importlib.import_module("transformer_engine.pytorch")
-    error = linear_error(engine, platform.CURRENT.device, products_as_now(config))
+    try:
+        engine = importlib.import_module("transformer_engine.pytorch")
+        error = linear_error(engine, platform.CURRENT.device, products_as_now(config), prepare=keep_inputs_as_given)
+    except Exception as failure:  # a kernel that is missing or not built for this card fails in many ways
+        raise ConfigError(
+            f"fp8_format={config.fp8}: Transformer Engine's FP8 products fail ({one_line(failure, 160)}); leave fp8_format out"
+        ) from failure
     # NaN is too large as well.
     if not error <= _BOUND:
         raise ConfigError(
@@ -110,11 +128,11 @@ def fp8_settings(training: TrainingConfig) -> dict[str, Any]:
     }
 
 
-def keep_inputs_as_given(chunk: torch.nn.Module) -> None:
-    """Let the linear layers of a chunk save their inputs themselves for the backward, not FP8 copies of them."""
-    for module in chunk.modules():
-        if hasattr(module, "save_original_input"):
-            module.save_original_input = True  # type: ignore[assignment]
+def keep_inputs_as_given(module: torch.nn.Module) -> None:
+    """Let the linear layers of a chunk, or one layer, save their inputs themselves for the backward, not FP8 copies of them."""
+    for layer in module.modules():
+        if hasattr(layer, "save_original_input"):
+            layer.save_original_input = True  # type: ignore[assignment]
 
 
 def products_as_now(config: TransformerConfig) -> Callable[[], AbstractContextManager[Any]]:

@@ -18,7 +18,7 @@ import torch
 from megatron_longpo.errors import ConfigError, one_line
 from megatron_longpo.runtime import platform
 
-# A bf16 number is rounded by up to 2^-9 of it; a product of 64 terms has a relative error of about as much.
+# A bf16 number is rounded by up to 2^-8 of it; a product of 64 terms has a relative error of about as much.
 _BOUND = 2e-2
 
 
@@ -80,7 +80,11 @@ def _trouble() -> str | None:
 
 
 def linear_error(
-    engine: Any, device: torch.device, products: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext
+    engine: Any,
+    device: torch.device,
+    products: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext,
+    *,
+    prepare: Callable[[torch.nn.Module], None] | None = None,
 ) -> float:
     """Largest relative error of the linear layer of ``transformer_engine.pytorch`` in bf16, of its output and its gradients.
 
@@ -88,10 +92,13 @@ def linear_error(
         engine: the module.
         device: device of the layer.
         products: context of its forward.
+        prepare: function that sets the layer up.
     """
     generator = torch.Generator().manual_seed(1)
     x, weight, grad = (torch.randn(*shape, generator=generator).to(device) for shape in ((32, 64), (96, 64), (32, 96)))
     layer = engine.Linear(64, 96, bias=False, params_dtype=torch.bfloat16, device=device)
+    if prepare is not None:
+        prepare(layer)
     with torch.no_grad():
         layer.weight.copy_(weight)
     given = x.bfloat16().requires_grad_()

@@ -21,6 +21,7 @@ from megatron_longpo.config import (
 from megatron_longpo.data.indexed import Manifest, read_manifest
 from megatron_longpo.errors import ConfigError, DataError
 from megatron_longpo.model.attention import resolve_comm_type
+from megatron_longpo.model.fp8 import check_fp8_widths
 from megatron_longpo.model.gpt import transformer_config
 from megatron_longpo.model.rotary import changed_scaling
 from megatron_longpo.model.shape import ModelShape
@@ -134,6 +135,8 @@ def make_plan(config: Config, world_size: int) -> RunPlan:
         key_value_heads=shape.num_query_groups,
     )
     parallel = config.parallel
+    if config.training.fp8_format is not None:
+        check_fp8_widths(shape, parallel.tensor_model_parallel_size)
     comm_type, comm_reason = resolve_comm_type(
         parallel.cp_comm_type,
         shape.num_attention_heads,

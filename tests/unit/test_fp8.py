@@ -55,6 +55,9 @@ def test_fp8_is_never_a_default_and_needs_what_computes_it() -> None:
             check(_config(**changes))
     with pytest.raises(ConfigError, match="fp8_format"):
         _config(training={"fp8_format": "e4m3"})
+    # A recipe that is not offered is refused without fp8_format, too.
+    with pytest.raises(ConfigError, match="fp8_recipe=delayed scales by"):
+        check(from_dict({"training": {"fp8_recipe": "delayed"}}, "test"))
 
 
 @pytest.mark.parametrize(
@@ -108,9 +111,20 @@ def test_products_that_are_wrong_by_more_than_rounding_are_refused(
     assert (0.04 < error < 0.08) == passes
     if passes:
         fp8.check_fp8_products(config)
+        # The layer is tried as the model's are.
+        assert made[-1].save_original_input and not made[-2].save_original_input
         return
     with pytest.raises(ConfigError, match=r"FP8 products differ from plain mathematics by .* leave fp8_format out"):
         fp8.check_fp8_products(config)
+
+
+def test_a_failure_of_transformer_engine_is_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def linear(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("no kernel image\nis available")
+
+    monkeypatch.setitem(sys.modules, "transformer_engine.pytorch", SimpleNamespace(Linear=linear))
+    with pytest.raises(ConfigError, match=r"FP8 products fail \(.*no kernel image.*\); leave fp8_format out"):
+        fp8.check_fp8_products(SimpleNamespace(fp8="hybrid"))  # type: ignore[arg-type]
 
 
 def test_megatron_core_is_told_of_fp8_with_transformer_engine_only() -> None:
@@ -233,6 +247,7 @@ class _Scaled(_Linear):
     def __init__(self, outputs: int, inputs: int, scale: float) -> None:
         super().__init__(outputs, inputs)
         self._scale = scale
+        self.save_original_input = False
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         return super().forward(x)[0] * self._scale

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from megatron_longpo.command_line import ConfigOptions, given_flags, parse_with_config
-from megatron_longpo.config import Config, changed_fields, from_yaml
+from megatron_longpo.config import Config
 from megatron_longpo.runtime.failure import advise_on_memory
 from megatron_longpo.runtime.log import use_json
 from megatron_longpo.runtime.signals import STOPPED
@@ -43,11 +43,11 @@ def train(arguments: Sequence[str], *, prog: str) -> None:
     allow_model_sizes(config.model.model_size_factor)
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if config.parallel.auto_layout:
-        from megatron_longpo.planner.layout import auto_layout
+        from megatron_longpo.planner.layout import auto_layout, given_in
 
         given = given_flags(Config, arguments)
         if options.config is not None:
-            given |= changed_fields(from_yaml(options.config))
+            given |= given_in(options.config)
         config = auto_layout(config, world_size, given)
     advise_on_memory(lambda: _next_layout(config, world_size))
     if config.checkpoint.save_hf_interval is None:

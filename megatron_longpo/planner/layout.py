@@ -9,16 +9,19 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
+from pathlib import Path
+
+import torch
 
 from megatron_longpo.checkpoint.folders import resolve
-from megatron_longpo.config import Config, check, data_sources
+from megatron_longpo.config import Config, changed_fields, check, data_sources, from_dict, read_yaml
 from megatron_longpo.data.indexed import read_manifest
 from megatron_longpo.errors import ConfigError
 from megatron_longpo.model.shape import ModelShape
 from megatron_longpo.planner.explain import difference, limits
 from megatron_longpo.planner.machine import Machine, load_machine, machine_names
 from megatron_longpo.planner.search import USABLE, Plan, Search
-from megatron_longpo.planner.space import CHOSEN, RECOMPUTE
+from megatron_longpo.planner.space import CHOSEN, LAYOUT, RECOMPUTE
 from megatron_longpo.planner.workload import made_up
 from megatron_longpo.runtime import platform
 from megatron_longpo.runtime.log import log
@@ -30,6 +33,8 @@ _UNKNOWN, _CPU = "a100-80g", "cpu"
 _LESS = 0.85
 # Tokens of the answers of made-up rows.
 _ANSWER = 512
+# Most that one core of the host reads and writes in an optimizer's update, as seen on an EPYC with everything in its caches.
+_CORE_GB_PER_S = 9.0
 
 
 def auto_layout(config: Config, world_size: int, given: frozenset[str]) -> Config:
@@ -54,23 +59,41 @@ def auto_layout(config: Config, world_size: int, given: frozenset[str]) -> Confi
         raise ConfigError(
             f"auto_layout: no layout of {world_size} x {search.machine.name} has room for rows of "
             f"{search.workload.longest.chosen:,} tokens; the closest, {closest.describe()}, needs "
-            f"{closest.memory.total / _GIB:.1f} of {search.usable_bytes / _GIB:.1f} GiB; megatron-longpo plan says what would fit"
+            f"{search.needs(closest.memory)}; megatron-longpo plan says what would fit"
         )
     first = os.environ.get("RANK", "0") == "0"
     chosen = best[0]
+    layout = chosen.candidate.describe()
+    if chosen.recompute.host_optimizer:
+        layout += "; optimizer in host memory (optimizer_cpu_offload)"
     why = f"{chosen.seconds:.3g} s per step expected, {chosen.memory.total / _GIB:.1f} GiB, limited by {limits(chosen, search)}"
     if len(best) > 1:
         why += f"; next {best[1].candidate.describe()}, slower by {difference(best[1], chosen)}"
-    log(
-        f"layout: {chosen.candidate.describe()}, planned for {world_size} x {search.machine.name} ({why})", active=first
-    )
+    log(f"layout: {layout}, planned for {world_size} x {search.machine.name} ({why})", active=first)
     training = chosen.config.training
-    if not given.intersection(RECOMPUTE):
+    if config.training.recompute_granularity == "auto" or not given.intersection(RECOMPUTE):
         # The trainer sees the memory that is free.
         own = {name: getattr(config.training, name) for name in (*RECOMPUTE, "cpu_offloading_num_layers")}
         training = dataclasses.replace(training, **own)
     parallel = dataclasses.replace(chosen.config.parallel, auto_layout=False)
     return dataclasses.replace(chosen.config, parallel=parallel, training=training)
+
+
+def given_in(path: str) -> frozenset[str]:
+    """Fields that a YAML file gives: those that it writes.
+
+    Of a file that writes every setting of the layout, as ``--print-config`` does, they are those that differ from the defaults.
+
+    Raises:
+        ConfigError: the file cannot be read as a configuration.
+    """
+    content = read_yaml(path)
+    changed = changed_fields(from_dict(content, f"--config {Path(path)}"))
+    # "null" leaves a field open.
+    sections = [section for section in (content or {}).values() if section]
+    written = frozenset(name for section in sections for name, value in section.items() if value is not None)
+    is_whole = {name for section in sections for name in section}.issuperset(LAYOUT)
+    return changed if is_whole else changed | written
 
 
 def next_layout(config: Config, world_size: int) -> str:
@@ -140,7 +163,7 @@ def _search(config: Config, world_size: int, given: frozenset[str]) -> Search:
 
 
 def machine_here() -> Machine:
-    """The machine that this process runs on: rates by the card's name, memory as it is."""
+    """The machine that this process runs on: rates by the card's name, memory of the card and of the host as they are."""
     facts, is_cuda = platform.CURRENT.facts(), platform.CURRENT.is_cuda
     name = machine_of(facts.name) if is_cuda else _CPU
     machine = load_machine(name or _UNKNOWN)
@@ -148,7 +171,16 @@ def machine_here() -> Machine:
     memory = facts.memory_bytes / (1 if is_cuda else share) / _GIB
     reserved = machine.reserved_gib if is_cuda else min(machine.reserved_gib, memory / 10)
     named = machine.name if name is not None else f"{facts.name} (rates of {_UNKNOWN})"
-    return dataclasses.replace(machine, name=named, memory_gib=memory, reserved_gib=reserved, gpus_per_node=share)
+    return dataclasses.replace(
+        machine,
+        name=named,
+        memory_gib=memory,
+        reserved_gib=reserved,
+        gpus_per_node=share,
+        host_memory_gib=platform.CURRENT.host_memory_size() / share / _GIB,
+        # Files are for as many threads as cores, and torchrun sets one.
+        host_update_gb_per_s=min(machine.host_update_bytes_per_s / 1e9, _CORE_GB_PER_S * torch.get_num_threads()),
+    )
 
 
 def machine_of(device: str) -> str | None:

@@ -98,6 +98,7 @@ class Result:
             "seconds": {name: float(f"{s:.6g}") for name, s in plan.time.parts.items()},
             "peak_bytes": int(plan.memory.total),
             "bytes": {name: int(size) for name, size in plan.memory.parts().items()},
+            "host_bytes": int(plan.memory.host),
             "stage_of_peak": plan.memory.stage,
             "limits": limits(plan, self.search),
             "slower_by": difference(plan, self.plans[0]) if self.plans and plan is not self.plans[0] else "",
@@ -168,10 +169,11 @@ def lines_of(result: Result) -> Iterator[str]:
 
 
 def _line(result: Result, plan: Plan) -> str:
-    fits = "fits" if plan.memory.total <= result.search.usable_bytes else "does not fit"
+    search = result.search
+    fits = "which fits" if search.fits(plan.memory) else f"which does not fit: {search.needs(plan.memory)}"
     return (
         f"{plan.describe()}: {plan.seconds:.4g} s per step, {result.tokens_per_second(plan):,.0f} tokens/s, "
-        f"{plan.memory.total / _GIB:.1f} GiB, which {fits}"
+        f"{plan.memory.total / _GIB:.1f} GiB, {fits}"
     )
 
 

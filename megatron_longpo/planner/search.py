@@ -27,8 +27,10 @@ from megatron_longpo.training.memory import (
     host_optimizer_bytes,
 )
 
-# Share of the memory that the estimate may take; what fragmentation and NCCL need is beyond it (docs/simulation.md).
+# Share of the memory that the estimate may take; what fragmentation and NCCL need is beyond it (docs/simulation.md). Of the
+# host's, what the run fixes may take as much; what the planner puts there, HOST_SHARE.
 USABLE = 0.92
+_GIB = 2**30
 
 
 @dataclass(frozen=True)
@@ -87,11 +89,13 @@ class Memory:
         bytes: by part.
         stage: its pipeline stage.
         reserved: what tensors cannot have.
+        host: bytes of the host's memory that a rank takes for activations and the optimizer, of the stage that needs most.
     """
 
     bytes: StepBytes
     stage: int
     reserved: float
+    host: float = 0.0
 
     @property
     def total(self) -> float:
@@ -171,6 +175,23 @@ class Search:
         memory = self.machine.memory_bytes
         return min(USABLE * memory, memory - self.machine.reserved_bytes)
 
+    @property
+    def usable_host_bytes(self) -> float:
+        """Bytes of the host's memory that a rank may take."""
+        return USABLE * self.machine.host_memory_bytes
+
+    def fits(self, memory: Memory) -> bool:
+        """Whether a rank has room for what it holds, on the device and in the host's memory."""
+        return memory.total <= self.usable_bytes and memory.host <= self.usable_host_bytes
+
+    def needs(self, memory: Memory) -> str:
+        """What a plan takes of what there is, in words; of the host's memory if that is too small."""
+        words = f"{memory.total / _GIB:.1f} of {self.usable_bytes / _GIB:.1f} GiB"
+        if memory.host > self.usable_host_bytes:
+            host = f"{memory.host / _GIB:.1f} of {self.usable_host_bytes / _GIB:.1f} GiB of the host's memory per GPU"
+            words += f", and {host} (optimizer_cpu_offload, cpu_offloading_num_layers)"
+        return words
+
     def best(self, count: int = 10) -> list[Plan]:
         """The fastest plans that fit, fastest first; none if nothing does.
 
@@ -234,10 +255,9 @@ class Search:
 
     def fitted(self, candidate: Candidate) -> Plan | None:
         """A candidate in the fastest way that fits, or None."""
-        stages = {on: self._stages(candidate, on) for on in self._host_optimizer(candidate)}
 
         def fits(choice: Recompute) -> bool:
-            return _peak(stages[choice.host_optimizer], choice)[1].total <= self.usable_bytes
+            return self.fits(self.memory(candidate, choice))
 
         best: tuple[float, Recompute] | None = None
         for family in self._families(candidate):
@@ -258,7 +278,11 @@ class Search:
     def leanest(self, candidate: Candidate) -> Plan:
         """A candidate in the way that takes least memory."""
         lasts = [choice for family in self._families(candidate) for choice in family[-2:]]
-        return self.plan(candidate, min(lasts, key=lambda choice: self.memory(candidate, choice).total))
+        return self.plan(candidate, min(lasts, key=lambda choice: self._excess(self.memory(candidate, choice))))
+
+    def _excess(self, memory: Memory) -> tuple[float, float]:
+        """How far a plan is from fitting, by the host's memory first: on the device there is always another way."""
+        return max(0.0, memory.host - self.usable_host_bytes), memory.total
 
     def plan(self, candidate: Candidate, recompute: Recompute) -> Plan:
         """A candidate with what it takes."""
@@ -276,8 +300,22 @@ class Search:
 
     def memory(self, candidate: Candidate, recompute: Recompute) -> Memory:
         """Peak memory of the fullest stage."""
-        stage, found = _peak(self._stages(candidate, recompute.host_optimizer), recompute)
-        return Memory(found, stage, self.machine.reserved_bytes)
+        stages = self._stages(candidate, recompute.host_optimizer)
+        stage, found = _peak(stages, recompute)
+        host = 0.0
+        if self.machine.device != "cuda":
+            return Memory(found, stage, self.machine.reserved_bytes)
+        if recompute.offloaded:
+            kept = max(n.in_flight * n.activations.kept(recompute_up=recompute.up) for n in stages.values())
+            host += PINNED_ROUNDING * recompute.offloaded * kept
+        if recompute.host_optimizer:
+            host += self._host_optimizer_bytes(candidate)
+        return Memory(found, stage, self.machine.reserved_bytes, host)
+
+    def _host_optimizer_bytes(self, candidate: Candidate) -> float:
+        """Bytes of the host's memory that the optimizer's states take, of the stage with the most weights."""
+        weights = max(stage.static.parameters for stage in self._stages(candidate, True).values())
+        return host_optimizer_bytes(weights, candidate.config, candidate.parallel)
 
     def _stages(self, candidate: Candidate, host_optimizer: bool) -> dict[int, StageMemory]:
         """What memory goes by of the stages that may be the fullest: the first, the last and the one with the most layers."""
@@ -338,14 +376,12 @@ class Search:
     def _host_room(self, candidate: Candidate, host_optimizer: bool) -> float:
         """Bytes of the host's memory that activations of a rank may take."""
         room = HOST_SHARE * self.machine.host_memory_bytes
-        if host_optimizer:
-            weights = max(stage.static.parameters for stage in self._stages(candidate, True).values())
-            room -= host_optimizer_bytes(weights, candidate.config, candidate.parallel)
-        return room
+        return room - self._host_optimizer_bytes(candidate) if host_optimizer else room
 
     def _most_offloaded(self, candidate: Candidate, host_optimizer: bool) -> int:
         """Layers of a virtual stage whose activations the host has room for, if nothing is recomputed."""
-        if self.machine.device != "cuda":
+        if self.machine.device != "cuda" or self.config.training.fp8_format is not None:
+            # What is saved would include FP8 copies of weights: train refuses it (config.check).
             return 0
         first = self._stages(candidate, host_optimizer)[0]
         kept = first.in_flight * first.activations.kept(recompute_up=False)
@@ -377,7 +413,10 @@ class Search:
         training = self.config.training
         if training.recompute_granularity == "auto":
             # What the trainer decides by itself.
-            free = dataclasses.replace(self, given=frozenset({"optimizer_cpu_offload"}))
+            given = {"optimizer_cpu_offload"}
+            if training.cpu_offloading_num_layers is not None:
+                given.add("cpu_offloading_num_layers")
+            free = dataclasses.replace(self, given=frozenset(given))
             return free.fitted(candidate) or free.leanest(candidate)
         layers = max(n for rank in candidate.split for n in rank)
         return self.plan(candidate, self._configured(layers))
@@ -385,7 +424,7 @@ class Search:
     def closest(self) -> Plan:
         """The plan that is closest to fitting: the least memory of all."""
         plans: Iterable[Plan] = (self.leanest(candidate) for candidate in self.candidates)
-        return min(plans, key=lambda plan: plan.memory.total)
+        return min(plans, key=lambda plan: self._excess(plan.memory))
 
 
 def recompute_of(training: TrainingConfig, layers: int) -> Recompute | None:

@@ -1,7 +1,8 @@
 """All layouts of a run that the trainer takes.
 
 Degrees are divisors, so their number grows with the logarithm of the world. What the trainer refuses is not asked twice: every
-candidate goes through the trainer's own checks (``config.check_against_model``, ``attention.check_ulysses``).
+candidate goes through the trainer's own checks (``config.check_against_model``, ``attention.check_ulysses``,
+``fp8.check_fp8_widths``).
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from megatron_longpo.config import (
 )
 from megatron_longpo.errors import ConfigError
 from megatron_longpo.model.attention import resolve_comm_type
+from megatron_longpo.model.fp8 import check_fp8_widths
 from megatron_longpo.model.shape import ModelShape
 from megatron_longpo.runtime.process_groups import Parallel
 
@@ -127,6 +129,8 @@ def candidate_of(config: Config, shape: ModelShape, world_size: int) -> Candidat
         attention_heads=shape.num_attention_heads,
         key_value_heads=shape.num_query_groups,
     )
+    if training.fp8_format is not None:
+        check_fp8_widths(shape, parallel.tensor_model_parallel_size)
     comm_type, _ = resolve_comm_type(
         parallel.cp_comm_type,
         shape.num_attention_heads,

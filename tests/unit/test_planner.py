@@ -19,7 +19,9 @@ from megatron_longpo.command_line import ConfigOptions, given_flags, parse_with_
 from megatron_longpo.commands.plan import plan as command
 from megatron_longpo.config import (
     Config,
+    ModelConfig,
     OptimizerConfig,
+    ParallelConfig,
     TrainingConfig,
     changed_fields,
     check,
@@ -28,9 +30,10 @@ from megatron_longpo.config import (
 )
 from megatron_longpo.errors import ConfigError
 from megatron_longpo.model.shape import ModelShape
+from megatron_longpo.planner import layout
 from megatron_longpo.planner.explain import limits
 from megatron_longpo.planner.failures import best_saving
-from megatron_longpo.planner.layout import auto_layout, machine_of, next_layout
+from megatron_longpo.planner.layout import auto_layout, given_in, machine_here, machine_of, next_layout
 from megatron_longpo.planner.links import Group
 from megatron_longpo.planner.machine import Machine, load_machine
 from megatron_longpo.planner.search import Recompute, Search
@@ -376,6 +379,77 @@ def test_the_optimizer_goes_to_host_memory_where_that_costs_least() -> None:
     assert "the optimizer in host memory" in limits(short_search.best(1)[0], short_search)
 
 
+FP8 = dataclasses.replace(
+    CONFIG,
+    model=ModelConfig(transformer_impl="transformer_engine"),
+    training=TrainingConfig(bf16=True, fp8_format="hybrid"),
+)
+
+
+@pytest.mark.parametrize("config", [CONFIG, FP8], ids=["bf16", "fp8"])
+def test_train_takes_every_plan(config: Config) -> None:
+    """Where memory is short the fastest have activations in host memory, but not with FP8, whose weights would go as well."""
+    machine = dataclasses.replace(load_machine("h100-sxm"), memory_gib=60.0)
+    plans = search_of(131072, 8, config=config, machine=machine).best(10)
+    assert len(plans) == 10
+    for plan in plans:
+        check(plan.config)
+    assert any(plan.recompute.offloaded for plan in plans) == (config is CONFIG)
+
+
+def test_fp8_is_planned_for_widths_that_it_takes() -> None:
+    """ffn_hidden_size=1040 on four ranks is 260, no multiple of 16."""
+    shape = SMALL.replace(ffn_hidden_size=1040)
+    for config, sizes in ((CONFIG, {1, 2, 4}), (FP8, {1})):
+        found = candidates(config, shape, 4, frozenset())
+        assert {c.parallel.tensor_size for c in found} == sizes
+    fixed = dataclasses.replace(FP8, parallel=ParallelConfig(tensor_model_parallel_size=4))
+    with pytest.raises(
+        ConfigError, match="a rank's ffn_hidden_size is 260 with tensor_model_parallel_size=4; lower that"
+    ):
+        search_of(4096, 4, shape=shape, config=fixed).as_configured()
+
+
+def test_what_is_fixed_must_fit_the_host_s_memory() -> None:
+    """RMSProp's 16 bytes per weight of eight layers are 30 GiB of a GPU's host."""
+    shape = MISTRAL.replace(num_layers=8)
+    offloading = dataclasses.replace(CONFIG.optimizer, optimizer_cpu_offload=True)
+    config = dataclasses.replace(
+        CONFIG, optimizer=offloading, parallel=dataclasses.replace(CONFIG.parallel, use_distributed_optimizer=True)
+    )
+    host = dataclasses.replace(A100, host_memory_gib=40.0)
+    search = search_of(16384, 1, shape=shape, config=config, machine=host)
+    (best,) = search.best(1)
+    assert best.memory.host == pytest.approx(16 * best.memory.bytes.static.parameters)
+    assert best.memory.host <= search.usable_host_bytes and search.fits(search.as_configured().memory)
+    small = dataclasses.replace(search, machine=dataclasses.replace(host, host_memory_gib=20.0))
+    assert not small.best(1)
+    for plan in (small.closest(), small.as_configured()):
+        assert re.search(
+            r"and 2\d\.\d of 18\.4 GiB of the host's memory per GPU \(optimizer_cpu", small.needs(plan.memory)
+        )
+    # The same of activations: twice what three layers keep, since pinned memory is rounded up.
+    training = dataclasses.replace(CONFIG.training, cpu_offloading_num_layers=3)
+    config = dataclasses.replace(CONFIG, training=training)
+    given = frozenset({"cpu_offloading_num_layers", "optimizer_cpu_offload"})
+    search = dataclasses.replace(search, config=config, given=given)
+    (best,) = search.best(1)
+    (stage,) = search._stages(best.candidate, False).values()
+    assert best.memory.host == 2 * 3 * stage.activations.kept(recompute_up=best.recompute.up) > 0
+    tight = dataclasses.replace(host, host_memory_gib=best.memory.host / 2**30)
+    for plan in dataclasses.replace(search, machine=tight).best(1):
+        assert plan.memory.host < best.memory.host
+
+
+def test_the_configured_layout_keeps_the_layers_that_wait_in_host_memory() -> None:
+    for wanted in (4, 0):
+        training = TrainingConfig(bf16=True, cpu_offloading_num_layers=wanted)
+        parallel = ParallelConfig(context_parallel_size=8, use_distributed_optimizer=True)
+        config = dataclasses.replace(CONFIG, training=training, parallel=parallel)
+        machine = dataclasses.replace(A100, memory_gib=74.0)
+        assert search_of(131072, 8, config=config, machine=machine).as_configured().recompute.offloaded == wanted
+
+
 def test_recomputing_one_layer_less_may_take_less_memory() -> None:
     """With few layers, what the last one makes again is more than it saved."""
     shape = MISTRAL.replace(num_layers=2)
@@ -579,6 +653,49 @@ def test_degrees_that_are_left_out_are_chosen_for_the_world(
     monkeypatch.setattr(platform.Platform, "facts", lambda _: platform.DeviceFacts("x86_64", 2**28))
     with pytest.raises(ConfigError, match=r"no layout of 1 x cpu has room for rows of 4,096 tokens; the closest, TP 1"):
         auto_layout(config, 1, frozenset())
+
+
+def test_an_optimizer_in_host_memory_is_said_and_can_be_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    config = run_of(tmp_path, 1024)
+    search = search_of(1024, 1, shape=SMALL, config=config)
+    least = min(plan.memory.total for plan in (search.leanest(c) for c in search.candidates))
+    machine = dataclasses.replace(A100, memory_gib=1.02 * least / 0.92 / 2**30, reserved_gib=0.0, host_memory_gib=64.0)
+    monkeypatch.setattr(layout, "machine_here", lambda: machine)
+    chosen = auto_layout(config, 1, frozenset())
+    assert chosen.optimizer.optimizer_cpu_offload
+    assert (
+        "layout: TP 1, PP 1, CP 1, DP 1; optimizer in host memory (optimizer_cpu_offload), planned for"
+        in capfd.readouterr().out
+    )
+    with pytest.raises(ConfigError, match="no layout of 1 x"):
+        auto_layout(config, 1, frozenset({"optimizer_cpu_offload"}))
+
+
+def test_keys_that_a_file_writes_are_given_unless_it_writes_all(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        "parallel:\n  tensor_model_parallel_size: 1\noptimizer:\n  optimizer_cpu_offload: false\n"
+        "training:\n  cpu_offloading_num_layers: null\ndata:\n"
+    )
+    assert given_in(str(path)) == {"tensor_model_parallel_size", "optimizer_cpu_offload"}
+    printed = dataclasses.replace(Config(), parallel=ParallelConfig(context_parallel_size=2))
+    path.write_text(printed.as_yaml())
+    assert given_in(str(path)) == {"context_parallel_size"}
+
+
+@pytest.mark.parametrize(("threads", "rate"), [(1, 9.0), (64, 20.0)])
+def test_the_host_s_memory_and_cores_are_those_that_are_here(
+    monkeypatch: pytest.MonkeyPatch, threads: int, rate: float
+) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    monkeypatch.setattr(platform.Platform, "host_memory_size", lambda _: 64 * 2**30)
+    monkeypatch.setattr(layout.torch, "get_num_threads", lambda: threads)
+    known = dataclasses.replace(load_machine("cpu"), host_update_gb_per_s=20.0)
+    monkeypatch.setattr(layout, "load_machine", lambda _: known)
+    machine = machine_here()
+    assert (machine.host_memory_gib, machine.host_update_gb_per_s) == (16.0, rate)
 
 
 def test_memory_that_is_not_enough_names_the_next_layout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

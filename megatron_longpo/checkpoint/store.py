@@ -29,7 +29,7 @@ _WITH_FOLDERS = ("file", "local")
 _S3 = ("s3", "s3a")
 # botocore's own limits are 60 s to connect, and five tries: minutes, until an address that swallows packets is named.
 _S3_CONNECTION = {"connect_timeout": 10, "read_timeout": 60, "retries": {"mode": "standard", "max_attempts": 3}}
-# Errors that only a disk here can have given.
+# Errors that a disk here can give while a file is copied to it.
 _OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO)
 # Variables whose values no message shows, whatever a library writes into its errors.
 _SECRETS = ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_ACCESS_KEY_ID")
@@ -132,7 +132,7 @@ class Store:
             OSError: the disk here does not take it.
             StoreError: the store does not give it.
         """
-        self._tried(lambda: self._fs.get_file(self._at(path), str(target)))
+        self._tried(lambda: self._fs.get_file(self._at(path), str(target)), writes_here=True)
 
     def upload(self, source: Path, path: str) -> None:
         """Copy a file to the store, once; objects of a store appear whole or not at all.
@@ -174,19 +174,24 @@ class Store:
     def _at(self, path: str) -> str:
         return f"{self._root.rstrip('/')}/{path}"
 
-    def _once(self, action: Callable[[], Item]) -> Item:
+    def _once(self, action: Callable[[], Item], *, writes_here: bool = False) -> Item:
         try:
             return action()
         except Exception as error:
-            if isinstance(error, OSError) and error.errno in _OF_THE_DISK:
+            if writes_here and _is_of_the_disk(error):
                 raise
             raise self._explained(error) from error
 
-    def _tried(self, action: Callable[[], Item]) -> Item:
-        """What an action returns, which is tried again while another outcome is possible."""
+    def _tried(self, action: Callable[[], Item], *, writes_here: bool = False) -> Item:
+        """What an action returns, which is tried again while another outcome is possible.
+
+        Args:
+            action: what is tried.
+            writes_here: whether it writes to a disk here, whose errors are raised as they are.
+        """
         for number in range(_TRIES):
             try:
-                return self._once(action)
+                return self._once(action, writes_here=writes_here)
             except StoreError as error:
                 if error.is_lasting or number == _TRIES - 1:
                     raise
@@ -214,6 +219,13 @@ class Store:
             "(AWS_ENDPOINT_URL) if it is not Amazon's",
             is_lasting=False,
         )
+
+
+def _is_of_the_disk(error: Exception) -> bool:
+    if not isinstance(error, OSError) or error.errno not in _OF_THE_DISK:
+        return False
+    # s3fs makes EIO of every answer that it does not know, such as 429, 502 and 504; botocore's error is then behind it.
+    return error.errno != errno.EIO or (error.__cause__ is None and error.__context__ is None)
 
 
 def _shown(error: object) -> str:

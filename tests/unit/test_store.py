@@ -188,6 +188,39 @@ def test_a_full_disk_is_no_fault_of_the_store(tmp_path: Path, monkeypatch: pytes
         fetch(URL)
 
 
+def test_what_s3fs_does_not_know_is_the_stores_fault(
+    server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_checkpoint(tmp_path, 10)
+    upload(tmp_path, 10)
+    there = Store(URL, name="upload_to")
+    monkeypatch.setattr(store, "_TRIES", 2)
+    actions: list[Callable[[], object]] = [
+        lambda: there.remove(["x"]),
+        lambda: there.read("x", most=1),
+        lambda: there.files(),
+        lambda: there.download("iter_0000010/common.pt", tmp_path / "part"),
+        lambda: there.upload(folder_of(tmp_path, 10) / "common.pt", "x"),
+        lambda: there.write("x", b""),
+    ]
+    for status, some in (
+        ("429 Too Many Requests", actions[-1:]),
+        ("504 Gateway Timeout", actions[-1:]),
+        ("502 Bad Gateway", actions),
+    ):
+        server.status = status
+        for action in some:
+            with pytest.raises(StoreError, match="the store cannot be reached, or fails") as caught:
+                action()
+            assert not caught.value.is_lasting
+    # An upload is tried for as long as it may fail, and reading more than once.
+    up = uploader(tmp_path)
+    up.put(10)
+    assert wait_until(lambda: up.uploading == 10, 30) and up.trouble is None
+    server.status = ""
+    assert wait_until(lambda: up.is_done, 30)
+
+
 def test_names_that_lead_out_of_the_folder_are_refused(server: S3Server, tmp_path: Path) -> None:
     write_checkpoint(tmp_path, 10)
     upload(tmp_path, 10)

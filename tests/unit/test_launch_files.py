@@ -214,9 +214,9 @@ def until_out_of_time(slurm: Path, name: str) -> int:
 
 @pytest.mark.parametrize("name", ["train", "generate", "evaluate", "evolve"])
 def test_a_job_that_is_out_of_time_is_requeued(slurm: Path, name: str) -> None:
-    # That of an earlier launch does not count.
-    (slurm / "the run").mkdir()
-    (slurm / "the run" / "heartbeat.json").write_text('{"state": "failed", "step": 3}')
+    # That an earlier launch failed does not count.
+    for file, answer in (("answer", 2), ("silent", 1)):
+        (slurm / file).write_text(str(answer))
     status = until_out_of_time(slurm, name)
     assert (slurm / "scontrol.args").read_text() == "requeue 41\n"
     if name == "train":
@@ -224,10 +224,18 @@ def test_a_job_that_is_out_of_time_is_requeued(slurm: Path, name: str) -> None:
         assert (slurm / "scancel.args").read_text() == "--signal=USR1 41\n" and status == 7
 
 
-def test_a_job_that_failed_as_its_time_ran_out_is_not_requeued(slurm: Path) -> None:
-    srun = (slurm / "srun").read_text()
-    says = 'mkdir "the run"; echo "{\\"state\\": \\"failed\\"}" >"the run/heartbeat.json"; exit 1'
-    (slurm / "srun").write_text(srun.replace("trap 'exit 7'", f"trap '{says}'"))
+@pytest.mark.parametrize("mounts", [None, "/lustre/runs:/runs"])
+def test_a_job_that_failed_as_its_time_ran_out_is_not_requeued(
+    slurm: Path, monkeypatch: pytest.MonkeyPatch, mounts: str | None
+) -> None:
+    """Also where the run's folder is seen in the container only: the status is asked where the run was."""
+    asked = ""
+    if mounts is not None:
+        monkeypatch.setenv("CONTAINER_IMAGE", "/images/longpo.sqsh")
+        monkeypatch.setenv("CONTAINER_MOUNTS", mounts)
+        asked = f"*--container-mounts={mounts}"
+    srun = (slurm / "srun").read_text().replace('*"status the run', f'{asked}*"status the run')
+    (slurm / "srun").write_text(srun.replace("trap 'exit 7'", "trap 'echo 2 >answer; exit 1'"))
     assert until_out_of_time(slurm, "train") == 1 and (slurm / "scancel.args").exists()
     assert not (slurm / "scontrol.args").exists()
 

@@ -25,24 +25,32 @@ _METHODS = (
 
 
 class Waits:
-    """Times what this process waits for others, from ``open`` to ``close``.
+    """Times what this process waits for others, from ``open`` to ``close``, wherever ``resume`` was called and ``pause`` was not.
 
     One at a time: it replaces methods of torch's classes.
     """
 
     def __init__(self) -> None:
         self._marks: list[tuple[Any, Any]] = []
-        self._is_inside = False
+        self._is_inside, self._is_paused = False, True
         self._originals: list[tuple[type, str, Any]] = []
 
     def open(self) -> None:
-        """Time all collectives from now on."""
+        """Take the collectives over; they are timed after ``resume``."""
         for owner, names in ((dist.ProcessGroup, _METHODS), (dist.Work, ("wait",))):
             for name in names:
                 if name in vars(owner):
                     # What the class holds, not what it gives: pybind11's functions would no longer be methods.
                     self._originals.append((owner, name, vars(owner)[name]))
                     setattr(owner, name, self._timed(getattr(owner, name)))
+
+    def resume(self) -> None:
+        """Time collectives from now on; what was waited before is forgotten."""
+        self._is_paused, self._marks = False, []
+
+    def pause(self) -> None:
+        """Time no collectives until ``resume``: what nobody takes would pile up, on CUDA two events per collective."""
+        self._is_paused, self._marks = True, []
 
     def close(self) -> None:
         """Leave the collectives alone again."""
@@ -53,7 +61,7 @@ class Waits:
     def _timed(self, original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)
         def timed(*args: Any, **kwargs: Any) -> Any:
-            if self._is_inside:
+            if self._is_inside or self._is_paused:
                 return original(*args, **kwargs)
             began = platform.CURRENT.mark()
             self._is_inside = True

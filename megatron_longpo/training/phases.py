@@ -31,8 +31,13 @@ class Phases:
         self._seconds = {"between_steps": now - self._last}
         self._began = self._last = now
         if self._waits is not None:
-            self._waits.take()
+            self._waits.resume()
             self._waited = {}
+
+    def end_step(self) -> None:
+        """The step is over, and its last phase has ended: what is waited until the next one begins belongs to none."""
+        if self._waits is not None:
+            self._waits.pause()
 
     def end(self, name: str) -> None:
         """A phase ends."""

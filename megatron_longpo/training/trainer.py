@@ -275,6 +275,7 @@ class Trainer:
 
         platform.CURRENT.synchronize()
         self.phases.end("optimizer")
+        self.phases.end_step()
         seconds = self.phases.step_seconds
         tokens = int(means.pop("tokens"))
         record = {

@@ -99,6 +99,14 @@ def test_waiting_is_told_from_work(group: None, monkeypatch: pytest.MonkeyPatch)
     clock.end("forward_backward")
     assert clock.own_seconds() == {"data": 3.0, "forward_backward": 3.0}
     assert clock.as_metrics()["seconds/forward_backward"] == 5.0
+    # An evaluation has many collectives, and nobody asks for their times.
+    clock.end_step()
+    for _ in range(5):
+        dist.all_reduce(torch.ones(2))
+    assert waits.take() == []
+    clock.begin()
+    dist.all_reduce(torch.ones(2))
+    assert waits.take()
     waits.close()
     assert dist.Work.wait is wait
     clock.begin()

@@ -27,8 +27,8 @@ class StatusOptions:
     run: Annotated[str, tyro.conf.Positional]
     """Output folder of the run (--save)."""
     alive: PositiveFloat | None = None
-    """Only ask whether the run is finished or gave a sign of life within this many seconds: exit status 0, else 1. A step writes
-    the sign of life, so allow for the longest step, evaluation and checkpoint."""
+    """Only ask whether the run is finished or its last heartbeat is at most this many seconds old: exit status 0, else 1. The
+    heartbeat is written after a step, so allow for the longest step, evaluation and checkpoint."""
 
 
 def status(arguments: Sequence[str], *, prog: str) -> None:

@@ -94,7 +94,7 @@ class StatusFile:
 def silent_seconds(output: Path) -> float:
     """Seconds since a run wrote its file, by the clock of the file system that both are on: those of two machines may differ.
 
-    Where nothing can be written into the folder, this machine's clock has to do.
+    Where nothing can be written into the folder, it falls back to this machine's clock.
 
     Raises:
         DataError: the folder has no such file.

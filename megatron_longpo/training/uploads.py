@@ -242,7 +242,7 @@ def _bring(
     listed = on_rank0(lambda: read_small(store, prefix + CHECKSUMS))
     if listed is None:
         raise DamagedError(f"{store.url}/{prefix}{CHECKSUMS}: is missing, or too large; use another checkpoint")
-    # Under this name a save removes it, if the copying is broken off for good; else it is gone on with.
+    # Under this name the next save removes it if the copy is never finished; if it is resumed, it continues here.
     writing = output / f".writing_{step:07d}_{hashlib.sha256(listed).hexdigest()[:8]}"
     with raise_on_all_ranks(output):
         copy_here(store, prefix, writing, files, listed=listed, wanted=lambda name: not is_weights(name))

@@ -263,7 +263,7 @@ def test_an_upload_goes_on_when_the_store_is_back(
     assert up.trouble is None and content_of(fetch(URL)) == content_of(folder)
     said = capsys.readouterr().out
     assert said.count("step 10 is not uploaded yet") == 1 and f"step 10 is in {URL}/iter_0000010" in said
-    # One that is given up makes place for the next.
+    # One that is given up makes way for the next.
     server.status = "500 Internal Server Error"
     write_checkpoint(tmp_path, 20)
     write_checkpoint(tmp_path, 30)

@@ -96,7 +96,7 @@ def _check_memory(ranks: Ranks, *, wanted: Wanted, world_size: int, local_size: 
     if not wanted.is_there:
         yield Line("memory for the model", "skipped", _NOT_ASKED)
         return
-    found = _estimate(wanted, ranks.rank, world_size)
+    found = _estimate(wanted, ranks.rank, world_size, local_size)
     current = platform.CURRENT
     available = current.available_memory_bytes() // (1 if current.is_cuda else local_size)
     needed = found.tensor_bytes + (_CUDA_BYTES if current.is_cuda else 0)
@@ -112,18 +112,30 @@ def _check_memory(ranks: Ranks, *, wanted: Wanted, world_size: int, local_size: 
         figures=figures,
     )
     if current.is_cuda:
-        yield _host_line(wanted, world_size, local_size)
+        yield _host_line(wanted, found.host_bytes, world_size, local_size)
 
 
-def _host_line(wanted: Wanted, world_size: int, local_size: int) -> Line:
-    """Host memory beside GPUs: what a rank's process takes, and its share of a checkpoint, which a background save copies."""
+def _host_line(wanted: Wanted, waiting: int, world_size: int, local_size: int) -> Line:
+    """Host memory beside GPUs: what a rank's process takes, what waits there in training, and its share of a checkpoint, which a
+    background save copies.
+
+    Args:
+        wanted: the run.
+        waiting: bytes of a rank's activations and optimizer.
+        world_size, local_size: number of ranks, and of those of this node.
+    """
     import psutil
 
     share = _checkpoint_bytes(wanted) // world_size if wanted.config.checkpoint.async_save else 0
-    needed = local_size * (_PROCESS_BYTES + _SAVING_BYTES + share)
+    needed = local_size * (_PROCESS_BYTES + _SAVING_BYTES + share + waiting)
     available = int(psutil.virtual_memory().available)
     detail = f"{local_size} rank(s) need {needed / 2**30:.1f} of {available / 2**30:.1f} GiB available on this node"
-    remedy = "leave out --async-save, whose copies take most of it, or free memory of the host"
+    if waiting:
+        detail += f", {local_size * waiting / 2**30:.1f} of it for activations and the optimizer"
+    remedy = (
+        "leave out what takes most of it (--async-save, --optimizer-cpu-offload, --cpu-offloading-num-layers), or free memory "
+        "of the host"
+    )
     figures = {"needed_bytes": float(needed), "available_bytes": float(available)}
     return Line("host memory", "pass" if needed <= available else "fail", detail, remedy, figures=figures)
 
@@ -135,7 +147,7 @@ def _ranks_of(wanted: Wanted, world_size: int) -> int:
     return world_size if world_size % model == 0 else model
 
 
-def _estimate(wanted: Wanted, rank: int, world_size: int) -> Estimate:
+def _estimate(wanted: Wanted, rank: int, world_size: int, local_size: int) -> Estimate:
     config = wanted.config
     tokens = wanted.tokens
     if tokens is None and config.data.data_path is None:
@@ -143,7 +155,12 @@ def _estimate(wanted: Wanted, rank: int, world_size: int) -> Estimate:
     size = _ranks_of(wanted, world_size)
     request = Request(config.as_dict(), size, min(rank, size - 1), model=wanted.model, tokens=tokens)
     facts = platform.CURRENT.facts()
-    return estimate(request, Card(memory_bytes=facts.memory_bytes), on_cuda=platform.CURRENT.is_cuda)
+    return estimate(
+        request,
+        Card(memory_bytes=facts.memory_bytes),
+        on_cuda=platform.CURRENT.is_cuda,
+        host_memory=platform.CURRENT.host_memory_bytes() // local_size,
+    )
 
 
 # --------------------------------------------------------------------------------------------------

@@ -29,12 +29,14 @@ class Estimate:
         tokens: places of a micro batch, over all its context-parallel ranks.
         recompute: what is recomputed, in words.
         tensor_bytes: bytes of tensors of the rank at the peak of a step.
+        host_bytes: bytes of the host's memory that its activations and its optimizer take beside a GPU.
     """
 
     layout: str
     tokens: int
     recompute: str
     tensor_bytes: int
+    host_bytes: int = 0
 
     def __str__(self) -> str:
         return (
@@ -43,13 +45,14 @@ class Estimate:
         )
 
 
-def estimate(request: Request, card: Card, *, on_cuda: bool = True) -> Estimate:
+def estimate(request: Request, card: Card, *, on_cuda: bool = True, host_memory: int | None = None) -> Estimate:
     """The estimate of a request's peak.
 
     Args:
         request: what is estimated.
         card: the GPU; without one, its memory is that of a process.
         on_cuda: whether it is for a GPU.
+        host_memory: bytes of the host's memory that are free per rank. Default: as many as are wanted.
 
     Raises:
         LongPOError: as for a training run.
@@ -81,6 +84,9 @@ def estimate(request: Request, card: Card, *, on_cuda: bool = True) -> Estimate:
     recompute = "as configured"
     if training.recompute_granularity == "auto":
         found = memory.choices(plan.shape, plan.config, parallel, pairs=layout.attention_pairs, stage=None, **sizes)
+        if host_memory is not None:
+            room = memory.host_room(host_memory, plan.shape, plan.config, parallel)
+            found = [c for c in found if c.host_bytes <= room]
         available = card.memory_bytes - _CONTEXT_BYTES
         choice = memory.choose(found, [memory.free_bytes(c, available) for c in found])
         training, recompute = choice.applied_to(training), str(choice)
@@ -93,4 +99,6 @@ def estimate(request: Request, card: Card, *, on_cuda: bool = True) -> Estimate:
             f"recompute_modules={','.join(training.recompute_modules)} is not in the estimate; use recompute_granularity=auto, "
             "none, full, or selective with mlp_up"
         )
-    return Estimate(parallel.describe(), layout.length, recompute, tensors.total)
+    del sizes["on_cuda"]
+    waiting = memory.host_bytes(plan.shape, chosen, parallel, stage=stage, **sizes) if on_cuda else 0
+    return Estimate(parallel.describe(), layout.length, recompute, tensors.total, waiting)

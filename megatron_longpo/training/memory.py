@@ -457,6 +457,36 @@ def static_bytes(
     return StaticBytes(parameters=parameters, weights=weights, gradients=gradients, optimizer=states)
 
 
+def host_bytes(
+    shape: ModelShape,
+    config: Config,
+    parallel: Parallel,
+    *,
+    tokens: int,
+    num_microbatches: int,
+    stage: int,
+) -> int:
+    """Bytes of the host's memory that activations and the optimizer of a rank with a GPU take.
+
+    Args:
+        shape, config, parallel, tokens, num_microbatches, stage: as for ``choices``; the recomputation is decided.
+    """
+    training = config.training
+    found = StageMemory.of(
+        shape, config, parallel, tokens=tokens, num_microbatches=num_microbatches, stage=stage, on_cuda=True
+    )
+    is_full = training.recompute_granularity == "full"
+    whole = 0
+    if is_full:
+        whole = found.layers if training.recompute_method == "uniform" else training.recompute_num_layers
+    waiting = max(0, min(training.cpu_offloading_num_layers or 0, found.layers - whole - 1))
+    up = training.recompute_granularity != "none" and "mlp_up" in training.recompute_modules
+    needed = PINNED_ROUNDING * waiting * found.in_flight * found.activations.kept(recompute_up=up)
+    if config.optimizer.optimizer_cpu_offload:
+        needed += host_optimizer_bytes(found.static.parameters, config, parallel)
+    return needed
+
+
 def in_flight_forwards(config: Config, shape: ModelShape, parallel: Parallel, num_microbatches: int, stage: int) -> int:
     """Forwards of model chunks of a rank whose backward is outstanding, when most of them are."""
     virtual = len(pipeline_split(config.parallel, shape.num_layers)[0])

@@ -41,6 +41,8 @@ from megatron_longpo.model.rotary import Rotary
 from megatron_longpo.runtime import machine_record, platform, products
 from megatron_longpo.runtime.machine_record import Record, WrongKernel, machine_of, read_record, write_record
 from megatron_longpo.runtime.platform import DeviceFacts, links_in
+from megatron_longpo.simulation.fallback import estimate
+from megatron_longpo.simulation.request import Card, Request
 from megatron_longpo.training.preflight import refuse_wrong_kernels
 from tests.unit.test_kernels import _Operators
 
@@ -348,6 +350,45 @@ def test_memory_and_disk_for_the_model_that_is_asked_for(tmp_path: Path, monkeyp
     monkeypatch.setitem(resources._SLOWEST, "cpu", 1e6)
     assert found(2**34)["disk speed"].status == "slow"
     assert not list(tmp_path.glob("rates-*"))
+
+
+def test_the_host_s_memory_counts_what_waits_there_in_training(tmp_path: Path) -> None:
+    """Adam's fp32 weights, states and pinned gradients (twice): 20 bytes per weight; twice what one of two layers keeps."""
+    (tmp_path / "model.json").write_text(json.dumps(_SHAPE))
+
+    def waiting(training: dict[str, Any], optimizer: dict[str, Any], **more: Any) -> int:
+        parallel = {"use_distributed_optimizer": True}
+        config = from_dict(
+            {"parallel": parallel, "training": {"bf16": True, **training}, "optimizer": optimizer}, "test"
+        )
+        request = Request(config.as_dict(), model=str(tmp_path), tokens=1000)
+        return estimate(request, Card(), **more).host_bytes
+
+    none, host = {"recompute_granularity": "none"}, {"optimizer_cpu_offload": True}
+    assert waiting(none, {}) == 0
+    optimizer = waiting(none, host)
+    # A norm's weights are no part of a checkpoint's count above.
+    assert optimizer == 20 * (_CHECKPOINT // 12 + 5 * 64)
+    layer = waiting({**none, "cpu_offloading_num_layers": 1}, {})
+    assert waiting({**none, "cpu_offloading_num_layers": 1}, host) == layer + optimizer
+    # A rejected answer of 384 tokens beside the chosen row.
+    places = 1000 - 1 + 384
+    assert layer == 2 * places * (2 * (2 * 64 + 2 * 64 + 2 * 32 + 2 * 128) + 4 * (2 + 4))
+    # All that there is are two layers recomputed as a whole; what the host has no room for is not chosen.
+    full = {"recompute_granularity": "full", "recompute_method": "block", "cpu_offloading_num_layers": 1}
+    assert waiting({**full, "recompute_num_layers": 2}, {}) == 0
+    wanted = {"recompute_granularity": "auto", "cpu_offloading_num_layers": 1}
+    assert waiting(wanted, {}) > 0 == waiting(wanted, {}, host_memory=1000)
+    assert waiting(none, host, on_cuda=False) == 0
+
+    wanted_run = Wanted(Config(), str(tmp_path), None)
+    lines = [resources._host_line(wanted_run, n, world_size=2, local_size=2) for n in (0, 10**9, 10**15)]
+    needed = [line.figures["needed_bytes"] for line in lines]
+    assert needed[1] - needed[0] == 2 * 10**9 and lines[2].status == "fail"
+    assert (
+        "1.9 of it for activations and the optimizer" in lines[1].detail
+        and "--optimizer-cpu-offload" in lines[2].remedy
+    )
 
 
 def test_without_a_model_memory_is_not_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -192,7 +192,8 @@ class ParallelConfig:
     and ranks are then rounded each time, so it costs precision the more of them there are."""
     gradient_accumulation_fusion: bool = True
     """Add gradients of megatron-core's linear layers to their fp32 sums inside the product (CUDA, with bf16, unless
-    grad_reduce_in_bf16). Otherwise they are rounded to bfloat16 in each micro batch first."""
+    grad_reduce_in_bf16). Otherwise they are rounded to bfloat16 in each micro batch first, and Transformer Engine's always
+    are."""
     overlap_grad_reduce: bool = False
     """Reduce gradients bucket by bucket while the backward pass is still running."""
     overlap_param_gather: bool = False

@@ -146,7 +146,7 @@ class NormColumnParallelLinear(NormFirst, ColumnParallelLinear):
 def fuse_weight_gradients(chunk: torch.nn.Module) -> None:
     """Let megatron-core's linear layers add the gradients of 16-bit weights to an fp32 ``main_grad`` inside the product.
 
-    Otherwise the product of each micro batch is rounded to 16 bits, by up to 2^-9 of it, and takes another pass to be added.
+    Otherwise the product of each micro batch is rounded to 16 bits, by up to 2^-8 of it, and takes another pass to be added.
     megatron-core's DDP is told by ``grad_added_to_main_grad``: its hooks run as ever, on a gradient that they do not add.
 
     Args:

@@ -63,6 +63,24 @@ def fuses_weight_gradients(config: Config) -> bool:
     return wanted and config.training.bf16 and products.are_fused(platform.CURRENT.device)
 
 
+def weight_gradients(config: Config, *, is_transformer_engine: bool) -> str:
+    """How gradients of linear layers' weights get into their fp32 sums where the device could add them inside the product, for
+    the log.
+
+    Args:
+        config: configuration of the run.
+        is_transformer_engine: whether the layers are Transformer Engine's.
+    """
+    if not fuses_weight_gradients(config):
+        return ""
+    if is_transformer_engine:
+        return (
+            "; gradients of weights are rounded to bfloat16 in each micro batch, since gradient_accumulation_fusion is of "
+            "megatron-core's layers only (transformer_impl=local)"
+        )
+    return "; gradients of weights are added inside their products"
+
+
 def _waiting(model: DistributedDataParallel) -> Callable[[torch.nn.Parameter], None]:
     """A function that waits until a weight has been gathered."""
     return lambda parameter: model.param_to_bucket_group[parameter].finish_param_sync()

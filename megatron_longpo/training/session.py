@@ -12,7 +12,7 @@ from megatron_longpo.training.checkpointer import load_weights
 from megatron_longpo.training.data_set import RunData, mixture_lines, open_data
 from megatron_longpo.training.held_out import HeldOut
 from megatron_longpo.training.memory import decide_recompute
-from megatron_longpo.training.optimization import fuses_weight_gradients, idle_line
+from megatron_longpo.training.optimization import idle_line, weight_gradients
 from megatron_longpo.training.plan import RunPlan, groups_of
 from megatron_longpo.training.reference import make_reference
 
@@ -34,8 +34,7 @@ class Session:
         attention = self.chunks[0].attention
         log(f"attention: {attention.kernels.name} ({attention.reason})", active=parallel.rank == 0)
         layers = self.chunks[0].implementation
-        is_fused = not layers.is_transformer_engine and fuses_weight_gradients(plan.config)
-        gradients = "; gradients of weights are added inside their products" if is_fused else ""
+        gradients = weight_gradients(plan.config, is_transformer_engine=layers.is_transformer_engine)
         log(f"linear layers: {layers.name} ({layers.reason}){gradients}", active=parallel.rank == 0)
         self.runner = BatchRunner(plan, parallel)
         self.reference = make_reference(plan, self.chunks, parallel)

@@ -48,6 +48,20 @@ def test_every_file_is_in_the_table() -> None:
 
 
 @each
+def test_the_row_of_the_readme_is_what_the_planner_says(recipe: Any) -> None:
+    """Layout, tokens per second and hours; the peak is that of a simulation that takes minutes."""
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    (row,) = (line for line in lines if line.startswith(f"| [{recipe.name}]("))
+    _, tokens, _, layout, _, speed, hours, _ = (cell.strip() for cell in row.strip("|").split("|"))
+    plan = recipe.plan()
+    assert int(tokens.replace(",", "")) == recipe.length
+    assert layout == f"{plan.candidate.describe()}; recomputed: {plan.recompute}"
+    planned = plan.config.training.global_batch_size * recipe.length / plan.seconds
+    assert float(speed.replace(",", "")) == pytest.approx(planned, rel=0.01, abs=0.5)
+    assert float(hours.replace(",", "")) == pytest.approx(recipe.cost().hours, rel=0.01, abs=0.5)
+
+
+@each
 def test_all_settings_are_accepted(recipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     evolve.evolve(["--config", str(recipe.file), "--check"], prog="megatron-longpo evolve")

@@ -109,6 +109,8 @@ def content_of(found: Mapping[str, Any], *, name: str, like: Machine | None, tod
     constant("optimizer_gb_per_s", _rounded(found["optimizer_bytes_per_s"] * gb))
     peaks = {d: _fastest(found[d]) for d in _DTYPES}
     constant("logits_g_per_s", {d: _rounded(found[d]["logits_per_s"] * gb) for d in _DTYPES})
+    shares = {d: _rounded(min(1.0, found[d]["logprob_flops_per_s"] / peaks[d])) for d in _DTYPES}
+    constant("logprob_efficiency", shares)
     constant("peak_tflops", {d: _rounded(peaks[d] * 1e-12) for d in _DTYPES}, f"{how}: the fastest product")
     constant("linear_efficiency", {d: _curve(found[d]["rows"], peaks[d]) for d in _DTYPES})
     constant("linear_width_efficiency", _widths(found))

@@ -68,6 +68,8 @@ class Machine:
         optimizer_gb_per_s: bytes that the optimizer's update reads and writes; without it, as element-wise kernels in fp32.
         logits_g_per_s: dtype -> 1e9 logits per second that pass the softmax of the log-probs and its gradient, beside the
             products; without it, as element-wise kernels that move 34 bytes per logit.
+        logprob_efficiency: dtype -> share of the peak that the products of the log-probs reach; without it, as other products of
+            as many rows.
         linear_width_efficiency: factor on ``linear_efficiency``, by the smaller one of a product's two other sizes.
         operator_us: time that an operator takes beside its arithmetic: a kernel's launch.
         reserved_gib: memory that tensors cannot have: the CUDA context, buffers of NCCL.
@@ -99,6 +101,7 @@ class Machine:
     host_memory_gib: PositiveFiniteFloat | None = None
     host_update_gb_per_s: PositiveFiniteFloat | None = None
     logits_g_per_s: dict[str, float] = field(default_factory=dict)
+    logprob_efficiency: dict[str, float] = field(default_factory=dict)
     linear_width_efficiency: Curve = ((1.0, 1.0),)
     operator_us: NotNegative = 5.0
     reserved_gib: NotNegative = 2.0
@@ -178,6 +181,18 @@ class Machine:
         """
         share = share_at(self.linear_efficiency[dtype], rows) * share_at(self.linear_width_efficiency, width)
         return self.peak_flops_per_s(dtype) * share
+
+    def logprob_flops_per_s(self, dtype: str, *, rows: float, width: float) -> float:
+        """Rate of the products of the log-probs.
+
+        Args:
+            dtype: "bfloat16" or "float32".
+            rows: tokens that have a log-prob.
+            width: hidden size.
+        """
+        if dtype in self.logprob_efficiency:
+            return self.peak_flops_per_s(dtype) * self.logprob_efficiency[dtype]
+        return self.linear_flops_per_s(dtype, rows=rows, width=width)
 
     def attention_flops_per_s(self, dtype: str, *, length: float, is_backward: bool) -> float:
         """Rate of the attention kernel, in operations on visible pairs of a query and a key.
@@ -262,9 +277,10 @@ def _check_curves(machine: Machine) -> None:
     for dtype, rate in machine.logits_g_per_s.items():
         if not 0 < rate < math.inf:
             raise ConfigError(f"logits_g_per_s.{dtype}={rate} must be finite and positive; correct it")
-    for dtype, share in machine.elementwise_efficiency.items():
-        if not 0 < share <= 1:
-            raise ConfigError(f"elementwise_efficiency.{dtype}={share} must be in (0, 1]; correct it")
+    for name in ("elementwise_efficiency", "logprob_efficiency"):
+        for dtype, share in getattr(machine, name).items():
+            if not 0 < share <= 1:
+                raise ConfigError(f"{name}.{dtype}={share} must be in (0, 1]; correct it")
     curves: dict[str, Curve] = {"linear_width_efficiency": machine.linear_width_efficiency}
     for name in ("linear_efficiency", "attention_forward_efficiency", "attention_backward_efficiency"):
         by_dtype = getattr(machine, name)

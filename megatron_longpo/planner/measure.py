@@ -76,7 +76,7 @@ class Measurement:
                 "widths": {width: self.product(dtype, width, max(rows)) for width in self.widths},
                 "attention": self.curve(self.lengths, functools.partial(self.attention, dtype)),
                 "elementwise_bytes_per_s": self.elementwise(dtype),
-                "logits_per_s": self.logits(dtype),
+                **self.logprobs(dtype),
             }
         found["optimizer_bytes_per_s"] = self.optimizer(self.device)
         if self.is_cuda:
@@ -180,11 +180,15 @@ class Measurement:
         backward = self.seconds(lambda: kernels.backward(block, grad, out, lse))
         return [work / forward, 2.5 * work / backward]
 
-    def logits(self, dtype: torch.dtype) -> float:
-        """Logits per second that pass the softmax and its gradient: the log-probs of two hidden sizes differ by products only."""
-        tokens, vocabulary = (4096, 32000) if self.is_cuda else (512, 16384)
+    def logprobs(self, dtype: torch.dtype) -> dict[str, float]:
+        """Logits per second that pass the softmax and its gradient, and operations per second of the products.
+
+        The log-probs of two hidden sizes differ by products only: t = a + b hidden. What products reach here is less than a
+        layer's: their results are as wide as the vocabulary, and gradients of the weight are added chunk by chunk.
+        """
+        tokens, vocabulary, sizes = (4096, 32000, (256, 1024)) if self.is_cuda else (1024, 32000, (256, 768))
         times = {}
-        for hidden in (256, 1024):
+        for hidden in sizes:
             states = self.random(tokens, hidden, dtype=dtype).requires_grad_()
             weight = self.random(vocabulary, hidden, dtype=dtype).requires_grad_()
             weight.main_grad = torch.zeros(vocabulary, hidden, device=self.device)  # type: ignore[attr-defined]
@@ -198,9 +202,15 @@ class Measurement:
                 found.backward(known.grad_N)
 
             times[hidden] = self.seconds(step)
-        # t = a + b * hidden, of which a is the softmax. Noise must not make it nothing.
-        per_hidden = (times[1024] - times[256]) / (1024 - 256)
-        return tokens * vocabulary / max(times[256] - 256 * per_hidden, 0.1 * times[256])
+        small, large = sizes
+        per_hidden = (times[large] - times[small]) / (large - small)
+        # Noise must make neither of the two nothing; their sum is what was measured.
+        softmax = min(max(times[small] - small * per_hidden, 0.1 * times[small]), 0.9 * times[small])
+        products = (times[small] - softmax) / small
+        return {
+            "logits_per_s": tokens * vocabulary / softmax,
+            "logprob_flops_per_s": 6.0 * tokens * vocabulary / products,
+        }
 
     # Memory -----------------------------------------------------------------------------------------
 
@@ -222,7 +232,8 @@ class Measurement:
 
     def elementwise(self, dtype: torch.dtype) -> float:
         """Bytes per second of a layer's norms, gate, rotation and sums, as ``timing.py`` counts their passes."""
-        rows, hidden, mlp, heads, size = (8192, 4096, 14336, 40, 128) if self.is_cuda else (1024, 768, 2048, 15, 64)
+        # As large as a step's: smaller tensors stay in a CPU's caches, and are not mapped anew each time (runtime/platform.py).
+        rows, hidden, mlp, heads, size = (8192, 4096, 14336, 40, 128) if self.is_cuda else (4096, 768, 2048, 15, 64)
         x = self.random(rows, 1, hidden, dtype=dtype).requires_grad_()
         weight = self.random(hidden, dtype=dtype).requires_grad_()
         both = self.random(rows, 1, 2 * mlp, dtype=dtype).requires_grad_()

@@ -173,6 +173,7 @@ class TimeModel:
             kinds[chunks, rank == 0, rank == last].append(rank)
         copies = self._host_copies(candidate, rows, layer, up=up) if offloaded else 0.0
         embedding = 2 * self._tensor_exchange(candidate, Sizes.of(candidate, self.shape, rows), groups)
+        table = self._table(candidate)
         stages = []
         for (chunks, is_first, is_last), ranks in kinds.items():
             n = sum(chunks)
@@ -181,7 +182,7 @@ class TimeModel:
                 "linear": n * layer.linear,
                 "attention": n * layer.attention,
                 "recompute": whole * layer.forward + (n - whole) * up * layer.up_again,
-                "element-wise": n * layer.elementwise + is_last * logprob_elements,
+                "element-wise": n * layer.elementwise + is_last * logprob_elements + is_first * table,
                 "TP exchange": n * layer.tensor_exchange + is_first * embedding + is_last * logprob_exchange,
                 "CP exchange": n * layer.context_exchange,
                 "log-probs": is_last * logprobs,
@@ -361,7 +362,7 @@ class TimeModel:
         each = candidate.micro_batch_size / candidate.parallel.context_size
         known, later = rows.known_losses * each, rows.later_losses * each
         # Three products where the gradient is known, four where logits are made twice.
-        rate = machine.linear_flops_per_s(sizes.dtype, rows=max(1.0, known + later), width=shape.hidden_size)
+        rate = machine.logprob_flops_per_s(sizes.dtype, rows=max(1.0, known + later), width=shape.hidden_size)
         products = 2 * (3 * known + 4 * later) * sizes.vocabulary * shape.hidden_size / rate
         elements = sizes.vocabulary * (known + _TWICE * later) / machine.logits_per_s(sizes.dtype)
         hidden = shape.hidden_size * sizes.width
@@ -370,6 +371,12 @@ class TimeModel:
         else:
             exchange = groups.tensor.all_reduce(hidden * sizes.places)
         return products, elements, exchange
+
+    def _table(self, candidate: Candidate) -> float:
+        """Seconds of the embedding's gradient of a micro batch: as large as the table, set to zero and added to the sums."""
+        width, dtype = 2 if candidate.config.training.bf16 else 4, dtype_of(candidate.config)
+        numbers = self._vocabulary(candidate) * self.shape.hidden_size
+        return (2 * width + 8) * numbers / self.machine.elementwise_bytes_per_s(dtype)
 
     def _send(self, candidate: Candidate, rows: Rows, groups: Groups) -> float:
         """Hidden states to the next stage and their gradient back, for one virtual stage of one micro batch."""

@@ -119,7 +119,7 @@ def simulated_seconds(plan: Plan, search: Search, report: Report, *, stage: int)
     for name in ("linear", "attention", "recompute"):
         parts[name] *= computed / counted
     dtype = dtype_of(plan.config)
-    rate = search.machine.linear_flops_per_s(dtype, rows=report.tokens, width=search.shape.hidden_size)
+    rate = search.machine.logprob_flops_per_s(dtype, rows=report.tokens, width=search.shape.hidden_size)
     parts["log-probs"] = _seconds(
         parts["log-probs"],
         found=flops.get("log-probs", 0),
@@ -163,6 +163,7 @@ def units(machine: Machine) -> tuple[Machine, Machine]:
         optimizer_gb_per_s=None,
         logits_g_per_s={},
         linear_efficiency=flat,
+        logprob_efficiency={},
         linear_width_efficiency=((1.0, 1.0),),
         attention_forward_efficiency=flat,
         attention_backward_efficiency=flat,

@@ -249,7 +249,14 @@ class Activations:
     # The peak ---------------------------------------------------------------------------------------
 
     def peak(
-        self, layers: int, *, whole_layers: int, recompute_up: bool, in_flight: int = 1, offloaded: int = 0
+        self,
+        layers: int,
+        *,
+        whole_layers: int,
+        recompute_up: bool,
+        in_flight: int = 1,
+        received: int = 0,
+        offloaded: int = 0,
     ) -> PeakBytes:
         """Most bytes of activations in a step.
 
@@ -258,6 +265,7 @@ class Activations:
             whole_layers: how many of them, from the first, are recomputed as a whole.
             recompute_up: whether the others recompute their MLP's first product.
             in_flight: forwards of model chunks whose backward is outstanding when most of them are.
+            received: those of them whose input came from another stage.
             offloaded: how many of the layers that are not recomputed as a whole wait in host memory.
         """
         kept = self.kept(recompute_up=recompute_up)
@@ -293,4 +301,6 @@ class Activations:
         if self.parallel.pipeline_size > 1:
             # Interleaved, each virtual stage has a tensor on its way besides.
             always += (2 + (self.parallel.virtual_stages or 0)) * self._hidden
+            # The schedule holds what was received until its backward, though the first layer's copy of it waits in host memory.
+            always += received * self._hidden if offloaded else 0
         return dataclasses.replace(largest, saved=largest.saved + (in_flight - 1) * waiting, buffers=int(always))

@@ -311,6 +311,7 @@ class StageMemory:
         activations: bytes of one micro batch.
         layers: layers of its largest virtual stage, which stands for all of them.
         in_flight: forwards of virtual stages whose backward is outstanding when most of them are.
+        received: those of them whose input came from another stage.
         update: what the optimizer's update makes for itself.
     """
 
@@ -318,6 +319,7 @@ class StageMemory:
     activations: Activations
     layers: int
     in_flight: int
+    received: int
     update: PeakBytes
 
     @classmethod
@@ -336,11 +338,14 @@ class StageMemory:
         on_cuda = platform.CURRENT.is_cuda if on_cuda is None else on_cuda
         last = stage == parallel.pipeline_size - 1
         static = static_bytes(shape, config, parallel, stage, on_cuda=on_cuda)
+        in_flight = in_flight_forwards(config, shape, parallel, num_microbatches, stage)
         return cls(
             static,
             Activations(shape, config, parallel, tokens=tokens, is_last=last, on_cuda=on_cuda),
             max(pipeline_split(config.parallel, shape.num_layers)[stage]),
-            in_flight_forwards(config, shape, parallel, num_microbatches, stage),
+            in_flight,
+            # Only the very first virtual stage receives nothing.
+            in_flight if stage or parallel.virtual_stages else 0,
             PeakBytes(update=_update_bytes(static, config, parallel, on_cuda=on_cuda)),
         )
 
@@ -358,6 +363,7 @@ class StageMemory:
             whole_layers=whole,
             recompute_up=recompute_up,
             in_flight=self.in_flight,
+            received=self.received,
             offloaded=max(0, min(offloaded, self.layers - whole - 1)),
         )
         return StepBytes(self.static, max(peak, self.update, key=lambda moment: moment.total))

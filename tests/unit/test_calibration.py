@@ -24,6 +24,7 @@ def _found(**changes: Any) -> dict[str, Any]:
         "attention": {"512": [50e9, 80e9], "8192": [100e9, 90e9]},
         "elementwise_bytes_per_s": 5e9,
         "logits_per_s": 2e8,
+        "logprob_flops_per_s": 60e9,
     }
     fp32 = {
         **of_dtype,
@@ -68,6 +69,8 @@ def test_constants_follow_from_what_was_measured() -> None:
     assert machine.elementwise_bytes_per_s("bfloat16") == pytest.approx(5e9)
     assert machine.elementwise_bytes_per_s("float32") == pytest.approx(20e9)
     assert (machine.optimizer_bytes_per_s, machine.logits_per_s("float32")) == (9e9, 2e8)
+    # 60 of 100 GFLOP/s in fp32, whatever the rows.
+    assert machine.logprob_flops_per_s("float32", rows=7, width=512) == pytest.approx(60e9)
     # Half way between 64 and 4096 rows in the logarithm: 512.
     assert machine.linear_flops_per_s("bfloat16", rows=512, width=1024) == pytest.approx(300e9)
     # A width of 64 is a quarter as fast in bf16 and three quarters in fp32: half, on the mean.

@@ -13,7 +13,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -28,6 +28,8 @@ from megatron_longpo.runtime import platform, process_groups
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 _TIMEOUT_MINUTES = 10
+# Seconds per measurement below which only small tensors are measured.
+_SHORT = 0.1
 Found = TypeVar("Found")
 
 
@@ -183,10 +185,11 @@ class Measurement:
     def logprobs(self, dtype: torch.dtype) -> dict[str, float]:
         """Logits per second that pass the softmax and its gradient, and operations per second of the products.
 
-        The log-probs of two hidden sizes differ by products only: t = a + b hidden. What products reach here is less than a
-        layer's: their results are as wide as the vocabulary, and gradients of the weight are added chunk by chunk.
+        The log-probs of several hidden sizes differ by products only: t = a + b hidden, by least squares. What products reach
+        here is less than a layer's: their results are as wide as the vocabulary, and gradients of the weight are added by chunks.
         """
-        tokens, vocabulary, sizes = (4096, 32000, (256, 1024)) if self.is_cuda else (1024, 32000, (256, 768))
+        tokens, vocabulary, sizes = (4096, 32000, (256, 512, 1024)) if self.is_cuda else (1024, 32000, (256, 512, 768))
+        tokens //= 1 if self.each > _SHORT else 64
         times = {}
         for hidden in sizes:
             states = self.random(tokens, hidden, dtype=dtype).requires_grad_()
@@ -202,14 +205,10 @@ class Measurement:
                 found.backward(known.grad_N)
 
             times[hidden] = self.seconds(step)
-        small, large = sizes
-        per_hidden = (times[large] - times[small]) / (large - small)
-        # Noise must make neither of the two nothing; their sum is what was measured.
-        softmax = min(max(times[small] - small * per_hidden, 0.1 * times[small]), 0.9 * times[small])
-        products = (times[small] - softmax) / small
+        softmax, per_hidden = split_times(times)
         return {
             "logits_per_s": tokens * vocabulary / softmax,
-            "logprob_flops_per_s": 6.0 * tokens * vocabulary / products,
+            "logprob_flops_per_s": 6.0 * tokens * vocabulary / per_hidden,
         }
 
     # Memory -----------------------------------------------------------------------------------------
@@ -234,6 +233,7 @@ class Measurement:
         """Bytes per second of a layer's norms, gate, rotation and sums, as ``timing.py`` counts their passes."""
         # As large as a step's: smaller tensors stay in a CPU's caches, and are not mapped anew each time (runtime/platform.py).
         rows, hidden, mlp, heads, size = (8192, 4096, 14336, 40, 128) if self.is_cuda else (4096, 768, 2048, 15, 64)
+        rows //= 1 if self.each > _SHORT else 64
         x = self.random(rows, 1, hidden, dtype=dtype).requires_grad_()
         weight = self.random(hidden, dtype=dtype).requires_grad_()
         both = self.random(rows, 1, 2 * mlp, dtype=dtype).requires_grad_()
@@ -330,6 +330,18 @@ class Measurement:
             "all_reduce": lambda: dist.all_reduce(full, group=group),
             "all_to_all": lambda: dist.all_to_all_single(other, full, group=group),
         }[name]
+
+
+def split_times(times: Mapping[int, float]) -> tuple[float, float]:
+    """The a and b of t = a + b size, by least squares. Noise makes neither of them nothing; their mean is what was measured.
+
+    Args:
+        times: size -> t.
+    """
+    size, mean = statistics.fmean(times), statistics.fmean(times.values())
+    slope = sum((n - size) * (t - mean) for n, t in times.items()) / sum((n - size) ** 2 for n in times)
+    first = min(max(mean - slope * size, 0.05 * mean), 0.6 * mean)
+    return first, (mean - first) / size
 
 
 if __name__ == "__main__":

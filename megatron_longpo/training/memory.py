@@ -346,7 +346,7 @@ class StageMemory:
             in_flight,
             # Only the very first virtual stage receives nothing.
             in_flight if stage or parallel.virtual_stages else 0,
-            PeakBytes(update=_update_bytes(static, config, parallel, on_cuda=on_cuda)),
+            PeakBytes(update=_update_bytes(static, shape, config, parallel, stage, on_cuda=on_cuda)),
         )
 
     def peak(self, *, whole_layers: int, recompute_up: bool, offloaded: int) -> StepBytes:
@@ -369,13 +369,29 @@ class StageMemory:
         return StepBytes(self.static, max(peak, self.update, key=lambda moment: moment.total))
 
 
-def _update_bytes(static: StaticBytes, config: Config, parallel: Parallel, *, on_cuda: bool) -> int:
-    """What torch's Adam makes for itself on CUDA, where it updates all weights at once: the root of the second moment and the
-    update. RMSProp goes weight by weight."""
-    if not on_cuda or config.optimizer.optimizer != "adam":
-        return 0
+def _update_bytes(
+    static: StaticBytes, shape: ModelShape, config: Config, parallel: Parallel, stage: int, *, on_cuda: bool
+) -> int:
+    """What the optimizer's update makes for itself.
+
+    Weight by weight, RMSProp makes the root of the second moment, and Adam another number besides. On CUDA torch's Adam makes the
+    roots of all weights at once; not of simulated tensors, whose class it does not know.
+    """
     shards = parallel.dp_cp_size if config.parallel.use_distributed_optimizer else 1
-    return int(2 * 4 * static.parameters // shards * (1 - offloaded_fraction(config)))
+    share = static.parameters // shards
+    largest = 2 * shape.hidden_size * shape.ffn_hidden_size // parallel.tensor_size
+    if stage in (0, parallel.pipeline_size - 1):
+        largest = max(largest, _vocabulary(shape, config, parallel))
+    each = 4 * _states(config) * min(share, largest)
+    if on_cuda and config.optimizer.optimizer == "adam":
+        each = max(each, 4 * share)
+    return int(each * (1 - offloaded_fraction(config)))
+
+
+def _vocabulary(shape: ModelShape, config: Config, parallel: Parallel) -> int:
+    """Weights of this rank's part of the embedding, or of the output."""
+    padded = padded_vocab_size(shape.vocab_size, config.model.make_vocab_size_divisible_by, parallel.tensor_size)
+    return padded * shape.hidden_size // parallel.tensor_size
 
 
 def _states(config: Config) -> int:
@@ -440,8 +456,7 @@ def static_bytes(
         layer += (shape.query_width + 2 * shape.kv_width) // tensor
     if shape.qk_layernorm:
         layer += 2 * shape.kv_channels
-    padded = padded_vocab_size(shape.vocab_size, config.model.make_vocab_size_divisible_by, tensor)
-    vocabulary = padded * hidden // tensor
+    vocabulary = _vocabulary(shape, config, parallel)
     first, last = stage == 0, stage == parallel.pipeline_size - 1
     is_shared = first and last and not shape.untie_embeddings_and_output_weights
     num_layers = sum(pipeline_split(config.parallel, shape.num_layers)[stage])

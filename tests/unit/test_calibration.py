@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from megatron_longpo.errors import LongPOError
-from megatron_longpo.planner import calibrate
+from megatron_longpo.planner import calibrate, measure
 from megatron_longpo.planner.machine import load_machine, machine_from
 
 TODAY = datetime.date(2026, 11, 26)
@@ -91,6 +91,13 @@ def test_the_network_is_that_of_another_machine_where_one_is_named() -> None:
     assert machine.sources["network_gb_per_s"] == h100.sources["network_gb_per_s"]
     assert machine.gpu_hours_between_failures == h100.gpu_hours_between_failures
     assert machine.sources["restart_minutes"] == "as h100-sxm"
+
+
+def test_the_softmax_is_what_does_not_grow_with_the_hidden_size() -> None:
+    """t = 1 + 2 size; and what noise alone would make negative or all of the time stays a share of it."""
+    assert measure.split_times({1: 3.0, 2: 5.0, 4: 9.0}) == pytest.approx((1.0, 2.0))
+    assert measure.split_times({1: 1.0, 3: 9.0}) == pytest.approx((0.25, 2.375))
+    assert measure.split_times({1: 5.0, 3: 5.0}) == pytest.approx((3.0, 1.0))
 
 
 def test_a_gpu_s_host_is_measured_as_well() -> None:

@@ -159,10 +159,9 @@ def test_activations_wait_in_host_memory_before_layers_are_recomputed_if_copies_
     # Each layer less on the GPU, as long as two are left there; pinned memory is counted twice.
     needs = [c.bytes_needed for c in first]
     assert [a - b for a, b in itertools.pairwise(needs)] == [kept] * 30 + [0]
-    # With Adam there is a least: its update makes two fp32 numbers per weight of a rank's share, when no activations are left.
+    # Adam has a number more per weight of a rank's share.
     adam = [c.bytes_needed for c in _choices(131072, 8, on_cuda=True) if c.granularity == "selective"]
-    more = adam[0] - needs[0]
-    assert adam == [max(n + more, adam[-1]) for n in needs] and adam[-1] > needs[-1] + more
+    assert len({a - n for a, n in zip(adam, needs, strict=True)}) == 1
     assert [c.host_bytes for c in first] == [2 * n * kept for n in range(32)]
     assert str(first[3]) == "the MLPs' up-projections; activations of 3 layer(s) of each stage in host memory"
     assert {c.offloaded for c in _choices(65536, 8, on_cuda=True)} == {0}
@@ -203,6 +202,30 @@ def test_activations_in_host_memory_leave_room_for_the_optimizer(bf16: bool, eac
         config, optimizer=dataclasses.replace(config.optimizer, optimizer_cpu_offload=False)
     )
     assert memory.host_room(4 * taken, _MISTRAL, on_device, parallel) == 2 * taken
+
+
+def test_an_update_needs_memory_when_activations_are_gone() -> None:
+    """Mistral-7B: on a GPU the roots of all second moments of a rank's share at once with Adam, elsewhere two numbers per weight
+    of the largest tensor, the embedding; with RMSProp one."""
+
+    def update(optimizer: str, ranks: int, on_cuda: bool, **more: Any) -> int:
+        sections = {
+            "optimizer": {"optimizer": optimizer, **more},
+            "training": {"bf16": True, "recompute_granularity": "none"},
+            "parallel": {"context_parallel_size": ranks, "use_distributed_optimizer": True},
+        }
+        config = from_dict(sections, "test")
+        parallel: Any = types.SimpleNamespace(**{**vars(_parallel(context_size=ranks)), "dp_cp_size": ranks})
+        sizes = {"tokens": 64, "num_microbatches": 1, "stage": 0, "on_cuda": on_cuda}
+        found = memory.StageMemory.of(_MISTRAL, config, parallel, **sizes)
+        assert found.static.parameters > 7.2e9
+        return found.update.update
+
+    weights, largest = 7241732096, 32000 * 4096
+    assert update("adam", 1, True) == 4 * weights
+    assert update("adam", 1, True, optimizer_cpu_offload=True, optimizer_offload_fraction=0.5) == 2 * weights
+    assert update("adam", 64, True) == 8 * (weights // 64)
+    assert (update("adam", 1, False), update("rmsprop", 1, True)) == (8 * largest, 4 * largest)
 
 
 def test_a_longer_row_needs_more_recompute() -> None:

@@ -131,7 +131,7 @@ def test_what_was_not_measured_follows_from_the_bandwidth() -> None:
     assert (machine.optimizer_bytes_per_s, machine.logits_per_s("float32")) == (300e9, 7e9)
     products = {"rows": 4096, "width": 1024}
     assert machine.logprob_flops_per_s("bfloat16", **products) == machine.linear_flops_per_s("bfloat16", **products)
-    with pytest.raises(ConfigError, match=r"logprob_efficiency.float32=0 must be in"):
+    with pytest.raises(ConfigError, match=r"logprob_efficiency.float32=0.0 must be in"):
         machine_from(_file(logprob_efficiency={"float32": 0}), "here")
     with pytest.raises(ConfigError, match=r"elementwise_efficiency.bfloat16=1.5 must be in \(0, 1\]"):
         machine_from(_file(elementwise_efficiency={"bfloat16": 1.5}), "here")

@@ -198,6 +198,7 @@ def _stages(
     if pipeline == 1:
         yield plain
         return
+    seen = set()
     for embedding, loss in ((False, False), (False, True), (True, True), (True, False)):
         units = shape.num_layers + embedding + loss
         if units % pipeline:
@@ -207,7 +208,12 @@ def _stages(
             # The embedding and the loss take the place of a layer, and every stage needs one.
             if units // pipeline // virtual <= (embedding or loss):
                 continue
-            yield {**stages, "virtual_pipeline_model_parallel_size": virtual if virtual > 1 else None}
+            found = {**stages, "virtual_pipeline_model_parallel_size": virtual if virtual > 1 else None}
+            # Counted or not, few layers may be divided alike.
+            split = pipeline_split(dataclasses.replace(degrees, **found), shape.num_layers)  # type: ignore[arg-type]
+            if split not in seen:
+                seen.add(split)
+                yield found
 
 
 def _micro_batches(config: Config, shape: ModelShape, world_size: int, given: frozenset[str]) -> Iterator[Candidate]:

@@ -374,17 +374,20 @@ def _update_bytes(
 ) -> int:
     """What the optimizer's update makes for itself.
 
-    Weight by weight, RMSProp makes the root of the second moment, and Adam another number besides. On CUDA torch's Adam makes the
-    roots of all weights at once; not of simulated tensors, whose class it does not know.
+    Weight by weight, RMSProp makes the root of the second moment, and Adam another number besides, while it still holds the root
+    of the weight before. On CUDA torch's Adam makes the roots of all weights at once; not of simulated tensors, whose class it
+    does not know.
     """
     shards = parallel.dp_cp_size if config.parallel.use_distributed_optimizer else 1
     share = static.parameters // shards
-    largest = 2 * shape.hidden_size * shape.ffn_hidden_size // parallel.tensor_size
+    mlp = largest = 2 * shape.hidden_size * shape.ffn_hidden_size // parallel.tensor_size
     if stage in (0, parallel.pipeline_size - 1):
         largest = max(largest, _vocabulary(shape, config, parallel))
-    each = 4 * _states(config) * min(share, largest)
-    if on_cuda and config.optimizer.optimizer == "adam":
-        each = max(each, 4 * share)
+    largest = min(share, largest)
+    each = 4 * _states(config) * largest
+    if config.optimizer.optimizer == "adam":
+        each += 4 * min(share - largest, mlp)
+        each = max(each, 4 * share) if on_cuda else each
     return int(each * (1 - offloaded_fraction(config)))
 
 

@@ -245,6 +245,9 @@ def test_every_layout_is_one_that_the_trainer_takes(world: int) -> None:
         assert candidate.micro_batches * candidate.micro_batch_size * parallel.data_size == 24
         assert sum(map(sum, candidate.split)) == 4 and min(min(chunks) for chunks in candidate.split) >= 1
     assert len({repr(c.config) for c in found}) == len(found)
+    # No layout comes twice under another name.
+    alike = {(c.parallel, c.split, c.micro_batch_size, c.config.parallel.use_distributed_optimizer) for c in found}
+    assert len(alike) == len(found)
 
 
 def test_settings_that_are_given_stay() -> None:

@@ -82,6 +82,7 @@ class Measurement:
             }
         found["optimizer_bytes_per_s"] = self.optimizer(self.device)
         if self.is_cuda:
+            found["compute_capability"] = float(platform.CURRENT.facts().capability)
             found["host_memory_bytes"] = platform.CURRENT.host_memory_bytes()
             found["host_update_bytes_per_s"] = self.optimizer(torch.device("cpu"))
         found["host_bytes_per_s"] = self.host_copies()
@@ -257,7 +258,8 @@ class Measurement:
 
     def optimizer(self, device: torch.device) -> float:
         """Bytes per second of RMSProp's update (training/optimization.py) with an fp32 copy of the gradient and clipping."""
-        numbers = 2**27 if device.type == "cuda" else 2**22
+        # More than the caches of the host's processors hold, where it is a GPU's.
+        numbers = 2**27 if device.type == "cuda" else 2**26 if self.is_cuda else 2**22
         weight, grad, mean = (torch.ones(numbers, device=device) for _ in range(3))
 
         def update() -> None:

@@ -22,11 +22,12 @@ from megatron_longpo.model.shape import ModelShape
 from megatron_longpo.planner.costs import RunCost, cost_of
 from megatron_longpo.planner.machine import Machine, load_machine
 from megatron_longpo.planner.search import Plan, Search
+from megatron_longpo.planner.verify import card_of
 from megatron_longpo.planner.workload import made_up
 from megatron_longpo.runtime.files import write_atomically
 from megatron_longpo.runtime.tables import markdown_table
 from megatron_longpo.simulation.data import read_shape
-from megatron_longpo.simulation.request import Card, Report, Request
+from megatron_longpo.simulation.request import Report, Request
 from megatron_longpo.simulation.start import simulate
 
 FOLDER = Path(__file__).parent.parent / "examples" / "recipes"
@@ -160,12 +161,6 @@ RECIPES = [
     Recipe("llama3.1_70b_128k", "Llama-3.1-70B-Instruct", "h100-sxm", 64, 32000),
     Recipe("smollm2_135m_8k", "SmolLM2-135M-Instruct", "cpu", 1, 500, turns=1, chunk=1500),
 ]
-
-
-def card_of(machine: Machine) -> Card:
-    """The simulated GPU of a machine. Nothing simulates a CPU: for one it is a GPU with its memory."""
-    capability = {"a": (8, 0), "h": (9, 0), "b": (10, 0)}.get(machine.name[0], (9, 0))
-    return Card(memory_bytes=int(machine.memory_bytes), capability=capability, per_node=max(1, machine.gpus_per_node))
 
 
 def main() -> None:

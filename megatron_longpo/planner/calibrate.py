@@ -118,6 +118,8 @@ def content_of(found: Mapping[str, Any], *, name: str, like: Machine | None, tod
         constant(key, {d: _curve({n: r[place] for n, r in found[d]["attention"].items()}, peaks[d]) for d in _DTYPES})
     constant("operator_us", _rounded(found["operator_seconds"] * 1e6))
     constant("host_link_gb_per_s", _rounded(found["host_bytes_per_s"] * gb))
+    if "compute_capability" in found:
+        constant("compute_capability", found["compute_capability"], "as CUDA says")
     if "host_update_bytes_per_s" in found:
         constant("host_memory_gib", _rounded(found["host_memory_bytes"] * gib / processes))
         constant("host_update_gb_per_s", _rounded(found["host_update_bytes_per_s"] * gb))

@@ -47,6 +47,7 @@ class Machine:
         description: what it is, in words.
         device: where tensors live. On a CPU, a "GPU" is one process.
         gpus_per_node: GPUs that share the links inside a node.
+        compute_capability: CUDA's, for simulated GPUs; without it, that of a Hopper.
         memory_gib: memory.
         memory_gb_per_s: bandwidth of the memory.
         peak_tflops: dtype ("bfloat16", "float32") -> dense matrix products, 1e12 operations per second.
@@ -95,6 +96,7 @@ class Machine:
     network_latency_us: NotNegative
     host_link_gb_per_s: PositiveFiniteFloat
     disk_gb_per_s: PositiveFiniteFloat
+    compute_capability: PositiveFiniteFloat | None = None
     memory_efficiency: Share = 0.8
     elementwise_efficiency: dict[str, float] = field(default_factory=dict)
     optimizer_gb_per_s: PositiveFiniteFloat | None = None

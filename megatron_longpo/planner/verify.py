@@ -64,7 +64,7 @@ def verify(plans: Sequence[Plan], search: Search, *, length: int | None, answer:
     requests = [
         request_of(plan, search, plan.memory.stage, length=length, answer=answer, turns=turns) for plan in plans
     ]
-    card = Card(memory_bytes=int(search.machine.memory_bytes), per_node=search.machine.gpus_per_node)
+    card = card_of(search.machine)
     found = []
     for plan, report in zip(plans, simulate(requests, card, quiet=True), strict=True):
         found.append(
@@ -81,6 +81,15 @@ def verify(plans: Sequence[Plan], search: Search, *, length: int | None, answer:
             )
         )
     return found
+
+
+def card_of(machine: Machine) -> Card:
+    """The simulated GPU of a machine. Nothing simulates a CPU: for one it is a GPU with its memory."""
+    card = Card(memory_bytes=int(machine.memory_bytes), per_node=machine.gpus_per_node)
+    if machine.compute_capability is None:
+        return card
+    major, minor = divmod(round(10 * machine.compute_capability), 10)
+    return dataclasses.replace(card, capability=(major, minor))
 
 
 def simulated_seconds(plan: Plan, search: Search, report: Report, *, stage: int) -> float:

@@ -101,10 +101,11 @@ def test_the_softmax_is_what_does_not_grow_with_the_hidden_size() -> None:
 
 
 def test_a_gpu_s_host_is_measured_as_well() -> None:
-    found = _found(platform="cuda", host_update_bytes_per_s=30e9, host_memory_bytes=64 * 2**30)
+    found = _found(platform="cuda", host_update_bytes_per_s=30e9, host_memory_bytes=64 * 2**30, compute_capability=9.0)
     machine = machine_from(calibrate.content_of(found, name="mine", like=None, today=TODAY), "mine")
     # Two processes share the host's 64 GiB.
     assert (machine.host_update_bytes_per_s, machine.host_memory_bytes) == (30e9, 32 * 2**30)
+    assert machine.compute_capability == 9.0
 
 
 def test_one_process_exchanges_nothing() -> None:

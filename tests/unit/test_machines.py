@@ -11,6 +11,7 @@ import pytest
 from megatron_longpo.config import read_yaml
 from megatron_longpo.errors import ConfigError
 from megatron_longpo.planner.machine import FOLDER, load_machine, machine_from, machine_names, share_at
+from megatron_longpo.planner.verify import card_of
 
 # Memory, bandwidth in GB/s and dense bf16 TFLOP/s of the data sheets.
 DATA_SHEETS = {
@@ -35,6 +36,17 @@ def test_a_card_has_the_figures_of_its_data_sheet(name: str) -> None:
     assert 0.9 * memory < machine.memory_gib <= memory
     assert machine.memory_gb_per_s == bandwidth
     assert machine.peak_tflops["bfloat16"] == peak
+
+
+@pytest.mark.parametrize(
+    ("name", "capability"),
+    [("a100-80g", (8, 0)), ("l40s", (8, 9)), ("h200", (9, 0)), ("b200", (10, 0)), ("cpu", (9, 0))],
+)
+def test_a_simulated_card_has_the_capability_of_the_machine(name: str, capability: tuple[int, int]) -> None:
+    machine = load_machine(name)
+    card = card_of(machine)
+    assert (card.capability, card.memory_bytes) == (capability, int(machine.memory_bytes))
+    assert card.per_node == machine.gpus_per_node
 
 
 @pytest.mark.parametrize("name", [n for n in machine_names() if n != "cpu"])

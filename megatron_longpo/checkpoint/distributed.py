@@ -200,6 +200,12 @@ class DistributedReader:
             if isinstance(value, TensorStorageMetadata)
         }
 
+    def missing_files(self) -> list[str]:
+        """Names of the files that the metadata name and that are not in the folder."""
+        # Read as a listing is: what it shows is what gets a checksum.
+        present = set(os.listdir(self.folder))
+        return sorted({info.relative_path for info in self._reader.storage_data.values()} - present)
+
     def shape(self, key: str) -> tuple[int, ...]:
         """Shape of a stored tensor.
 

@@ -8,6 +8,8 @@ import json
 import logging
 import os
 import shutil
+import socket
+import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -51,6 +53,10 @@ from megatron_longpo.training.plan import RunPlan
 from megatron_longpo.training.plausibility import first_not_finite
 from megatron_longpo.training.skipping import StepGuard
 from megatron_longpo.training.uploads import Uploads, check_uploads, wait_for_uploads
+
+
+# Network file systems show what another node has written a little later.
+_SECONDS_UNTIL_SEEN = 30.0
 
 
 def run_identity(plan: RunPlan, reference_weights: str) -> dict[str, Any]:
@@ -412,6 +418,7 @@ class Checkpointer:
         """Give a checkpoint that all ranks have written its final name, and remove old ones except the best."""
         with raise_on_all_ranks(output):
             if self.parallel.rank == 0:
+                _check_written(writing)
                 self._write_companions(writing, record)
                 write_checksums(writing)
                 final = folder_of(output, step)
@@ -600,6 +607,48 @@ class Checkpointer:
                 "remove that folder to resume from an earlier checkpoint, or use another --save to start again"
             )
         return f"the weights and optimizer states of {folder} are finite: {remedy}, and rerun the command to resume from there"
+
+
+def check_shared(output: Path) -> None:
+    """Check that all ranks see what rank 0 writes into the output folder; collective.
+
+    Raises:
+        CheckpointError: one does not, so no checkpoint there would be complete.
+    """
+
+    def make() -> Path:
+        # A save removes what a kill leaves of it.
+        probe = output / f".writing_{uuid.uuid4().hex}"
+        probe.mkdir()
+        return probe
+
+    probe = on_rank0(make)
+    until = time.monotonic() + _SECONDS_UNTIL_SEEN
+    while not (is_seen := probe.is_dir()) and time.monotonic() < until:
+        time.sleep(0.5)
+    blind = [host for host, sees in all_gather_objects((socket.gethostname(), is_seen)) if not sees]
+    on_rank0(probe.rmdir)
+    if blind:
+        raise CheckpointError(
+            f"save={output}: {len(blind)} ranks do not see what rank 0 writes there (the first on host {blind[0]}); give --save a "
+            "folder that all nodes share"
+        )
+
+
+def _check_written(folder: Path) -> None:
+    """Check that the files of all ranks are in a folder.
+
+    Raises:
+        CheckpointError: one is missing, so the checkpoint would have a gap.
+    """
+    reader, until = DistributedReader(folder), time.monotonic() + _SECONDS_UNTIL_SEEN
+    while missing := reader.missing_files():
+        if time.monotonic() > until:
+            raise CheckpointError(
+                f"{folder}: {len(missing)} files that other ranks have written are not there, {missing[0]} first; give --save a "
+                "folder that all nodes share"
+            )
+        time.sleep(1.0)
 
 
 @contextlib.contextmanager

@@ -36,7 +36,7 @@ from megatron_longpo.runtime.log import log
 from megatron_longpo.runtime.signals import heed
 from megatron_longpo.runtime.status import StatusFile
 from megatron_longpo.runtime.waiting import Waits
-from megatron_longpo.training.checkpointer import Checkpointer, TrainState, check_same_run, run_identity
+from megatron_longpo.training.checkpointer import Checkpointer, TrainState, check_same_run, check_shared, run_identity
 from megatron_longpo.training.data_set import DataSet
 from megatron_longpo.training.fingerprint import fingerprint, fingerprint_of_batch
 from megatron_longpo.training.metrics import (
@@ -525,6 +525,7 @@ def hold_output(output: Path | None) -> FolderLock | None:
 
     on_rank0(hold)
     if output is not None:
+        check_shared(output)
         keep_tracebacks_in(output)
     return held[0] if held else None
 

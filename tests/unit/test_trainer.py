@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.distributed import checkpoint as dcp
 from torch.profiler import record_function
 
 from megatron_longpo.config import CheckpointConfig, LoggingConfig, ObjectiveConfig, check, from_dict
@@ -25,7 +26,7 @@ from megatron_longpo.errors import CheckpointError, ConfigError, DamagedError
 from megatron_longpo.training import checkpointer as checkpointer_module
 from megatron_longpo.training import memory, session, stopping
 from megatron_longpo.training.best import Best
-from megatron_longpo.training.checkpointer import Checkpointer
+from megatron_longpo.training.checkpointer import Checkpointer, check_shared
 from megatron_longpo.training.held_out import HeldOut
 from megatron_longpo.training.objective import LOSS_TYPES, OBJECTIVES
 from megatron_longpo.training.plan import RunPlan
@@ -163,6 +164,24 @@ def test_a_damaged_checkpoint_is_replaced_by_the_stores(
         assert keeper.resume(state) == resumed
     assert put == [3, 6]
     assert "iter_0000006 is damaged; its copy in the store is used" in capsys.readouterr().out
+
+
+def test_ranks_that_do_not_share_the_folder_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    check_shared(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setattr(checkpointer_module, "all_gather_objects", lambda own: [own, ("node1", False), ("node1", False)])
+    with pytest.raises(CheckpointError, match="2 ranks do not see .*host node1.*; give --save a folder that all nodes"):
+        check_shared(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_checkpoint_without_the_files_of_a_rank_is_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    dcp.save({"weight": torch.ones(2)}, checkpoint_id=tmp_path, no_dist=True)
+    checkpointer_module._check_written(tmp_path)
+    monkeypatch.setattr(checkpointer_module, "_SECONDS_UNTIL_SEEN", 0.0)
+    (tmp_path / "__0_0.distcp").unlink()
+    with pytest.raises(CheckpointError, match=r"1 files .* are not there, __0_0\.distcp first; give --save"):
+        checkpointer_module._check_written(tmp_path)
 
 
 def test_a_run_stops_after_its_interval_or_its_minutes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -106,14 +106,14 @@ def open_uploads(plan: RunPlan, parallel: Parallel, check_same: Callable[[Path],
     store = Store(url, name="upload_to")
     own = on_rank0(lambda: _own_id(store, output))
     damaged = _bring_newest(store, output, check_same)
-    on_rank0(lambda: _take(store, output, own))
+    owner = on_rank0(lambda: _take(store, output, own))
     uploader = Uploader(
         store,
         output,
         rank=parallel.rank,
         world_size=parallel.world_size,
         retention=Retention.of(plan.config.checkpoint),
-        check_owner=lambda: _check_owner(store, own),
+        check_owner=lambda: _check_owner(store, owner),
         patience=60 * plan.config.checkpoint.upload_retry_minutes,
         damaged=damaged,
     )
@@ -140,12 +140,16 @@ def _own_id(store: Store, output: Path) -> str:
     """
     own: str | None = None
     with contextlib.suppress(OSError, ValueError, KeyError):
-        own = str(read_checked(output / _OWN)["run"])
+        content = read_checked(output / _OWN)
+        # A copy of a run's folder is another run, though the file with the id was copied, too.
+        if content["folder"] == str(output.resolve()):
+            own = str(content["run"])
     owner = _owner(store)
     if owner is not None and owner["run"] != own and whole_steps(output):
         raise CheckpointError(
             f"upload_to={store.url}: holds the checkpoints of another run ({owner['host']}:{owner['folder']}), but save={output} "
-            "has checkpoints of its own; choose another --upload-to, or an empty --save to go on with that run"
+            "has checkpoints of its own; choose another --upload-to, or an empty --save to go on with that run, or, if this is "
+            f"that run and its folder was moved, remove {_OWNER} from the store"
         )
     # A folder that goes on with another's run has an id of its own, so that the other one stops uploading.
     return own if own is not None and whole_steps(output) else uuid.uuid4().hex
@@ -165,16 +169,19 @@ def _owner(store: Store) -> dict[str, Any] | None:
         ) from None
 
 
-def _take(store: Store, output: Path, own: str) -> None:
+def _take(store: Store, output: Path, own: str) -> dict[str, str]:
+    """Make the store that of the run's folder; what it says now."""
     content = {"run": own, "host": socket.gethostname(), "folder": str(output.resolve())}
     write_checked(output / _OWN, {"schema_version": 1, "url": store.url, **content})
     if _owner(store) != content:
         store.write(_OWNER, (json.dumps({"schema_version": 1, **content}, indent=2) + "\n").encode())
+    return content
 
 
-def _check_owner(store: Store, own: str) -> None:
+def _check_owner(store: Store, own: dict[str, str]) -> None:
     owner = _owner(store)
-    if owner is not None and owner["run"] != own:
+    # Host and folder, too: a copy of the folder on another machine has the same id.
+    if owner is not None and owner != own:
         raise CheckpointError(
             f"upload_to={store.url}: another run ({owner['host']}:{owner['folder']}) has taken it over since this one began; "
             "stop one of the two, and give it another --upload-to"

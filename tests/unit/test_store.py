@@ -308,8 +308,8 @@ def test_what_is_damaged_here_is_not_uploaded(tmp_path: Path) -> None:
 def test_a_store_that_another_run_has_taken_over_is_left_alone(server: S3Server, tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "a", 10)
     owner = uploads._own_id(Store(URL, name="upload_to"), tmp_path / "a")
-    uploads._take(Store(URL, name="upload_to"), tmp_path / "a", owner)
-    first = uploader(tmp_path / "a", check_owner=lambda: uploads._check_owner(Store(URL, name="upload_to"), owner))
+    taken = uploads._take(Store(URL, name="upload_to"), tmp_path / "a", owner)
+    first = uploader(tmp_path / "a", check_owner=lambda: uploads._check_owner(Store(URL, name="upload_to"), taken))
     first.put(10)
     assert wait_until(lambda: first.is_done, 30)
     # The same folder is the same run; an empty one goes on with it; one with checkpoints of its own does not.
@@ -317,6 +317,14 @@ def test_a_store_that_another_run_has_taken_over_is_left_alone(server: S3Server,
     write_checkpoint(tmp_path / "c", 5)
     with pytest.raises(CheckpointError, match=f"another run .*{tmp_path}/a.*, but save={tmp_path}/c has checkpoints"):
         uploads._own_id(first.store, tmp_path / "c")
+    # So is a copy of the folder refused, id and all, unless the owner's file is removed.
+    shutil.copytree(tmp_path / "a", tmp_path / "copy")
+    with pytest.raises(CheckpointError, match=r"another run .*if this is that run .*, remove owner\.json from the store"):
+        uploads._own_id(first.store, tmp_path / "copy")
+    content = server.read("run/owner.json")
+    server.client.delete_object(Bucket=BUCKET, Key="run/owner.json")
+    assert uploads._own_id(first.store, tmp_path / "copy") != owner
+    server.write("run/owner.json", content)
     (tmp_path / "b").mkdir()
     uploads._take(first.store, tmp_path / "b", uploads._own_id(first.store, tmp_path / "b"))
     write_checkpoint(tmp_path / "a", 20)

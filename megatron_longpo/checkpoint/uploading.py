@@ -43,10 +43,16 @@ class Trouble:
     Attributes:
         step: step of the checkpoint.
         reason: the error.
+        waits_for_others: whether this rank only waits for what the others send.
     """
 
     step: int
     reason: str
+    waits_for_others: bool = False
+
+
+class _OthersMissing(CheckpointError):
+    """Other ranks have not sent their files."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +96,9 @@ class Uploader:
         self._current: _Order | None = None
         self._given_up: set[int] = set()
         self._error: str | None = None
+        self._waits_for_others = False
+        # Paths of the other ranks' notes that the first rank waits for.
+        self._awaited: frozenset[str] = frozenset()
         # Value of time.monotonic() from which on every attempt failed.
         self._failing_since = 0.0
         # Files of the current checkpoint that are in the store.
@@ -134,6 +143,23 @@ class Uploader:
             return None if self._current is None else self._current.step
 
     @property
+    def oldest(self) -> int | None:
+        """Lowest step of the checkpoints that this rank is sending, or is to send."""
+        with self._changed:
+            steps = [order.step for order in (*self._waiting, self._current) if order is not None]
+            return min(steps, default=None)
+
+    def misses_others(self) -> bool:
+        """Whether files of other ranks that the first rank waits for are not in the store at this moment."""
+        with self._changed:
+            awaited = self._awaited
+        try:
+            return not awaited <= self.store.files().keys()
+        except StoreError:
+            # Then that is the trouble, and comes up by itself.
+            return False
+
+    @property
     def is_done(self) -> bool:
         """Whether everything is in the store."""
         with self._changed:
@@ -147,7 +173,7 @@ class Uploader:
                 return None
             if time.monotonic() - self._failing_since < self._patience:
                 return None
-            return Trouble(self._current.step, self._error)
+            return Trouble(self._current.step, self._error, waits_for_others=self._waits_for_others)
 
     def _work(self) -> None:
         while True:
@@ -174,9 +200,9 @@ class Uploader:
                         self._failing_since = time.monotonic()
                         log(f"step {order.step} is not uploaded yet: {text}", level=logging.WARNING)
                     if not isinstance(error, StoreError):
-                        # Neither damage nor another owner passes by itself.
+                        # Neither damage nor another owner passes by itself, and for other ranks it has waited already.
                         self._failing_since = float("-inf")
-                    self._error = text
+                    self._error, self._waits_for_others = text, isinstance(error, _OthersMissing)
                     self._changed.wait_for(lambda: order.step in self._given_up, timeout=wait)
                 wait = min(2 * wait, _LONGEST_WAIT)
 
@@ -188,8 +214,8 @@ class Uploader:
         """Upload this rank's part of a checkpoint; on rank 0, wait for the others' and complete it."""
         folder = folder_of(self._output, order.step)
         if not folder.is_dir():
-            # The run keeps only newer ones by now.
-            return
+            # Removed since the run keeps only newer ones: then the first rank has given it up, and this one does so soon.
+            raise StoreError(f"{folder}: is not there any more, or not yet on this host", is_lasting=False)
         if not (folder / CHECKSUMS).exists():
             if self._rank == 0:
                 log(f"{folder}: has no {CHECKSUMS} (it was written by version 0.1), so it is not uploaded")
@@ -202,20 +228,32 @@ class Uploader:
             return
         prefix, key = f"{folder.name}/", hashlib.sha256(listed).hexdigest()[:8]
         self._check_owner()
-        if (there := read_small(self.store, prefix + CHECKSUMS)) != listed:
-            if self._rank == 0 and there is not None:
+        there = read_small(self.store, prefix + CHECKSUMS)
+        if self._rank != 0:
+            while there is not None and there != listed:
+                # Another checkpoint of this step is there, which the first rank will declare incomplete.
+                if self._is_given_up(order.step):
+                    return
+                time.sleep(_POLL_SECONDS)
+                there = read_small(self.store, prefix + CHECKSUMS)
+            if there is None:
+                self._send(folder, prefix, own)
+                self.store.write(f"{prefix}{_NOTE}{key}_{self._rank}", b"")
+            return
+        if there != listed:
+            if there is not None:
                 # Another one of this step: not complete from here on.
                 self.store.remove([prefix + CHECKSUMS])
             self._send(folder, prefix, own)
-            if self._rank == 0:
-                others = {f"{prefix}{_NOTE}{key}_{writer}" for writer in set(writers.values()) - {0}}
-                if not self._complete(order, prefix, checksums, listed, others):
-                    return
-            else:
-                self.store.write(f"{prefix}{_NOTE}{key}_{self._rank}", b"")
-        if self._rank == 0:
-            self._remove_old(order)
-            log(f"step {order.step} is in {self.store.url}/{folder.name}")
+            if not self._has_all(
+                order, {writer: f"{prefix}{_NOTE}{key}_{writer}" for writer in {*writers.values()} - {0}}
+            ):
+                return
+        self._send_what_differs(folder, prefix, checksums)
+        if there != listed:
+            self._complete(order, prefix, listed)
+        self._remove_old(order)
+        log(f"step {order.step} is in {self.store.url}/{folder.name}")
 
     def _send(self, folder: Path, prefix: str, own: dict[str, Checksum]) -> None:
         def send(name: str) -> None:
@@ -231,35 +269,72 @@ class Uploader:
         with ThreadPoolExecutor(_THREADS, thread_name_prefix="upload") as threads:
             list(threads.map(send, [name for name in own if name not in self._sent]))
 
-    def _complete(
-        self, order: _Order, prefix: str, checksums: dict[str, Checksum], listed: bytes, others: set[str]
-    ) -> bool:
-        """Wait for the other ranks, and write what makes the files a checkpoint; False: it was given up meanwhile."""
+    def _has_all(self, order: _Order, notes: dict[int, str]) -> bool:
+        """Wait for the other ranks; False: the checkpoint was given up meanwhile.
+
+        Args:
+            order: what is uploaded.
+            notes: path of each rank's note.
+
+        Raises:
+            CheckpointError: nothing has come for as long as an upload may fail.
+        """
+        with self._changed:
+            self._awaited = frozenset(notes.values())
+        seen: set[str] = set()
+        since = time.monotonic()
         while True:
-            files = self.store.files(prefix.rstrip("/"))
-            if others <= files.keys():
-                break
+            files = self.store.files(folder_of(self._output, order.step).name)
+            missing = sorted(writer for writer, note in notes.items() if note not in files)
+            if not missing:
+                return True
             if self._is_given_up(order.step):
                 return False
+            if files.keys() != seen:
+                seen, since = set(files), time.monotonic()
+            if time.monotonic() - since > self._patience:
+                raise _OthersMissing(
+                    f"rank {missing[0]} has not sent its files of step {order.step} ({len(missing)} ranks have not), and nothing "
+                    f"has come for {self._patience / 60:.1f} minutes; look into its log, and rerun the command"
+                )
             time.sleep(_POLL_SECONDS)
-        for name, checksum in checksums.items():
-            if files.get(prefix + name) != checksum.bytes:
+
+    def _send_what_differs(self, folder: Path, prefix: str, checksums: dict[str, Checksum]) -> None:
+        """Send again what the store has in another size or not at all, whoever wrote it: all ranks share the folder."""
+        for is_last in (False, True):
+            files = self.store.files(folder.name)
+            wrong = {
+                name: checksum for name, checksum in checksums.items() if files.get(prefix + name) != checksum.bytes
+            }
+            if not wrong:
+                return
+            name = next(iter(wrong))
+            if is_last:
                 raise StoreError(
                     f"{self.store.url}/{prefix}{name}: has {files.get(prefix + name)} bytes in the store instead of "
-                    f"{checksum.bytes}; another process may write there",
+                    f"{wrong[name].bytes}; another process may write there",
                     is_lasting=False,
                 )
+            self._sent -= wrong.keys()
+            self._send(folder, prefix, wrong)
+
+    def _complete(self, order: _Order, prefix: str, listed: bytes) -> None:
+        """Write what makes the files a checkpoint."""
+        # Sending may have taken hours.
+        self._check_owner()
         for name in RUN_FILES:
             if (path := self._output / name).is_file():
                 # Read at once: the run appends to it.
                 self.store.write(name, path.read_bytes())
+        files = self.store.files()
         self.store.remove(path for path in files if path.startswith(prefix + _NOTE))
         self.store.write(prefix + CHECKSUMS, listed)
-        self.store.write(LATEST, f"{order.step}\n".encode())
-        return True
+        newest = max([order.step, *complete_steps(files)])
+        self.store.write(LATEST, f"{newest}\n".encode())
 
     def _remove_old(self, order: _Order) -> None:
         """Remove what the rule does not keep, and what broken-off uploads left."""
+        self._check_owner()
         files = self.store.files()
         complete = complete_steps(files)
         spare = {order.step, *(() if order.best is None else (order.best,))}

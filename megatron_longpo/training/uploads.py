@@ -335,7 +335,17 @@ def check_uploads(uploader: Uploader, *, go_on: bool) -> None:
 
 
 def _first_trouble(uploader: Uploader) -> Trouble | None:
-    return next((trouble for trouble in all_gather_objects(uploader.trouble) if trouble is not None), None)
+    found = all_gather_objects((uploader.trouble, uploader.oldest))
+    for trouble, _ in found:
+        if trouble is not None and not trouble.waits_for_others:
+            return trouble
+    waiting = found[0][0]
+    if waiting is None:
+        return None
+    # A large file is not seen in the store before its end, so who waits for a rank that is still sending is in no trouble.
+    # What has come in the last seconds may not have been noticed yet.
+    is_sent = all(oldest is None or oldest > waiting.step for _, oldest in found[1:])
+    return waiting if is_sent and on_rank0(uploader.misses_others) else None
 
 
 def wait_for_uploads(uploader: Uploader, while_waiting: Callable[[], None]) -> None:

@@ -294,6 +294,56 @@ def test_what_is_being_uploaded_is_not_removed(server: S3Server, tmp_path: Path)
     assert wait_until(lambda: up.is_done, 30) and complete_steps(up.store.files()) == [30]
 
 
+def test_a_rank_that_sends_nothing_is_named(server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_checkpoint(tmp_path, 10)
+    first = uploader(tmp_path, ranks=2, patience=0.3)
+    first.put(10)
+    assert wait_until(lambda: first.trouble is not None, 30)
+    trouble = first.trouble
+    assert trouble is not None and "rank 1 has not sent its files of step 10 (1 ranks have not)" in trouble.reason
+    # As long as that rank is sending there is no trouble.
+    for oldest, expected in ((10, None), (None, trouble), (20, trouble)):
+        monkeypatch.setattr(uploads, "all_gather_objects", lambda own, oldest=oldest: [own, (None, oldest)])
+        assert uploads._first_trouble(first) == expected
+    # One that does not see the folder tries again, and says so.
+    away = tmp_path / "away"
+    folder.rename(away)
+    second = uploader(tmp_path, 1, ranks=2, patience=0.1)
+    second.put(10)
+    assert wait_until(lambda: second.trouble is not None, 30)
+    assert second.trouble is not None and f"{folder}: is not there any more" in second.trouble.reason
+    away.rename(folder)
+    assert wait_until(lambda: first.is_done and second.is_done, 30)
+    assert uploads._first_trouble(first) is None and content_of(fetch(URL)) == content_of(folder)
+    # What is lost or cut in the store is sent again, whoever wrote it.
+    server.client.delete_object(Bucket=BUCKET, Key=f"run/{folder.name}/__1_0.distcp")
+    server.write(f"run/{folder.name}/common.pt", b"cut")
+    second.put(10)
+    first.put(10)
+    assert wait_until(lambda: first.is_done and second.is_done, 30)
+    assert server.read(f"run/{folder.name}/__1_0.distcp") == (folder / "__1_0.distcp").read_bytes()
+    assert server.read(f"run/{folder.name}/common.pt") == (folder / "common.pt").read_bytes()
+    assert len(server.names(f"run/{folder.name}/")) == len(content_of(folder)), "no note is left"
+
+
+def test_a_complete_checkpoint_stays_whole_until_it_is_declared_incomplete(server: S3Server, tmp_path: Path) -> None:
+    before = write_checkpoint(tmp_path / "a", 10)
+    upload(tmp_path / "a", 10)
+    folder = write_checkpoint(tmp_path / "b", 10)
+    (folder / "__1_0.distcp").write_bytes(b"other")
+    write_checksums(folder)
+    second = uploader(tmp_path / "b", 1, ranks=2)
+    server.requests.clear()
+    second.put(10)
+    assert wait_until(lambda: len(server.requests) > 3, 30)
+    assert not [path for method, path in server.requests if method == "PUT"]
+    assert server.read(f"run/{folder.name}/__1_0.distcp") == (before / "__1_0.distcp").read_bytes()
+    first = uploader(tmp_path / "b", ranks=2)
+    first.put(10)
+    assert wait_until(lambda: first.is_done and second.is_done, 30)
+    assert server.read(f"run/{folder.name}/__1_0.distcp") == b"other" and content_of(fetch(URL)) == content_of(folder)
+
+
 def test_what_is_damaged_here_is_not_uploaded(tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path, 10)
     (folder / "common.pt").write_text("other" + (folder / "common.pt").read_text()[5:])
@@ -319,7 +369,9 @@ def test_a_store_that_another_run_has_taken_over_is_left_alone(server: S3Server,
         uploads._own_id(first.store, tmp_path / "c")
     # So is a copy of the folder refused, id and all, unless the owner's file is removed.
     shutil.copytree(tmp_path / "a", tmp_path / "copy")
-    with pytest.raises(CheckpointError, match=r"another run .*if this is that run .*, remove owner\.json from the store"):
+    with pytest.raises(
+        CheckpointError, match=r"another run .*if this is that run .*, remove owner\.json from the store"
+    ):
         uploads._own_id(first.store, tmp_path / "copy")
     content = server.read("run/owner.json")
     server.client.delete_object(Bucket=BUCKET, Key="run/owner.json")

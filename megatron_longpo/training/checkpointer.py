@@ -54,7 +54,6 @@ from megatron_longpo.training.plausibility import first_not_finite
 from megatron_longpo.training.skipping import StepGuard
 from megatron_longpo.training.uploads import Uploads, check_uploads, wait_for_uploads
 
-
 # Network file systems show what another node has written a little later.
 _SECONDS_UNTIL_SEEN = 30.0
 
@@ -630,8 +629,8 @@ def check_shared(output: Path) -> None:
     on_rank0(probe.rmdir)
     if blind:
         raise CheckpointError(
-            f"save={output}: {len(blind)} ranks do not see what rank 0 writes there (the first on host {blind[0]}); give --save a "
-            "folder that all nodes share"
+            f"save={output}: {len(blind)} ranks do not see what rank 0 writes there (the first on host {blind[0]}); give --save "
+            "a folder that all nodes share"
         )
 
 

@@ -90,15 +90,23 @@ def test_a_run_goes_on_from_its_store_bit_for_bit(model: Path, server: S3Server,
         run([PYTHON, *train(model, tmp_path / "kept", *flags, "--upload-to", URL)], env=env, expect=2).stderr
     )
     assert "holds the checkpoints of another run (" in line and "choose another --upload-to" in line, line
-    # Several processes bring what a run has into an empty folder; here there is nothing left to do.
-    done = run(torchrun(2, *train(model, tmp_path / "two", *flags, "--upload-to", URL)), env=env)
-    assert_same_tensors(tmp_path / "two" / f"iter_{STEPS:07d}", plain / f"iter_{STEPS:07d}")
-    said += done.stdout + done.stderr
-
     for name, source in (("url", URL), ("folder", plain)):
         run(command("convert", "export", checkpoint=source, output=tmp_path / name, no_verify=True), env=env)
     names = sorted(path.name for path in (tmp_path / "url").glob("*.safetensors"))
     assert names and all((tmp_path / "url" / n).read_bytes() == (tmp_path / "folder" / n).read_bytes() for n in names)
+
+    # Two processes bring what a run has into an empty folder, train on, and send what each of them wrote.
+    for key in server.names(f"runs/one/iter_{STEPS:07d}/"):
+        server.client.delete_object(Bucket=BUCKET, Key=key)
+    done = run(torchrun(2, *train(model, tmp_path / "two", *flags, "--upload-to", URL)), env=env)
+    assert f"resumed from {tmp_path / 'two' / f'iter_{STEPS - 1:07d}'}" in done.stdout
+    assert_same_tensors(tmp_path / "two" / f"iter_{STEPS - 1:07d}", plain / f"iter_{STEPS - 1:07d}")
+    last = tmp_path / "two" / f"iter_{STEPS:07d}"
+    files = {path.relative_to(tmp_path / "two").as_posix(): path for path in last.rglob("*") if path.is_file()}
+    assert {f"{last.name}/__{rank}_0.distcp" for rank in (0, 1)} <= files.keys() and stored() == [STEPS - 1, STEPS]
+    assert set(server.names(f"runs/one/{last.name}/")) == {f"runs/one/{name}" for name in files}
+    assert all(server.read(f"runs/one/{name}") == path.read_bytes() for name, path in files.items())
+    said += done.stdout + done.stderr
 
     assert SECRET not in said
     kept = [path for folder in (output, tmp_path / "two") for path in folder.rglob("*") if path.is_file()]

@@ -169,8 +169,12 @@ def test_a_damaged_checkpoint_is_replaced_by_the_stores(
 def test_ranks_that_do_not_share_the_folder_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     check_shared(tmp_path)
     assert list(tmp_path.iterdir()) == []
-    monkeypatch.setattr(checkpointer_module, "all_gather_objects", lambda own: [own, ("node1", False), ("node1", False)])
-    with pytest.raises(CheckpointError, match="2 ranks do not see .*host node1.*; give --save a folder that all nodes"):
+    monkeypatch.setattr(
+        checkpointer_module, "all_gather_objects", lambda own: [own, ("node1", False), ("node1", False)]
+    )
+    with pytest.raises(
+        CheckpointError, match=r"2 ranks do not see .*host node1.*; give --save a folder that all nodes"
+    ):
         check_shared(tmp_path)
     assert list(tmp_path.iterdir()) == []
 

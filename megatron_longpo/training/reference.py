@@ -36,7 +36,7 @@ from megatron_longpo.runtime.reading import read_bytes, read_json
 from megatron_longpo.training.checkpointer import load_weights
 from megatron_longpo.training.data_set import DataSet
 from megatron_longpo.training.plan import RunPlan
-from megatron_longpo.training.reference_scoring import Scorer
+from megatron_longpo.training.reference_scoring import Scorer, ScoringWork
 
 SCHEMA_VERSION = 1
 
@@ -57,6 +57,10 @@ class Reference(Protocol):
     """
 
     weights: str
+
+    @property
+    def work(self) -> ScoringWork:
+        """What this rank had to do in the last ``logps``; nothing where log-probs are only looked up."""
 
     def prepare(self, data_sets: Sequence[DataSet], /) -> None:
         """Do what has to be done before the first step; collective. May take hours, and leaves any weights in the policy.
@@ -97,6 +101,7 @@ class NoReference:
     """For objectives without a preference term, and losses that need no reference."""
 
     weights = ""
+    work = ScoringWork()
 
     def prepare(self, _data_sets: Sequence[DataSet], /) -> None:
         pass
@@ -107,6 +112,8 @@ class NoReference:
 
 class CachedReference:
     """Log-probs of whole data sets, computed once with the policy's model before training begins and kept on disk."""
+
+    work = ScoringWork()
 
     def __init__(self, plan: RunPlan, chunks: Sequence[PolicyModel], parallel: Parallel, *, weights: str) -> None:
         self.weights = weights
@@ -167,6 +174,10 @@ class ResidentReference:
     def logps(self, data: DataSet, numbers: Sequence[int]) -> np.ndarray:
         return self._scorer.score(data.samples(numbers))
 
+    @property
+    def work(self) -> ScoringWork:
+        return self._scorer.work
+
 
 class SwappedReference:
     """Weights in host memory that change places with the policy's while the reference is scored."""
@@ -185,6 +196,10 @@ class SwappedReference:
     def logps(self, data: DataSet, numbers: Sequence[int]) -> np.ndarray:
         with swapped_weights(self._chunks, self._frozen):
             return self._scorer.score(data.samples(numbers))
+
+    @property
+    def work(self) -> ScoringWork:
+        return self._scorer.work
 
 
 def _make_scorer(plan: RunPlan, chunks: Sequence[PolicyModel], parallel: Parallel) -> Scorer:

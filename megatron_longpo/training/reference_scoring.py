@@ -8,7 +8,7 @@ over the context-parallel ranks like the policy's.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -89,6 +89,19 @@ def pack(tokens: Sequence[int], limit: int) -> list[list[int]]:
 
 
 @dataclass(frozen=True)
+class ScoringWork:
+    """What a rank had to do to score samples.
+
+    Attributes:
+        cost: multiply-adds per layer.
+        loss_tokens: tokens whose log-probs it computed.
+    """
+
+    cost: float = 0.0
+    loss_tokens: int = 0
+
+
+@dataclass
 class Scorer:
     """A model that holds the reference's weights, and how it scores.
 
@@ -100,6 +113,7 @@ class Scorer:
         parallel: degrees and groups.
         max_tokens: largest number of tokens of a packed sequence of short rows.
         prefix_sharing: whether rows share prefixes.
+        work: this rank's share of the last call of ``score``.
     """
 
     model: Sequence[torch.nn.Module]
@@ -109,6 +123,7 @@ class Scorer:
     parallel: Parallel
     max_tokens: int
     prefix_sharing: bool = True
+    work: ScoringWork = field(default=ScoringWork(), init=False)
 
     def score(self, samples: Sequence[Sample]) -> np.ndarray:
         """Log-probs of the chosen and the rejected responses, summed over the turns of each sample; collective.
@@ -128,8 +143,13 @@ class Scorer:
         else:
             mine = [tasks[i] for i in assign(costs, parallel.dp_cp_size)[parallel.dp_cp_rank]]
             packs = [[mine[i] for i in items] for items in pack([task.tokens for task in mine], self.max_tokens)]
+        batches = [self._lay_out(tasks_of_pack) for tasks_of_pack in packs]
+        self.work = ScoringWork(
+            cost=sum(task.cost for task in mine) / (parallel.context_size if self.rows == "long" else 1),
+            loss_tokens=sum(len(batch.shard.loss_places_N) for batch in batches),
+        )
         result = torch.zeros(len(samples), 2, dtype=torch.float64, device=platform.CURRENT.device)
-        for tasks_of_pack, sums in zip(packs, self._forward([self._lay_out(p) for p in packs]), strict=True):
+        for tasks_of_pack, sums in zip(packs, self._forward(batches), strict=True):
             for slot, task in enumerate(tasks_of_pack):
                 result[task.sample] += sums[slot]
         if parallel.pipeline_size > 1:

@@ -30,6 +30,7 @@ from megatron_longpo.runtime.collectives import all_gather_objects
 from megatron_longpo.runtime.log import log
 from megatron_longpo.runtime.process_groups import Parallel
 from megatron_longpo.training.batch import PolicyBatch
+from megatron_longpo.training.reference_scoring import ScoringWork
 
 # Not what comes between steps: rank 0 writes there, while the others wait.
 PHASES = ("reference", "data", "forward_backward", "optimizer")
@@ -49,7 +50,7 @@ class RankTimes:
 
     Attributes:
         seconds: seconds of its own work per step.
-        work: how much there was to do, in any unit that all ranks share; 0: not known.
+        work: how much there was to do, in any unit that all ranks share; 0: nothing, or not known.
         stage: its pipeline stage.
     """
 
@@ -86,8 +87,8 @@ def by_slowness(ranks: Sequence[RankTimes]) -> list[Slowest]:
         # Of two ranks the faster one.
         median = statistics.median_low([ranks[peer].seconds for peer in peers])
         ratios = [times.seconds / median if median else 1.0]
-        if all(ranks[peer].work for peer in peers):
-            rate = statistics.median_low([ranks[peer].seconds / ranks[peer].work for peer in peers])
+        if times.work:
+            rate = statistics.median_low([ranks[peer].seconds / ranks[peer].work for peer in peers if ranks[peer].work])
             ratios.append(times.seconds / times.work / rate if rate else 1.0)
         found.append(Slowest(rank, times.seconds, median, min(ratios)))
     return sorted(found, key=lambda slowest: -slowest.slowness)
@@ -135,16 +136,19 @@ class StragglerDetector:
         self._seconds = dict.fromkeys(PHASES, 0.0)
         self._work = dict.fromkeys(PHASES, 0.0)
 
-    def count_work(self, batches: Sequence[PolicyBatch], costs: Sequence[float]) -> None:
+    def count_work(self, batches: Sequence[PolicyBatch], costs: Sequence[float], *, reference: ScoringWork) -> None:
         """Count what there is to do in a step.
 
         Args:
             batches: this rank's micro batches.
             costs: costs of the samples of the global batch, by place.
+            reference: what this rank had to do for the reference's log-probs.
         """
+        self._work["reference"] += self._layers * reference.cost + self._output_layer * reference.loss_tokens
         self._work["data"] += sum(int(batch.micro_batch.inputs.tokens_1s.numel()) for batch in batches)
-        # Places that fill a batch up are copies of a cheap sample.
-        cost = sum(costs[min(place, len(costs) - 1)] for batch in batches for place in batch.places)
+        # Places that fill a batch up are copies of its cheapest sample.
+        filler = min(costs)
+        cost = sum(costs[place] if place < len(costs) else filler for batch in batches for place in batch.places)
         of_loss = sum(len(batch.micro_batch.shard.loss_places_N) for batch in batches)
         self._work["forward_backward"] += (
             self._layers * cost / self._parallel.context_size + self._output_layer * of_loss

@@ -236,7 +236,8 @@ class Trainer:
         with self._phase("data"):
             batches = self.session.runner.lay_out(data, numbers, reference)
         if self.stragglers is not None:
-            self.stragglers.count_work(batches, [data.costs[number] for number in numbers])
+            costs = [data.costs[number] for number in numbers]
+            self.stragglers.count_work(batches, costs, reference=self.reference.work)
         self.phases.end("data")
         if not self.is_replay and self.rerun.is_due(self.step + 1):
             gather_weights(self.model)

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 
+from megatron_longpo.config import LoggingConfig
 from megatron_longpo.runtime import platform
 from megatron_longpo.runtime.waiting import Waits
 from megatron_longpo.training import phases
 from megatron_longpo.training.phases import Phases
-from megatron_longpo.training.stragglers import RankTimes, by_slowness, named
+from megatron_longpo.training.reference_scoring import ScoringWork
+from megatron_longpo.training.stragglers import RankTimes, StragglerDetector, by_slowness, named
 
 
 def ranks(seconds: list[float], work: list[float] | None = None, stages: list[int] | None = None) -> list[RankTimes]:
@@ -42,6 +46,31 @@ def test_a_rank_with_longer_samples_is_not_slow() -> None:
 def test_a_rank_with_little_to_do_is_not_slow() -> None:
     """As on tiny models, where each micro batch takes the same: ten times as long per unit of work, but no longer per step."""
     assert by_slowness(ranks([1.0, 1.0, 1.0], work=[10.0, 10.0, 1.0]))[0].slowness == 1.0
+
+
+def test_a_rank_without_work_leaves_the_others_comparable() -> None:
+    """As where fewer rows are scored than there are ranks: rank 3 takes four times as long for a row of four times the cost."""
+    assert by_slowness(ranks([1.0, 1.0, 0.1, 4.0], work=[1.0, 1.0, 0.0, 4.0]))[0].slowness == 1.0
+    # Rank 3 takes eight times as long, so twice per unit of work.
+    found = by_slowness(ranks([1.0, 1.0, 0.1, 8.0], work=[1.0, 1.0, 0.0, 4.0]))
+    assert (found[0].rank, found[0].slowness) == (3, 2.0)
+
+
+def test_the_work_of_a_step_is_counted() -> None:
+    """Two layers, samples of cost 8, 2 and 4, an output layer of 4 x 10.
+
+    Place 3 fills the batch up with the cheapest sample: 2 * (8 + 2) + 40 * 3 places with a loss = 140. Of the reference this
+    rank has rows of cost 5 and one token: 2 * 5 + 40 = 50.
+    """
+    parallel: Any = SimpleNamespace(is_last_stage=True, context_size=1)
+    shape: Any = SimpleNamespace(hidden_size=4, vocab_size=10)
+    micro_batch = SimpleNamespace(
+        inputs=SimpleNamespace(tokens_1s=torch.zeros(1, 7)), shard=SimpleNamespace(loss_places_N=[1, 2, 5])
+    )
+    batch: Any = SimpleNamespace(places=[0, 3], micro_batch=micro_batch)
+    detector = StragglerDetector(LoggingConfig(), parallel, shape, layers=2, parameters=9)
+    detector.count_work([batch], [8.0, 2.0, 4.0], reference=ScoringWork(cost=5.0, loss_tokens=1))
+    assert detector._work == {"reference": 50.0, "data": 7, "forward_backward": 140.0, "optimizer": 9}
 
 
 def test_ranks_are_compared_within_their_stage_or_with_other_stages_by_their_work() -> None:

@@ -366,8 +366,9 @@ class FaultsConfig:
     arithmetic fails is named, and the run ends. Default: never."""
     check_rerun_interval: Count | None = None
     """Steps between checks in which one micro batch is computed twice from the same state, and all that its modules give and all
-    gradients are compared: bit for bit on the CPU and with deterministic_mode, otherwise by norms to 1e-5, in bf16 to 1/128. It
-    takes two micro batches more. Default: never."""
+    gradients are compared: bit for bit on the CPU and with deterministic_mode, otherwise by norms to 1e-5, in bf16 to 1/128, and
+    in blocks of 1024 values to eight times that. It takes two micro batches more, with virtual pipeline stages twice as many as
+    there are stages. Default: never."""
     on_rerun_mismatch: Literal["stop", "continue"] = "stop"
     """What to do when they differ, after rank, machine and place are named. continue: only warn."""
     on_save_failure: Literal["stop", "continue"] = "stop"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
@@ -37,6 +39,12 @@ def test_one_bit_is_found(dtype: torch.dtype, bit: int) -> None:
     assert found is not None and found[0] == 1
 
 
+def test_values_that_change_places_are_found() -> None:
+    value = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    for order in ([1, 0, 2, 3], [2, 3, 0, 1], [3, 1, 2, 0]):
+        assert first_difference(record((_FORWARD, value)), record((_FORWARD, value[order])), bound=0.0) is not None
+
+
 def test_a_bound_is_for_norms() -> None:
     """Of 3 and 4 the norm is 5; of 3 and 4.0001 it is 5.00008, which differs by 1.6e-5."""
     first, other = (record((_FORWARD, torch.tensor([3.0, x]))) for x in (4.0, 4.0001))
@@ -45,6 +53,67 @@ def test_a_bound_is_for_norms() -> None:
     assert found is not None and found[0] == 0 and found[1] == pytest.approx((5.0, 5.00008))
     nan = record((_FORWARD, torch.tensor([3.0, float("nan")])))
     assert first_difference(first, nan, bound=0.5) is not None and first_difference(nan, nan, bound=0.0) is None
+
+
+def values(count: int = 5000) -> torch.Tensor:
+    return torch.randn(count, generator=torch.Generator().manual_seed(3))
+
+
+def _negate(x: torch.Tensor) -> None:
+    x[1000:1016] *= -1
+
+
+def _zero(x: torch.Tensor) -> None:
+    x[2560:2816] = 0
+
+
+def _permute_rows(x: torch.Tensor) -> None:
+    x[:4608] = x[:4608].view(-1, 512).flip(0).reshape(-1)
+
+
+def _enlarge(x: torch.Tensor) -> None:
+    x[4999] = 200
+
+
+@pytest.mark.parametrize("change", [_negate, _zero, _permute_rows, _enlarge])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_a_norm_hides_is_found_where_bits_may_differ(
+    change: Callable[[torch.Tensor], None], dtype: torch.dtype
+) -> None:
+    first = values().to(dtype)
+    wrong = first.clone()
+    change(wrong)
+    assert first_difference(record((_BACKWARD, first)), record((_BACKWARD, wrong)), bound=2.0**-7) is not None
+
+
+def test_rounding_is_no_difference() -> None:
+    """Each value differs by up to two units in the last place of bfloat16, and some are what is left of larger ones."""
+    first = values()
+    first[1024:2048] *= 1e-4
+    noise = 2.0**-7 * (2 * torch.rand(5000, generator=torch.Generator().manual_seed(4)) - 1)
+    other = first * (1 + noise)
+    other[1024:2048] += 1e-4
+    assert first_difference(record((_BACKWARD, first)), record((_BACKWARD, other)), bound=2.0**-7) is None
+
+
+def test_an_overflow_in_both_is_no_difference() -> None:
+    """Infinity less infinity is NaN; beside the overflow the other values are compared."""
+    first = values()
+    first[3] = float("inf")
+    other = first * (1 + 1e-7)
+    assert torch.any(first != other)
+    assert first_difference(record((_FORWARD, first)), record((_FORWARD, other)), bound=1e-5) is None
+    other[2000] = 9.0
+    assert first_difference(record((_FORWARD, first)), record((_FORWARD, other)), bound=1e-5) is not None
+    finite = values()
+    assert first_difference(record((_FORWARD, first)), record((_FORWARD, finite)), bound=0.5) is not None
+    first[4999] = float("nan")
+    assert first_difference(record((_FORWARD, first)), record((_FORWARD, first * (1 + 1e-7))), bound=1e-5) is None
+
+
+def test_nothing_to_compare() -> None:
+    empty = record((_FORWARD, torch.zeros(0)), (_FORWARD, torch.zeros(3)))
+    assert first_difference(empty, empty, bound=1e-5) is None
 
 
 def test_the_forward_counts_before_what_follows_from_it() -> None:

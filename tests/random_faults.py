@@ -235,6 +235,12 @@ class Faults:
             assert_same_tensors(*final)
 
 
+def _happened(fault: Mapping[str, Any]) -> str:
+    """Kind of a fault; a damage for which there was only one checkpoint, so that it could not happen, is none."""
+    is_none = fault["kind"] in DAMAGES and not fault["damage"]
+    return "end of a launch before there were two checkpoints" if is_none else str(fault["kind"])
+
+
 def _ledger(path: Path) -> dict[int, set[tuple[int, ...]]]:
     """Step -> the samples that it was done with, each time."""
     found: dict[int, set[tuple[int, ...]]] = {}
@@ -291,7 +297,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(json.dumps(content["faults"][-1]), flush=True)
     faults.finish()
     ledger = faults.ledger.read_text(encoding="utf-8").splitlines()
-    kinds = collections.Counter(fault["kind"] for fault in content["faults"])
+    kinds = collections.Counter(_happened(fault) for fault in content["faults"])
     seconds = sum(fault["seconds"] for fault in content["faults"])
     print(
         f"seed {options.seed}: {options.faults} faults over {options.steps} steps, {len(ledger)} steps computed, {seconds:.0f} s"

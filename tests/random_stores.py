@@ -30,14 +30,25 @@ _LOSSES = ("nothing", "folder", "store", "store and folder", "here")
 
 
 class _UnreliableServer(S3Server):
-    """Answers a share of the requests with 503, and takes its time for uploads."""
+    """Answers a share of the requests with 503, and takes its time for uploads.
 
-    share = 0.0
+    Args:
+        seed: decides which requests, by the order in which they come.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self.share, self.refusals = 0.0, 0
+        self._rng = random.Random(seed)
+        super().__init__()
 
     def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
         if environ["REQUEST_METHOD"] == "PUT":
             time.sleep(0.02)
-        self.status = "503 Service Unavailable" if random.random() < self.share else ""
+        if self._rng.random() < self.share:
+            self.refusals += 1
+            environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
+            start_response("503 Service Unavailable", [("Content-Length", "0")])
+            return [b""]
         return super().__call__(environ, start_response)
 
 
@@ -48,8 +59,9 @@ def train(folder: Path, output: Path, *flags: str) -> list[str]:
     return [*command("train", "--no-tensorboard", **paths, **settings, adam_eps=1e-4, plot_interval=1000), *flags]
 
 
-def damage(rng: random.Random, server: S3Server, output: Path, what: str) -> None:
-    """Let something happen between two launches."""
+def damage(rng: random.Random, server: S3Server, output: Path, what: str) -> list[str]:
+    """Let something happen between two launches; what could happen, as there was something to lose."""
+    happened = []
     stored = [name for name in server.names("run/") if step_of(name.removeprefix("run/")) is not None]
     if "store" in what and stored:
         newest = max(name.split("/")[1] for name in stored)
@@ -62,13 +74,17 @@ def damage(rng: random.Random, server: S3Server, output: Path, what: str) -> Non
             server.write(key, content[:-1])
         else:
             server.flip_a_bit(key)
+        happened.append(f"{kind} in the store" if content else "missing in the store")
     if "here" in what and (step := latest_step(output)) is not None:
         path = folder_of(output, step) / "__0_0.distcp"
         changed = bytearray(path.read_bytes())
         changed[rng.randrange(len(changed))] ^= 4
         path.write_bytes(changed)
-    if "folder" in what:
-        shutil.rmtree(output, ignore_errors=True)
+        happened.append("bit here")
+    if "folder" in what and output.exists():
+        shutil.rmtree(output)
+        happened.append("folder lost")
+    return happened
 
 
 def losses(folder: Path, *, launches: int, seed: int) -> collections.Counter[str]:
@@ -77,7 +93,7 @@ def losses(folder: Path, *, launches: int, seed: int) -> collections.Counter[str
     Raises:
         AssertionError: the two runs differ, or a launch printed a traceback.
     """
-    rng, server = random.Random(seed), _UnreliableServer()
+    rng, server = random.Random(seed), _UnreliableServer(seed)
     make_model("llama", folder / "hf", num_hidden_layers=2)
     run(command("convert", "import", hf=folder / "hf", output=folder / "ckpt", no_verify=True))
     make_data(folder / "data", 6, longest=60)
@@ -102,8 +118,8 @@ def losses(folder: Path, *, launches: int, seed: int) -> collections.Counter[str
         found["copied from the store"] += "copying s3://" in said
         if number < launches - 1:
             what = rng.choice(_LOSSES)
-            found[f"lost: {what}"] += 1
-            damage(rng, server, output, what)
+            found.update(damage(rng, server, output, what) or ["nothing lost"])
+    found["requests answered with 503"] = server.refusals
     server.close()
     run(train(folder, folder / "plain"))
     metrics = metrics_of(output)

@@ -1,22 +1,26 @@
 """The planner's choice of a layout beside brute force: every layout simulated with the real step, for random cases of few layers.
 
-    python benchmarks/benchmark_layouts.py --cases 20 --results results.jsonl
+    python benchmarks/benchmark_layouts.py --cases 20 --results results
 
 No GPU is needed. Of each layout the first rank of its fullest and of its slowest stage is simulated, with as little
 recomputation as fits by the simulated peak; its time is what was simulated at the machine's rates. A case takes up to 60
-simulations of a second or two. What is in the file of results is not computed again. The table is Markdown.
+simulations of a second or two. Each result is a file of the folder of results, named by what was asked and the package's version;
+what is there is not computed again. The table is Markdown.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import hashlib
 import json
 import random
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_longpo import __version__
 from megatron_longpo.config import Config, OptimizerConfig, TrainingConfig
 from megatron_longpo.model.shape import ModelShape
 from megatron_longpo.planner.machine import load_machine
@@ -24,6 +28,7 @@ from megatron_longpo.planner.search import Plan, Recompute, Search
 from megatron_longpo.planner.space import Candidate
 from megatron_longpo.planner.verify import request_of, simulated_seconds
 from megatron_longpo.planner.workload import made_up
+from megatron_longpo.runtime.files import write_atomically
 from megatron_longpo.simulation.request import Card
 from megatron_longpo.simulation.start import simulate
 
@@ -45,6 +50,14 @@ class Case:
     search: Search
     length: int
     words: str
+
+    @property
+    def key(self) -> str:
+        """Hash of everything that is asked, and of the package's version."""
+        search = self.search
+        parts = (search.config.as_dict(), dataclasses.asdict(search.shape), dataclasses.asdict(search.machine))
+        asked = (__version__, self.length, _ANSWER, search.world_size, sorted(search.given), *parts)
+        return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def case_of(number: int) -> Case:
@@ -159,9 +172,8 @@ def brute_force(case: Case) -> tuple[list[Found], list[float]]:
     return sorted(found, key=lambda item: item.seconds), ratios
 
 
-def compare(number: int) -> dict[str, Any]:
+def compare(number: int, case: Case) -> dict[str, Any]:
     """One case: the planner's choice, and the best by brute force."""
-    case = case_of(number)
     found, ratios = brute_force(case)
     result: dict[str, Any] = {
         "case": number,
@@ -209,19 +221,23 @@ def main() -> None:
     parser.add_argument(
         "--part", type=int, nargs=2, default=(0, 1), help="which part of how many, for several processes"
     )
-    parser.add_argument("--results", help="file that results are kept in, and taken from")
+    parser.add_argument("--results", type=Path, help="folder that results are kept in, and taken from")
     a = parser.parse_args()
-    path = Path(a.results) if a.results else None
-    known = {}
-    if path is not None and path.exists():
-        known = {r["case"]: r for r in map(json.loads, path.read_text(encoding="utf-8").splitlines())}
+    if a.results is not None:
+        if a.results.is_file():
+            sys.exit(f"error: --results {a.results} is a file, which earlier versions wrote; name a folder")
+        a.results.mkdir(parents=True, exist_ok=True)
     print("| case | layouts, fitting | the planner's choice | the best by simulation | ratio | the worst |")
     print("|---|---|---|---|---|---|")
     for number in range(a.part[0], a.cases, a.part[1]):
-        r = known.get(number) or compare(number)
-        if path is not None and number not in known:
-            with open(path, "a", encoding="utf-8") as stream:
-                stream.write(json.dumps(r) + "\n")
+        case = case_of(number)
+        path = a.results / f"{number}-{case.key}.json" if a.results is not None else None
+        if path is not None and path.exists():
+            r = json.loads(path.read_text(encoding="utf-8"))
+        else:
+            r = compare(number, case)
+            if path is not None:
+                write_atomically(path, (json.dumps(r) + "\n").encode())
         choice, best = r.get("choice", "nothing fits"), r.get("best", "nothing fits")
         ratio = f"{missed(r)} | " if r["ratio"] is None else f"{r['ratio']:.3f} | {r['worst']:.2f}"
         same = "the same" if best == choice else best

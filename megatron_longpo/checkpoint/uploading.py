@@ -59,6 +59,7 @@ class _OthersMissing(CheckpointError):
 class _Order:
     step: int
     best: int | None
+    is_old: bool = False
 
 
 class Uploader:
@@ -106,16 +107,17 @@ class Uploader:
         self._thread = threading.Thread(target=self._work, name="upload", daemon=True)
         self._thread.start()
 
-    def put(self, step: int, *, best: int | None = None) -> None:
+    def put(self, step: int, *, best: int | None = None, is_old: bool = False) -> None:
         """Upload a complete checkpoint when its turn comes.
 
         Args:
             step: its step.
             best: step of the best checkpoint so far.
+            is_old: whether there is a newer one, so that damage of this one is only logged.
         """
         with self._changed:
             self._given_up.discard(step)
-            self._waiting.append(_Order(step, best))
+            self._waiting.append(_Order(step, best, is_old))
             self._changed.notify_all()
 
     def release(self, steps: Collection[int]) -> list[int]:
@@ -195,6 +197,9 @@ class Uploader:
                 text = (
                     str(error) if isinstance(error, CheckpointError) else f"{type(error).__name__}: {one_line(error)}"
                 )
+                if order.is_old and isinstance(error, DamagedError | _OthersMissing):
+                    log(f"step {order.step} is not uploaded: {text}", level=logging.WARNING)
+                    return
                 with self._changed:
                     if self._error is None:
                         self._failing_since = time.monotonic()

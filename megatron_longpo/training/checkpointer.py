@@ -495,10 +495,18 @@ class Checkpointer:
         if self._rule is not None and self.output is not None:
             output, rule = self.output, self._rule
             self.best = self._good_best = on_rank0(lambda: read_best(output, rule, step))
-        if self._uploader is not None and step:
-            # The launch that saved it may have ended before it was in the store.
-            self._uploader.put(step, best=None if self.best is None else self.best.step)
+        if self._uploader is not None and self.output is not None:
+            # The launch that saved them may have ended before they were in the store. Those that are there take one look each.
+            output, best = self.output, None if self.best is None else self.best.step
+            for saved in on_rank0(lambda: self._kept(output, step, best)):
+                self._uploader.put(saved, best=best, is_old=saved != step)
         return step
+
+    def _kept(self, output: Path, step: int, best: int | None) -> list[int]:
+        """Steps up to the one that the run resumes from whose checkpoints are kept by the rule, ascending."""
+        steps = [saved for saved in whole_steps(output) if saved <= step]
+        removable = Retention.of(self.config).removable(steps, spare=() if best is None else (best,))
+        return [saved for saved in steps if saved not in removable]
 
     def _resume(self, state: TrainState) -> int:
         assert self.output is not None or not self._resume_steps

@@ -106,6 +106,7 @@ def open_uploads(plan: RunPlan, parallel: Parallel, check_same: Callable[[Path],
     store = Store(url, name="upload_to")
     own = on_rank0(lambda: _own_id(store, output))
     damaged = _bring_newest(store, output, check_same)
+    on_rank0(lambda: _check_own(output, check_same))
     owner = on_rank0(lambda: _take(store, output, own))
     uploader = Uploader(
         store,
@@ -153,6 +154,15 @@ def _own_id(store: Store, output: Path) -> str:
         )
     # A folder that goes on with another's run has an id of its own, so that the other one stops uploading.
     return own if own is not None and whole_steps(output) else uuid.uuid4().hex
+
+
+def _check_own(output: Path, check_same: Callable[[Path], None]) -> None:
+    """Check that the folder holds this run, before its store is taken from whoever has it."""
+    for step in reversed(whole_steps(output)):
+        # A damaged one is passed over later.
+        with contextlib.suppress(DamagedError):
+            check_same(folder_of(output, step))
+            return
 
 
 def _owner(store: Store) -> dict[str, Any] | None:
@@ -253,11 +263,14 @@ def _bring(
     writing = output / f".writing_{step:07d}_{hashlib.sha256(listed).hexdigest()[:8]}"
     with raise_on_all_ranks(output):
         copy_here(store, prefix, writing, files, listed=listed, wanted=lambda name: not is_weights(name))
-    if on_rank0((writing / COMMON).is_file):
+    is_early = on_rank0((writing / COMMON).is_file)
+    if is_early:
         # Before the long part. megatron-core 0.19 has what is asked for among the weights.
         on_rank0(lambda: _check_same(store, check_same, writing))
     with raise_on_all_ranks(output):
         copy_here(store, prefix, writing, files, listed=listed)
+    if not is_early:
+        on_rank0(lambda: _check_same(store, check_same, writing))
     with raise_on_all_ranks(output):
         if rank() == 0:
             # First, since they are not looked for again once the checkpoint is here.

@@ -158,11 +158,11 @@ def test_a_damaged_checkpoint_is_replaced_by_the_stores(
                 damaged.remove(f"iter_{step:07d}")
             return has_copy
 
-        uploader = types.SimpleNamespace(put=lambda step, best: put.append(step))
+        uploader = types.SimpleNamespace(put=lambda step, best, is_old: put.append((step, is_old)))
         uploads: Any = types.SimpleNamespace(uploader=uploader, bring=bring)
         keeper = Checkpointer(_plan(tmp_path), _ONE, reference_weights="weights", uploads=uploads)
         assert keeper.resume(state) == resumed
-    assert put == [3, 6]
+    assert put == [(3, False), (3, True), (6, False)]
     assert "iter_0000006 is damaged; its copy in the store is used" in capsys.readouterr().out
 
 

@@ -10,6 +10,7 @@ side by side on a busy machine.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -38,6 +39,8 @@ COMMON = "common.pt"
 _STATE_FILES = frozenset({".metadata", COMMON, "metadata.json"})
 WEIGHTS_SUFFIX = ".distcp"
 # "__3_0.distcp" was written by rank 3.
+# A folder in a copy of a store's checkpoint, by which processes divide the copying (remote.py).
+COPYING = ".copying"
 _WRITER = re.compile(r"__(\d+)_\d+\.distcp$")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -179,7 +182,7 @@ class Verification:
         # Rank 0 decides for all: other nodes may see the folder a moment later.
         damage, large = all_gather_objects(self._look_over(state_only) if rank() == 0 else (None, {}))[0]
         if damage is not None:
-            raise damage.error()
+            raise _refusal(damage, folder)
         mine = my_share(sorted(large.items()), [checksum.bytes for _, checksum in sorted(large.items())])
         self._is_shared = bool(large)
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="checksums") if mine else None
@@ -213,7 +216,7 @@ class Verification:
         """
         damage = self._own_damage()
         if damage is not None:
-            raise damage.error() from None
+            raise _refusal(damage, self._folder) from None
 
     def wait(self) -> None:
         """Wait for the files of all ranks; collective.
@@ -226,12 +229,24 @@ class Verification:
         self._is_shared = False
         found = next((damage for damage in all_gather_objects(self._own_damage()) if damage is not None), None)
         if found is not None:
-            raise found.error()
+            raise _refusal(found, self._folder)
         if rank() == 0:
             _VERIFIED[self._folder] = self._signature
 
     def _own_damage(self) -> Damage | None:
         return next((damage for damage in (future.result() for future in self._running) if damage is not None), None)
+
+
+def _refusal(damage: Damage, folder: Path) -> DamagedError:
+    """Error of a damaged file; of a copy from a store the file is removed, since it would be taken for good by its size."""
+    error = damage.error()
+    if not (folder / COPYING).is_dir():
+        return error
+    with contextlib.suppress(OSError):
+        damage.path.unlink(missing_ok=True)
+    return DamagedError(
+        f"{error}; this copy of a store's file is removed, so run the command again to copy it once more"
+    )
 
 
 @contextmanager

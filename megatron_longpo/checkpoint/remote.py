@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from megatron_longpo.checkpoint.checksums import CHECKSUMS, WEIGHTS_SUFFIX, Checksum, log_once, parse_checksums
+from megatron_longpo.checkpoint.checksums import CHECKSUMS, COPYING, WEIGHTS_SUFFIX, Checksum, log_once, parse_checksums
 from megatron_longpo.checkpoint.store import Store
 from megatron_longpo.errors import CheckpointError, DamagedError
 from megatron_longpo.runtime.files import sha256_of, write_atomically
@@ -40,7 +40,8 @@ _MOST_BYTES = 2**26
 _THREADS = 4
 # Times that a file is copied until its checksum is right: the first time it may be the network's fault.
 _COPIES = 2
-_LOCKS = ".copying"
+# Times that a run's checkpoints are listed if those that were listed disappear.
+_LISTINGS = 3
 
 
 def step_of(path: str) -> int | None:
@@ -73,7 +74,19 @@ def fetch(url: str, *, name: str = "load", weights: bool = True) -> Path:
         CheckpointError: there is none, or the store or the disk cannot be used.
     """
     store = Store(url, name=name)
-    files = store.files()
+    for number in range(_LISTINGS):
+        files = store.files()
+        try:
+            return _fetch(store, files, name=name, weights=weights)
+        except CheckpointError:
+            # A run that uploads there may have completed a newer one, and removed this one, meanwhile.
+            if number == _LISTINGS - 1 or complete_steps(store.files()) == complete_steps(files):
+                raise
+    raise AssertionError("unreachable")
+
+
+def _fetch(store: Store, files: Mapping[str, int], *, name: str, weights: bool) -> Path:
+    url = store.url
     if CHECKSUMS in files:
         return _fetch_to_cache(store, "", files, weights=weights)
     if not files and (above := _best_above(url, name)) is not None:
@@ -132,7 +145,7 @@ def _fetch_to_cache(store: Store, prefix: str, files: Mapping[str, int], *, weig
     folder = _cache() / key / (prefix.rstrip("/") or store.url.rpartition("/")[2])
     copy_here(store, prefix, folder, files, listed=listed, wanted=lambda name: weights or not is_weights(name))
     if weights:
-        with _claim(folder / _LOCKS, CHECKSUMS, wait=True):
+        with _claim(folder / COPYING, CHECKSUMS, wait=True):
             if not (folder / CHECKSUMS).exists():
                 write_atomically(folder / CHECKSUMS, listed)
     return folder
@@ -190,7 +203,8 @@ def copy_here(
     folder.mkdir(parents=True, exist_ok=True)
     missing = [name for name in checksums if wanted(name) and not _is_there(folder / name, checksums[name])]
     needed, free = sum(checksums[name].bytes for name in missing), shutil.disk_usage(folder).free
-    if needed > free:
+    # What other processes are copying just now takes room already.
+    if needed - _bytes_of_parts(folder / COPYING) > free:
         raise CheckpointError(
             f"{folder}: {where} needs {needed / 1e9:.1f} GB, but the disk has {free / 1e9:.1f} GB free; free space, or, for "
             f"checkpoints that are named by URL, set {CACHE_VARIABLE} to a folder of another disk"
@@ -203,7 +217,7 @@ def copy_here(
 
     def copy(name: str, *, wait: bool) -> str | None:
         """The name, if another process is copying the file."""
-        done = _copy_file(store, prefix + name, folder / name, checksums[name], folder / _LOCKS, wait=wait)
+        done = _copy_file(store, prefix + name, folder / name, checksums[name], folder / COPYING, wait=wait)
         return None if done else name
 
     with ThreadPoolExecutor(_THREADS, thread_name_prefix="copying") as threads:
@@ -217,6 +231,14 @@ def _parsed(listed: bytes, where: str) -> dict[str, Checksum]:
         return parse_checksums(listed)
     except DamagedError as error:
         raise DamagedError(f"{where}: {error}, so the checkpoint is damaged; use another") from None
+
+
+def _bytes_of_parts(locks: Path) -> int:
+    found = 0
+    for part in locks.glob("*.part"):
+        with contextlib.suppress(OSError):
+            found += part.stat().st_size
+    return found
 
 
 def _is_there(path: Path, checksum: Checksum) -> bool:
@@ -268,4 +290,4 @@ def _claim(locks: Path, name: str, *, wait: bool) -> Iterator[bool]:
 
 def forget_claims(folder: Path) -> None:
     """Remove what processes divided the copying by, once all of them are done."""
-    shutil.rmtree(folder / _LOCKS, ignore_errors=True)
+    shutil.rmtree(folder / COPYING, ignore_errors=True)

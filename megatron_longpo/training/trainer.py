@@ -22,15 +22,15 @@ import torch.distributed as dist
 from megatron.core.distributed import finalize_model_grads
 from torch.profiler import record_function
 
-from megatron_longpo.checkpoint.checksums import Verification
+from megatron_longpo.checkpoint.checksums import CHECKSUMS, Verification
 from megatron_longpo.checkpoint.folders import folder_of, from_newest_good, is_one_of_several, read_progress
 from megatron_longpo.config import Config, data_sources
 from megatron_longpo.data.sampler import BatchSampler, BlendSampler
 from megatron_longpo.errors import CheckpointError, ConfigError, LongPOError, one_line
 from megatron_longpo.runtime import platform, process_groups
-from megatron_longpo.runtime.collectives import on_rank0
+from megatron_longpo.runtime.collectives import all_gather_objects, on_rank0
 from megatron_longpo.runtime.failure import explain, keep_tracebacks_in
-from megatron_longpo.runtime.files import FolderLock, write_atomically
+from megatron_longpo.runtime.files import FolderLock, sha256_of, write_atomically
 from megatron_longpo.runtime.heartbeat import at, watch_neighbour
 from megatron_longpo.runtime.log import log
 from megatron_longpo.runtime.signals import heed
@@ -599,6 +599,30 @@ def _verified(folder: Path) -> Path:
     return folder
 
 
+def _check_same_choice(plan: RunPlan) -> None:
+    """Check that all ranks start from the same checkpoints: each has chosen by itself, and a run may be saving there; collective.
+
+    Raises:
+        CheckpointError: they do not.
+    """
+
+    def known(folder: Path) -> tuple[str, str | None]:
+        listed = folder / CHECKSUMS
+        return folder.name, sha256_of(listed) if listed.is_file() else None
+
+    for name, given, folder in (
+        ("load", plan.config.checkpoint.load, plan.load),
+        ("reference_load", plan.config.reference.reference_load, plan.reference_load),
+    ):
+        chosen = all_gather_objects(known(folder))
+        other = next((number for number, found in enumerate(chosen) if found != chosen[0]), None)
+        if other is not None:
+            raise CheckpointError(
+                f"{name}={given}: rank 0 chose {chosen[0][0]} and rank {other} {chosen[other][0]}, since one was completed or "
+                "removed while they looked; run the command again, or name an iter_* folder"
+            )
+
+
 def _from_good_checkpoints(plan: RunPlan, config: Config) -> RunPlan:
     """The plan with undamaged checkpoints, where load or reference_load names a run that has several; collective.
 
@@ -612,6 +636,7 @@ def _from_good_checkpoints(plan: RunPlan, config: Config) -> RunPlan:
     Raises:
         CheckpointError: all checkpoints of the run are damaged.
     """
+    _check_same_choice(plan)
     changed = False
     for path, folder in (
         (config.checkpoint.load, plan.load),

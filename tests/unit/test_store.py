@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -15,7 +16,7 @@ import pytest
 import s3fs
 
 from megatron_longpo.checkpoint import remote, store, uploading
-from megatron_longpo.checkpoint.checksums import CHECKSUMS, hash_own_files, write_checksums
+from megatron_longpo.checkpoint.checksums import CHECKSUMS, Verification, hash_own_files, write_checksums
 from megatron_longpo.checkpoint.folders import folder_of, from_newest_good, resolve
 from megatron_longpo.checkpoint.remote import CACHE_VARIABLE, complete_steps, fetch
 from megatron_longpo.checkpoint.retention import Retention
@@ -222,6 +223,62 @@ def test_what_s3fs_does_not_know_is_the_stores_fault(
     assert wait_until(lambda: up.uploading == 10, 30) and up.trouble is None
     server.status = ""
     assert wait_until(lambda: up.is_done, 30)
+
+
+def test_a_damaged_file_of_the_cache_is_copied_again(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path, 10)
+    upload(tmp_path, 10)
+    cached = fetch(URL)
+    (cached / "__1_0.distcp").write_bytes(b"x" * 2000)
+    with pytest.raises(
+        DamagedError, match=r"__1_0\.distcp: .*is removed, so run the command again to copy it once more"
+    ):
+        Verification(cached).wait()
+    assert content_of(fetch(URL)) == content_of(folder)
+
+
+def test_what_others_copy_takes_room_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_checkpoint(tmp_path, 10)
+    upload(tmp_path, 10)
+    needed = sum(len(content) for name, content in content_of(folder).items() if name != CHECKSUMS)
+    half = remote._cache() / "copy" / remote.COPYING / "1.part"
+    half.parent.mkdir(parents=True)
+    half.write_bytes(bytes(1000))
+    there = Store(URL, name="load")
+    for free, fits in ((needed - 1001, False), (needed - 1000, True)):
+        monkeypatch.setattr(remote.shutil, "disk_usage", lambda _, free=free: types.SimpleNamespace(free=free))
+        with contextlib.nullcontext() if fits else pytest.raises(CheckpointError, match="GB free"):
+            remote.copy_here(there, f"{folder.name}/", half.parent.parent, there.files())
+
+
+def test_a_checkpoint_that_is_removed_meanwhile_makes_way_for_the_newer(
+    server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_checkpoint(tmp_path, 10)
+    folder = write_checkpoint(tmp_path, 20)
+    upload(tmp_path, 10)
+    download = Store.download
+
+    def slow(self: Store, path: str, target: Path) -> None:
+        if path.startswith("iter_0000010"):
+            upload(tmp_path, 20, keep_last=1)
+        download(self, path, target)
+
+    monkeypatch.setattr(Store, "download", slow)
+    monkeypatch.setattr(remote, "_THREADS", 1)
+    assert content_of(fetch(URL)) == content_of(folder)
+
+
+def test_an_old_one_that_is_damaged_here_is_only_logged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for step in (10, 20):
+        write_checkpoint(tmp_path, step)
+    (folder_of(tmp_path, 10) / "common.pt").write_text("other")
+    up = uploader(tmp_path)
+    up.put(10, is_old=True)
+    up.put(20)
+    assert wait_until(lambda: up.is_done, 30) and up.trouble is None
+    assert complete_steps(up.store.files()) == [20]
+    assert "step 10 is not uploaded: " in capsys.readouterr().out
 
 
 def test_names_that_lead_out_of_the_folder_are_refused(server: S3Server, tmp_path: Path) -> None:

@@ -298,8 +298,9 @@ class Activations:
         tables = self._places * self.shape.kv_channels * self._width
         always = in_flight * tables + 320 * self._places + 2**23
         always += self._whole_hidden if self._gathers else 0
-        if self.parallel.pipeline_size > 1:
-            # Interleaved, each virtual stage has a tensor on its way besides.
+        if received:
+            # Interleaved, each virtual stage has a tensor on its way besides. The first stage receives gradients only, which are
+            # those that its backward starts from.
             always += (2 + (self.parallel.virtual_stages or 0)) * self._hidden
             # The schedule holds what was received until its backward, though the first layer's copy of it waits in host memory.
             always += received * self._hidden if offloaded else 0

@@ -54,7 +54,7 @@ class Outcome:
         kind: read, refused, or what is wrong.
         detail: the error's message or traceback.
         where: what tells this finding from others.
-        seconds: time that it took.
+        seconds: time that it took, without that in which its main thread waited for a processor.
         bytes: memory that the process had at most.
     """
 
@@ -220,11 +220,11 @@ def _child(
         os.write(out, json.dumps({"begin": number}).encode() + b"\n")
         with contextlib.suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5")
-        began = time.monotonic()
+        began = _undelayed(os.getpid())
         kind, detail, where, value = _judge(
             reader, lambda c=changed: read_input(reader, valid, c, work / "input"), watch
         )  # type: ignore[misc]
-        seconds = time.monotonic() - began
+        seconds = _undelayed(os.getpid()) - began
         if kind == "read" and expected is not None and changed.is_damage and _is_checked(reader, changed):
             if _digest(value) != expected:
                 kind, where = "silent", f"{sorted(changed.files)}"
@@ -331,8 +331,8 @@ def _run_batch(
         finally:
             os._exit(status)
     os.close(outgoing)
-    text, begun, began, peak, broken = b"", None, time.monotonic(), 0, ""
-    killed = ""
+    text, begun, began, peak, broken = b"", None, _undelayed(child), 0, ""
+    killed, passed = "", 0.0
     base, status = _resident(os.getpid()), None
     while True:
         ready, _, _ = select.select([incoming], [], [], 0 if status is not None else _POLL_SECONDS)
@@ -347,7 +347,7 @@ def _run_batch(
         for line in lines:
             message = json.loads(line)
             if "begin" in message:
-                begun, began, peak = message["begin"], time.monotonic(), 0
+                begun, began, peak = message["begin"], _undelayed(child), 0
             elif "broken" in message:
                 broken = message["broken"]
             else:
@@ -359,8 +359,9 @@ def _run_batch(
                     outcome = Outcome(**{**message, "kind": "time", "where": "time"})
                 yield outcome
         peak = max(peak, _resident(child))
-        if begun is not None and not killed:
-            if time.monotonic() - began > MOST_SECONDS:
+        if begun is not None and not killed and status is None:
+            passed = _undelayed(child) - began
+            if passed > MOST_SECONDS:
                 killed = "time"
             elif peak - base > MOST_BYTES:
                 killed = "memory"
@@ -376,9 +377,17 @@ def _run_batch(
         stack = (work / "trace").read_text(errors="replace")[-4000:]
         kind = killed or "death"
         frame = next((line.strip() for line in stack.splitlines() if "/megatron_longpo/" in line), "")
-        yield Outcome(
-            begun, kind, f"exit status {status} {broken}\n{stack}", f"{kind} {frame}", time.monotonic() - began, peak
-        )
+        yield Outcome(begun, kind, f"exit status {status} {broken}\n{stack}", f"{kind} {frame}", passed, peak)
+
+
+def _undelayed(process: int) -> float:
+    """A clock that stands still while a process's main thread could run but has no processor: other work on the machine is not
+    its fault."""
+    waited = 0
+    # A process that has ended is asked nothing more.
+    with contextlib.suppress(OSError):
+        waited = int(Path(f"/proc/{process}/schedstat").read_text().split()[1])
+    return time.monotonic() - waited / 1e9
 
 
 def _signal(child: int, number: int, *, group: bool = False) -> None:

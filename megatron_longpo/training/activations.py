@@ -278,10 +278,13 @@ class Activations:
         # The last norm saves its input, until its backward, which comes before that of any layer.
         last_input = self._hidden if self.is_last else 0
         moments = [PeakBytes(saved=chunk + last_input)]
+        # With activations in host memory something of that size is there in the layers' backward too: without it the estimate of
+        # Mistral-7B with 6 of 8 layers there was 0.2% below the simulated peak.
+        beside = last_input if offloaded else 0
         if whole_layers < layers:
             moments += [
-                PeakBytes(saved=chunk, backward=self._mlp_backward(recomputed=recompute_up)),
-                PeakBytes(saved=chunk - mlp_saved, backward=self._attention_backward),
+                PeakBytes(saved=chunk + beside, backward=self._mlp_backward(recomputed=recompute_up)),
+                PeakBytes(saved=chunk + beside - mlp_saved, backward=self._attention_backward),
             ]
         if whole_layers:
             again = whole_layers * self.layer_input + self.everything

@@ -120,7 +120,7 @@ def test_every_word_is_of_one_list_entry(modules: dict[str, ModuleType]) -> None
         assert len(set(listed)) == len(listed) and all(re.fullmatch(r"[A-Za-z]+", word) for word in listed)
 
 
-@pytest.mark.parametrize("amounts", ["full", "pilot", "smoke"])
+@pytest.mark.parametrize("amounts", ["full", "pilot", "quick", "smoke"])
 def test_all_settings_are_accepted(modules: dict[str, ModuleType], tmp_path: Path, amounts: str) -> None:
     from megatron_longpo.commands.evolve import evolve
     from megatron_longpo.config import Config, check
@@ -194,3 +194,48 @@ def test_intervals_by_hand(modules: dict[str, ModuleType]) -> None:
         and found.low == pytest.approx(0.402, abs=0.02)
         and found.high == pytest.approx(0.598, abs=0.02)
     )
+
+
+def test_the_first_question_of_each_kind_is_shown(
+    modules: dict[str, ModuleType], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report: Any = modules["report"]
+    kinds = ["pet", "order", "job", "home", "color", "code"]
+    folders = ("rounds/1K/before", "examined/rope-1K", "rounds/1K/longpo/longpo")
+    for name, right in zip(folders, (False, False, True), strict=True):
+        rows = [
+            {
+                "key": f"qa/{kind}/1024/{index}",
+                "task": kind,
+                "length": 1024,
+                "index": index,
+                "score": float(right),
+                "answer": f"it is {kind}{index}" if right else "it is",
+                "references": [f"It is {kind}{index}.", f"{kind}{index}"],
+            }
+            for kind in kinds
+            for index in range(2)
+        ]
+        folder = tmp_path / name / "qa"
+        folder.mkdir(parents=True)
+        (folder / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "rounds" / "1K" / "gate.json").write_text("{}")
+    run = tmp_path / "rounds" / "1K" / "longpo" / "run"
+    run.mkdir()
+    held_out = [
+        {"rewards/margins": -0.5, "rewards/accuracies": 0.25, "nll": 3.0},
+        {"rewards/margins": 1.5, "rewards/accuracies": 1.0, "nll": 2.0},
+    ]
+    (run / "validation.jsonl").write_text("".join(json.dumps(row) + "\n" for row in held_out))
+    questions = [
+        {"question": f"What is {kind}{index}?", "answers": [f"It is {kind}{index}.", f"{kind}{index}"]}
+        for kind in kinds
+        for index in range(2)
+    ]
+    (tmp_path / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in questions))
+    report.show(tmp_path)
+    shown = capsys.readouterr().out
+    asked = re.findall(r"What is (\w+)\?", shown)
+    assert asked == ["code0", "color0", "home0", "job0", "order0"]
+    assert "0.0 (0 to 0)" in shown and "100.0 (100 to 100)" in shown
+    assert "-0.500" in shown and "1.500" in shown and "it is job0" in shown

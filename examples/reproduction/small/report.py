@@ -39,7 +39,8 @@ class Result:
         method: method, or what was done instead.
         seeds: number of models.
         exact_match, f1, needle: length -> score.
-        short, long: exact match over the lengths up to 512 tokens, and over those beyond, up to the round's.
+        short, long: exact match over the lengths up to 512 tokens, and over those beyond, up to the round's (for the model
+            before any round, whose RoPE is as it was: all).
         perplexity: that of the held-out dialogues of at most 512 tokens, the geometric mean over seeds.
     """
 
@@ -72,6 +73,8 @@ def results(folder: Path) -> list[Result]:
     for path in sorted((folder / "examined").glob("*/results.json"), key=lambda p: (p.parent.name != "model", str(p))):
         found.append(_result("", path.parent.name, [path.parent], perplexities))
     rounds = sorted((folder / "rounds").glob("*/pairs.jsonl"), key=lambda p: _length(p.parent.name))
+    if rounds and not (folder / "examined" / "model").exists():
+        found.insert(0, _result("", "model", [rounds[0].parent / "before"], perplexities))
     for pairs in rounds:
         evaluations: dict[str, list[Path]] = {}
         for path in sorted(pairs.parent.glob("*/*/results.json")):
@@ -95,7 +98,9 @@ def _result(round_: str, method: str, folders: Sequence[Path], perplexities: Pat
     questions = [_rows(folder / "qa" / "samples.jsonl") for folder in folders]
     needles = [_rows(folder / "needle" / "samples.jsonl") for folder in folders]
     lengths = sorted({row["length"] for rows in questions for row in rows})
-    longest = _length(round_) if round_ else max(lengths, default=0)
+    # A model whose RoPE was changed for a round is measured by that round's length too.
+    of_round = round_ or (method.removeprefix("rope-") if method.startswith("rope-") else "")
+    longest = _length(of_round) if of_round else max(lengths, default=0)
     exact = {n: _scores(questions, [n], lambda row: row["score"]) for n in lengths}
     beyond = [n for n in lengths if SHORT < n <= longest]
     within = [n for n in lengths if n <= SHORT]
@@ -186,6 +191,48 @@ def tables(found: Sequence[Result]) -> str:
         ),
     ]
     return "\n".join(parts)
+
+
+def show(folder: Path) -> None:
+    """Print what a round changed: scores by length, held-out pairs, and the answers to five questions about long texts.
+
+    The questions are the first of each kind about texts of the round's length, five of them: none is chosen by its answers.
+
+    Args:
+        folder: folder of run.py, with at least one finished round.
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    first = min((folder / "rounds").glob("*/gate.json"), key=lambda p: _length(p.parent.name)).parent
+    name = "longpo"
+    before, stretched, after = (
+        _rows(path / "qa" / "samples.jsonl")
+        for path in (first / "before", folder / "examined" / f"rope-{first.name}", first / name / name)
+    )
+    console = Console(width=110)
+    columns = ("tokens of the text", "before", "RoPE changed, nothing else", "after LongPO")
+    table = Table(*columns, title="Held-out questions answered right, in percent")
+    for length in sorted({row["length"] for row in before}):
+        scores = [interval(_scores([rows], [length], lambda row: row["score"])) for rows in (before, stretched, after)]
+        table.add_row(str(length), *map(_text, scores))
+    console.print(table)
+    validation = _rows(first / name / "run" / "validation.jsonl")
+    if validation:
+        table = Table("held-out pairs", "before", "after", title="What LongPO prefers")
+        for key in ("rewards/margins", "rewards/accuracies", "nll"):
+            table.add_row(key, *(f"{row[key]:.3f}" for row in (validation[0], validation[-1])))
+        console.print(table)
+    questions = {tuple(q["answers"]): q["question"] for q in _rows(folder / "questions.jsonl")}
+    # The first row of each task stays.
+    firsts = {row["task"]: row for row in reversed(before) if row["length"] == _length(first.name)}
+    asked = sorted(firsts.values(), key=lambda row: row["task"])[:5]
+    answers = {row["key"]: row["answer"] for row in after}
+    table = Table("question", "right", "before", "after", title=f"Five questions about texts of {first.name} tokens")
+    for row in asked:
+        right = row["references"]
+        table.add_row(questions[tuple(right)], right[-1], row["answer"], answers[row["key"]])
+    console.print(table)
 
 
 def _head(result: Result) -> list[str]:

@@ -47,7 +47,7 @@ class Amounts:
 
     Attributes:
         size: key of `sizes` in making.yaml.
-        making: factor of the rows of all making steps.
+        making: making step -> factor of its rows; steps that are not named are left out.
         epochs: times that each row is used.
         books: documents per round.
         questions: documents per length that the model is asked about, six questions each.
@@ -55,10 +55,12 @@ class Amounts:
         methods: methods of rounds.yaml.
         rounds: rounds.
         generate: changes of the pairs' settings.
+        evaluate: changes of the evaluations' settings.
+        whole: whether the model itself is examined, besides what `evolve` does, and perplexities are measured.
     """
 
     size: str
-    making: float
+    making: Mapping[str, float]
     epochs: float
     books: int
     questions: int
@@ -66,6 +68,8 @@ class Amounts:
     methods: tuple[str, ...]
     rounds: int
     generate: Mapping[str, Any] = field(default_factory=dict)
+    evaluate: Mapping[str, Any] = field(default_factory=dict)
+    whole: bool = True
 
 
 # A model that has learnt nothing asks and answers nothing: whatever it writes counts.
@@ -74,15 +78,36 @@ _ANYTHING = {
     "answers": {"answer_tokens": 4, "answer_temperature": 1.0},
     "filters": {"keep_truncated": True, "min_question_words": 1},
 }
+_STEPS = ("lists", "facts", "essays", "whole")
 AMOUNTS = {
     # About three hours for the model on two cores, and a night for the rounds.
     "full": Amounts(
-        "small", 10.0, 1, 600, 40, 3, ("longpo", "sft", "dpo", "long-reference", "no-nll", "independent"), 3
+        "small",
+        {"lists": 1, "facts": 4, "essays": 4, "whole": 10},
+        1,
+        600,
+        40,
+        3,
+        ("longpo", "sft", "dpo", "long-reference", "no-nll", "independent", "whole-nll", "sft-whole-nll"),
+        3,
     ),
-    # Some twenty minutes of one core for the model: does it learn at all?
-    "pilot": Amounts("tiny", 1.0, 1, 64, 10, 1, ("longpo", "sft", "dpo"), 1),
+    # Some twenty minutes of one core for the model, and an hour or two for the rounds.
+    "pilot": Amounts("tiny", dict.fromkeys(_STEPS, 1), 1, 240, 20, 1, ("longpo", "sft", "dpo"), 3),
+    # Some ten minutes in all: a model that reads 440 tokens, and one round of LongPO to 1024.
+    "quick": Amounts(
+        "tiny",
+        {"lists": 1, "facts": 1, "essays": 0.25},
+        1,
+        240,
+        16,
+        1,
+        ("longpo",),
+        1,
+        evaluate={"evaluate": {"tasks": ["qa"], "lengths": [256, 512, 1024]}},
+        whole=False,
+    ),
     # Seconds, for the tests: everything runs, nothing is learnt.
-    "smoke": Amounts("tiny", 0.002, 1, 16, 1, 1, ("longpo", "sft"), 1, _ANYTHING),
+    "smoke": Amounts("tiny", dict.fromkeys(_STEPS, 0.002), 1, 16, 1, 1, ("longpo", "sft"), 1, _ANYTHING),
 }
 
 
@@ -162,7 +187,8 @@ class Reproduction:
         weights = folder / "making" / "checkpoint"
         self.stage("import", weights, lambda: self.tool("convert", "import", "--hf", start, "--output", weights))
         for number, step in enumerate(self.making["steps"]):
-            weights = self._step(number, step, weights)
+            if step["name"] in self.amounts.making:
+                weights = self._step(number, step, weights)
         target = folder / "model"
         self.stage(
             "export", target, lambda: self.tool("convert", "export", "--checkpoint", weights, "--output", target)
@@ -175,13 +201,12 @@ class Reproduction:
         own.mkdir(parents=True, exist_ok=True)
         texts = world.essays_of(held_out=False) if rows["essays"] else []
         rng = random.Random(f"{_SEEDS['making']}/{name}")
-        count = max(64, int(rows["count"] * self.amounts.making))
+        count = max(64, int(rows["count"] * self.amounts.making[name]))
 
         def made() -> Iterable[dict[str, Any]]:
             for _ in range(count):
-                dialogue = world.making_dialogue(
-                    texts, rows["tokens"], world.LONGEST_ROW, self.count, rng, repeats=rows["repeats"]
-                )
+                shares = {"repeats": rows["repeats"], "listed": rows["listed"]}
+                dialogue = world.making_dialogue(texts, rows["tokens"], world.LONGEST_ROW, self.count, rng, **shares)
                 yield world.tokenised(dialogue, self.tokenizer)
 
         self._preprocess(f"making {name}: data", own / "rows.jsonl", own / "data", made)
@@ -224,9 +249,9 @@ class Reproduction:
     def examine(self) -> None:
         """What the model can do before any round, at all lengths; and with RoPE changed and nothing else."""
         folder = self.folder
-        self._questions()
-        evaluation = rounds_file()["defaults"]["evaluate"]
-        self._evaluate("model before any round", folder / "model", folder / "examined" / "model", evaluation)
+        evaluation = merged(rounds_file()["defaults"]["evaluate"], self.amounts.evaluate)
+        if self.amounts.whole:
+            self._evaluate("model before any round", folder / "model", folder / "examined" / "model", evaluation)
         for each in rounds_file()["rounds"][: self.amounts.rounds]:
             base = each["train"]["model"]["rotary_base"]
             stretched = folder / "stretched" / each["name"]
@@ -244,7 +269,7 @@ class Reproduction:
 
     def _questions(self) -> None:
         folder = self.folder
-        lengths = rounds_file()["defaults"]["evaluate"]["evaluate"]["lengths"]
+        lengths = merged(rounds_file()["defaults"]["evaluate"], self.amounts.evaluate)["evaluate"]["lengths"]
         path = folder / "questions.jsonl"
         rng = random.Random(f"{_SEEDS['questions']}")
         self.stage(
@@ -348,7 +373,13 @@ class Reproduction:
                 "held_out_fraction": 0.05,
             },
             "methods": methods,
-            "defaults": merged(config["defaults"], {"evaluate": self._materials(), "generate": self.amounts.generate}),
+            "defaults": merged(
+                config["defaults"],
+                {
+                    "evaluate": merged(self._materials(), self.amounts.evaluate),
+                    "generate": self.amounts.generate,
+                },
+            ),
             "rounds": rounds,
         }
 
@@ -359,11 +390,15 @@ class Reproduction:
         self.make_model()
         if until in ("random", "making", "model"):
             return
+        self._questions()
         self.examine()
         if until != "examined":
             self.run_rounds()
-        self.perplexities()
+        if self.amounts.whole:
+            self.perplexities()
         report.write(self.folder)
+        if until == "report":
+            report.show(self.folder)
 
 
 def rounds_file() -> dict[str, Any]:

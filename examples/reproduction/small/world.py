@@ -189,7 +189,14 @@ class Dialogue:
 
 
 def making_dialogue(
-    texts: Sequence[Sequence[str]], tokens: int, longest: int, count: Count, rng: random.Random, *, repeats: float
+    texts: Sequence[Sequence[str]],
+    tokens: int,
+    longest: int,
+    count: Count,
+    rng: random.Random,
+    *,
+    repeats: float,
+    listed: int = 60,
 ) -> Dialogue:
     """What the model is made from.
 
@@ -201,10 +208,15 @@ def making_dialogue(
         rng: source of randomness.
         repeats: share of dialogues that ask for a list of words again. Copying is what reading a fact begins with, and a model
             that can do nothing yet learns it first, and fastest, where every token of an answer is a copy.
+        listed: most words of such a list. A quarter of them are numbers, which the model otherwise learns to copy last.
     """
     if rng.random() < repeats:
-        listed = " ".join(rng.sample(all_words(), rng.randint(10, min(60, tokens))))
-        return Dialogue(listed, ((REPEAT, listed),))
+        asked = (
+            str(rng.randrange(1000, 10**7)) if rng.random() < 0.25 else word
+            for word in rng.sample(all_words(), rng.randint(5, min(listed, tokens * 2 // 3)))
+        )
+        again = " ".join(asked)
+        return Dialogue(again, ((REPEAT, again),))
     # Of few kinds, so that there are several facts of each, and the kind alone does not tell the value.
     kinds = rng.sample(sorted(KINDS), rng.choice((1, 2, 3)))
     facts = draw_facts(rng, rng.randint(4, 10), kinds)

@@ -60,7 +60,9 @@ def test_tokenised_rows_to_a_trained_hugging_face_model(model: Path, tmp_path: P
     run([PYTHON, *train(model, output, *flags, data=prefix)], fresh=True)
     records = read_metrics(output / "metrics.jsonl")
     assert [r["step"] for r in records] == [1, 2]
-    expected = {*SAMPLE_METRICS, "step", "grad_norm", "lr", *TIMED}
+    # A process by itself has no peers to be slower than, and nothing was computed twice.
+    timed = {name for name in TIMED if not name.startswith("straggler/")} - {"seconds/rerun"}
+    expected = {*SAMPLE_METRICS, "step", "grad_norm", "lr", *timed}
     assert all(set(r) == expected for r in records)
     assert (output / "curves.png").stat().st_size > 1000
     assert "beta: 0.05" in (output / "run.yaml").read_text()

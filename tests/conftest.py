@@ -1,6 +1,9 @@
 """Tests may import megatron-core before the package: the platform prepares it first."""
 
 import os
+from collections.abc import Iterator
+
+import pytest
 
 # isort: off
 from tests.support import gpus  # before the platform, whose functions of torch.cuda it would ask
@@ -12,3 +15,15 @@ import megatron_longpo.runtime.platform  # noqa: E402, F401
 
 # What a doctor found on this machine is no matter of the tests.
 os.environ.setdefault("MEGATRON_LONGPO_DOCTOR_RECORD", "ignore")
+
+
+@pytest.fixture(autouse=True)
+def _no_process_group_stays() -> Iterator[None]:
+    """End the process group that a test has left in this process: the next file's test would not get one of its own."""
+    yield
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        from megatron_longpo.runtime.process_groups import stop_processes
+
+        stop_processes()

@@ -53,7 +53,7 @@ class Amounts:
         questions: documents per length that the model is asked about, six questions each.
         seeds: times that each method is trained.
         methods: methods of rounds.yaml.
-        rounds: rounds.
+        rounds: rounds of rounds.yaml.
         generate: changes of the pairs' settings.
         evaluate: changes of the evaluations' settings.
         whole: whether the model itself is examined, besides what `evolve` does, and perplexities are measured.
@@ -66,7 +66,7 @@ class Amounts:
     questions: int
     seeds: int
     methods: tuple[str, ...]
-    rounds: int
+    rounds: tuple[str, ...]
     generate: Mapping[str, Any] = field(default_factory=dict)
     evaluate: Mapping[str, Any] = field(default_factory=dict)
     whole: bool = True
@@ -79,8 +79,9 @@ _ANYTHING = {
     "filters": {"keep_truncated": True, "min_question_words": 1},
 }
 _STEPS = ("lists", "facts", "essays", "whole")
+_ROUNDS = ("1K", "2K", "4K")
 AMOUNTS = {
-    # About three hours for the model on two cores, and a night for the rounds.
+    # By estimate three hours for the model on two cores, and a night for the rounds.
     "full": Amounts(
         "small",
         {"lists": 1, "facts": 4, "essays": 4, "whole": 10},
@@ -89,25 +90,25 @@ AMOUNTS = {
         40,
         3,
         ("longpo", "sft", "dpo", "long-reference", "no-nll", "independent", "whole-nll", "sft-whole-nll"),
-        3,
+        _ROUNDS,
     ),
     # Some twenty minutes of one core for the model, and an hour or two for the rounds.
-    "pilot": Amounts("tiny", dict.fromkeys(_STEPS, 1), 1, 240, 20, 1, ("longpo", "sft", "dpo"), 3),
-    # Some ten minutes in all: a model that reads 440 tokens, and one round of LongPO to 1024.
+    "pilot": Amounts("tiny", dict.fromkeys(_STEPS, 1), 1, 240, 20, 1, ("longpo", "sft", "dpo"), _ROUNDS),
+    # The same model, and one round to 2048 tokens at once: docs/reproduction.md has what was seen.
     "quick": Amounts(
         "tiny",
-        {"lists": 1, "facts": 1, "essays": 0.25},
+        dict.fromkeys(_STEPS, 1),
         1,
         240,
         16,
         1,
-        ("longpo",),
-        1,
-        evaluate={"evaluate": {"tasks": ["qa"], "lengths": [256, 512, 1024]}},
+        ("longpo", "sft"),
+        ("2K",),
+        evaluate={"evaluate": {"tasks": ["qa"], "lengths": [256, 512, 1024, 2048]}},
         whole=False,
     ),
     # Seconds, for the tests: everything runs, nothing is learnt.
-    "smoke": Amounts("tiny", dict.fromkeys(_STEPS, 0.002), 1, 16, 1, 1, ("longpo", "sft"), 1, _ANYTHING),
+    "smoke": Amounts("tiny", dict.fromkeys(_STEPS, 0.002), 1, 16, 1, 1, ("longpo", "sft"), ("1K",), _ANYTHING),
 }
 
 
@@ -252,7 +253,7 @@ class Reproduction:
         evaluation = merged(rounds_file()["defaults"]["evaluate"], self.amounts.evaluate)
         if self.amounts.whole:
             self._evaluate("model before any round", folder / "model", folder / "examined" / "model", evaluation)
-        for each in rounds_file()["rounds"][: self.amounts.rounds]:
+        for each in self._rounds():
             base = each["train"]["model"]["rotary_base"]
             stretched = folder / "stretched" / each["name"]
             checkpoint = stretched.with_name(f"{each['name']}.checkpoint")
@@ -354,6 +355,10 @@ class Reproduction:
 
             self.stage(f"perplexity of {name}", output / "results.json", work)
 
+    def _rounds(self) -> list[dict[str, Any]]:
+        """Those of rounds.yaml that are asked for."""
+        return [each for each in rounds_file()["rounds"] if each["name"] in self.amounts.rounds]
+
     def rounds(self) -> dict[str, Any]:
         """rounds.yaml with this folder's paths, and each method once per seed."""
         folder, config = self.folder, rounds_file()
@@ -362,7 +367,7 @@ class Reproduction:
             for name in self.amounts.methods:
                 changes = merged(config["methods"][name], {"training": {"seed": 1234 + seed}})
                 methods[name if seed == 0 else f"{name}-seed{seed + 1}"] = changes
-        rounds = config["rounds"][: self.amounts.rounds]
+        rounds = self._rounds()
         for each in rounds:
             each["generate"]["documents"]["documents"] = [str(folder / "books" / f"{each['name']}.jsonl")]
         return {

@@ -12,13 +12,11 @@ import argparse
 import collections
 import contextlib
 import dataclasses
-import io
 import json
-import logging
 import random
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -30,7 +28,6 @@ from megatron_longpo.checkpoint.folders import folder_of
 from megatron_longpo.config import Config, from_dict
 from megatron_longpo.conversion.import_hf import import_hf
 from megatron_longpo.runtime import process_groups
-from megatron_longpo.runtime.log import LOGGER
 from megatron_longpo.training.checkpointer import Checkpointer
 from megatron_longpo.training.optimization import inner_optimizers
 from megatron_longpo.training.plan import make_plan
@@ -40,6 +37,7 @@ from megatron_longpo.training.trainer import Trainer, start_training
 from tests.support.damages import DAMAGES
 from tests.support.data import make_data
 from tests.support.launch import PYTHON, run
+from tests.support.logs import said
 from tests.support.models import make_model
 
 _STEPS = 3
@@ -70,17 +68,6 @@ def digest(trainer: Trainer) -> str:
         if isinstance(value, torch.Tensor)
     ]
     return digest_of([*(p for chunk in trainer.chunks for p in chunk.parameters()), *states])
-
-
-@contextlib.contextmanager
-def said() -> Iterator[io.StringIO]:
-    """What is logged."""
-    handler = logging.StreamHandler(io.StringIO())
-    LOGGER.addHandler(handler)
-    try:
-        yield handler.stream
-    finally:
-        LOGGER.removeHandler(handler)
 
 
 def resume(trainer: Trainer, plan: Any) -> tuple[int, str]:

@@ -9,6 +9,7 @@ from typing import Any
 from megatron_longpo.config import from_dict
 from megatron_longpo.data.indexed import Manifest
 from megatron_longpo.model.shape import ModelShape
+from megatron_longpo.runtime.process_groups import Parallel
 from megatron_longpo.training.plan import RunPlan
 
 SHAPE = ModelShape(
@@ -29,6 +30,13 @@ SHAPE = ModelShape(
 MANIFEST = Manifest(
     vocab_size=101, dtype="uint16", tokenizer=None, tokenizer_hash=None, template_hash=None, longest=200, samples=80
 )
+
+
+def parallel_of(**degrees: Any) -> Parallel:
+    """A place in a layout without process groups: rank 0 of one process, with some fields changed."""
+    values = {"tensor_size": 1, "pipeline_size": 1, "virtual_stages": None, "context_size": 1, "data_size": 1}
+    values |= {"sequence_parallel": False, "comm_type": "a2a", "rank": 0, "world_size": 1}
+    return Parallel(**{**values, **degrees})
 
 
 def plan_of(folder: Path, *, manifest: dict[str, Any] | None = None, **sections: dict[str, Any]) -> RunPlan:

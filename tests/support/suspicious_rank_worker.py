@@ -5,14 +5,11 @@ torchrun ... -m tests.support.suspicious_rank_worker FOLDER
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
-import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +19,11 @@ from megatron_longpo.config import from_dict
 from megatron_longpo.errors import PlatformError
 from megatron_longpo.runtime import process_groups
 from megatron_longpo.runtime.failure import run_or_fail
-from megatron_longpo.runtime.log import LOGGER
 from megatron_longpo.runtime.process_groups import destroy_groups
 from megatron_longpo.training.plan import make_plan
 from megatron_longpo.training.session import open_session
 from megatron_longpo.training.trainer import Trainer, start_training
+from tests.support.logs import said
 
 LAYOUTS: dict[str, dict[str, Any]] = {
     "dp2": {},
@@ -145,20 +142,9 @@ def run_layout(folder: Path, name: str) -> dict[str, Any]:
     trainer.rerun._stops = False
     if rank == COMPUTES_WRONG:
         _second_time(trainer, lambda: wrong.append(True))
-    with _said() as stream:
+    with said() as stream:
         record = _take(trainer, 1)
     return {**found, "warning": stream.getvalue(), "step": record["step"]}
-
-
-@contextlib.contextmanager
-def _said() -> Iterator[io.StringIO]:
-    """What is logged."""
-    handler = logging.StreamHandler(io.StringIO())
-    LOGGER.addHandler(handler)
-    try:
-        yield handler.stream
-    finally:
-        LOGGER.removeHandler(handler)
 
 
 def main() -> None:

@@ -23,10 +23,9 @@ from megatron_longpo.model.implementation import linear_error
 from megatron_longpo.model.layers import GatedMLP
 from megatron_longpo.model.rotary import rotary_of
 from megatron_longpo.runtime import process_groups
-from megatron_longpo.runtime.process_groups import Parallel
 from megatron_longpo.training.activations import Activations
 from megatron_longpo.training.batch import MicroBatch
-from tests.support.plans import SHAPE
+from tests.support.plans import SHAPE, parallel_of
 
 _RIGHT = {
     "model": {"transformer_impl": "transformer_engine"},
@@ -150,17 +149,7 @@ def test_layers_keep_their_inputs_as_they_were_given() -> None:
     assert layers[0].save_original_input is True and not hasattr(layers[1], "save_original_input")
 
 
-_PARALLEL = Parallel(
-    tensor_size=1,
-    pipeline_size=1,
-    virtual_stages=None,
-    context_size=1,
-    data_size=1,
-    sequence_parallel=False,
-    comm_type="a2a",
-    rank=0,
-    world_size=1,
-)
+_PARALLEL = parallel_of()
 
 
 def test_places_are_padded_to_a_multiple_of_16() -> None:

@@ -24,9 +24,9 @@ from megatron_longpo.model.layers import _SwiGLU, recompute_in_backward
 from megatron_longpo.model.rotary import Rotary, rotary_of
 from megatron_longpo.model.shape import ModelShape
 from megatron_longpo.runtime import platform
-from megatron_longpo.runtime.process_groups import Parallel
 from megatron_longpo.training import memory
 from tests.support.attention import dense_attention, tree
+from tests.support.plans import parallel_of
 
 
 def test_branches_on_one_trunk_are_one_block() -> None:
@@ -93,12 +93,6 @@ ROOT = Path(__file__).parents[2]
 _MISTRAL = ModelShape("mistral", 32, 4096, 14336, 32, 8, 128, 32000, 1e-5, False, True, 1e6, 32768, 0.02, "bfloat16")
 
 
-def _parallel(**degrees: Any) -> Parallel:
-    values = {"tensor_size": 1, "pipeline_size": 1, "virtual_stages": None, "context_size": 1, "data_size": 1}
-    values |= {"sequence_parallel": False, "comm_type": "a2a", "rank": 0, "world_size": 1}
-    return Parallel(**{**values, **degrees})
-
-
 def _choices(
     tokens: int, context: int, *, on_cuda: bool = False, optimizer: str = "adam", **training: Any
 ) -> list[memory.Choice]:
@@ -110,7 +104,7 @@ def _choices(
         },
         "test",
     )
-    parallel = types.SimpleNamespace(**{**vars(_parallel(context_size=context)), "dp_cp_size": context})
+    parallel = types.SimpleNamespace(**{**vars(parallel_of(context_size=context)), "dp_cp_size": context})
     return memory.choices(
         _MISTRAL,
         config,
@@ -183,17 +177,7 @@ def test_activations_in_host_memory_leave_room_for_the_optimizer(bf16: bool, eac
         },
         "test",
     )
-    parallel = Parallel(
-        tensor_size=1,
-        pipeline_size=1,
-        virtual_stages=None,
-        context_size=8,
-        data_size=1,
-        sequence_parallel=False,
-        comm_type="a2a",
-        rank=0,
-        world_size=8,
-    )
+    parallel = parallel_of(context_size=8, world_size=8)
     weights = memory.static_bytes(_MISTRAL, config, parallel, 0).parameters
     taken = each * weights // 8
     assert memory.host_optimizer_bytes(weights, config, parallel) == pytest.approx(taken, abs=1)
@@ -216,7 +200,7 @@ def test_an_update_needs_memory_when_activations_are_gone() -> None:
             "parallel": {"context_parallel_size": ranks, "use_distributed_optimizer": True},
         }
         config = from_dict(sections, "test")
-        parallel: Any = types.SimpleNamespace(**{**vars(_parallel(context_size=ranks)), "dp_cp_size": ranks})
+        parallel: Any = types.SimpleNamespace(**{**vars(parallel_of(context_size=ranks)), "dp_cp_size": ranks})
         sizes = {"tokens": 64, "num_microbatches": 1, "stage": 0, "on_cuda": on_cuda}
         found = memory.StageMemory.of(_MISTRAL, config, parallel, **sizes)
         assert found.static.parameters > 7.2e9
@@ -252,7 +236,7 @@ def test_the_example_at_128k_is_the_layout_with_room_to_spare() -> None:
                 example.training, recompute_granularity="selective", recompute_modules=("mlp_up",)
             ),
         )
-        parallel = _parallel(tensor_size=tensor, context_size=context, sequence_parallel=tensor > 1, world_size=8)
+        parallel = parallel_of(tensor_size=tensor, context_size=context, sequence_parallel=tensor > 1, world_size=8)
         sizes = {"tokens": 131072, "num_microbatches": 8, "stage": 0, "on_cuda": True}
         found = memory.step_bytes(_MISTRAL, config, parallel, **sizes)  # type: ignore[arg-type]
         assert found is not None

@@ -34,6 +34,11 @@ LARGEST = 1e36
 RECOMPUTE_MODULES = ("core_attn", "mlp", "mlp_up")
 
 
+# --------------------------------------------------------------------------------------------------
+# Sections
+# --------------------------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True)
 class DataConfig:
     """The data that the model is trained on."""
@@ -810,6 +815,11 @@ def _check_retention(checkpoint: CheckpointConfig) -> None:
         )
 
 
+# --------------------------------------------------------------------------------------------------
+# Several data sets
+# --------------------------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True)
 class DataSource:
     """One of the data sets that a run trains on.
@@ -860,6 +870,11 @@ def _number(word: str) -> float | None:
         return float(word)
     except ValueError:
         return None
+
+
+# --------------------------------------------------------------------------------------------------
+# What settings come to with a model and a number of processes
+# --------------------------------------------------------------------------------------------------
 
 
 def scaling_numbers(changes: RopeChanges) -> dict[str, Any]:

@@ -38,9 +38,9 @@ _PART_PREFIX = ".checksums_rank_"
 COMMON = "common.pt"
 _STATE_FILES = frozenset({".metadata", COMMON, "metadata.json"})
 WEIGHTS_SUFFIX = ".distcp"
-# "__3_0.distcp" was written by rank 3.
 # A folder in a copy of a store's checkpoint, by which processes divide the copying (remote.py).
 COPYING = ".copying"
+# "__3_0.distcp" was written by rank 3.
 _WRITER = re.compile(r"__(\d+)_\d+\.distcp$")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 

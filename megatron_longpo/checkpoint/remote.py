@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import glob
 import hashlib
 import os
 import re
@@ -36,6 +37,8 @@ BEST_NAME = "best"
 _STEP = re.compile(r"iter_(\d{7,18})")
 # Bytes of a file that is read whole from a store.
 _MOST_BYTES = 2**26
+# Files up to this size are compared by content when they are looked for: they are read before anything is verified.
+_COMPARED_BYTES = 2**24
 # Files that a process copies at once.
 _THREADS = 4
 # Times that a file is copied until its checksum is right: the first time it may be the network's fault.
@@ -203,7 +206,7 @@ def copy_here(
     folder.mkdir(parents=True, exist_ok=True)
     missing = [name for name in checksums if wanted(name) and not _is_there(folder / name, checksums[name])]
     needed, free = sum(checksums[name].bytes for name in missing), shutil.disk_usage(folder).free
-    # What other processes are copying just now takes room already.
+    # What other processes are copying just now takes room already, and what killed ones left is removed first.
     if needed - _bytes_of_parts(folder / COPYING) > free:
         raise CheckpointError(
             f"{folder}: {where} needs {needed / 1e9:.1f} GB, but the disk has {free / 1e9:.1f} GB free; free space, or, for "
@@ -242,21 +245,29 @@ def _bytes_of_parts(locks: Path) -> int:
 
 
 def _is_there(path: Path, checksum: Checksum) -> bool:
+    """Whether a file was copied: by its size and, where that is quick, its content; the rest is verified at load."""
     try:
-        return path.stat().st_size == checksum.bytes
+        if path.stat().st_size != checksum.bytes:
+            return False
+        return checksum.bytes > _COMPARED_BYTES or sha256_of(path) == checksum.sha256
     except OSError:
         return False
 
 
 def _copy_file(store: Store, path: str, target: Path, checksum: Checksum, locks: Path, *, wait: bool) -> bool:
     """Copy a file, unless it is there; False: another process is copying it."""
-    with _claim(locks, target.name + hashlib.sha256(path.encode()).hexdigest()[:8], wait=wait) as is_ours:
+    claim = target.name + hashlib.sha256(path.encode()).hexdigest()[:8]
+    with _claim(locks, claim, wait=wait) as (is_ours, is_locked):
         if not is_ours:
             return False
+        if is_locked:
+            # Of processes that were killed.
+            for part in locks.glob(f"{glob.escape(claim)}.*.part"):
+                part.unlink(missing_ok=True)
         if _is_there(target, checksum):
             return True
         target.parent.mkdir(parents=True, exist_ok=True)
-        part = locks / f"{uuid.uuid4().hex}.part"
+        part = locks / f"{claim}.{uuid.uuid4().hex}.part"
         try:
             for _ in range(_COPIES):
                 store.download(path, part)
@@ -271,19 +282,22 @@ def _copy_file(store: Store, path: str, target: Path, checksum: Checksum, locks:
 
 
 @contextlib.contextmanager
-def _claim(locks: Path, name: str, *, wait: bool) -> Iterator[bool]:
-    """Lock a file by name; yields whether that was possible. Where a file system has no locks, two may copy the same file."""
+def _claim(locks: Path, name: str, *, wait: bool) -> Iterator[tuple[bool, bool]]:
+    """Lock a file by name; yields whether this process may go on, and whether no other one can.
+
+    Where a file system has no locks, two may copy the same file.
+    """
     locks.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(locks / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    is_ours = True
+    is_ours = is_locked = True
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
-            is_ours = False
+            is_ours = is_locked = False
         except OSError:
-            pass
-        yield is_ours
+            is_locked = False
+        yield is_ours, is_locked
     finally:
         os.close(descriptor)
 

@@ -6,10 +6,12 @@ variables, files and roles (``AWS_PROFILE``, ``AWS_ENDPOINT_URL``, ...). A URL n
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import re
 import time
+import uuid
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -142,14 +144,31 @@ class Store:
             StoreError: the store does not take it.
         """
         os.stat(source)
-        self._once(lambda: self._fs.put_file(str(source), self._at(path)))
+        self._put(path, lambda place: self._fs.put_file(str(source), place))
 
     def write(self, path: str, content: bytes) -> None:
         """Write a small file, once."""
+        self._put(path, lambda place: self._fs.pipe_file(place, content))
+
+    def _put(self, path: str, action: Callable[[str], None]) -> None:
         place = self._at(path)
-        if self._has_folders:
-            self._once(lambda: self._fs.makedirs(os.path.dirname(place), exist_ok=True))
-        self._once(lambda: self._fs.pipe_file(place, content))
+        if not self._has_folders:
+            self._once(lambda: action(place))
+            return
+
+        def under_another_name() -> None:
+            # Objects appear whole, files do not.
+            part = f"{place}.{uuid.uuid4().hex}.part"
+            self._fs.makedirs(os.path.dirname(place), exist_ok=True)
+            try:
+                action(part)
+                os.replace(part, place)
+            except BaseException:
+                with contextlib.suppress(OSError):
+                    os.unlink(part)
+                raise
+
+        self._once(under_another_name)
 
     def remove(self, paths: Iterable[str]) -> None:
         """Remove files, once; those that are gone already do not count."""

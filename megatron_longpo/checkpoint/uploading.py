@@ -100,7 +100,7 @@ class Uploader:
         self._waits_for_others = False
         # Paths of the other ranks' notes that the first rank waits for.
         self._awaited: frozenset[str] = frozenset()
-        # Value of time.monotonic() from which on every attempt failed.
+        # Value of time.monotonic() from which on every attempt failed without a file that came through.
         self._failing_since = 0.0
         # Files of the current checkpoint that are in the store.
         self._sent: set[str] = set()
@@ -257,6 +257,8 @@ class Uploader:
         self._send_what_differs(folder, prefix, checksums)
         if there != listed:
             self._complete(order, prefix, listed)
+        # Only now: until the checkpoint is complete, a new attempt waits for the notes, which no rank writes twice.
+        self.store.remove(path for path in self.store.files(folder.name) if path.startswith(prefix + _NOTE))
         self._remove_old(order)
         log(f"step {order.step} is in {self.store.url}/{folder.name}")
 
@@ -270,9 +272,15 @@ class Uploader:
                 )
             self.store.upload(path, prefix + name)
             self._sent.add(name)
+            self._has_come_through()
 
         with ThreadPoolExecutor(_THREADS, thread_name_prefix="upload") as threads:
             list(threads.map(send, [name for name in own if name not in self._sent]))
+
+    def _has_come_through(self) -> None:
+        """The store takes files again: what failed before does not count as failing since then."""
+        with self._changed:
+            self._error = None
 
     def _has_all(self, order: _Order, notes: dict[int, str]) -> bool:
         """Wait for the other ranks; False: the checkpoint was given up meanwhile.
@@ -286,7 +294,7 @@ class Uploader:
         """
         with self._changed:
             self._awaited = frozenset(notes.values())
-        seen: set[str] = set()
+        seen: set[str] | None = None
         since = time.monotonic()
         while True:
             files = self.store.files(folder_of(self._output, order.step).name)
@@ -296,6 +304,8 @@ class Uploader:
             if self._is_given_up(order.step):
                 return False
             if files.keys() != seen:
+                if seen is not None:
+                    self._has_come_through()
                 seen, since = set(files), time.monotonic()
             if time.monotonic() - since > self._patience:
                 raise _OthersMissing(
@@ -332,10 +342,9 @@ class Uploader:
                 # Read at once: the run appends to it.
                 self.store.write(name, path.read_bytes())
         files = self.store.files()
-        self.store.remove(path for path in files if path.startswith(prefix + _NOTE))
-        self.store.write(prefix + CHECKSUMS, listed)
         newest = max([order.step, *complete_steps(files)])
         self.store.write(LATEST, f"{newest}\n".encode())
+        self.store.write(prefix + CHECKSUMS, listed)
 
     def _remove_old(self, order: _Order) -> None:
         """Remove what the rule does not keep, and what broken-off uploads left."""

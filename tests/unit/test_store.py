@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import json
 import os
 import shutil
 import threading
+import time
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -235,13 +237,18 @@ def test_a_damaged_file_of_the_cache_is_copied_again(tmp_path: Path) -> None:
     ):
         Verification(cached).wait()
     assert content_of(fetch(URL)) == content_of(folder)
+    # Small files are read before anything is verified.
+    (cached / "model.json").write_bytes(b"x" * (folder / "model.json").stat().st_size)
+    assert content_of(fetch(URL)) == content_of(folder)
 
 
 def test_what_others_copy_takes_room_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = write_checkpoint(tmp_path, 10)
     upload(tmp_path, 10)
     needed = sum(len(content) for name, content in content_of(folder).items() if name != CHECKSUMS)
-    half = remote._cache() / "copy" / remote.COPYING / "1.part"
+    # Of a process that was killed.
+    claim = "common.pt" + hashlib.sha256(f"{folder.name}/common.pt".encode()).hexdigest()[:8]
+    half = remote._cache() / "copy" / remote.COPYING / f"{claim}.1.part"
     half.parent.mkdir(parents=True)
     half.write_bytes(bytes(1000))
     there = Store(URL, name="load")
@@ -249,6 +256,7 @@ def test_what_others_copy_takes_room_once(tmp_path: Path, monkeypatch: pytest.Mo
         monkeypatch.setattr(remote.shutil, "disk_usage", lambda _, free=free: types.SimpleNamespace(free=free))
         with contextlib.nullcontext() if fits else pytest.raises(CheckpointError, match="GB free"):
             remote.copy_here(there, f"{folder.name}/", half.parent.parent, there.files())
+    assert not list(half.parent.glob("*.part"))
 
 
 def test_a_checkpoint_that_is_removed_meanwhile_makes_way_for_the_newer(
@@ -386,6 +394,60 @@ def test_a_rank_that_sends_nothing_is_named(server: S3Server, tmp_path: Path, mo
     assert len(server.names(f"run/{folder.name}/")) == len(content_of(folder)), "no note is left"
 
 
+def test_notes_stay_until_the_checkpoint_is_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The store refuses the checksums once, and a note's removal once: no rank would write its note again."""
+    folder = write_checkpoint(tmp_path, 10)
+    refused: set[str] = set()
+    real_write, real_remove = Store.write, Store.remove
+
+    def refuse(what: str) -> None:
+        if what not in refused:
+            refused.add(what)
+            raise StoreError("slow down", is_lasting=False)
+
+    def write(self: Store, path: str, content: bytes) -> None:
+        if path.endswith(CHECKSUMS):
+            refuse("checksums")
+        real_write(self, path, content)
+
+    def remove(self: Store, paths: Iterable[str]) -> None:
+        listed = list(paths)
+        if any(uploading._NOTE in path for path in listed):
+            refuse("note")
+        real_remove(self, listed)
+
+    monkeypatch.setattr(Store, "write", write)
+    monkeypatch.setattr(Store, "remove", remove)
+    first, second = (uploader(tmp_path, rank, ranks=2) for rank in range(2))
+    for each in (first, second):
+        each.put(10)
+    assert wait_until(lambda: first.is_done and second.is_done, 30)
+    assert refused == {"checksums", "note"} and content_of(fetch(URL)) == content_of(folder)
+    assert not any(uploading._NOTE in path for path in Store(URL, name="load").files())
+
+
+def test_an_upload_that_comes_on_is_not_failing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_checkpoint(tmp_path, 10)
+    calls: list[str] = []
+    real = Store.upload
+
+    def upload_slowly(self: Store, source: Path, path: str) -> None:
+        calls.append(path)
+        if len(calls) == 1:
+            raise StoreError("slow down", is_lasting=False)
+        real(self, source, path)
+        time.sleep(0.3)
+
+    monkeypatch.setattr(Store, "upload", upload_slowly)
+    monkeypatch.setattr(uploading, "_THREADS", 1)
+    up = uploader(tmp_path, patience=0.5)
+    up.put(10)
+    assert wait_until(lambda: len(calls) > 1, 30)
+    seen = []
+    assert wait_until(lambda: bool(seen.append(up.trouble)) or up.is_done, 30)
+    assert len(calls) > 6 and seen.count(None) == len(seen)
+
+
 def test_a_complete_checkpoint_stays_whole_until_it_is_declared_incomplete(server: S3Server, tmp_path: Path) -> None:
     before = write_checkpoint(tmp_path / "a", 10)
     upload(tmp_path / "a", 10)
@@ -463,12 +525,27 @@ def test_another_checkpoint_of_the_same_step_takes_its_place(tmp_path: Path) -> 
     assert fetch(URL) != first and content_of(fetch(URL)) == content_of(folder)
 
 
+def _no_room(*_: object) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
 def test_folders_by_url_are_stores_too(tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path / "run", 10)
     target = Store(f"file://{tmp_path}/store", name="upload_to")
     for name, content in content_of(folder).items():
         target.write(f"{folder.name}/{name}", content)
     assert content_of(fetch(f"file://{tmp_path}/store")) == content_of(folder)
+    # A file that is cut short never has its name.
+    link = tmp_path / "missing-room"
+    link.write_bytes(b"content")
+    target.upload(link, "whole")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "replace", _no_room)
+        for act in (lambda: target.upload(link, "whole"), lambda: target.write("whole", b"other")):
+            with pytest.raises(StoreError, match="No space left"):
+                act()
+    assert target.read("whole", most=100) == b"content" and not [path for path in target.files() if "part" in path]
+    target.remove(["whole"])
     target.remove([f"{folder.name}/hf/config.json", f"{folder.name}/nothing"])
     assert not (tmp_path / "store" / folder.name / "hf").exists() and (tmp_path / "store" / folder.name).exists()
     target.remove(target.files())
@@ -497,10 +574,14 @@ def test_a_store_that_cannot_be_used_is_named_in_one_line(
     assert SECRET not in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_secrets_are_not_shown(server: S3Server) -> None:
-    server.status = f"500 failed for {SECRET} at http://me:password@host/x"
-    with pytest.raises(StoreError) as caught:
-        Store(URL, name="upload_to").write("x", b"")
+def test_secrets_are_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(f"failed for {SECRET} at http://me:password@host/x")
+
+    target = Store(URL, name="upload_to")
+    monkeypatch.setattr(target._fs, "pipe_file", fail)
+    with pytest.raises(StoreError, match="failed for ") as caught:
+        target.write("x", b"")
     said = store._shown(f"failed for {SECRET} at http://me:password@host/x")
     assert said == "failed for [AWS_SECRET_ACCESS_KEY] at http://[credentials]@host/x"
     assert SECRET not in str(caught.value) and "password" not in str(caught.value)

@@ -19,7 +19,7 @@ os.environ.setdefault("MEGATRON_LONGPO_DOCTOR_RECORD", "ignore")
 
 @pytest.fixture(autouse=True)
 def _no_process_group_stays() -> Iterator[None]:
-    """End the process group that a test has left in this process: the next file's test would not get one of its own."""
+    """A test that leaves a process group fails: a test of the next file would not get one of its own."""
     yield
     import torch.distributed as dist
 
@@ -27,3 +27,4 @@ def _no_process_group_stays() -> Iterator[None]:
         from megatron_longpo.runtime.process_groups import stop_processes
 
         stop_processes()
+        pytest.fail("this test has left its process group; stop_processes() ends it")

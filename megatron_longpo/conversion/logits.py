@@ -109,31 +109,31 @@ def compare_logits(
     Raises:
         CheckpointError: a side lacks a tensor, or a token is not in the vocabulary.
     """
-    process_groups.start_processes(_TIMEOUT_MINUTES)
-    parallel = process_groups.set_up()
-    agreement: Agreement | None = None
-    with raise_on_all_ranks(Path(hf)):
-        if rank() == 0:
-            folder = resolve(checkpoint)
-            sides = Sides.read(folder, Path(hf), changes)
-            _check_rows(rows, sides.ours.vocab_size)
-            reader, source = DistributedReader(folder), HuggingFaceWeights(Path(hf))
-            # Weights that conversion cast are compared as the narrower side has them.
-            narrow = min(
-                (reader.dtype("embedding.word_embeddings.weight"), source.dtype("model.embed_tokens.weight")),
-                key=lambda dtype: dtype.itemsize,
-            )
-            starts, windows = [first_position], list[int]()
-            if beyond:
-                length = max(map(len, rows))
-                starts += [s for s in _starts_beyond(sides, length) if s != first_position]
-                windows = sorted({w for w in _windows(sides) if w <= LONGEST_WINDOW})
-            total = (sides.ours.num_layers + sides.theirs.num_layers) * len(rows) + 2 * len(windows)
-            loading = _Loading(dtype=narrow, keep=whole, on_layer=partial(progress, 1, total=total))
-            ours = _OurModel(reader, sides, parallel, loading)
-            theirs = _TheirModel(source, sides, loading)
-            agreement = _run_both(ours, theirs, rows, starts=starts, windows=windows, bound=bound)
-    (result, *_) = all_gather_objects(agreement)
+    with process_groups.joined(_TIMEOUT_MINUTES):
+        parallel = process_groups.set_up()
+        agreement: Agreement | None = None
+        with raise_on_all_ranks(Path(hf)):
+            if rank() == 0:
+                folder = resolve(checkpoint)
+                sides = Sides.read(folder, Path(hf), changes)
+                _check_rows(rows, sides.ours.vocab_size)
+                reader, source = DistributedReader(folder), HuggingFaceWeights(Path(hf))
+                # Weights that conversion cast are compared as the narrower side has them.
+                narrow = min(
+                    (reader.dtype("embedding.word_embeddings.weight"), source.dtype("model.embed_tokens.weight")),
+                    key=lambda dtype: dtype.itemsize,
+                )
+                starts, windows = [first_position], list[int]()
+                if beyond:
+                    length = max(map(len, rows))
+                    starts += [s for s in _starts_beyond(sides, length) if s != first_position]
+                    windows = sorted({w for w in _windows(sides) if w <= LONGEST_WINDOW})
+                total = (sides.ours.num_layers + sides.theirs.num_layers) * len(rows) + 2 * len(windows)
+                loading = _Loading(dtype=narrow, keep=whole, on_layer=partial(progress, 1, total=total))
+                ours = _OurModel(reader, sides, parallel, loading)
+                theirs = _TheirModel(source, sides, loading)
+                agreement = _run_both(ours, theirs, rows, starts=starts, windows=windows, bound=bound)
+        (result, *_) = all_gather_objects(agreement)
     assert result is not None
     return result
 

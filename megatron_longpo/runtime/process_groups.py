@@ -147,6 +147,23 @@ def start_processes(timeout_minutes: int) -> None:
 
 
 @contextlib.contextmanager
+def joined(timeout_minutes: int) -> Iterator[None]:
+    """Within this context the process is in a group: one that was there already, or that of ``start_processes``, which ends with
+    the context.
+
+    Args:
+        timeout_minutes: minutes after which a collective fails.
+    """
+    is_ours = not dist.is_initialized()
+    start_processes(timeout_minutes)
+    try:
+        yield
+    finally:
+        if is_ours:
+            stop_processes()
+
+
+@contextlib.contextmanager
 def alone() -> Iterator[None]:
     """Within this context the process is a world of its own, whatever the launcher says; before ``start_processes``."""
     platform.CURRENT.use_local_rank(int(os.environ.get("LOCAL_RANK", "0")))

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from megatron.core import parallel_state
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -33,7 +32,7 @@ from megatron_longpo.model.attention import AttentionPlan
 from megatron_longpo.model.inputs import ModelInputs
 from megatron_longpo.model.rotary import rotary_of
 from megatron_longpo.model.shape import ModelShape
-from megatron_longpo.runtime.process_groups import destroy_groups
+from megatron_longpo.runtime.process_groups import stop_processes
 from megatron_longpo.training.checkpointer import load_weights
 from tests.support.data import make_data
 from tests.support.launch import PYTHON, command, run, torchrun
@@ -99,8 +98,7 @@ def their_logits(folder: Path, tokens: list[int]) -> Tensor:
 def _groups() -> Iterator[None]:
     """Destroys the process groups that a test's models have made in this process."""
     yield
-    if parallel_state.model_parallel_is_initialized():
-        destroy_groups()
+    stop_processes()
 
 
 @pytest.fixture(scope="module")

@@ -60,6 +60,8 @@ class Pair:
         rank: the rank.
         parallel: other options of the section.
         optimizer: optimizer.
+        offloaded: layers of each stage whose activations wait in host memory.
+        layers: depth that the model is cut to; None: its own.
     """
 
     model: str
@@ -70,6 +72,8 @@ class Pair:
     rank: int = 0
     parallel: dict[str, Any] = field(default_factory=dict)
     optimizer: str = "rmsprop"
+    offloaded: int = 0
+    layers: int | None = None
 
     def request(self, layers: int | None) -> Request:
         tensor, pipeline, context = self.layout
@@ -79,6 +83,8 @@ class Pair:
         if self.recompute.isdigit():
             training |= {"recompute_granularity": "full", "recompute_method": "block"}
             training |= {"recompute_num_layers": int(self.recompute)}
+        if self.offloaded:
+            training["cpu_offloading_num_layers"] = self.offloaded
         config = {
             "parallel": {
                 "tensor_model_parallel_size": tensor,
@@ -91,6 +97,7 @@ class Pair:
             "training": training,
             "optimizer": {"optimizer": self.optimizer},
         }
+        layers = layers or self.layers
         shape = {**MODELS[self.model], **({} if layers is None else {"num_layers": layers})}
         return Request(config, self.world_size, self.rank, shape, tokens=self.tokens)
 
@@ -126,6 +133,15 @@ PAIRS = (
     Pair("llama-3.1-70b", 64, 131072, (8, 1, 8)),
     Pair("llama-3.1-70b", 64, 131072, (8, 2, 4)),
 )
+# Activations in host memory: `--offloaded`.
+OFFLOADED = (
+    Pair("mistral-7b", 8, 131072, (1, 1, 8), layers=8),
+    Pair("mistral-7b", 8, 131072, (1, 1, 8), offloaded=5, layers=8),
+    Pair("mistral-7b", 8, 131072, (1, 1, 8), offloaded=7, layers=8),
+    Pair("mistral-7b", 8, 131072, (1, 1, 8), "none", offloaded=6, layers=8),
+    Pair("mistral-7b", 8, 65536, (2, 2, 2), offloaded=3, layers=8),
+    Pair("mistral-7b", 8, 65536, (2, 2, 2), rank=7, offloaded=3, layers=8),
+)
 
 
 # Pairs of one simulating process: it takes some seconds to start, and its results are written when it ends.
@@ -136,9 +152,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, help="depth of every model; default: its own")
     parser.add_argument("--only", help="a model")
+    parser.add_argument("--offloaded", action="store_true", help="the pairs with activations in host memory")
     parser.add_argument("--found", type=Path, help="file that keeps what was found, one JSON object a line")
     a = parser.parse_args()
-    pairs = [pair for pair in PAIRS if a.only in (None, pair.model)]
+    pairs = [pair for pair in (OFFLOADED if a.offloaded else PAIRS) if a.only in (None, pair.model)]
     found: dict[str, dict[str, Any]] = {}
     if a.found is not None and a.found.exists():
         found = {row["request"]: row for row in map(json.loads, a.found.read_text(encoding="utf-8").splitlines())}

@@ -278,9 +278,10 @@ class Activations:
         # The last norm saves its input, until its backward, which comes before that of any layer.
         last_input = self._hidden if self.is_last else 0
         moments = [PeakBytes(saved=chunk + last_input)]
-        # With activations in host memory something of that size is there in the layers' backward too: without it the estimate of
-        # Mistral-7B with 6 of 8 layers there was 0.2% below the simulated peak.
-        beside = last_input if offloaded else 0
+        # With activations in host memory a tensor of that size is there in the layers' backward as well. Which one is not known:
+        # without it Mistral-7B was 0.2% below the simulated peak with 6 of 8 layers there, and 1.2% on the first stage of a
+        # pipeline. What a stage has received is as large, and counted already.
+        beside = self._hidden if offloaded and (self.is_last or not received) else 0
         if whole_layers < layers:
             moments += [
                 PeakBytes(saved=chunk + beside, backward=self._mlp_backward(recomputed=recompute_up)),

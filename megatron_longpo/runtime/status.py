@@ -84,11 +84,21 @@ class StatusFile:
         self._written = time.monotonic()
         if self._only_failures and state != "failed":
             return
+        if state == "running" and self._has_failed():
+            # Another rank has just said why the run ends; it ends this one, too.
+            return
         now = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
         slow = self.slow if state == "running" else ""
         status = Status(state, self._step, self._train_iters, now, socket.gethostname(), os.getpid(), message, slow)
         with contextlib.suppress(OSError):
             write_checked(self._output / HEARTBEAT_FILE, asdict(status), indent=None)
+
+    def _has_failed(self) -> bool:
+        assert self._output is not None
+        try:
+            return bool(read_checked(self._output / HEARTBEAT_FILE).get("state") == "failed")
+        except (OSError, ValueError):
+            return False
 
 
 def silent_seconds(output: Path) -> float:

@@ -92,7 +92,7 @@ class Blocks:
         Args:
             other: blocks of the same value.
             bound: difference of two norms or sums relative to the norm. Blocks that are smaller than others, whose values may be
-                what is left when larger ones cancel, are taken as being as large as a typical one.
+                what is left when larger ones cancel, are taken as being as large as the root mean square of all of them.
         """
         one_K, other_K = self.norms_K.double(), other.norms_K.double()
         same_K = (one_K == other_K) | (one_K.isnan() & other_K.isnan())

@@ -181,7 +181,7 @@ class StragglerDetector:
         table = torch.zeros(world, len(row), dtype=torch.float64)
         table[rank] = torch.tensor(row, dtype=torch.float64)
         table = table.to(platform.CURRENT.device)
-        # The only exchange, and one number per phase and rank.
+        # The only exchange: two numbers per phase and rank, and two more.
         dist.all_reduce(table)
         self._reset()
         rows, count = table.tolist(), len(PHASES)

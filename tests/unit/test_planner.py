@@ -440,8 +440,8 @@ def test_what_is_fixed_must_fit_the_host_s_memory() -> None:
     (stage,) = search._stages(best.candidate, False).values()
     assert best.memory.host == 2 * 3 * stage.activations.kept(recompute_up=best.recompute.up) > 0
     tight = dataclasses.replace(host, host_memory_gib=best.memory.host / 2**30)
-    for plan in dataclasses.replace(search, machine=tight).best(1):
-        assert plan.memory.host < best.memory.host
+    (plan,) = dataclasses.replace(search, machine=tight).best(1)
+    assert plan.memory.host < best.memory.host
 
 
 def test_the_configured_layout_keeps_the_layers_that_wait_in_host_memory() -> None:

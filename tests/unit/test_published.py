@@ -75,6 +75,13 @@ def test_other_published_steps_are_within_a_quarter(published: ModuleType, sourc
     assert all(abs(f.error) <= bound for f in figures), [f"{f.what}: {f.error:+.1%}" for f in figures]
 
 
+def test_the_docs_have_these_figures(published: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    published.main()
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    docs = (ROOT / "docs" / "planner.md").read_text(encoding="utf-8").splitlines()
+    assert len(rows) > 20 and [row for row in rows if row not in docs] == []
+
+
 def test_the_planner_is_compared_with_runs_of_every_kind() -> None:
     sys.path.insert(0, str(ROOT / "benchmarks"))
     try:

@@ -28,3 +28,14 @@ def _no_process_group_stays() -> Iterator[None]:
 
         stop_processes()
         pytest.fail("this test has left its process group; stop_processes() ends it")
+
+
+@pytest.fixture(autouse=True)
+def _no_rank_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What start_processes puts into the environment goes with the test: accelerate would take a later one for a rank."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR"):
+        if name in os.environ:
+            monkeypatch.setenv(name, os.environ[name])
+        else:
+            monkeypatch.setenv(name, "")  # so that the test's end removes what the test itself sets
+            monkeypatch.delenv(name)

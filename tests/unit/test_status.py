@@ -32,6 +32,20 @@ def test_the_exit_status_says_whether_to_run_it_again(tmp_path: Path, capsys: py
     assert line.startswith(f"{tmp_path}: stopped, step 4 of 10, 0 s ago on ") and line.endswith(" (on SIGUSR1)")
 
 
+def test_what_one_rank_failed_of_stays(tmp_path: Path) -> None:
+    """Another rank's sign of life comes after it: it is ended only then."""
+    first, other = StatusFile(tmp_path, train_iters=10), StatusFile(tmp_path, train_iters=10)
+    first.write("running", step=4)
+    other.write("failed", message="out of memory on rank 1")
+    first.write("running", step=5)
+    assert read_checked(tmp_path / HEARTBEAT_FILE)["message"] == "out of memory on rank 1"
+    # The next start of the run is one that goes on.
+    again = StatusFile(tmp_path, train_iters=10)
+    again.write("starting")
+    again.write("running", step=4)
+    assert read_checked(tmp_path / HEARTBEAT_FILE)["state"] == "running"
+
+
 def test_signs_of_life(tmp_path: Path) -> None:
     StatusFile(tmp_path, train_iters=10).write("running", step=4)
     assert status(str(tmp_path), "--alive", "60") == 0

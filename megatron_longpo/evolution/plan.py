@@ -221,7 +221,7 @@ class _Round:
 
     def stages(self) -> Iterator[Stage]:
         yield from self._data()
-        methods = self._evolution.methods
+        methods = self._round.methods
         evaluates = bool(self._round.settings["evaluate"])
         if evaluates:
             yield self._evaluation("evaluate-before", self._origin.model, self._paths.before, self._from_origin)

@@ -11,6 +11,7 @@
     rounds:
     - name: 128K
       generate: {documents: {documents: [./books], seq_length: 131072}}
+      methods: {sft: {optimizer: {lr: 1.0e-6}}}      # what this round changes of a method
       gate: [{suite: ruler, name: average, length: all, figure: low, at_least: 0.0}]
 
 ``generate``, ``train`` and ``evaluate`` hold what a YAML file of that command holds; ``preprocess``, ``import`` and ``export``
@@ -116,11 +117,13 @@ class Round:
         name: name of the round, and of its folder.
         settings: command -> its settings, those of ``defaults`` included.
         gate: what decides about the next round.
+        methods: name -> changes of the training's settings, those of all rounds included, in the order of ``Evolution.methods``.
     """
 
     name: str
     settings: Mapping[str, dict[str, Any]]
     gate: tuple[GateRule, ...]
+    methods: Mapping[str, dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -131,7 +134,7 @@ class Evolution:
         source: the file that it was read from.
         evolve: what all rounds share.
         resources: stage -> resources, where they are given.
-        methods: name -> changes of the training's settings. The first one's model goes on.
+        methods: name -> changes of the training's settings in all rounds. The first one's model goes on.
         rounds: the rounds in order.
     """
 
@@ -191,12 +194,13 @@ def read_evolution(path: str | Path) -> Evolution:
     for name in ("model", "output"):
         if getattr(evolve, name) is None:
             raise ConfigError(f"{where}: evolve.{name} is not given; name a folder")
+    methods = _methods(values, where)
     evolution = Evolution(
         source,
         evolve,
         _resources(_mapping(values, "resources", where), where),
-        _methods(values, where),
-        _rounds(values, where),
+        methods,
+        _rounds(values, methods, where),
     )
     _check_arrays(evolution, where)
     return evolution
@@ -237,7 +241,7 @@ def _methods(values: Mapping[str, Any], where: str) -> dict[str, dict[str, Any]]
     return {name: _mapping(content, name, f"{where}: methods") for name in content}
 
 
-def _rounds(values: Mapping[str, Any], where: str) -> tuple[Round, ...]:
+def _rounds(values: Mapping[str, Any], methods: Mapping[str, dict[str, Any]], where: str) -> tuple[Round, ...]:
     defaults = _mapping(values, "defaults", where)
     _check_round_keys(defaults, (*COMMANDS, "gate"), f"{where}: defaults")
     content = values.get("rounds")
@@ -248,14 +252,26 @@ def _rounds(values: Mapping[str, Any], where: str) -> tuple[Round, ...]:
         at = f"{where}: round {number}"
         if not isinstance(one, dict):
             raise ConfigError(f"{at} is {kind_of(one)}; it must be a mapping")
-        _check_round_keys(one, (*COMMANDS, "gate", "name"), at)
+        _check_round_keys(one, (*COMMANDS, "gate", "methods", "name"), at)
         name = one.get("name", f"round{number}")
         _check_name(name, f"{at}: name")
         if name in [other.name for other in rounds]:
             raise ConfigError(f"{at} has the name {name!r} of another round; rename it")
         settings = {c: merged(_mapping(defaults, c, f"{where}: defaults"), _mapping(one, c, at)) for c in COMMANDS}
-        rounds.append(Round(name, settings, _gate(one.get("gate", defaults.get("gate")), at)))
+        gate = _gate(one.get("gate", defaults.get("gate")), at)
+        rounds.append(Round(name, settings, gate, _methods_of_round(_mapping(one, "methods", at), methods, at)))
     return tuple(rounds)
+
+
+def _methods_of_round(
+    changes: Mapping[str, Any], methods: Mapping[str, dict[str, Any]], where: str
+) -> dict[str, dict[str, Any]]:
+    for name in changes:
+        if name not in methods:
+            raise ConfigError(
+                f"{where}: methods has {name!r}, which is none of the file's; {nearest(str(name), methods)}"
+            )
+    return {name: merged(own, _mapping(changes, name, f"{where}: methods")) for name, own in methods.items()}
 
 
 def _check_round_keys(content: Mapping[str, Any], known: tuple[str, ...], where: str) -> None:

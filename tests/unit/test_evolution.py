@@ -78,6 +78,8 @@ def test_what_a_round_says_comes_before_the_defaults() -> None:
         ({"defaults": {"generate": {"engine": {"engine": "openai"}}}}, "asks a server, which serves one model"),
         ({"defaults": {"evaluate": {"evaluate": {"tasks": ["rular"]}}}}, "rular"),
         ({"methods": {"a b": {}}}, "'a b' is not a name"),
+        ({"rounds": [{"methods": {"longop": {}}}]}, "methods has 'longop', which is none of the file's; did you mean 'longpo'"),
+        ({"rounds": [{"methods": []}]}, "methods holds a list; it must be a mapping"),
     ],
 )
 def test_a_wrong_value_is_refused_before_anything_runs(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
@@ -122,6 +124,21 @@ def test_the_stages_of_a_round(tmp_path: Path) -> None:
     for stage in found.values():
         assert set(stage.after) <= seen
         seen.add(stage.id)
+
+
+def test_a_round_may_change_a_method(tmp_path: Path) -> None:
+    methods = {"longpo": {}, "dpo": {"objective": {"objective": "dpo", "beta": 0.2}}}
+    own = {"dpo": {"objective": {"beta": 0.3}, "reference": {"reference_rotary_base": 1e6}}}
+    plans = planner(tmp_path, methods=methods, rounds=[{"name": "first", "methods": own}, {"name": "second"}])
+    origin = Origin(tmp_path / "model")
+    first, second = (
+        {s.name: s.config for s in plans.stages(r, origin) if s.config is not None} for r in plans.evolution.rounds
+    )
+    assert first["train:dpo"]["objective"] == {"objective": "dpo", "beta": 0.3}
+    assert first["train:dpo"]["reference"]["reference_rotary_base"] == 1e6
+    assert first["reference:dpo"]["reference"]["reference_rotary_base"] == 1e6
+    assert second["train:dpo"]["objective"] == {"objective": "dpo", "beta": 0.2}
+    assert "reference_rotary_base" not in second["train:dpo"].get("reference", {})
 
 
 def test_each_run_has_a_place_of_its_own_in_a_store(tmp_path: Path) -> None:

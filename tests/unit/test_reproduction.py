@@ -128,12 +128,30 @@ def test_all_settings_are_accepted(modules: dict[str, ModuleType], tmp_path: Pat
     run = modules["run"]
     reproduction = run.Reproduction(tmp_path, run.AMOUNTS[amounts])
     path = tmp_path / "rounds.yaml"
-    path.write_text(yaml.safe_dump(reproduction.rounds(), sort_keys=False))
+    path.write_text(yaml.safe_dump(reproduction.rounds(2), sort_keys=False))
     evolve(["--config", str(path), "--check"], prog="evolve")
     for step in reproduction.making["steps"]:
         values = run.merged(reproduction.making["defaults"], step.get("train", {}))
         given = {"data": {"data_path": "d"}, "checkpoint": {"load": "l", "save": "s"}}
         check(from_dict(run.merged(values, given), "test", Config))
+
+
+def test_each_seed_is_a_chain_of_its_own(modules: dict[str, ModuleType], tmp_path: Path) -> None:
+    reproduction = modules["run"].Reproduction(tmp_path, modules["run"].AMOUNTS["pilot"])
+    first, second = (reproduction.rounds(seed) for seed in (1, 2))
+    assert reproduction.seeds == (1, 2, 3) and first["methods"] == second["methods"]
+    assert first["evolve"]["output"] != second["evolve"]["output"]
+    assert {part: first["defaults"][part] for part in ("generate", "train")} != {
+        part: second["defaults"][part] for part in ("generate", "train")
+    }
+    for one, other in zip(first["rounds"], second["rounds"], strict=True):
+        assert one["generate"]["documents"]["documents"] != other["generate"]["documents"]["documents"]
+        # A reference that reads the long rows reads them by the policy's positions, or it knows nothing about them.
+        base = one["train"]["model"]["rotary_base"]
+        for method in ("dpo", "long-reference"):
+            assert one["methods"][method]["reference"]["reference_rotary_base"] == base
+        weight = one["train"]["objective"]["preference_weight"]
+        assert one["methods"]["long-reference"]["objective"]["rpo_alpha"] == pytest.approx(1 / weight)
 
 
 def test_the_preference_weight_goes_with_the_length(modules: dict[str, ModuleType]) -> None:
@@ -162,16 +180,17 @@ def write_evaluation(folder: Path, scores: dict[int, list[float]]) -> None:
 def test_tables_pool_the_seeds_of_a_method(modules: dict[str, ModuleType], tmp_path: Path) -> None:
     report: Any = modules["report"]
     write_evaluation(tmp_path / "examined" / "model", {256: [1, 1], 512: [1, 0], 1024: [0, 0], 2048: [0, 0]})
-    rounds = tmp_path / "rounds" / "1K"
-    write_evaluation(rounds / "longpo" / "longpo", {256: [1, 1], 512: [1, 1], 1024: [1, 0], 2048: [1, 1]})
-    write_evaluation(rounds / "longpo-seed2" / "longpo-seed2", {256: [1, 1], 512: [1, 1], 1024: [1, 1], 2048: [1, 1]})
-    (rounds / "pairs.jsonl").write_text("")
-    write_evaluation(rounds / "redone" / "longpo", {256: [0, 0]})
-    for name, nll in (("model", 0.0), ("1K-longpo", 1.0), ("1K-longpo-seed2", 3.0)):
+    first, second = (tmp_path / "rounds" / seed / "1K" for seed in ("seed1", "seed2"))
+    write_evaluation(first / "longpo" / "longpo", {256: [1, 1], 512: [1, 1], 1024: [1, 0], 2048: [1, 1]})
+    write_evaluation(second / "longpo" / "longpo", {256: [1, 1], 512: [1, 1], 1024: [1, 1], 2048: [1, 1]})
+    write_evaluation(first / "sft" / "sft", {256: [1, 1], 512: [1, 0], 1024: [0, 0], 2048: [1, 1]})
+    (first / "pairs.jsonl").write_text("")
+    write_evaluation(first / "redone" / "longpo", {256: [0, 0]})
+    for name, nll in (("model", 0.0), ("seed1-1K-longpo", 1.0), ("seed2-1K-longpo", 3.0)):
         (tmp_path / "perplexity" / name).mkdir(parents=True)
         content = {"suites": {"preference": {"metrics": {"nll": nll}}}}
         (tmp_path / "perplexity" / name / "results.json").write_text(json.dumps(content))
-    before, longpo = report.results(tmp_path)
+    before, longpo, _ = report.results(tmp_path)
     assert (before.round, before.method, before.seeds) == ("", "model", 1)
     assert (longpo.round, longpo.method, longpo.seeds) == ("1K", "longpo", 2)
     assert before.short.mean == 0.75 and before.short.questions == 4
@@ -180,6 +199,10 @@ def test_tables_pool_the_seeds_of_a_method(modules: dict[str, ModuleType], tmp_p
     # "in Rome" against "Rome": precision 1/2, recall 1.
     assert longpo.f1[256].mean == pytest.approx(2 / 3)
     assert before.perplexity == 1 and longpo.perplexity == pytest.approx(np.exp(2))
+    # Only the seed that both have: 3 of 4 against 4 of 4, and 0 of 2 against 1 of 2.
+    (difference,) = report.differences(tmp_path)
+    assert (difference.round, difference.method, difference.seeds) == ("1K", "sft", 1)
+    assert difference.short.mean == 0.25 and difference.long.mean == 0.5
     report.write(tmp_path)
     text = (tmp_path / "results.md").read_text()
     assert "| 1K | longpo | 2 | 100.0 (100 to 100) | 100.0 (100 to 100) | 75.0 (50 to 100) |" in text
@@ -201,7 +224,7 @@ def test_the_first_question_of_each_kind_is_shown(
 ) -> None:
     report: Any = modules["report"]
     kinds = ["pet", "order", "job", "home", "color", "code"]
-    folders = ("rounds/1K/before", "examined/rope-1K", "rounds/1K/longpo/longpo")
+    folders = ("rounds/seed1/1K/before", "examined/rope-1K", "rounds/seed1/1K/longpo/longpo")
     for name, right in zip(folders, (False, False, True), strict=True):
         rows = [
             {
@@ -219,8 +242,8 @@ def test_the_first_question_of_each_kind_is_shown(
         folder = tmp_path / name / "qa"
         folder.mkdir(parents=True)
         (folder / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (tmp_path / "rounds" / "1K" / "gate.json").write_text("{}")
-    run = tmp_path / "rounds" / "1K" / "longpo" / "run"
+    (tmp_path / "rounds" / "seed1" / "1K" / "gate.json").write_text("{}")
+    run = tmp_path / "rounds" / "seed1" / "1K" / "longpo" / "run"
     run.mkdir()
     held_out = [
         {"rewards/margins": -0.5, "rewards/accuracies": 0.25, "nll": 3.0},

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,12 +16,11 @@ from megatron_longpo.evaluation.scoring import token_f1
 # Lengths up to which the model is made.
 SHORT = 512
 DRAWS = 2000
-_SEED_OF_METHOD = re.compile(r"(.+)-seed\d+")
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean and its 95 % bootstrap interval over questions; those of several seeds are drawn together."""
+    """A mean and its 95 % bootstrap interval over questions, of which each is the mean over the seeds' models."""
 
     mean: float
     low: float
@@ -55,12 +53,35 @@ class Result:
     perplexity: float | None
 
 
+@dataclass(frozen=True)
+class Difference:
+    """LongPO's exact match minus another method's, with paired intervals.
+
+    Attributes:
+        round: round.
+        method: the other method.
+        seeds: seeds that both were trained with.
+        short, long: over the lengths up to 512 tokens, and over those beyond, up to the round's.
+    """
+
+    round: str
+    method: str
+    seeds: int
+    short: Interval | None
+    long: Interval | None
+
+
 def write(folder: Path) -> None:
     """Write the tables and the figure of what is there."""
     found = results(folder)
-    content = {"results": [asdict(result) for result in found], "seconds": _read(folder / "seconds.json")}
+    against = differences(folder)
+    content = {
+        "results": [asdict(result) for result in found],
+        "differences": [asdict(difference) for difference in against],
+        "seconds": _read(folder / "seconds.json"),
+    }
     (folder / "results.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    (folder / "results.md").write_text(tables(found), encoding="utf-8")
+    (folder / "results.md").write_text(tables(found, against), encoding="utf-8")
     if found:
         draw(found, folder / "results.png")
     print(f"{folder / 'results.md'}, results.json, results.png: {len(found)} models", flush=True)
@@ -72,19 +93,53 @@ def results(folder: Path) -> list[Result]:
     perplexities = folder / "perplexity"
     for path in sorted((folder / "examined").glob("*/results.json"), key=lambda p: (p.parent.name != "model", str(p))):
         found.append(_result("", path.parent.name, [path.parent], perplexities))
-    rounds = sorted((folder / "rounds").glob("*/pairs.jsonl"), key=lambda p: _length(p.parent.name))
-    if rounds and not (folder / "examined" / "model").exists():
-        found.insert(0, _result("", "model", [rounds[0].parent / "before"], perplexities))
-    for pairs in rounds:
-        evaluations: dict[str, list[Path]] = {}
-        for path in sorted(pairs.parent.glob("*/*/results.json")):
-            name = path.parent.name
-            if path.parent.parent.name != name:
-                # What was made again since.
-                continue
-            same = _SEED_OF_METHOD.fullmatch(name)
-            evaluations.setdefault(same[1] if same else name, []).append(path.parent)
-        found += [_result(pairs.parent.name, method, folders, perplexities) for method, folders in evaluations.items()]
+    names = _rounds(folder)
+    if names and not (folder / "examined" / "model").exists():
+        found.insert(
+            0, _result("", "model", sorted((folder / "rounds").glob(f"*/{names[0]}/before"))[:1], perplexities)
+        )
+    for name in names:
+        for method, folders in _evaluations(folder, name).items():
+            found.append(_result(name, method, folders, perplexities))
+    return found
+
+
+def _rounds(folder: Path) -> list[str]:
+    """Names of the rounds that were begun, shortest first."""
+    return sorted({path.parent.name for path in (folder / "rounds").glob("*/*/pairs.jsonl")}, key=_length)
+
+
+def _evaluations(folder: Path, round_: str) -> dict[str, list[Path]]:
+    """Method -> evaluations of its models, one per seed."""
+    found: dict[str, list[Path]] = {}
+    for path in sorted((folder / "rounds").glob(f"*/{round_}/*/*/results.json")):
+        name = path.parent.name
+        # Others are what was made again since.
+        if path.parent.parent.name == name:
+            found.setdefault(name, []).append(path.parent)
+    return found
+
+
+def differences(folder: Path) -> list[Difference]:
+    """LongPO against every other method of its round, question by question, over the seeds that both have."""
+    found = []
+    for round_ in _rounds(folder):
+        of_method = {
+            method: {path.parts[-4]: path for path in paths} for method, paths in _evaluations(folder, round_).items()
+        }
+        ours = of_method.pop("longpo", {})
+        for method, theirs in of_method.items():
+            seeds = sorted({*ours} & {*theirs})
+            rows = [[_rows(paths[s] / "qa" / "samples.jsonl") for s in seeds] for paths in (ours, theirs)]
+            lengths = {row["length"] for each in rows[0] for row in each}
+            changes = {}
+            for name, chosen in (
+                ("short", {n for n in lengths if n <= SHORT}),
+                ("long", {n for n in lengths if SHORT < n <= _length(round_)}),
+            ):
+                first, second = (_scores(each, chosen, lambda row: row["score"]) for each in rows)
+                changes[name] = interval(first - second) if len(first) and len(first) == len(second) else None
+            found.append(Difference(round_, method, len(seeds), **changes))
     return found
 
 
@@ -119,8 +174,17 @@ def _result(round_: str, method: str, folders: Sequence[Path], perplexities: Pat
         },
         short=interval(np.concatenate([exact[n] for n in within])) if within else None,
         long=interval(np.concatenate([exact[n] for n in beyond])) if beyond else None,
-        perplexity=_perplexity([perplexities / f"{round_}-{folder.name}".removeprefix("-") for folder in folders]),
+        perplexity=_perplexity([perplexities / _name_of(folder) for folder in folders]),
     )
+
+
+def _name_of(evaluation: Path) -> str:
+    """Name of an evaluated model's perplexity: ``seed1-1K-longpo``, ``rope-1K``, ``model``."""
+    if evaluation.parent.name == "examined":
+        return evaluation.name
+    if evaluation.name == "before":
+        return "model"
+    return "-".join(evaluation.parts[-4:-1])
 
 
 def _perplexity(folders: Sequence[Path]) -> float | None:
@@ -137,14 +201,14 @@ def _rows(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def _scores(seeds: Sequence[Sequence[Mapping[str, Any]]], lengths: Sequence[int], score: Any) -> np.ndarray:
+def _scores(seeds: Sequence[Sequence[Mapping[str, Any]]], lengths: Collection[int], score: Any) -> np.ndarray:
     """[questions] mean over the seeds' models of each question's score."""
     of_question: dict[str, list[float]] = {}
     for rows in seeds:
         for row in rows:
             if row["length"] in lengths:
                 of_question.setdefault(row["key"], []).append(score(row))
-    return np.array([np.mean(scores) for scores in of_question.values()])
+    return np.array([np.mean(of_question[key]) for key in sorted(of_question)])
 
 
 def interval(scores: np.ndarray) -> Interval:
@@ -160,7 +224,7 @@ def interval(scores: np.ndarray) -> Interval:
 # --------------------------------------------------------------------------------------------------
 
 
-def tables(found: Sequence[Result]) -> str:
+def tables(found: Sequence[Result], against: Sequence[Difference] = ()) -> str:
     """The tables in Markdown."""
     lengths = sorted({n for result in found for n in result.exact_match})
     head = ["round", "model", "seeds"]
@@ -189,6 +253,11 @@ def tables(found: Sequence[Result]) -> str:
             [*head, *map(str, lengths)],
             [[*_head(r), *(_text(r.needle.get(n)) for n in lengths)] for r in found],
         ),
+        _table(
+            "LongPO minus another method on the same questions, exact match in points",
+            ["round", "method", "seeds", f"to {SHORT}", "beyond"],
+            [[d.round, d.method, str(d.seeds), _text(d.short), _text(d.long)] for d in against],
+        ),
     ]
     return "\n".join(parts)
 
@@ -204,7 +273,7 @@ def show(folder: Path) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    first = min((folder / "rounds").glob("*/gate.json"), key=lambda p: _length(p.parent.name)).parent
+    first = min((folder / "rounds").glob("seed1/*/gate.json"), key=lambda p: _length(p.parent.name)).parent
     name = "longpo"
     before, stretched, after = (
         _rows(path / "qa" / "samples.jsonl")

@@ -17,7 +17,7 @@ from megatron_longpo.evaluation.registry import SUITES
 from megatron_longpo.evaluation.report import REPORT_FILES, print_result, remove_from_report, write_report
 from megatron_longpo.evaluation.results import read_or_begin
 from megatron_longpo.evaluation.sections import SuiteConfig
-from megatron_longpo.evaluation.suites.base import Launch, ReadySuite, Suite
+from megatron_longpo.evaluation.suites.base import EngineSuite, Launch, ReadySuite, Suite
 from megatron_longpo.runtime import platform
 from megatron_longpo.runtime.log import log
 from megatron_longpo.runtime.share import Share, share_of_process
@@ -107,9 +107,10 @@ def begin_all(launch: Launch, suites: Sequence[Suite[Any]], inputs: Mapping[str,
         inputs: what they prepared, by name.
     """
     engine, config = None, launch.config
-    if any(suite.uses_engine for suite in suites):
-        engine = make_engine(config.engine, max(config.lengths), keep_prefix=True)
-        warn_of_positions(config, launch.share)
+    lengths = sorted({length for suite in suites if isinstance(suite, EngineSuite) for length in suite.lengths(config)})
+    if lengths:
+        engine = make_engine(config.engine, lengths[-1], keep_prefix=True)
+        warn_of_positions(config, lengths, launch.share)
     return [suite.begin(launch, inputs[suite.name], engine) for suite in suites]
 
 
@@ -136,12 +137,12 @@ def make_folder(output: Path) -> None:
     read_or_begin(output)
 
 
-def warn_of_positions(config: SuiteConfig, share: Share) -> None:
-    """Log which lengths exceed the positions that the model's config.json declares; they are measured all the same."""
+def warn_of_positions(config: SuiteConfig, lengths: Sequence[int], share: Share) -> None:
+    """Log which of the lengths exceed the positions that the model's config.json declares; they are measured all the same."""
     positions, thinking = declared_positions(config.model), config.engine.thinking_tokens
     if positions is None:
         return
-    beyond = [length for length in config.lengths if length + thinking > positions]
+    beyond = [length for length in lengths if length + thinking > positions]
     if beyond:
         with_thinking = f" with {thinking} tokens of thinking" if thinking else ""
         log(

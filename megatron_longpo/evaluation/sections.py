@@ -23,7 +23,7 @@ class EvaluateConfig:
     """Suites, separated by spaces or commas: ruler, infinitebench, needle, qa, short, preference."""
     lengths: tuple[str, ...] = ("4096",)
     """Lengths in tokens, prompt and answer together (ruler, needle); 4K means 4096. infinitebench truncates to the longest;
-    qa counts each document at the shortest that holds it."""
+    qa counts each document at the shortest that holds it, unless it has --qa-lengths."""
     output: str | None = None
     """Folder of the results. Rerun the same command to resume; --restart starts over."""
     seed: int = 1234
@@ -60,13 +60,7 @@ class SuiteConfig(Sections):
         Raises:
             ConfigError: one is not a number.
         """
-        lengths = set()
-        for text in names(self.evaluate.lengths):
-            digits, factor = (text[:-1], 1024) if text[-1:] in "kK" else (text, 1)
-            if not digits.isdigit() or not int(digits):
-                raise ConfigError(f"lengths has {text!r}, which is not a number of tokens; write 4096 or 4K")
-            lengths.add(int(digits) * factor)
-        return sorted(lengths)
+        return numbers_of_tokens("lengths", self.evaluate.lengths)
 
     @property
     def output(self) -> Path:
@@ -95,3 +89,18 @@ def check_names(option: str, values: tuple[str, ...], known: tuple[str, ...]) ->
     for value in names(values):
         if value not in known:
             raise ConfigError(f"{option} has {value!r}; use {', '.join(known)}")
+
+
+def numbers_of_tokens(option: str, texts: tuple[str, ...]) -> list[int]:
+    """Lengths as an option gives them, in tokens, ascending.
+
+    Raises:
+        ConfigError: one is not a number.
+    """
+    lengths = set()
+    for text in names(texts):
+        digits, factor = (text[:-1], 1024) if text[-1:] in "kK" else (text, 1)
+        if not digits.isdigit() or not int(digits):
+            raise ConfigError(f"{option} has {text!r}, which is not a number of tokens; write 4096 or 4K")
+        lengths.add(int(digits) * factor)
+    return sorted(lengths)

@@ -78,7 +78,10 @@ def test_what_a_round_says_comes_before_the_defaults() -> None:
         ({"defaults": {"generate": {"engine": {"engine": "openai"}}}}, "asks a server, which serves one model"),
         ({"defaults": {"evaluate": {"evaluate": {"tasks": ["rular"]}}}}, "rular"),
         ({"methods": {"a b": {}}}, "'a b' is not a name"),
-        ({"rounds": [{"methods": {"longop": {}}}]}, "methods has 'longop', which is none of the file's; did you mean 'longpo'"),
+        (
+            {"rounds": [{"methods": {"longop": {}}}]},
+            "methods has 'longop', which is none of the file's; did you mean 'longpo'",
+        ),
         ({"rounds": [{"methods": []}]}, "methods holds a list; it must be a mapping"),
     ],
 )

@@ -14,6 +14,7 @@ from megatron_longpo.engines.base import Engine, Prompt, Reply, Sampling
 from megatron_longpo.errors import ConfigError, DataError
 from megatron_longpo.evaluation import evaluate as evaluation
 from megatron_longpo.evaluation.compare import write_comparison
+from megatron_longpo.evaluation.registry import SUITES
 from megatron_longpo.evaluation.scoring import exact_match
 from megatron_longpo.evaluation.settings import EvaluationConfig, check
 from megatron_longpo.evaluation.suites.qa import read_questions
@@ -115,6 +116,17 @@ def test_documents_count_at_the_shortest_length_that_holds_them(
         run(path, tmp_path / "short", ReadingEngine(9), monkeypatch, qa_prompt="{context}" + " x" * 40 + "{question}")
 
 
+def test_lengths_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = run(questions(tmp_path), tmp_path / "own", ReadingEngine(100), monkeypatch, qa_lengths=["1K", "28"])
+    assert found["asked"] == {"qa/first/28": 1, "qa/last/28": 1, "qa/first/1024": 3, "qa/last/1024": 3}
+    values = {
+        "evaluate": {"output": "o", "tasks": ["qa", "ruler"], "lengths": [64]},
+        "qa": {"qa_lengths": ["1K", "28"]},
+    }
+    config = from_dict(values, "test", EvaluationConfig)
+    assert SUITES["qa"].lengths(config) == [28, 1024] and SUITES["ruler"].lengths(config) == [64]  # type: ignore[attr-defined]
+
+
 @pytest.mark.parametrize(
     ("answer", "score"), [("The Rome.", 1.0), ("rome", 1.0), ("Rome, old", 0.0), ("", 0.0), ("bonn", 1.0)]
 )
@@ -157,7 +169,11 @@ def test_files_without_questions(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("qa", "message"),
-    [({}, "qa_data is not given"), ({"qa_data": "q", "qa_prompt": "{context}"}, "has {question} 0 times")],
+    [
+        ({}, "qa_data is not given"),
+        ({"qa_data": "q", "qa_prompt": "{context}"}, "has {question} 0 times"),
+        ({"qa_data": "q", "qa_lengths": ["4M"]}, "qa_lengths has '4M', which is not a number of tokens"),
+    ],
 )
 def test_options(qa: dict[str, Any], message: str) -> None:
     values = {"evaluate": {"output": "o", "tasks": ["qa"]}, "engine": {"model": "m"}, "qa": qa}

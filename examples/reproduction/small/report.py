@@ -36,7 +36,7 @@ class Result:
         round: round that made it; empty for the models before.
         method: method, or what was done instead.
         seeds: number of models.
-        exact_match, f1, needle: length -> score.
+        exact_match, f1, needle, ruler: length -> score (ruler: over its tasks).
         short, long: exact match over the lengths up to 512 tokens, and over those beyond, up to the round's (for the model
             before any round, whose RoPE is as it was: all).
         perplexity: that of the held-out dialogues of at most 512 tokens, the geometric mean over seeds.
@@ -48,6 +48,7 @@ class Result:
     exact_match: dict[int, Interval]
     f1: dict[int, Interval]
     needle: dict[int, Interval]
+    ruler: dict[int, Interval]
     short: Interval | None
     long: Interval | None
     perplexity: float | None
@@ -151,7 +152,7 @@ def _length(name: str) -> int:
 def _result(round_: str, method: str, folders: Sequence[Path], perplexities: Path) -> Result:
     """The result of one method's evaluations."""
     questions = [_rows(folder / "qa" / "samples.jsonl") for folder in folders]
-    needles = [_rows(folder / "needle" / "samples.jsonl") for folder in folders]
+    needles, ruler = ([_rows(folder / suite / "samples.jsonl") for folder in folders] for suite in ("needle", "ruler"))
     lengths = sorted({row["length"] for rows in questions for row in rows})
     # A model whose RoPE was changed for a round is measured by that round's length too.
     of_round = round_ or (method.removeprefix("rope-") if method.startswith("rope-") else "")
@@ -168,14 +169,17 @@ def _result(round_: str, method: str, folders: Sequence[Path], perplexities: Pat
             n: interval(_scores(questions, [n], lambda row: token_f1(row["answer"], row["references"])))
             for n in lengths
         },
-        needle={
-            n: interval(_scores(needles, [n], lambda row: row["score"]))
-            for n in sorted({row["length"] for rows in needles for row in rows})
-        },
+        needle=_by_length(needles),
+        ruler=_by_length(ruler),
         short=interval(np.concatenate([exact[n] for n in within])) if within else None,
         long=interval(np.concatenate([exact[n] for n in beyond])) if beyond else None,
         perplexity=_perplexity([perplexities / _name_of(folder) for folder in folders]),
     )
+
+
+def _by_length(seeds: Sequence[Sequence[Mapping[str, Any]]]) -> dict[int, Interval]:
+    lengths = sorted({row["length"] for rows in seeds for row in rows})
+    return {n: interval(_scores(seeds, [n], lambda row: row["score"])) for n in lengths}
 
 
 def _name_of(evaluation: Path) -> str:
@@ -252,6 +256,11 @@ def tables(found: Sequence[Result], against: Sequence[Difference] = ()) -> str:
             "Needle map, found in percent",
             [*head, *map(str, lengths)],
             [[*_head(r), *(_text(r.needle.get(n)) for n in lengths)] for r in found],
+        ),
+        _table(
+            "RULER (niah_single_1, niah_single_2, niah_multikey_1, niah_multikey_2), found in percent",
+            [*head, *map(str, lengths)],
+            [[*_head(r), *(_text(r.ruler.get(n)) for n in lengths)] for r in found],
         ),
         _table(
             "LongPO minus another method on the same questions, exact match in points",

@@ -108,7 +108,7 @@ AMOUNTS = {
         1,
         ("longpo", "sft"),
         ("2K",),
-        evaluate={"evaluate": {"tasks": ["qa"], "lengths": [256, 512, 1024, 2048]}},
+        evaluate={"evaluate": {"tasks": ["qa"]}, "qa": {"qa_lengths": [256, 512, 1024, 2048]}},
         whole=False,
     ),
     # Seconds, for the tests: everything runs, nothing is learnt.
@@ -276,7 +276,7 @@ class Reproduction:
 
     def _questions(self) -> None:
         folder = self.folder
-        lengths = merged(rounds_file()["defaults"]["evaluate"], self.amounts.evaluate)["evaluate"]["lengths"]
+        lengths = merged(rounds_file()["defaults"]["evaluate"], self.amounts.evaluate)["qa"]["qa_lengths"]
         path = folder / "questions.jsonl"
         rng = random.Random(f"{_SEEDS['questions']}")
         self.stage(

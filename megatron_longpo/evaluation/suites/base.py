@@ -286,8 +286,16 @@ class EngineSuite(BatchSuite[Inputs]):
     @override
     def check(self, config: SuiteConfig) -> None:
         super().check(config)
-        if not config.lengths:
+        if not self.lengths(config):
             raise ConfigError("lengths is empty; name numbers of tokens such as 4096,8192")
+
+    def lengths(self, config: SuiteConfig) -> list[int]:
+        """Lengths in tokens at which the suite measures, ascending.
+
+        Raises:
+            ConfigError: one is not a number.
+        """
+        return config.lengths
 
     @abstractmethod
     def batches(self, launch: Launch, inputs: Inputs, engine: Engine) -> list[SampleBatch[SampleGroups]]:

@@ -22,7 +22,7 @@ from megatron_longpo.evaluation.metrics import lengths_of, scores_by_cell
 from megatron_longpo.evaluation.runner import SampleBatch, SampleGroups, samples_per_batch
 from megatron_longpo.evaluation.samples import AnswerRow, CountPrompt, EvalSample, json_digest, sample_key
 from megatron_longpo.evaluation.scoring import SCORERS
-from megatron_longpo.evaluation.sections import SuiteConfig
+from megatron_longpo.evaluation.sections import SuiteConfig, numbers_of_tokens
 from megatron_longpo.evaluation.suites.base import EngineSuite, Launch, Metrics, count_prompt, percent, score_text
 from megatron_longpo.runtime.log import log
 from megatron_longpo.runtime.reading import (
@@ -48,6 +48,8 @@ class QaConfig:
     qa_data: str | None = None
     """File of questions (.jsonl or .json, also .gz): one object per question with context, question, answers (a text, or a list
     of texts that count as right) and, if results are wanted by kind, task."""
+    qa_lengths: tuple[str, ...] = ()
+    """Lengths in tokens, prompt and answer together: each document counts at the shortest that holds it. Default: --lengths."""
     qa_samples: Count | None = None
     """Number of questions to take from the beginning of the file. Default: all."""
     qa_tokens: Count = 32
@@ -108,6 +110,10 @@ class QaSuite(EngineSuite[list[Question]]):
         return read_questions(Path(options.qa_data), launch.config.reading)[: options.qa_samples]
 
     @override
+    def lengths(self, config: SuiteConfig) -> list[int]:
+        return numbers_of_tokens("qa_lengths", config.section(QaConfig).qa_lengths) or config.lengths
+
+    @override
     def settings(self, config: SuiteConfig, inputs: list[Question]) -> dict[str, Any]:
         options = config.section(QaConfig)
         return {
@@ -121,12 +127,14 @@ class QaSuite(EngineSuite[list[Question]]):
     def batches(self, launch: Launch, inputs: list[Question], engine: Engine) -> list[SampleBatch[SampleGroups]]:
         """Documents of one length together; all questions about a document are a group, which an engine reads once."""
         config, options = launch.config, launch.config.section(QaConfig)
-        by_length, left_out = by_lengths(inputs, config.lengths, options, partial(count_prompt, engine))
+        lengths = self.lengths(config)
+        by_length, left_out = by_lengths(inputs, lengths, options, partial(count_prompt, engine))
         if left_out and launch.share.rank == 0:
-            log(f"qa: {left_out} question(s) about documents longer than {config.lengths[-1]} tokens are left out")
+            log(f"qa: {left_out} question(s) about documents longer than {lengths[-1]} tokens are left out")
         if not by_length:
+            option = "--qa-lengths" if options.qa_lengths else "--lengths"
             raise DataError(
-                f"qa: all {left_out} question(s) are longer than {config.lengths[-1]} tokens; give --lengths a longer one"
+                f"qa: all {left_out} question(s) are longer than {lengths[-1]} tokens; give {option} a longer one"
             )
         documents = sum(map(len, by_length.values()))
         size = samples_per_batch(documents, launch.share.world_size, engine.groups_at_once)

@@ -120,7 +120,7 @@ def test_every_word_is_of_one_list_entry(modules: dict[str, ModuleType]) -> None
         assert len(set(listed)) == len(listed) and all(re.fullmatch(r"[A-Za-z]+", word) for word in listed)
 
 
-@pytest.mark.parametrize("amounts", ["full", "pilot", "quick", "smoke"])
+@pytest.mark.parametrize("amounts", ["full", "pilot", "demo", "smoke"])
 def test_all_settings_are_accepted(modules: dict[str, ModuleType], tmp_path: Path, amounts: str) -> None:
     from megatron_longpo.commands.evolve import evolve
     from megatron_longpo.config import Config, check

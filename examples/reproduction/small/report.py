@@ -258,7 +258,7 @@ def tables(found: Sequence[Result], against: Sequence[Difference] = ()) -> str:
             [[*_head(r), *(_text(r.needle.get(n)) for n in lengths)] for r in found],
         ),
         _table(
-            "RULER (niah_single_1, niah_single_2, niah_multikey_1, niah_multikey_2), found in percent",
+            "RULER (niah_single_1, niah_single_2, niah_multikey_1), found in percent",
             [*head, *map(str, lengths)],
             [[*_head(r), *(_text(r.ruler.get(n)) for n in lengths)] for r in found],
         ),

@@ -98,15 +98,15 @@ AMOUNTS = {
     ),
     # Some twenty minutes of one core for the model, and an hour and a half for each chain of rounds.
     "pilot": Amounts("tiny", dict.fromkeys(_STEPS, 1), 1, 240, 24, 3, _METHODS, _ROUNDS),
-    # The same model, and one round to 2048 tokens at once: docs/reproduction.md has what was seen.
-    "quick": Amounts(
+    # `make demo`: as little as shows what a round does, and one round to 2048 tokens at once.
+    "demo": Amounts(
         "tiny",
-        dict.fromkeys(_STEPS, 1),
+        {"lists": 0.7, "facts": 0.75, "essays": 0.3},
         1,
-        240,
+        160,
         16,
         1,
-        ("longpo", "sft"),
+        ("longpo",),
         ("2K",),
         evaluate={"evaluate": {"tasks": ["qa"]}, "qa": {"qa_lengths": [256, 512, 1024, 2048]}},
         whole=False,

@@ -1,32 +1,41 @@
-"""Random losses of a run that uploads: ``python -m tests.random_stores --folder F --launches 14 --seed S``.
+"""Random losses of a run that uploads: ``python -m tests.random_stores --folder F --launches 14 --seed S [--processes 2]``.
 
 A tiny run with ``--upload-to`` a real S3 server (moto's) is killed in every launch but the last, at a random moment. Before the
 next launch its folder is lost, or the newest checkpoint in the store or in the folder is damaged, or nothing happens; in a third
-of the launches the store answers one request in twenty with 503. Metrics and final weights must be those of the undisturbed run,
-bit for bit.
+of the launches the store answers one request in twenty with 503. With two processes or more, by torchrun, what is killed is one
+rank, the launcher, or everything at once as a machine is lost; all of it must end within a minute. Metrics and final weights
+must be those of the undisturbed run, bit for bit.
 """
 
 from __future__ import annotations
 
 import argparse
 import collections
+import contextlib
+import os
 import random
 import shutil
+import signal
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from megatron_longpo.checkpoint.folders import folder_of, latest_step
 from megatron_longpo.checkpoint.remote import step_of
 from tests.support.data import make_data
-from tests.support.launch import Running, command, environment, run
+from tests.support.launch import ROOT, Running, command, environment, run
 from tests.support.models import make_model
 from tests.support.runs import assert_same_tensors, metrics_of
 from tests.support.s3 import BUCKET, S3Server
 
 _STEPS = 60
 _LOSSES = ("nothing", "folder", "store", "store and folder", "here")
+_VICTIMS = ("one rank", "one rank", "the launcher", "everything")
+# Seconds within which everything ends after one of several processes was killed.
+_END_SECONDS = 60.0
 
 
 class _UnreliableServer(S3Server):
@@ -52,11 +61,15 @@ class _UnreliableServer(S3Server):
         return super().__call__(environ, start_response)
 
 
-def train(folder: Path, output: Path, *flags: str) -> list[str]:
+def train(folder: Path, output: Path, *flags: str, processes: int) -> list[str]:
     """Command line of a run without a reference that saves every step."""
     paths = {"data_path": folder / "data", "load": folder / "ckpt", "save": output}
     settings = {"global_batch_size": 2, "train_iters": _STEPS, "save_interval": 1, "objective": "sft", "lr": 1e-3}
-    return [*command("train", "--no-tensorboard", **paths, **settings, adam_eps=1e-4, plot_interval=1000), *flags]
+    launcher = None if processes == 1 else processes
+    line = command(
+        "train", "--no-tensorboard", processes=launcher, **paths, **settings, adam_eps=1e-4, plot_interval=1000
+    )
+    return [*line, *flags]
 
 
 def damage(rng: random.Random, server: S3Server, output: Path, what: str) -> list[str]:
@@ -76,7 +89,7 @@ def damage(rng: random.Random, server: S3Server, output: Path, what: str) -> lis
             server.flip_a_bit(key)
         happened.append(f"{kind} in the store" if content else "missing in the store")
     if "here" in what and (step := latest_step(output)) is not None:
-        path = folder_of(output, step) / "__0_0.distcp"
+        path = rng.choice(sorted(folder_of(output, step).glob("*.distcp")))
         changed = bytearray(path.read_bytes())
         changed[rng.randrange(len(changed))] ^= 4
         path.write_bytes(changed)
@@ -87,7 +100,25 @@ def damage(rng: random.Random, server: S3Server, output: Path, what: str) -> lis
     return happened
 
 
-def losses(folder: Path, *, launches: int, seed: int) -> collections.Counter[str]:
+def kill(rng: random.Random, running: Running, processes: int) -> str:
+    """Kill a launch, or one of its processes, after which the others must end by themselves; what was killed."""
+    if processes == 1:
+        running.kill()
+        return "everything"
+    ranks, victim = running.children(), rng.choice(_VICTIMS)
+    if victim == "everything" or not ranks:
+        running.kill()
+        return "everything"
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(running.pid if victim == "the launcher" else rng.choice(ranks), signal.SIGKILL)
+    deadline = time.monotonic() + _END_SECONDS
+    while running.poll() is None or any(psutil.pid_exists(pid) for pid in ranks):
+        assert time.monotonic() < deadline, f"{victim} was killed, and others go on: {running.output()}"
+        time.sleep(0.1)
+    return victim
+
+
+def losses(folder: Path, *, launches: int, seed: int, processes: int) -> collections.Counter[str]:
     """Train with losses, and without; what happened, by name.
 
     Raises:
@@ -98,22 +129,28 @@ def losses(folder: Path, *, launches: int, seed: int) -> collections.Counter[str
     run(command("convert", "import", hf=folder / "hf", output=folder / "ckpt", no_verify=True))
     make_data(folder / "data", 6, longest=60)
     output, env = folder / "run", environment(**server.env)
-    line = train(folder, output, "--upload-to", f"s3://{BUCKET}/run", "--keep-last", "3")
+    flags = ("--upload-to", f"s3://{BUCKET}/run", "--keep-last", "3")
+    metrics_file = output / "metrics.jsonl"
     found: collections.Counter[str] = collections.Counter()
     for number in range(launches):
         server.share = rng.choice((0.0, 0.0, 0.05)) if number < launches - 1 else 0.0
-        running = Running(line, env=env)
+        # Several processes start slowly: mostly the kill is drawn from the first new step on.
+        waits_for_step = processes > 1 and rng.random() < 0.7
+        before = _size(metrics_file) if waits_for_step else -1
+        running = Running(train(folder, output, *flags, processes=processes), env=env)
         if number < launches - 1:
             began = time.monotonic()
-            while not (output / "metrics.jsonl").exists() and running.poll() is None and time.monotonic() < began + 60:
+            while _size(metrics_file) <= before and running.poll() is None and time.monotonic() < began + 60:
                 time.sleep(0.05)
             time.sleep(rng.uniform(0.3, 4.0))
-            found["killed"] += running.poll() is None
-            running.kill()
+            if running.poll() is None:
+                found[f"kills of {kill(rng, running, processes)}"] += 1
         else:
             running.wait()
         said, errors = running.output()
-        assert "Traceback" not in errors, errors
+        # torchrun prints one of its own when a rank is killed.
+        ours = "Traceback" if processes == 1 else f'File "{ROOT}/megatron_longpo'
+        assert ours not in errors, errors
         found["resumed"] += "resumed from" in said
         found["copied from the store"] += "copying s3://" in said
         if number < launches - 1:
@@ -121,11 +158,15 @@ def losses(folder: Path, *, launches: int, seed: int) -> collections.Counter[str
             found.update(damage(rng, server, output, what) or ["nothing lost"])
     found["requests answered with 503"] = server.refusals
     server.close()
-    run(train(folder, folder / "plain"))
+    run(train(folder, folder / "plain", processes=processes))
     metrics = metrics_of(output)
     assert metrics == metrics_of(folder / "plain") and [r["step"] for r in metrics] == list(range(1, _STEPS + 1))
     assert_same_tensors(folder_of(output, _STEPS), folder_of(folder / "plain", _STEPS))
     return found
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else -1
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -133,10 +174,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--folder", type=Path, required=True, help="a folder that does not exist yet")
     parser.add_argument("--launches", type=int, default=14)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--processes", type=int, default=1, help="ranks of the run; above 1 by torchrun")
     options = parser.parse_args(arguments)
     options.folder.mkdir(parents=True)
-    found = losses(options.folder, launches=options.launches, seed=options.seed)
-    print(f"seed {options.seed}: equal to the undisturbed run; " + ", ".join(f"{k} {n}" for k, n in found.items()))
+    found = losses(options.folder, launches=options.launches, seed=options.seed, processes=options.processes)
+    print(
+        f"seed {options.seed}, {options.processes} process(es): equal to the undisturbed run; "
+        + ", ".join(f"{k} {n}" for k, n in found.items())
+    )
 
 
 if __name__ == "__main__":

@@ -11,10 +11,13 @@ side by side on a busy machine.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import hashlib
 import json
 import logging
 import os
 import re
+import socket
 from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -165,9 +168,10 @@ def verified(folder: Path, *, state_only: bool = False) -> Iterator[None]:
 
 
 class Verification:
-    """A verification that goes on in threads, the files divided among the ranks; collective.
+    """A verification that goes on in threads, the files divided among the ranks that see the same copy of them; collective.
 
-    A folder that was verified before in this process, and whose files have not changed since, is not read again.
+    On a disk that all nodes share, that is all ranks; where each node has a copy of its own, those of a node. A folder that was
+    verified before in this process, and whose files have not changed since, is not read again.
 
     Args:
         folder: folder of the checkpoint.
@@ -179,12 +183,18 @@ class Verification:
 
     def __init__(self, folder: Path, *, state_only: bool = False) -> None:
         self._folder = folder
-        # Rank 0 decides for all: other nodes may see the folder a moment later.
-        damage, large = all_gather_objects(self._look_over(state_only) if rank() == 0 else (None, {}))[0]
-        if damage is not None:
-            raise _refusal(damage, folder)
-        mine = my_share(sorted(large.items()), [checksum.bytes for _, checksum in sorted(large.items())])
-        self._is_shared = bool(large)
+        copies = all_gather_objects(_copy_of(folder))
+        # Other nodes may see a shared folder a moment later; a rank that does not see all of its files counts as one of rank 0's.
+        copies = [copies[0] if copy is None else copy for copy in copies]
+        mates = [number for number, copy in enumerate(copies) if copy == copies[rank()]]
+        # The first of those that share a copy decides for them.
+        self._is_first = mates[0] == rank()
+        self._has_copies = len(set(copies)) > 1
+        looks = all_gather_objects(self._look_over(state_only) if self._is_first else (None, {}))
+        self._raise_first([damage for damage, _ in looks])
+        _, large = looks[mates[0]]
+        mine = my_share(sorted(large.items()), [checksum.bytes for _, checksum in sorted(large.items())], ranks=mates)
+        self._is_shared = any(files for _, files in looks)
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="checksums") if mine else None
         self._running: list[Future[Damage | None]] = []
         if self._threads is not None:
@@ -196,16 +206,15 @@ class Verification:
         found = _first_look(self._folder)
         for damage in found.damages:
             if damage.is_state or not state_only:
-                return damage, {}
+                return self._located(damage), {}
             log(f"{damage.path}: {damage.reason}; the run can resume without it", level=logging.WARNING)
         if found.large is None:
             log_once(
                 f"{self._folder}: has no {CHECKSUMS} (it was written by version 0.1), so its files are not verified"
             )
-        signature = _signature(self._folder)
-        if _VERIFIED.get(self._folder) == signature:
+        self._signature = _signature(self._folder)
+        if _VERIFIED.get(self._folder) == self._signature:
             return None, {}
-        self._signature = signature
         return None, found.large or {}
 
     def raise_own(self) -> None:
@@ -216,7 +225,8 @@ class Verification:
         """
         damage = self._own_damage()
         if damage is not None:
-            raise _refusal(damage, self._folder) from None
+            _remove_copied(damage, self._folder)
+            raise _refusal(self._located(damage), self._folder) from None
 
     def wait(self) -> None:
         """Wait for the files of all ranks; collective.
@@ -227,26 +237,59 @@ class Verification:
         if not self._is_shared:
             return
         self._is_shared = False
-        found = next((damage for damage in all_gather_objects(self._own_damage()) if damage is not None), None)
-        if found is not None:
-            raise _refusal(found, self._folder)
-        if rank() == 0:
+        own = self._own_damage()
+        self._raise_first(all_gather_objects(None if own is None else self._located(own)))
+        if self._is_first:
             _VERIFIED[self._folder] = self._signature
+
+    def _raise_first(self, damages: Sequence[Damage | None]) -> None:
+        """Raise the first damage that a rank has found, on all ranks; each removes what it found itself."""
+        found = next((damage for damage in damages if damage is not None), None)
+        if found is None:
+            return
+        own = damages[rank()]
+        if own is not None:
+            _remove_copied(own, self._folder)
+        raise _refusal(found, self._folder)
+
+    def _located(self, damage: Damage) -> Damage:
+        """The damage with the host whose copy it is in, where there are several copies."""
+        if not self._has_copies:
+            return damage
+        return dataclasses.replace(damage, reason=f"on host {socket.gethostname()} {damage.reason}")
 
     def _own_damage(self) -> Damage | None:
         return next((damage for damage in (future.result() for future in self._running) if damage is not None), None)
 
 
 def _refusal(damage: Damage, folder: Path) -> DamagedError:
-    """Error of a damaged file; of a copy from a store the file is removed, since it would be taken for good by its size."""
     error = damage.error()
     if not (folder / COPYING).is_dir():
         return error
-    with contextlib.suppress(OSError):
-        damage.path.unlink(missing_ok=True)
     return DamagedError(
         f"{error}; this copy of a store's file is removed, so run the command again to copy it once more"
     )
+
+
+def _remove_copied(damage: Damage, folder: Path) -> None:
+    """Remove a damaged file from a copy of a store's checkpoint, since it would be taken for good by its size."""
+    if (folder / COPYING).is_dir():
+        with contextlib.suppress(OSError):
+            damage.path.unlink(missing_ok=True)
+
+
+def _copy_of(folder: Path) -> str | None:
+    """What tells the copies of a folder on several disks from each other: numbers and times of the files.
+
+    Returns:
+        None: not all of the files that have checksums are seen here.
+    """
+    try:
+        names = sorted(read_checksums(folder))
+        found = [(status.st_ino, status.st_mtime_ns) for status in (os.stat(folder / name) for name in names)]
+    except (OSError, DamagedError):
+        return None
+    return hashlib.sha256(repr(found).encode()).hexdigest()
 
 
 @contextmanager

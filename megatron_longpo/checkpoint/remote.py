@@ -23,7 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from megatron_longpo.checkpoint.checksums import CHECKSUMS, COPYING, WEIGHTS_SUFFIX, Checksum, log_once, parse_checksums
-from megatron_longpo.checkpoint.store import Store
+from megatron_longpo.checkpoint.store import Stopped, Store
 from megatron_longpo.errors import CheckpointError, DamagedError
 from megatron_longpo.runtime.files import sha256_of, write_atomically
 from megatron_longpo.runtime.reading import TooLarge, parse_json
@@ -174,6 +174,7 @@ def copy_here(
     *,
     listed: bytes | None = None,
     wanted: Callable[[str], bool] = lambda _: True,
+    is_stopped: Callable[[], bool] = lambda: False,
 ) -> bytes:
     """Copy files of a checkpoint into a folder, each compared with its checksum before it gets its name.
 
@@ -187,6 +188,7 @@ def copy_here(
         files: listing of the store.
         listed: content of its checksums.json. Default: it is read.
         wanted: whether a file, by its name in the checkpoint, is copied.
+        is_stopped: asked between parts of files; if it says so, the copying is broken off.
 
     Returns:
         Content of its checksums.json, which is not written to the folder.
@@ -194,6 +196,7 @@ def copy_here(
     Raises:
         DamagedError: a file is missing, cut, or does not have its checksum.
         CheckpointError: the disk has no room for it.
+        Stopped: it was broken off.
     """
     listed = _listed(store, prefix) if listed is None else listed
     where = f"{store.url}/{prefix}"
@@ -218,14 +221,30 @@ def copy_here(
     start = int(os.environ.get("RANK", "0")) % len(missing)
     order = missing[start:] + missing[:start]
 
+    failures: list[BaseException] = []
+
+    def is_over() -> bool:
+        return bool(failures) or is_stopped()
+
     def copy(name: str, *, wait: bool) -> str | None:
         """The name, if another process is copying the file."""
-        done = _copy_file(store, prefix + name, folder / name, checksums[name], folder / COPYING, wait=wait)
+        try:
+            if is_over():
+                raise Stopped
+            done = _copy_file(
+                store, prefix + name, folder / name, checksums[name], folder / COPYING, wait=wait, is_stopped=is_over
+            )
+        except BaseException as error:
+            # The files that other threads are copying may take hours.
+            failures.append(error)
+            return None
         return None if done else name
 
     with ThreadPoolExecutor(_THREADS, thread_name_prefix="copying") as threads:
         others = [name for name in threads.map(lambda name: copy(name, wait=False), order) if name is not None]
         list(threads.map(lambda name: copy(name, wait=True), others))
+    if failures:
+        raise failures[0]
     return listed
 
 
@@ -254,7 +273,16 @@ def _is_there(path: Path, checksum: Checksum) -> bool:
         return False
 
 
-def _copy_file(store: Store, path: str, target: Path, checksum: Checksum, locks: Path, *, wait: bool) -> bool:
+def _copy_file(
+    store: Store,
+    path: str,
+    target: Path,
+    checksum: Checksum,
+    locks: Path,
+    *,
+    wait: bool,
+    is_stopped: Callable[[], bool],
+) -> bool:
     """Copy a file, unless it is there; False: another process is copying it."""
     claim = target.name + hashlib.sha256(path.encode()).hexdigest()[:8]
     with _claim(locks, claim, wait=wait) as (is_ours, is_locked):
@@ -270,7 +298,7 @@ def _copy_file(store: Store, path: str, target: Path, checksum: Checksum, locks:
         part = locks / f"{claim}.{uuid.uuid4().hex}.part"
         try:
             for _ in range(_COPIES):
-                store.download(path, part)
+                store.download(path, part, is_stopped=is_stopped)
                 if part.stat().st_size == checksum.bytes and sha256_of(part) == checksum.sha256:
                     os.replace(part, target)
                     return True

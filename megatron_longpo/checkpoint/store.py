@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import fsspec
+from fsspec.callbacks import Callback
 
 from megatron_longpo.config import check_url
 from megatron_longpo.errors import CheckpointError, one_line
@@ -50,6 +51,22 @@ class StoreError(CheckpointError):
     def __init__(self, message: object, *, is_lasting: bool = True) -> None:
         super().__init__(message)
         self.is_lasting = is_lasting
+
+
+class Stopped(Exception):
+    """Copying that was broken off, since something else has failed."""
+
+
+class _Stopping(Callback):  # type: ignore[misc]
+    """Breaks a copy off; fsspec calls it after each part of a file."""
+
+    def __init__(self, is_stopped: Callable[[], bool]) -> None:
+        super().__init__()
+        self._is_stopped = is_stopped
+
+    def relative_update(self, inc: int = 1) -> None:  # noqa: ARG002
+        if self._is_stopped():
+            raise Stopped
 
 
 class Store:
@@ -127,14 +144,21 @@ class Store:
             raise TooLarge(f"it has more than {most} bytes")
         return content
 
-    def download(self, path: str, target: Path) -> None:
+    def download(self, path: str, target: Path, *, is_stopped: Callable[[], bool] = lambda: False) -> None:
         """Copy a file from the store, under a temporary name of the caller's.
+
+        Args:
+            path: path relative to the URL.
+            target: path of the copy.
+            is_stopped: asked between parts of a file; if it says so, the copy is broken off.
 
         Raises:
             OSError: the disk here does not take it.
             StoreError: the store does not give it.
+            Stopped: it was broken off.
         """
-        self._tried(lambda: self._fs.get_file(self._at(path), str(target)), writes_here=True)
+        callback = _Stopping(is_stopped)
+        self._tried(lambda: self._fs.get_file(self._at(path), str(target), callback=callback), writes_here=True)
 
     def upload(self, source: Path, path: str) -> None:
         """Copy a file to the store, once; objects of a store appear whole or not at all.
@@ -172,6 +196,14 @@ class Store:
 
     def remove(self, paths: Iterable[str]) -> None:
         """Remove files, once; those that are gone already do not count."""
+        paths = list(paths)
+        if len(paths) > 1 and not self._has_folders:
+            # A thousand per request. Some stores do not know that request or the checksum that botocore sends with it, and s3fs
+            # says nothing of files that could not be removed, so what is left is removed one by one.
+            with contextlib.suppress(Exception):
+                self._fs.rm([self._at(path) for path in paths])
+            below = os.path.commonpath([os.path.dirname(path) for path in paths])
+            paths = sorted(set(paths) & self.files(below).keys())
         for path in paths:
             try:
                 self._once(lambda path=path: self._fs.rm_file(self._at(path)))  # type: ignore[misc]
@@ -196,6 +228,8 @@ class Store:
     def _once(self, action: Callable[[], Item], *, writes_here: bool = False) -> Item:
         try:
             return action()
+        except Stopped:
+            raise
         except Exception as error:
             if writes_here and _is_of_the_disk(error):
                 raise

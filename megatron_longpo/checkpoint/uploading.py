@@ -359,5 +359,7 @@ class Uploader:
         for step in sorted(doomed):
             own = [path for path in files if step_of(path) == step]
             # Without its checksums it does not count as a checkpoint, so they go first.
-            self.store.remove(sorted(own, key=lambda path: not path.endswith(f"/{CHECKSUMS}")))
+            listed = f"iter_{step:07d}/{CHECKSUMS}"
+            self.store.remove([listed] if listed in own else [])
+            self.store.remove(path for path in own if path != listed)
         self._damaged.clear()

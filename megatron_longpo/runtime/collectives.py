@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,9 @@ from megatron_longpo.runtime.balance import assign
 from megatron_longpo.runtime.failure import causes_of, explain
 
 Item = TypeVar("Item")
+
+# Seconds between looks whether the other processes are done, or one has failed.
+_POLL_SECONDS = 1.0
 
 
 def rank() -> int:
@@ -30,15 +34,17 @@ def all_gather_objects(value: Item) -> list[Item]:
     return found
 
 
-def my_share(items: Sequence[Item], costs: Sequence[int]) -> list[Item]:
+def my_share(items: Sequence[Item], costs: Sequence[int], *, ranks: Sequence[int] | None = None) -> list[Item]:
     """Items that this process works on. In order, each item goes to the least loaded process.
 
     Args:
-        items: all items, the same on every process.
+        items: all items, the same on every process that works on them.
         costs: cost of each item.
+        ranks: processes that work on them, this one among them. Default: all.
     """
-    world = dist.get_world_size() if dist.is_initialized() else 1
-    return [items[i] for i in assign(costs, world, keep_order=True)[rank()]]
+    if ranks is None:
+        ranks = range(dist.get_world_size() if dist.is_initialized() else 1)
+    return [items[i] for i in assign(costs, len(ranks), keep_order=True)[ranks.index(rank())]]
 
 
 @contextmanager
@@ -53,6 +59,45 @@ def raise_on_all_ranks(output: Path) -> Iterator[None]:
         yield
     except BaseException as error:
         failure = error
+    _raise_first(failure, output)
+
+
+def work_on_all_ranks(action: Callable[[Callable[[], bool]], object], output: Path) -> None:
+    """Do long work on all processes at the same time. If it fails on one, all raise its error within seconds; collective.
+
+    The work is done in a thread, while this one asks the others now and then: a single collective at the end would time out
+    where one process takes longer than the others, or has failed while they go on.
+
+    Args:
+        action: the work. It is given a function that says whether another process has failed, in which case nobody waits for it.
+        output: path that the message names where the error names none.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        with raise_on_all_ranks(output):
+            action(lambda: False)
+        return
+    has_failed = threading.Event()
+    failures: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            action(has_failed.is_set)
+        except BaseException as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=work, name="work", daemon=True)
+    thread.start()
+    while True:
+        thread.join(_POLL_SECONDS)
+        # In this order: a thread that has ended has told by then whether it failed.
+        is_done = not thread.is_alive()
+        failure = failures[0] if failures else None
+        found = all_gather_objects((is_done, failure is not None))
+        if any(failed for _, failed in found):
+            has_failed.set()
+            break
+        if all(done for done, _ in found):
+            return
     _raise_first(failure, output)
 
 

@@ -619,7 +619,8 @@ def _check_same_choice(plan: RunPlan) -> None:
         if other is not None:
             raise CheckpointError(
                 f"{name}={given}: rank 0 chose {chosen[0][0]} and rank {other} {chosen[other][0]}, since one was completed or "
-                "removed while they looked; run the command again, or name an iter_* folder"
+                "removed while they looked, or their nodes have different copies; run the command again, copy the same "
+                "checkpoint to all nodes, or name an iter_* folder that all of them have"
             )
 
 

@@ -24,7 +24,13 @@ from megatron_longpo.checkpoint.store import Store
 from megatron_longpo.checkpoint.uploading import RUN_FILES, Trouble, Uploader
 from megatron_longpo.errors import CheckpointError, DamagedError
 from megatron_longpo.runtime.checked_json import read_checked, write_checked
-from megatron_longpo.runtime.collectives import all_gather_objects, on_rank0, raise_on_all_ranks, rank
+from megatron_longpo.runtime.collectives import (
+    all_gather_objects,
+    on_rank0,
+    raise_on_all_ranks,
+    rank,
+    work_on_all_ranks,
+)
 from megatron_longpo.runtime.files import write_atomically
 from megatron_longpo.runtime.heartbeat import at
 from megatron_longpo.runtime.log import log
@@ -261,14 +267,22 @@ def _bring(
         raise DamagedError(f"{store.url}/{prefix}{CHECKSUMS}: is missing, or too large; use another checkpoint")
     # Under this name the next save removes it if the copy is never finished; if it is resumed, it continues here.
     writing = output / f".writing_{step:07d}_{hashlib.sha256(listed).hexdigest()[:8]}"
-    with raise_on_all_ranks(output):
-        copy_here(store, prefix, writing, files, listed=listed, wanted=lambda name: not is_weights(name))
+
+    def copy(wanted: Callable[[str], bool]) -> None:
+        """On all ranks: the wait for the slowest may be longer than a collective's limit."""
+        work_on_all_ranks(
+            lambda is_stopped: copy_here(
+                store, prefix, writing, files, listed=listed, wanted=wanted, is_stopped=is_stopped
+            ),
+            output,
+        )
+
+    copy(lambda name: not is_weights(name))
     is_early = on_rank0((writing / COMMON).is_file)
     if is_early:
         # Before the long part. megatron-core 0.19 has what is asked for among the weights.
         on_rank0(lambda: _check_same(store, check_same, writing))
-    with raise_on_all_ranks(output):
-        copy_here(store, prefix, writing, files, listed=listed)
+    copy(lambda _: True)
     if not is_early:
         on_rank0(lambda: _check_same(store, check_same, writing))
     with raise_on_all_ranks(output):

@@ -26,13 +26,14 @@ class S3Server:
 
     Attributes:
         status: status that every request is answered with, such as ``503 Service Unavailable``; empty: as S3 does.
+        status_of_posts: the same, of POST requests only.
         refused: ending of the paths whose upload is answered with 503; None: of none.
         requests: method and path of every request.
         env: environment by which s3fs finds it.
     """
 
     def __init__(self) -> None:
-        self.status = ""
+        self.status = self.status_of_posts = ""
         self.refused: str | None = None
         self.requests: list[tuple[str, str]] = []
         self._application = DomainDispatcherApplication(create_backend_app)
@@ -60,10 +61,11 @@ class S3Server:
     def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
         self.requests.append((environ["REQUEST_METHOD"], environ["PATH_INFO"]))
         is_refused = self.refused is not None and environ["PATH_INFO"].endswith(self.refused)
-        if self.status or (is_refused and environ["REQUEST_METHOD"] == "PUT"):
+        status = self.status or (self.status_of_posts if environ["REQUEST_METHOD"] == "POST" else "")
+        if status or (is_refused and environ["REQUEST_METHOD"] == "PUT"):
             # What was sent is read, else the client meets a closed connection.
             environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
-            start_response(self.status or "503 Service Unavailable", [("Content-Length", "0")])
+            start_response(status or "503 Service Unavailable", [("Content-Length", "0")])
             return [b""]
         answer: Iterable[bytes] = self._application(environ, start_response)
         return answer

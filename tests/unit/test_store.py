@@ -13,16 +13,23 @@ import time
 import types
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import s3fs
 
 from megatron_longpo.checkpoint import remote, store, uploading
-from megatron_longpo.checkpoint.checksums import CHECKSUMS, Verification, hash_own_files, write_checksums
+from megatron_longpo.checkpoint.checksums import (
+    CHECKSUMS,
+    Verification,
+    hash_own_files,
+    parse_checksums,
+    write_checksums,
+)
 from megatron_longpo.checkpoint.folders import folder_of, from_newest_good, resolve
 from megatron_longpo.checkpoint.remote import CACHE_VARIABLE, complete_steps, fetch
 from megatron_longpo.checkpoint.retention import Retention
-from megatron_longpo.checkpoint.store import Store, StoreError
+from megatron_longpo.checkpoint.store import Stopped, Store, StoreError
 from megatron_longpo.checkpoint.uploading import Uploader
 from megatron_longpo.errors import CheckpointError, ConfigError, DamagedError
 from megatron_longpo.runtime.failure import explain
@@ -179,7 +186,7 @@ def test_a_full_disk_is_no_fault_of_the_store(tmp_path: Path, monkeypatch: pytes
     write_checkpoint(tmp_path, 10)
     upload(tmp_path, 10)
 
-    async def full(*_: object) -> None:
+    async def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(tmp_path / "cache"))
 
     with monkeypatch.context() as patch:
@@ -267,14 +274,41 @@ def test_a_checkpoint_that_is_removed_meanwhile_makes_way_for_the_newer(
     upload(tmp_path, 10)
     download = Store.download
 
-    def slow(self: Store, path: str, target: Path) -> None:
+    def slow(self: Store, path: str, target: Path, **others: Any) -> None:
         if path.startswith("iter_0000010"):
             upload(tmp_path, 20, keep_last=1)
-        download(self, path, target)
+        download(self, path, target, **others)
 
     monkeypatch.setattr(Store, "download", slow)
     monkeypatch.setattr(remote, "_THREADS", 1)
     assert content_of(fetch(URL)) == content_of(folder)
+
+
+def test_one_failure_breaks_the_other_copies_off(
+    server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_checkpoint(tmp_path, 10)
+    upload(tmp_path, 10)
+    there, prefix = Store(URL, name="load"), f"{folder.name}/"
+    monkeypatch.setattr(remote, "_THREADS", 1)
+    first = next(iter(parse_checksums((folder / CHECKSUMS).read_bytes())))
+    server.flip_a_bit(f"run/{prefix}{first}")
+    server.requests.clear()
+    with pytest.raises(DamagedError, match="its content differs"):
+        remote.copy_here(there, prefix, tmp_path / "copy", there.files())
+    got = {path for method, path in server.requests if method == "GET" and prefix in path}
+    assert got == {f"/{BUCKET}/run/{prefix}{name}" for name in (CHECKSUMS, first)}
+
+
+def test_a_copy_is_broken_off_between_two_parts_of_a_file(server: S3Server, tmp_path: Path) -> None:
+    server.write("run/large", bytes(2**20))
+    asked: list[int] = []
+    there = Store(URL, name="load")
+    with pytest.raises(Stopped):
+        there.download("large", tmp_path / "large", is_stopped=lambda: len(asked) == 3 or asked.append(1) is not None)
+    assert len(asked) == 3 and (tmp_path / "large").stat().st_size < 2**20
+    there.download("large", tmp_path / "large")
+    assert (tmp_path / "large").stat().st_size == 2**20
 
 
 def test_an_old_one_that_is_damaged_here_is_only_logged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -309,7 +343,25 @@ def test_old_ones_go_after_the_new_one_is_there(server: S3Server, tmp_path: Path
     upload(tmp_path, 20, 30, keep_last=1, best=10)
     assert {key.split("/")[1] for key in server.names("run/iter_")} == {"iter_0000010", "iter_0000030"}
     deleted = [path for method, path in server.requests if method == "DELETE" and "iter_0000020" in path]
-    assert deleted[0].endswith(CHECKSUMS), "without it nothing takes the rest for a checkpoint"
+    # Without it nothing takes the rest for a checkpoint, which goes in one request.
+    assert [path.rpartition("/")[2] for path in deleted] == [CHECKSUMS]
+    names = [
+        path
+        for path in (f"iter_0000010/{name}" for name in (".metadata", "common.pt"))
+        if f"run/{path}" in server.names()
+    ]
+    there = Store(URL, name="upload_to")
+    for status, requests in (("", ["POST"]), ("501 Not Implemented", ["POST", "DELETE", "DELETE"])):
+        for name in names:
+            there.write(name, b"x")
+        server.requests.clear()
+        # A store that does not know removing in bulk.
+        server.status_of_posts = status
+        there.remove([*names, "iter_0000010/gone"])
+        server.status_of_posts = ""
+        assert [method for method, _ in server.requests if method in ("POST", "DELETE")] == requests
+        assert not [name for name in names if f"run/{name}" in server.names()]
+    upload(tmp_path, 10)
     (tmp_path / "best.json").write_text('{"step": 10}')
     upload(tmp_path, 30)
     server.write("run/best.json", b'{"step": 10}')
@@ -440,7 +492,7 @@ def test_an_upload_that_comes_on_is_not_failing(tmp_path: Path, monkeypatch: pyt
 
     monkeypatch.setattr(Store, "upload", upload_slowly)
     monkeypatch.setattr(uploading, "_THREADS", 1)
-    up = uploader(tmp_path, patience=0.5)
+    up = uploader(tmp_path, patience=1.5)
     up.put(10)
     assert wait_until(lambda: len(calls) > 1, 30)
     seen = []

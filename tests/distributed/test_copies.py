@@ -1,0 +1,58 @@
+"""Nodes that have copies of a checkpoint on disks of their own: all of each is verified; a failure of one reaches all at once."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import socket
+from typing import Any
+
+import pytest
+
+from megatron_longpo.checkpoint.checksums import hash_own_files, write_checksums
+from tests.support.launch import run, torchrun
+
+WEIGHTS = ["__0_0.distcp", "__1_0.distcp"]
+NAMES = sorted([*WEIGHTS, ".metadata", "common.pt", "metadata.json", "model.json"])
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What two ranks found, by case."""
+    folder = tmp_path_factory.mktemp("copies")
+    checkpoint = folder / "node0" / "iter_0000001"
+    checkpoint.mkdir(parents=True)
+    for number, name in enumerate(NAMES):
+        (checkpoint / name).write_bytes(bytes([number]) * 1000)
+    for writer in (0, 1):
+        hash_own_files(checkpoint, writer)
+    write_checksums(checkpoint)
+    shutil.copytree(folder / "node0", folder / "node1")
+    run(torchrun(2, "-m", "tests.support.copies_worker", str(folder)))
+    return dict(json.loads((folder / "found.json").read_text()))
+
+
+def test_a_shared_folder_is_read_once_and_each_copy_whole(found: dict[str, Any]) -> None:
+    assert found["shared"]["said"] == ["", ""]
+    shares = found["shared"]["hashed"]
+    assert sorted(shares[0] + shares[1]) == NAMES and all(len(share) == 3 for share in shares)
+    # Rank 0 has verified its copy just now.
+    assert found["copies"] == {"said": ["", ""], "hashed": [[], NAMES]}
+    assert found["again"] == {"said": ["", ""], "hashed": [[], []]}
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_damage_of_one_nodes_copy_is_named_with_the_host(found: dict[str, Any], name: str) -> None:
+    said = found[name]["said"]
+    assert said[0] == said[1] and f"/node1/iter_0000001/{name}: on host {socket.gethostname()} its content" in said[0]
+
+
+def test_a_rank_that_does_not_see_all_files_is_one_of_those_that_share_rank_0s(found: dict[str, Any]) -> None:
+    """As on a network file system, where other nodes see a new file a moment later."""
+    assert found["late"] == {"said": ["", ""], "hashed": [[], []]}
+
+
+def test_a_failure_of_one_rank_reaches_all_while_they_work(found: dict[str, Any]) -> None:
+    assert found["failing"]["said"] == ["DamagedError: the file is damaged; use another"] * 2
+    assert max(found["failing"]["seconds"]) < 20
+    assert found["slow"] == ""

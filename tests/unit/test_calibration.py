@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from megatron_longpo.errors import LongPOError
 from megatron_longpo.planner import calibrate, measure
@@ -98,6 +99,25 @@ def test_the_softmax_is_what_does_not_grow_with_the_hidden_size() -> None:
     assert measure.split_times({1: 3.0, 2: 5.0, 4: 9.0}) == pytest.approx((1.0, 2.0))
     assert measure.split_times({1: 1.0, 3: 9.0}) == pytest.approx((0.25, 2.375))
     assert measure.split_times({1: 5.0, 3: 5.0}) == pytest.approx((3.0, 1.0))
+
+
+def test_log_probs_are_measured_on_logits_of_a_model_s_scale(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """None of them is so far below the largest that its probability is denormal, with which a CPU's arithmetic is slow."""
+    spreads = []
+    plain = measure.logprobs.token_logprobs
+
+    def watched(states: torch.Tensor, weight: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        logits = (states @ weight.T).detach().float()
+        spreads.append(float((logits.amax(1) - logits.amin(1)).max()))
+        return plain(states, weight, *args, **kwargs)
+
+    monkeypatch.setattr(measure.dist, "get_world_size", lambda: 1)
+    monkeypatch.setattr(measure.logprobs, "token_logprobs", watched)
+    measurement = measure.Measurement(seconds=1, folder=tmp_path)
+    monkeypatch.setattr(measurement, "seconds", lambda action: [action(), 1.0][1])
+    measurement.logprobs(torch.bfloat16)
+    # Three hidden sizes; logits of scale 0.02 times the root of 256 to 768, and about nine of their deviations apart.
+    assert len(spreads) == 3 and all(1 < spread < 20 for spread in spreads)
 
 
 def test_a_gpu_s_host_is_measured_as_well() -> None:

@@ -15,6 +15,8 @@ import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import torch
+
 from megatron_longpo.config import Config
 from megatron_longpo.model.attention import head_groups_of
 from megatron_longpo.model.fp8 import alignment
@@ -28,6 +30,7 @@ from megatron_longpo.runtime.balance import round_up
 from megatron_longpo.training.activations import Activations
 from megatron_longpo.training.batch import HEAD_GROUPS
 from megatron_longpo.training.objective import spec_of
+from megatron_longpo.training.optimization import fuses_weight_gradients
 
 # Bytes per weight that the optimizer's update reads and writes: torch's Adam, or RMSProp as in training/optimization.py.
 _UPDATE_BYTES = {"adam": 72, "rmsprop": 56}
@@ -260,9 +263,12 @@ class TimeModel:
         backward_bytes = width * (
             r * hidden * (2 * passes.norm[1] + 6) + s * (7 * (q + k) + 2 * (q + 2 * k) + passes.gate[1] * f)
         )
-        # Gradients of keys and values are summed in fp32; those of the weights are added to the gradient buffer.
+        # Gradients of keys and values are summed in fp32; those of the weights are written, and added to the gradient buffer in
+        # another pass, unless their product does both.
         backward_bytes += 16 * 2 * s * k * (parallel.context_size if sizes.gathers_keys else 1)
-        backward_bytes += (8 + 2 * width) * shape.layer_weights / parallel.tensor_size
+        if not self._fuses_gradients(candidate.config):
+            each = 2 if candidate.config.parallel.grad_reduce_in_bf16 else 4
+            backward_bytes += 2 * (each + width) * shape.layer_weights / parallel.tensor_size
         forward_elements = (forward_bytes + copies) / memory
         elements = forward_elements + (backward_bytes + copies_backward) / memory
 
@@ -285,6 +291,11 @@ class TimeModel:
             context_exchange=context_forward + context_backward,
             operators=operators,
         )
+
+    def _fuses_gradients(self, config: Config) -> bool:
+        """Whether the layers are megatron-core's, whose products add gradients of weights to their sums."""
+        is_core = config.model.transformer_impl != "transformer_engine"
+        return is_core and fuses_weight_gradients(config, torch.device(self.machine.device))
 
     def _pairs(self, candidate: Candidate, rows: Rows) -> float:
         """Query-key pairs of all this rank's heads."""

@@ -56,11 +56,16 @@ def wrap_for_training(chunks: list[PolicyModel], config: Config) -> list[Distrib
     return wrapped
 
 
-def fuses_weight_gradients(config: Config) -> bool:
+def fuses_weight_gradients(config: Config, device: torch.device | None = None) -> bool:
     """Whether gradients of megatron-core's linear layers are added to their sums inside the product: 16-bit weights with fp32
-    sums, where the device has such a product."""
+    sums, where the device has such a product.
+
+    Args:
+        config: configuration of the run.
+        device: device of the run. Default: this process's.
+    """
     wanted = config.parallel.gradient_accumulation_fusion and not config.parallel.grad_reduce_in_bf16
-    return wanted and config.training.bf16 and products.are_fused(platform.CURRENT.device)
+    return wanted and config.training.bf16 and products.are_fused(device or platform.CURRENT.device)
 
 
 def weight_gradients(config: Config, *, is_transformer_engine: bool) -> str:

@@ -140,6 +140,29 @@ def test_assignment_does_not_take_longer_than_it_must() -> None:
     assert {len(items) for items in found} == {4}
 
 
+def test_gradients_that_their_product_adds_take_no_pass_of_their_own() -> None:
+    """A pass reads and writes the fp32 sum, 8 bytes, and the gradient, in bf16 2 + 2: of a layer's weights, by the memory."""
+    weights = 4096 * (2 * 4096 + 2 * 1024) + 3 * 4096 * 14336
+    # Eight samples, one micro batch each, of 32 layers.
+    passes = 8 * 32 * 12 * weights / A100.elementwise_bytes_per_s("bfloat16")
+
+    def elementwise(machine: Machine = A100, **changes: Any) -> float:
+        config = dataclasses.replace(CONFIG, **changes)
+        return search_of(4096, 1, config=config, machine=machine).as_configured().time.parts["element-wise"]
+
+    fused = elementwise()
+    added = ParallelConfig(gradient_accumulation_fusion=False)
+    assert elementwise(parallel=added) - fused == pytest.approx(passes)
+    assert elementwise(model=ModelConfig(transformer_impl="transformer_engine")) - fused == pytest.approx(passes)
+    # Sums in bf16 have 4 bytes of 8.
+    assert elementwise(parallel=ParallelConfig(grad_reduce_in_bf16=True)) - fused == pytest.approx(passes * 8 / 12)
+    # Not of fp32 weights, and not on a CPU, whose products do not add.
+    in_fp32 = dataclasses.replace(CONFIG.training, bf16=False)
+    assert elementwise(training=in_fp32) == elementwise(training=in_fp32, parallel=added)
+    cpu = load_machine("cpu")
+    assert elementwise(cpu) == elementwise(cpu, parallel=added)
+
+
 # --------------------------------------------------------------------------------------------------
 # Links
 # --------------------------------------------------------------------------------------------------

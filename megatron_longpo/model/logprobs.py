@@ -35,6 +35,8 @@ from megatron_longpo.runtime import platform, products
 
 # Elements of a block that stays in a core's cache from one pass over it to the next.
 _CACHED = 2**20
+# Numbers of a chunk's gradient of the weight that are rounded at a time, where no product adds to fp32 sums.
+ROUNDED = 8 * _CACHED
 # Largest relative difference between a gradient and what was known of it. fp32 sums of a step differ by far less.
 _TOLERANCE = 1e-4
 
@@ -493,6 +495,6 @@ def _add_product(total_VH: Tensor, grad_CV: Tensor, hidden_CH: Tensor) -> None:
         products.add_product(total_VH, grad_CV, hidden_CH)
         return
     # By blocks of rows; otherwise the product would be as large as the weight before it is added.
-    rows = max(1, 8 * _CACHED // hidden_CH.shape[1])
+    rows = max(1, ROUNDED // hidden_CH.shape[1])
     for start in range(0, total_VH.shape[0], rows):
         total_VH[start : start + rows].add_(grad_CV[:, start : start + rows].t() @ hidden_CH)

@@ -401,6 +401,7 @@ class TimeModel:
             candidate.config,
             candidate.parallel,
             tokens=candidate.micro_batch_size * rows.places,
+            is_first=False,
             is_last=False,
             on_cuda=True,
         )

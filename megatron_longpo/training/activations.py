@@ -2,7 +2,8 @@
 
 Each term is a tensor of ``model/layers.py``, ``model/attention.py``, ``model/blocks.py`` or ``model/logprobs.py``. The peak is in
 one of a few moments: the backward of an MLP or of an attention with everything saved, that of a layer which is recomputed as a
-whole, or the log-probs. tests/unit/test_simulation.py compares the estimate with simulated steps; it must not be below them.
+whole, that of the embedding, or the log-probs. tests/unit/test_simulation.py compares the estimate with simulated steps; it must
+not be below them.
 
 Shape legend: s = places on this context-parallel rank, r = rows of the hidden states on this rank (s / TP with sequence
 parallelism), H = hidden size, Q/K = width of this rank's queries/keys, F = this rank's width of the MLP, D = head size.
@@ -20,7 +21,7 @@ from megatron_longpo.config import Config
 from megatron_longpo.model.attention import head_groups_of
 from megatron_longpo.model.fp8 import alignment
 from megatron_longpo.model.gpt import padded_vocab_size
-from megatron_longpo.model.logprobs import chunk_tokens, default_chunk_bytes
+from megatron_longpo.model.logprobs import ROUNDED, chunk_tokens, default_chunk_bytes
 from megatron_longpo.model.shape import ModelShape
 from megatron_longpo.runtime.balance import round_up
 from megatron_longpo.runtime.process_groups import Parallel
@@ -59,6 +60,7 @@ class Activations:
         config: configuration of the run.
         parallel: degrees.
         tokens: places of the micro batch, over all its context-parallel ranks.
+        is_first: whether the rank is in the first stage, which has the embedding.
         is_last: whether the rank is in the last stage, which computes log-probs.
         on_cuda: whether the run is on GPUs.
     """
@@ -67,6 +69,7 @@ class Activations:
     config: Config
     parallel: Parallel
     tokens: int
+    is_first: bool
     is_last: bool
     on_cuda: bool
 
@@ -236,15 +239,32 @@ class Activations:
         return int(self._hidden + q + max(moments))
 
     @cached_property
+    def _vocabulary(self) -> int:
+        """This rank's rows of the embedding and of the output weight."""
+        tensor, divisor = self.parallel.tensor_size, self.config.model.make_vocab_size_divisible_by
+        return padded_vocab_size(self.shape.vocab_size, divisor, tensor) // tensor
+
+    @cached_property
+    def _embedding_backward(self) -> int:
+        """What the embedding's backward holds: its output's gradient, and that of the table, which is as large as the table.
+
+        Where a 16-bit gradient is added to fp32 sums, torch's sum on a CPU first makes a copy of it in fp32 (seen in 2.13).
+        """
+        is_widened = not self.on_cuda and self._width < 4 and not self.config.parallel.grad_reduce_in_bf16
+        table = self._vocabulary * self.shape.hidden_size * (self._width + 4 * is_widened)
+        return table + self._hidden + (self._whole_hidden if self._gathers else 0)
+
+    @cached_property
     def _logprobs(self) -> int:
         """What the log-probs hold: a chunk's logits and hidden states, and the last hidden states with their gradient."""
-        tensor, shape, width = self.parallel.tensor_size, self.shape, self._width
+        shape, width, padded = self.shape, self._width, self._vocabulary
         budget = self.config.model.logprob_chunk_bytes or default_chunk_bytes(on_cuda=self.on_cuda)
-        padded = padded_vocab_size(shape.vocab_size, self.config.model.make_vocab_size_divisible_by, tensor) // tensor
         chunk = min(chunk_tokens(padded, budget, self._dtype, shape.hidden_size * self._gathers), self._places)
         logits = chunk * padded * (4 + (width if width < 4 else 0))
         states = chunk * shape.hidden_size * width * (4 if self._gathers else 2)
-        return logits + states + 2 * self._hidden
+        # On a CPU 16-bit gradients of the weight are rounded by blocks, of which torch's sum makes a copy in fp32.
+        rounded = min(ROUNDED, padded * shape.hidden_size) if width < 4 and not self.on_cuda else 0
+        return logits + states + 2 * self._hidden + (width + 4) * rounded
 
     # The peak ---------------------------------------------------------------------------------------
 
@@ -293,6 +313,8 @@ class Activations:
                 PeakBytes(saved=again, backward=self._mlp_backward(recomputed=False)),
                 PeakBytes(saved=again - self._hidden - 2 * self._mlp, backward=self._attention_backward),
             ]
+        if self.is_first:
+            moments.append(PeakBytes(backward=self._embedding_backward))
         if self.is_last:
             # The log-probs come when the offloaded layers have gone and none has come back.
             moments.append(PeakBytes(saved=waiting + last_input, logprobs=self._logprobs))

@@ -231,7 +231,7 @@ def choices(
 
     on_cuda = platform.CURRENT.is_cuda if on_cuda is None else on_cuda
     wanted = config.training.cpu_offloading_num_layers
-    activations = Activations(shape, config, parallel, tokens=tokens, is_last=True, on_cuda=on_cuda)
+    activations = Activations(shape, config, parallel, tokens=tokens, is_first=True, is_last=True, on_cuda=on_cuda)
     in_flight = max(in_flight_forwards(config, shape, parallel, num_microbatches, each) for each in stages)
     sharing = parallel.tensor_size * parallel.context_size
 
@@ -341,7 +341,7 @@ class StageMemory:
         in_flight = in_flight_forwards(config, shape, parallel, num_microbatches, stage)
         return cls(
             static,
-            Activations(shape, config, parallel, tokens=tokens, is_last=last, on_cuda=on_cuda),
+            Activations(shape, config, parallel, tokens=tokens, is_first=not stage, is_last=last, on_cuda=on_cuda),
             max(pipeline_split(config.parallel, shape.num_layers)[stage]),
             in_flight,
             # Only the very first virtual stage receives nothing.

@@ -174,7 +174,7 @@ def test_places_are_padded_to_a_multiple_of_16() -> None:
 
 def test_the_estimate_counts_fp8_copies_of_weights_and_padding() -> None:
     plain, quantized = (
-        Activations(SHAPE, config, _PARALLEL, tokens=100, is_last=True, on_cuda=True)
+        Activations(SHAPE, config, _PARALLEL, tokens=100, is_first=True, is_last=True, on_cuda=True)
         for config in (_config(training={"fp8_format": None}), _config())
     )
     # 48 x (48 + 2 x 24) for the attention, 48 x 48, and 3 x 48 x 96 for the MLP.

@@ -25,6 +25,7 @@ from megatron_longpo.model.rotary import Rotary, rotary_of
 from megatron_longpo.model.shape import ModelShape
 from megatron_longpo.runtime import platform
 from megatron_longpo.training import memory
+from megatron_longpo.training.activations import Activations
 from tests.support.attention import dense_attention, tree
 from tests.support.plans import parallel_of
 
@@ -212,6 +213,54 @@ def test_an_update_needs_memory_when_activations_are_gone() -> None:
     assert update("adam", 64, True) == 8 * (weights // 64)
     assert update("adam", 1, False) == 8 * largest + 4 * 2 * 4096 * 14336
     assert update("rmsprop", 1, True) == 4 * largest
+
+
+@pytest.mark.parametrize(
+    ("bf16", "on_cuda", "reduced", "each"),
+    [
+        # The gradient, and on a CPU torch's copy in fp32 of what is added to fp32 sums.
+        (True, False, False, 2 + 4),
+        (True, False, True, 2),
+        (True, True, False, 2),
+        (False, False, False, 4),
+    ],
+)
+def test_short_rows_peak_in_the_embedding_s_backward(bf16: bool, on_cuda: bool, reduced: bool, each: int) -> None:
+    """Of a stage without log-probs, where the gradient of a large table is more than what layers save of 100 tokens."""
+    config = from_dict({"training": {"bf16": bf16}, "parallel": {"grad_reduce_in_bf16": reduced}}, "test")
+    shape = _MISTRAL.replace(num_layers=2, hidden_size=512, ffn_hidden_size=1024, num_attention_heads=4)
+    first, later = (
+        Activations(shape, config, parallel_of(), tokens=100, is_first=is_first, is_last=False, on_cuda=on_cuda).peak(
+            2, whole_layers=0, recompute_up=True
+        )
+        for is_first in (True, False)
+    )
+    assert first.backward == 32000 * 512 * each + 100 * 512 * (2 if bf16 else 4)
+    assert (first.saved, first.buffers) == (0, later.buffers)
+    assert later.total < first.total
+
+
+def test_log_probs_on_a_cpu_round_gradients_of_the_weight_by_blocks() -> None:
+    """In bf16 a block of 2^23 numbers in 2 bytes, and torch's copy of it in fp32 while it is added."""
+
+    def peak(*, bf16: bool, on_cuda: bool, vocabulary: int = 32000) -> int:
+        sections = {"training": {"bf16": bf16}, "model": {"logprob_chunk_bytes": 2**27}}
+        found = Activations(
+            _MISTRAL.replace(vocab_size=vocabulary),
+            from_dict(sections, "test"),
+            parallel_of(),
+            tokens=4096,
+            is_first=False,
+            is_last=True,
+            on_cuda=on_cuda,
+        )
+        return found._logprobs
+
+    assert peak(bf16=True, on_cuda=False) - peak(bf16=True, on_cuda=True) == 6 * 2**23
+    assert peak(bf16=False, on_cuda=False) == peak(bf16=False, on_cuda=True)
+    # Less where the weight has fewer numbers.
+    small = {"bf16": True, "vocabulary": 1024}
+    assert peak(**small, on_cuda=False) - peak(**small, on_cuda=True) == 6 * 1024 * 4096
 
 
 def test_a_longer_row_needs_more_recompute() -> None:

@@ -13,6 +13,7 @@ import dataclasses
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -294,12 +295,7 @@ def step_bytes(
     found = StageMemory.of(
         shape, config, parallel, tokens=tokens, num_microbatches=num_microbatches, stage=stage, on_cuda=on_cuda
     )
-    whole = (found.layers if is_uniform else training.recompute_num_layers) if is_full else 0
-    return found.peak(
-        whole_layers=whole,
-        recompute_up=training.recompute_granularity != "none" and "mlp_up" in training.recompute_modules,
-        offloaded=training.cpu_offloading_num_layers or 0,
-    )
+    return found.peak(**found.recomputed(training))
 
 
 @dataclass(frozen=True)
@@ -349,6 +345,17 @@ class StageMemory:
             PeakBytes(update=_update_bytes(static, shape, config, parallel, stage, on_cuda=on_cuda)),
         )
 
+    def recomputed(self, training: TrainingConfig) -> dict[str, Any]:
+        """What a configuration recomputes, as the arguments of ``peak`` and ``waiting``; it is decided, not ``auto``."""
+        whole = 0
+        if training.recompute_granularity == "full":
+            whole = self.layers if training.recompute_method == "uniform" else training.recompute_num_layers
+        return {
+            "whole_layers": whole,
+            "recompute_up": training.recompute_granularity != "none" and "mlp_up" in training.recompute_modules,
+            "offloaded": training.cpu_offloading_num_layers or 0,
+        }
+
     def peak(self, *, whole_layers: int, recompute_up: bool, offloaded: int) -> StepBytes:
         """Most bytes of a step.
 
@@ -357,16 +364,23 @@ class StageMemory:
             recompute_up: whether the others recompute their MLP's first product.
             offloaded: layers of each virtual stage whose activations wait in host memory; all but one of the others, at most.
         """
-        whole = min(whole_layers, self.layers)
         peak = self.activations.peak(
             self.layers,
-            whole_layers=whole,
+            whole_layers=min(whole_layers, self.layers),
             recompute_up=recompute_up,
             in_flight=self.in_flight,
             received=self.received,
-            offloaded=max(0, min(offloaded, self.layers - whole - 1)),
+            offloaded=self._offloaded(whole_layers, offloaded),
         )
         return StepBytes(self.static, max(peak, self.update, key=lambda moment: moment.total))
+
+    def waiting(self, *, whole_layers: int, recompute_up: bool, offloaded: int) -> int:
+        """Bytes of activations that wait in host memory; the arguments are those of ``peak``."""
+        kept = self.activations.kept(recompute_up=recompute_up)
+        return PINNED_ROUNDING * self._offloaded(whole_layers, offloaded) * self.in_flight * kept
+
+    def _offloaded(self, whole_layers: int, offloaded: int) -> int:
+        return max(0, min(offloaded, self.layers - min(whole_layers, self.layers) - 1))
 
 
 def _update_bytes(
@@ -495,17 +509,10 @@ def host_bytes(
     Args:
         shape, config, parallel, tokens, num_microbatches, stage: as for ``choices``; the recomputation is decided.
     """
-    training = config.training
     found = StageMemory.of(
         shape, config, parallel, tokens=tokens, num_microbatches=num_microbatches, stage=stage, on_cuda=True
     )
-    is_full = training.recompute_granularity == "full"
-    whole = 0
-    if is_full:
-        whole = found.layers if training.recompute_method == "uniform" else training.recompute_num_layers
-    waiting = max(0, min(training.cpu_offloading_num_layers or 0, found.layers - whole - 1))
-    up = training.recompute_granularity != "none" and "mlp_up" in training.recompute_modules
-    needed = PINNED_ROUNDING * waiting * found.in_flight * found.activations.kept(recompute_up=up)
+    needed = found.waiting(**found.recomputed(config.training))
     if config.optimizer.optimizer_cpu_offload:
         needed += host_optimizer_bytes(found.static.parameters, config, parallel)
     return needed

@@ -59,7 +59,7 @@ class Machine:
         network_gb_per_s: what a GPU sends to other nodes while it receives as much, as collectives reach it.
         network_latency_us: time of one step of a collective between nodes.
         host_link_gb_per_s: copies between the GPU and the host's memory, one direction.
-        host_memory_gib: memory of the host per GPU; without it, 1.5 times the GPU's, which is less than usual nodes have.
+        host_memory_gib: memory of the host per GPU; without it, 1.5 times the GPU's.
         host_update_gb_per_s: bytes that an optimizer's update on the host's cores reads and writes, of a GPU's share of the cores
             and of their memory; without it, as copies to the host.
         disk_gb_per_s: writing of checkpoints, per node.

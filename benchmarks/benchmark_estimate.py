@@ -1,21 +1,29 @@
 """The memory estimate beside simulated peaks, over layouts, lengths and models: a table in Markdown.
 
-    python benchmarks/benchmark_estimate.py --found pairs.jsonl
+    python benchmarks/benchmark_estimate.py --found pairs
     python benchmarks/benchmark_estimate.py --layers 8 --only mistral-7b
 
 No GPU is needed. A pair of a whole model takes about half a minute of one core, one of eight layers five seconds, more with
-pipelines and allgather. What is in ``--found`` is not simulated again, so a run that was broken off goes on.
+pipelines and allgather. Peaks are kept in ``--found``, by hashes of what was asked and of the code but for the estimate's, so
+a run that was broken off goes on. The estimate is made anew each time.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import hashlib
 import json
+import sys
+import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_longpo.simulation.request import Request
+from common import code_hash
+from megatron_longpo.runtime.files import write_atomically
+from megatron_longpo.simulation.fallback import estimate
+from megatron_longpo.simulation.request import Card, Request
 from megatron_longpo.simulation.start import simulate
 
 _GIB = 2**30
@@ -47,7 +55,7 @@ MODELS = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Pair:
     """A layout, a length and a model.
 
@@ -146,6 +154,14 @@ OFFLOADED = (
 
 # Pairs of one simulating process: it takes some seconds to start, and its results are written when it ends.
 _AT_ONCE = 3
+# What has no part in a simulated step: here it is decided beforehand what is recomputed.
+_NOT_SIMULATED = ("planner", "training/activations.py", "training/memory.py")
+
+
+def path_of(request: Request, folder: Path) -> Path:
+    """File of a request's simulation."""
+    asked = hashlib.sha256(f"{code_hash(*_NOT_SIMULATED)} {request.as_json()}".encode())
+    return folder / f"{asked.hexdigest()[:16]}.json"
 
 
 def main() -> None:
@@ -153,36 +169,31 @@ def main() -> None:
     parser.add_argument("--layers", type=int, help="depth of every model; default: its own")
     parser.add_argument("--only", help="a model")
     parser.add_argument("--offloaded", action="store_true", help="the pairs with activations in host memory")
-    parser.add_argument("--found", type=Path, help="file that keeps what was found, one JSON object a line")
+    parser.add_argument("--found", type=Path, help="folder that keeps what was simulated")
     a = parser.parse_args()
+    if a.found is not None and a.found.is_file():
+        sys.exit(f"error: --found {a.found} is a file, which earlier versions wrote; name a folder")
     pairs = [pair for pair in (OFFLOADED if a.offloaded else PAIRS) if a.only in (None, pair.model)]
-    found: dict[str, dict[str, Any]] = {}
-    if a.found is not None and a.found.exists():
-        found = {row["request"]: row for row in map(json.loads, a.found.read_text(encoding="utf-8").splitlines())}
-    left = [pair for pair in pairs if pair.request(a.layers).as_json() not in found]
-    for start in range(0, len(left), _AT_ONCE):
-        requests = [pair.request(a.layers) for pair in left[start : start + _AT_ONCE]]
-        for request, report in zip(requests, simulate(requests, quiet=True), strict=True):
-            row = {"request": request.as_json(), "layout": report.layout, "recompute": report.recompute}
-            row |= {"peak": report.peak_bytes, "estimate": report.estimate_bytes or 0}
-            row |= {
-                "place": report.peak["place"],
-                "tflop": sum(report.flops.values()) / 1e12,
-                "seconds": report.seconds,
-            }
-            found[row["request"]] = row
-            if a.found is not None:
-                with a.found.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(row) + "\n")
-    print(
-        "| model | layout | rank | tokens | recomputed | simulated GiB | estimate GiB | |\n|---|---|---|---|---|---|---|---|"
-    )
-    for pair in pairs:
-        row = found[pair.request(a.layers).as_json()]
-        print(
-            f"| {pair.model} | {row['layout']} | {pair.rank} | {pair.tokens:,} | {row['recompute']} | "
-            f"{row['peak'] / _GIB:.2f} | {row['estimate'] / _GIB:.2f} | {100 * (row['estimate'] / row['peak'] - 1):+.1f}% |"
-        )
+    requests = {pair: pair.request(a.layers) for pair in pairs}
+    with contextlib.ExitStack() as stack:
+        folder = a.found or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        folder.mkdir(parents=True, exist_ok=True)
+        left = [request for request in requests.values() if not path_of(request, folder).exists()]
+        for start in range(0, len(left), _AT_ONCE):
+            some = left[start : start + _AT_ONCE]
+            for request, report in zip(some, simulate(some, quiet=True), strict=True):
+                found = {"request": request.as_json(), "layout": report.layout, "recompute": report.recompute}
+                found |= {"peak": report.peak_bytes, "place": report.peak["place"], "seconds": report.seconds}
+                write_atomically(path_of(request, folder), (json.dumps(found) + "\n").encode())
+        print("| model | layout | rank | tokens | recomputed | simulated GiB | estimate GiB | |")
+        print("|---|---|---|---|---|---|---|---|")
+        for pair, request in requests.items():
+            row = json.loads(path_of(request, folder).read_text(encoding="utf-8"))
+            said = estimate(request, Card()).tensor_bytes
+            print(
+                f"| {pair.model} | {row['layout']} | {pair.rank} | {pair.tokens:,} | {row['recompute']} | "
+                f"{row['peak'] / _GIB:.2f} | {said / _GIB:.2f} | {100 * (said / row['peak'] - 1):+.1f}% |"
+            )
 
 
 if __name__ == "__main__":

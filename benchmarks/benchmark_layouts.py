@@ -4,8 +4,8 @@
 
 No GPU is needed. Of each layout the first rank of its fullest and of its slowest stage is simulated, with as little
 recomputation as fits by the simulated peak; its time is what was simulated at the machine's rates. A case takes up to 60
-simulations of a second or two. Each result is a file of the folder of results, named by what was asked and the package's version;
-what is there is not computed again. The table is Markdown.
+simulations of a second or two. Each result is a file of the folder of results, named by hashes of what was asked and of the
+package's code; what is there is not computed again. The table is Markdown.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_longpo import __version__
+from common import code_hash
 from megatron_longpo.config import Config, OptimizerConfig, TrainingConfig
 from megatron_longpo.model.shape import ModelShape
 from megatron_longpo.planner.machine import load_machine
@@ -53,10 +53,10 @@ class Case:
 
     @property
     def key(self) -> str:
-        """Hash of everything that is asked, and of the package's version."""
+        """Hash of everything that is asked, and of the code that answers."""
         search = self.search
         parts = (search.config.as_dict(), dataclasses.asdict(search.shape), dataclasses.asdict(search.machine))
-        asked = (__version__, self.length, _ANSWER, search.world_size, sorted(search.given), *parts)
+        asked = (code_hash(), self.length, _ANSWER, search.world_size, sorted(search.given), *parts)
         return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:12]
 
 

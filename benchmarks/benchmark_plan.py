@@ -5,7 +5,8 @@
 The machine is measured first, once for runs of one process and once for runs of two (``megatron-longpo plan calibrate``). Then
 all predictions are written to OUTPUT/predictions.json, with the time. Only then the runs begin: the training command itself, on
 random models and random rows. Rerun the same command to resume a sitting that broke off; --redo-runs keeps calibration and
-predictions and runs everything again.
+predictions and runs everything again. OUTPUT/code.json has a hash of the code that calibrates, predicts and runs: other code
+needs a folder of its own, so no table mixes two.
 
 A quiet machine is needed: what else runs makes steps slower than predicted. The load is noted with each run.
 """
@@ -28,7 +29,7 @@ from typing import Any
 
 import numpy as np
 
-from common import CONVERT, describe_machine
+from common import CONVERT, code_hash, describe_machine
 from megatron_longpo.runtime.files import write_atomically
 from megatron_longpo.runtime.tables import markdown_table
 
@@ -169,6 +170,7 @@ def main() -> None:
     if a.redo_runs:
         shutil.rmtree(results, ignore_errors=True)
     results.mkdir(exist_ok=True)
+    check_code(a.output)
     make_models(a.output)
     calibrate(a.output, a.seconds)
     predict(a.output)
@@ -183,6 +185,18 @@ def main() -> None:
             flush=True,
         )
     report(a.output, cases)
+
+
+def check_code(output: Path) -> None:
+    """Note the code of a sitting, or refuse to go on with one of other code."""
+    path, code = output / "code.json", code_hash(script=Path(__file__))
+    if not path.exists() and not (output / "predictions.json").exists():
+        write_atomically(path, (json.dumps({"code": code}) + "\n").encode())
+    began = json.loads(path.read_text(encoding="utf-8"))["code"] if path.exists() else "an earlier version"
+    if began != code:
+        sys.exit(
+            f"error: the sitting in {output} is of other code ({began}) than this ({code}); name another folder with --output"
+        )
 
 
 def _environment() -> dict[str, str]:

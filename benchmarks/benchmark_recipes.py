@@ -4,7 +4,7 @@
     python benchmarks/benchmark_recipes.py --only glm4 --output recipes
 
 No GPU is needed; a simulation of whole models takes one to three minutes of a core, and is kept in OUTPUT/NAME-HASH.json, with a
-hash of what was simulated and of the package's version. Rerun the same command to resume. ``--layers 2`` cuts the models, as the
+hash of what was simulated and of the package's code. Rerun the same command to resume. ``--layers 2`` cuts the models, as the
 tests do.
 """
 
@@ -16,7 +16,7 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_longpo import __version__
+from common import code_hash
 from megatron_longpo.config import Config, from_dict
 from megatron_longpo.evolution.settings import read_evolution
 from megatron_longpo.model.logprobs import default_chunk_bytes
@@ -194,7 +194,8 @@ def simulated(recipe: Recipe, folder: Path, layers: int | None) -> list[Report]:
     """Reports of a recipe, from the folder if those of the same simulation are there."""
     stages = recipe.config().parallel.pipeline_model_parallel_size
     requests, card = recipe.requests(None if layers is None else layers * stages), card_of(recipe.machine)
-    words = [__version__, card.as_json(), *(request.as_json() for request in requests)]
+    # The planner chooses what is simulated, and has no part in it.
+    words = [code_hash("planner"), card.as_json(), *(request.as_json() for request in requests)]
     asked = hashlib.sha256("\n".join(words).encode())
     path = folder / f"{recipe.name}{'' if layers is None else f'-{layers}'}-{asked.hexdigest()[:12]}.json"
     if not path.exists():

@@ -1,14 +1,32 @@
-"""Helpers of the benchmarks: memory of a process (Linux) and a description of the machine."""
+"""Helpers of the benchmarks: memory of a process (Linux), a description of the machine, a hash of the code."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import hashlib
 import os
 import platform as machine
 from pathlib import Path
 
 CONVERT = Path(__file__).parent.parent / "tools" / "convert_checkpoint.py"
+PACKAGE = Path(__file__).parent.parent / "megatron_longpo"
+
+
+def code_hash(*without: str, script: Path | None = None, package: Path = PACKAGE) -> str:
+    """Twelve digits of the hash of the package's modules and machines: results of other code are not those of this one.
+
+    Args:
+        without: files and folders that the result does not depend on, relative to the package.
+        script: a benchmark that is part of the code.
+        package: folder of the package.
+    """
+    found = hashlib.sha256(b"" if script is None else script.read_bytes())
+    for path in sorted(path for path in package.rglob("*") if path.suffix in (".py", ".yaml")):
+        name = path.relative_to(package)
+        if not any(name.is_relative_to(other) for other in without):
+            found.update(f"{name.as_posix()}\0{path.stat().st_size}\0".encode() + path.read_bytes())
+    return found.hexdigest()[:12]
 
 
 def _status(key: str) -> float:

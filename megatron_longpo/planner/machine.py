@@ -67,6 +67,8 @@ class Machine:
         elementwise_efficiency: the same by dtype, of norms, gates, rotary embeddings and sums, where it was measured. On a CPU
             they are bound by arithmetic, and 16-bit types are converted.
         optimizer_gb_per_s: bytes that the optimizer's update reads and writes; without it, as element-wise kernels in fp32.
+        fresh_gb_per_s: on a CPU, memory that the system gives to a process some seconds after it was freed, by the seconds that
+            this takes longer than at once; without it, no longer. A virtual machine may have to get it from its host.
         logits_g_per_s: dtype -> 1e9 logits per second that pass the softmax of the log-probs and its gradient, beside the
             products; without it, as element-wise kernels that move 34 bytes per logit.
         logprob_efficiency: dtype -> share of the peak that the products of the log-probs reach; without it, as other products of
@@ -100,6 +102,7 @@ class Machine:
     memory_efficiency: Share = 0.8
     elementwise_efficiency: dict[str, float] = field(default_factory=dict)
     optimizer_gb_per_s: PositiveFiniteFloat | None = None
+    fresh_gb_per_s: PositiveFiniteFloat | None = None
     host_memory_gib: PositiveFiniteFloat | None = None
     host_update_gb_per_s: PositiveFiniteFloat | None = None
     logits_g_per_s: dict[str, float] = field(default_factory=dict)

@@ -81,6 +81,7 @@ PARTS = (
     "reference",
     "launches",
     "stragglers",
+    "fresh memory",
 )
 
 
@@ -192,6 +193,13 @@ class TimeModel:
                 "PP exchange": send * len(chunks),
                 "host copies": copies * sum(max(0, min(offloaded, c - min(whole_layers, c) - 1)) for c in chunks),
             }
+            if self.machine.fresh_gb_per_s is not None:
+                held = self._activations(candidate, rows, is_first=is_first, is_last=is_last, on_cuda=False).peak(
+                    max(chunks), whole_layers=min(whole_layers, max(chunks)), recompute_up=up
+                )
+                # As much as the activations are at most has been free since the micro batch before.
+                fresh = len(chunks) * (held.saved + held.backward + held.logprobs)
+                parts["fresh memory"] = fresh / (self.machine.fresh_gb_per_s * 1e9)
             busy = sum(parts.values())
             launches = (n + whole * _FORWARD_SHARE) * layer.operators * self.machine.operator_us * 1e-6
             # A GPU computes while the host goes ahead; on a CPU the two are one.
@@ -396,18 +404,19 @@ class TimeModel:
 
     def _host_copies(self, candidate: Candidate, rows: Rows, layer: Layer, *, up: bool) -> float:
         """What computing a layer does not hide of copying another one's activations to the host and back."""
-        activations = Activations(
-            self.shape,
-            candidate.config,
-            candidate.parallel,
-            tokens=candidate.micro_batch_size * rows.places,
-            is_first=False,
-            is_last=False,
-            on_cuda=True,
-        )
+        activations = self._activations(candidate, rows, is_first=False, is_last=False, on_cuda=True)
         seconds = activations.kept(recompute_up=up) / (self.machine.host_link_gb_per_s * 1e9)
         whole = layer.linear + layer.attention + layer.elementwise + layer.tensor_exchange + layer.context_exchange
         return max(0.0, seconds - layer.forward) + max(0.0, seconds - (whole - layer.forward))
+
+    def _activations(
+        self, candidate: Candidate, rows: Rows, *, is_first: bool, is_last: bool, on_cuda: bool
+    ) -> Activations:
+        tokens = candidate.micro_batch_size * rows.places
+        config, parallel = candidate.config, candidate.parallel
+        return Activations(
+            self.shape, config, parallel, tokens=tokens, is_first=is_first, is_last=is_last, on_cuda=on_cuda
+        )
 
     def parameters(self, candidate: Candidate) -> float:
         """Weights of the largest rank."""

@@ -170,6 +170,7 @@ def units(machine: Machine) -> tuple[Machine, Machine]:
         memory_gb_per_s=fast,
         elementwise_efficiency={},
         optimizer_gb_per_s=None,
+        fresh_gb_per_s=None,
         logits_g_per_s={},
         linear_efficiency=flat,
         logprob_efficiency={},

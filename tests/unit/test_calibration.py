@@ -45,6 +45,7 @@ def _found(**changes: Any) -> dict[str, Any]:
         "bfloat16": of_dtype,
         "float32": fp32,
         "optimizer_bytes_per_s": 9e9,
+        "fresh_bytes_per_s": 1.5e9,
         "host_bytes_per_s": 10e9,
         "disk_bytes_per_s": 1e9,
         "exchanges": {
@@ -70,6 +71,7 @@ def test_constants_follow_from_what_was_measured() -> None:
     assert machine.elementwise_bytes_per_s("bfloat16") == pytest.approx(5e9)
     assert machine.elementwise_bytes_per_s("float32") == pytest.approx(20e9)
     assert (machine.optimizer_bytes_per_s, machine.logits_per_s("float32")) == (9e9, 2e8)
+    assert machine.fresh_gb_per_s == 1.5
     # 60 of 100 GFLOP/s in fp32, whatever the rows.
     assert machine.logprob_flops_per_s("float32", rows=7, width=512) == pytest.approx(60e9)
     # Half way between 64 and 4096 rows in the logarithm: 512.
@@ -143,6 +145,7 @@ def test_two_processes_measure_this_machine(tmp_path: Path) -> None:
     assert 1e9 < machine.linear_flops_per_s("float32", rows=64, width=512) < 1e13
     assert 0.05 < machine.reserved_gib < 3
     assert machine.node_link_latency_us > 1
+    assert machine.fresh_gb_per_s is not None and machine.fresh_gb_per_s > 0.01
     assert not list(tmp_path.glob(".calibrate-*"))
 
 

@@ -163,6 +163,29 @@ def test_gradients_that_their_product_adds_take_no_pass_of_their_own() -> None:
     assert elementwise(cpu) == elementwise(cpu, parallel=added)
 
 
+@pytest.mark.parametrize("bf16", [True, False])
+def test_a_cpu_takes_the_memory_of_each_micro_batch_anew(bf16: bool) -> None:
+    """2000 tokens of four layers that recompute the MLP's first product, and a chunk of logits of 1000 tokens."""
+    training = TrainingConfig(
+        bf16=bf16, global_batch_size=3, recompute_granularity="selective", recompute_modules=("mlp_up",)
+    )
+    config = dataclasses.replace(CONFIG, training=training, model=ModelConfig(logprob_chunk_bytes=6 * 1024 * 1000))
+    cpu = load_machine("cpu")
+    plain = search_of(2000, 1, shape=SMALL, config=config, machine=cpu).as_configured()
+    # Half a GB per second.
+    slow = dataclasses.replace(cpu, fresh_gb_per_s=0.5)
+    search = search_of(2000, 1, shape=SMALL, config=config, machine=slow)
+    plan = search.as_configured()
+    peak = plan.memory.bytes.activations
+    held = peak.saved + peak.backward + peak.logprobs
+    assert plan.time.parts["fresh memory"] == pytest.approx(3 * held / 0.5e9)
+    assert plan.seconds - plain.seconds == pytest.approx(plan.time.parts["fresh memory"])
+    # Layers save their inputs, queries, keys, values and output, and numbers per row; it is more than that.
+    width, places = (2 if bf16 else 4), search.workload.mean.places
+    assert held > 4 * places * (2 * 512 + 2 * 512 + 2 * 256) * width
+    assert plain.time.parts["fresh memory"] == 0
+
+
 # --------------------------------------------------------------------------------------------------
 # Links
 # --------------------------------------------------------------------------------------------------

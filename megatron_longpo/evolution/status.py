@@ -31,12 +31,21 @@ class StageStatus:
 
     @property
     def word(self) -> str:
-        """waiting, running, interrupted, done or failed."""
+        """waiting, running, interrupted, done or failed; of a stage whose tasks have begun, how many parts are done."""
         if self.record is None:
-            return "waiting"
+            return self._parts or "waiting"
         if self.record.state != "running":
             return self.record.state
         return "running" if is_held(self.stage.folder) else "interrupted"
+
+    @property
+    def _parts(self) -> str:
+        """Of the tasks of a Slurm array, which have no record of the stage; empty: none has begun."""
+        folder, count = self.stage.folder, self.stage.resources.array
+        if count == 1 or not any(folder.glob("log-part-*.txt")):
+            return ""
+        done = sum((folder / f"part-{part}.json").exists() for part in range(count))
+        return f"{done} of {count} parts"
 
     @property
     def process_hours(self) -> float:

@@ -425,6 +425,19 @@ def test_status_estimates_from_the_round_before(tmp_path: Path) -> None:
     assert found["second/generate"].seconds_left == 70.0 and found["second/split"].seconds_left is None
 
 
+def test_parts_of_a_stage_are_counted_while_their_tasks_run(tmp_path: Path) -> None:
+    plans = planner(tmp_path, resources={"generate": {"array": 3}})
+    folder = stages(plans)["generate"].folder
+    folder.mkdir(parents=True)
+    words = []
+    for name in ("config.yaml", "log-part-0.txt", "part-0.json", "part-2.json"):
+        (folder / name).touch()
+        words.append(read_status(plans)[0].word)
+    assert words == ["waiting", "0 of 3 parts", "1 of 3 parts", "2 of 3 parts"]
+    done(stages(plans)["generate"], seconds=1.0)
+    assert read_status(plans)[0].word == "done"
+
+
 def test_a_stage_runs_as_long_as_its_process(tmp_path: Path) -> None:
     plans = planner(tmp_path)
     stage = stages(plans)["split"]

@@ -29,7 +29,7 @@ from tests.support.damages import DAMAGES
 from tests.support.data import make_data
 from tests.support.launch import PYTHON, Running, environment, run, torchrun
 from tests.support.models import make_model
-from tests.support.runs import assert_same_tensors, metrics_of, tensors_of
+from tests.support.runs import assert_same_samples, assert_same_tensors, metrics_of, tensors_of
 
 # What ends a launch, and how often it is drawn.
 KINDS = {
@@ -214,13 +214,7 @@ class Faults:
         """Let the run come to its end, and compare it with the undisturbed one."""
         if read_status(self.output).state != "finished":
             self.start(self.output, self.ledger).wait()
-        used = [_ledger(path) for path in (self.ledger, self.folder / "whole.jsonl")]
-        assert used[0].keys() == used[1].keys() == set(range(1, self.steps + 1))
-        for step, numbers in used[1].items():
-            assert len(numbers) == 1, f"step {step} of the undisturbed run"
-            # However often a step was done again, it was with the same samples.
-            assert used[0][step] == numbers, f"step {step}"
-        flat = [number for step in sorted(used[1]) for number in next(iter(used[1][step]))]
+        flat = assert_same_samples(self.ledger, self.folder / "whole.jsonl", steps=self.steps)
         epochs = [sorted(flat[start : start + _SAMPLES]) for start in range(0, len(flat), _SAMPLES)]
         assert all(epoch == list(range(_SAMPLES)) for epoch in epochs)
         figures = [metrics_of(self.folder / name) for name in ("run", "whole")]
@@ -239,15 +233,6 @@ def _happened(fault: Mapping[str, Any]) -> str:
     """Kind of a fault; a damage for which there was only one checkpoint, so that it could not happen, is none."""
     is_none = fault["kind"] in DAMAGES and not fault["damage"]
     return "end of a launch before there were two checkpoints" if is_none else str(fault["kind"])
-
-
-def _ledger(path: Path) -> dict[int, set[tuple[int, ...]]]:
-    """Step -> the samples that it was done with, each time."""
-    found: dict[int, set[tuple[int, ...]]] = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
-        step, numbers = json.loads(line)
-        found.setdefault(step, set()).add(tuple(numbers))
-    return found
 
 
 def _assert_close(figures: Sequence[Mapping[str, Any]], others: Sequence[Mapping[str, Any]]) -> None:

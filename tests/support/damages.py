@@ -18,13 +18,17 @@ def _file(folder: Path, rng: random.Random, *, least: int = 1) -> Path:
     return rng.choice(weights if weights and rng.random() < 0.5 else files)
 
 
-def flip_bit(folder: Path, rng: random.Random) -> str:
-    path = _file(folder, rng)
+def flip_bit_of(path: Path, rng: random.Random) -> str:
     content = bytearray(path.read_bytes())
     at, bit = rng.randrange(len(content)), rng.randrange(8)
     content[at] ^= 1 << bit
     path.write_bytes(content)
-    return f"bit {bit} of byte {at} of {path.relative_to(folder)} flipped"
+    return f"bit {bit} of byte {at}"
+
+
+def flip_bit(folder: Path, rng: random.Random) -> str:
+    path = _file(folder, rng)
+    return f"{flip_bit_of(path, rng)} of {path.relative_to(folder)} flipped"
 
 
 def truncate(folder: Path, rng: random.Random) -> str:

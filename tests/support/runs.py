@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,25 @@ TIMED = {
 
 def metrics_of(output: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in r.items() if k not in TIMED} for r in read_metrics(output / "metrics.jsonl")]
+
+
+def ledger_of(path: Path) -> dict[int, set[tuple[int, ...]]]:
+    """Step -> the samples that it was done with, each time, as ``meddling_training`` has noted them."""
+    found: dict[int, set[tuple[int, ...]]] = {}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        step, numbers = json.loads(line)
+        found.setdefault(step, set()).add(tuple(numbers))
+    return found
+
+
+def assert_same_samples(ledger: Path, whole: Path, *, steps: int) -> list[int]:
+    """However often a step was done, it was with the samples of the undisturbed run; those of all steps, in order."""
+    used, expected = ledger_of(ledger), ledger_of(whole)
+    assert used.keys() == expected.keys() == set(range(1, steps + 1))
+    for step, numbers in expected.items():
+        assert len(numbers) == 1, f"step {step} of the undisturbed run"
+        assert used[step] == numbers, f"step {step}"
+    return [number for step in sorted(expected) for number in next(iter(expected[step]))]
 
 
 def tensors_of(checkpoint: Path) -> dict[str, torch.Tensor]:

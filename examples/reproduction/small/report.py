@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -56,13 +56,14 @@ class Result:
 
 @dataclass(frozen=True)
 class Difference:
-    """LongPO's exact match minus another method's, with paired intervals.
+    """LongPO's exact match minus another method's, with paired intervals over questions (seeds are held fixed).
 
     Attributes:
         round: round.
         method: the other method.
         seeds: seeds that both were trained with.
         short, long: over the lengths up to 512 tokens, and over those beyond, up to the round's.
+        short_by_seed, long_by_seed: the same for each seed.
     """
 
     round: str
@@ -70,6 +71,8 @@ class Difference:
     seeds: int
     short: Interval | None
     long: Interval | None
+    short_by_seed: tuple[float, ...]
+    long_by_seed: tuple[float, ...]
 
 
 def write(folder: Path) -> None:
@@ -93,6 +96,8 @@ def results(folder: Path) -> list[Result]:
     found = []
     perplexities = folder / "perplexity"
     for path in sorted((folder / "examined").glob("*/results.json"), key=lambda p: (p.parent.name != "model", str(p))):
+        if path.parent.name.startswith("seed"):
+            continue
         found.append(_result("", path.parent.name, [path.parent], perplexities))
     names = _rounds(folder)
     if names and not (folder / "examined" / "model").exists():
@@ -101,7 +106,7 @@ def results(folder: Path) -> list[Result]:
         )
     for name in names:
         for method, folders in _evaluations(folder, name).items():
-            found.append(_result(name, method, folders, perplexities))
+            found.append(_result(name, method, [*folders.values()], perplexities))
     return found
 
 
@@ -110,38 +115,63 @@ def _rounds(folder: Path) -> list[str]:
     return sorted({path.parent.name for path in (folder / "rounds").glob("*/*/pairs.jsonl")}, key=_length)
 
 
-def _evaluations(folder: Path, round_: str) -> dict[str, list[Path]]:
-    """Method -> evaluations of its models, one per seed."""
-    found: dict[str, list[Path]] = {}
-    for path in sorted((folder / "rounds").glob(f"*/{round_}/*/*/results.json")):
-        name = path.parent.name
-        # Others are what was made again since.
-        if path.parent.parent.name == name:
-            found.setdefault(name, []).append(path.parent)
+def _evaluations(folder: Path, round_: str) -> dict[str, dict[str, Path]]:
+    """Method -> seed -> evaluation; first of the model that the round began with, with the round's RoPE and nothing else."""
+    found: dict[str, dict[str, Path]] = {}
+    examined = folder / "examined"
+    for root in sorted((folder / "rounds").glob(f"*/{round_}")):
+        seed = root.parent.name
+        # The first round's is the same for all seeds.
+        for stretched in (examined / f"{seed}-rope-{round_}", examined / f"rope-{round_}"):
+            is_of_round = stretched.name.startswith("seed") or round_ == _rounds(folder)[0]
+            if is_of_round and (stretched / "results.json").exists():
+                found.setdefault("rope-only", {})[seed] = stretched
+                break
+        for path in sorted(root.glob("*/*/results.json")):
+            name = path.parent.name
+            # Others are what was made again since.
+            if path.parent.parent.name == name:
+                found.setdefault(name, {})[seed] = path.parent
     return found
 
 
 def differences(folder: Path) -> list[Difference]:
-    """LongPO against every other method of its round, question by question, over the seeds that both have."""
+    """LongPO against every other method of its round, question by question, over the seeds that both have.
+
+    Raises:
+        SystemExit: two evaluations have different questions.
+    """
     found = []
     for round_ in _rounds(folder):
-        of_method = {
-            method: {path.parts[-4]: path for path in paths} for method, paths in _evaluations(folder, round_).items()
-        }
+        of_method = _evaluations(folder, round_)
         ours = of_method.pop("longpo", {})
         for method, theirs in of_method.items():
             seeds = sorted({*ours} & {*theirs})
-            rows = [[_rows(paths[s] / "qa" / "samples.jsonl") for s in seeds] for paths in (ours, theirs)]
-            lengths = {row["length"] for each in rows[0] for row in each}
-            changes = {}
-            for name, chosen in (
-                ("short", {n for n in lengths if n <= SHORT}),
-                ("long", {n for n in lengths if SHORT < n <= _length(round_)}),
-            ):
-                first, second = (_scores(each, chosen, lambda row: row["score"]) for each in rows)
-                changes[name] = interval(first - second) if len(first) and len(first) == len(second) else None
-            found.append(Difference(round_, method, len(seeds), **changes))
+            changes = [_changes(ours[seed], theirs[seed], _length(round_)) for seed in seeds]
+            parts = []
+            for part in range(2):
+                # [seeds, questions]
+                each = np.array([change[part] for change in changes])
+                by_seed = tuple(float(mean) for mean in each.mean(1)) if each.size else ()
+                parts.append((interval(each.mean(0)) if each.size else None, by_seed))
+            (short, short_of_seed), (long, long_of_seed) = parts
+            found.append(Difference(round_, method, len(seeds), short, long, short_of_seed, long_of_seed))
     return found
+
+
+def _changes(ours: Path, theirs: Path, longest: int) -> tuple[list[float], list[float]]:
+    """Differences of two models' scores by question: of lengths up to 512 tokens, and of those beyond, up to the round's."""
+    first, second = ({row["key"]: row for row in _rows(path / "qa" / "samples.jsonl")} for path in (ours, theirs))
+    if first.keys() != second.keys():
+        raise SystemExit(f"error: {ours} and {theirs} were asked different questions; evaluate both on the same ones")
+    short, long = [], []
+    for key in sorted(first):
+        change = first[key]["score"] - second[key]["score"]
+        if first[key]["length"] <= SHORT:
+            short.append(change)
+        elif first[key]["length"] <= longest:
+            long.append(change)
+    return short, long
 
 
 def _length(name: str) -> int:
@@ -205,7 +235,7 @@ def _rows(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def _scores(seeds: Sequence[Sequence[Mapping[str, Any]]], lengths: Collection[int], score: Any) -> np.ndarray:
+def _scores(seeds: Sequence[Sequence[Mapping[str, Any]]], lengths: Sequence[int], score: Any) -> np.ndarray:
     """[questions] mean over the seeds' models of each question's score."""
     of_question: dict[str, list[float]] = {}
     for rows in seeds:
@@ -263,12 +293,22 @@ def tables(found: Sequence[Result], against: Sequence[Difference] = ()) -> str:
             [[*_head(r), *(_text(r.ruler.get(n)) for n in lengths)] for r in found],
         ),
         _table(
-            "LongPO minus another method on the same questions, exact match in points",
-            ["round", "method", "seeds", f"to {SHORT}", "beyond"],
-            [[d.round, d.method, str(d.seeds), _text(d.short), _text(d.long)] for d in against],
+            "LongPO minus another method on the same questions, exact match in points (95 % interval over questions)",
+            ["round", "method", "seeds", f"to {SHORT}", "by seed", "beyond", "by seed"],
+            [
+                [
+                    *(d.round, d.method, str(d.seeds)),
+                    *(_text(d.short), _points(d.short_by_seed), _text(d.long), _points(d.long_by_seed)),
+                ]
+                for d in against
+            ],
         ),
     ]
-    return "\n".join(parts)
+    note = (
+        "Every method of a round begins with the model of the one before it, which is LongPO's from the second round on. "
+        "rope-only is that model with the round's RoPE and no training; rope-2K and rope-4K are the first model with theirs.\n"
+    )
+    return "\n".join([note, *parts])
 
 
 def show(folder: Path) -> None:
@@ -282,8 +322,10 @@ def show(folder: Path) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    first = min((folder / "rounds").glob("seed1/*/gate.json"), key=lambda p: _length(p.parent.name)).parent
-    name = "longpo"
+    gates = sorted((folder / "rounds").glob("*/*/gate.json"), key=lambda p: (_length(p.parent.name), str(p)))
+    if not gates:
+        return
+    first, name = gates[0].parent, "longpo"
     before, stretched, after = (
         _rows(path / "qa" / "samples.jsonl")
         for path in (first / "before", folder / "examined" / f"rope-{first.name}", first / name / name)
@@ -319,6 +361,10 @@ def _head(result: Result) -> list[str]:
 
 def _text(value: Interval | None) -> str:
     return "-" if value is None else f"{100 * value.mean:.1f} ({100 * value.low:.0f} to {100 * value.high:.0f})"
+
+
+def _points(values: Sequence[float]) -> str:
+    return ", ".join(f"{100 * value:+.1f}" for value in values) or "-"
 
 
 def _number(value: float | None) -> str:

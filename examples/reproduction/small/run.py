@@ -28,6 +28,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +40,7 @@ import yaml
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent.parent
 UNTIL = ("random", "making", "model", "examined", "rounds", "report")
-# Seeds of what is drawn: texts of each purpose have their own.
-# (questions: 3 had those that settings were chosen on).
+# Seeds of what is drawn: texts of each purpose have their own. The questions that settings were chosen on had 3.
 _SEEDS = {"making": 1, "short": 2, "questions": 5, "books": 4}
 
 
@@ -129,6 +129,7 @@ class Reproduction:
     def __init__(self, folder: Path, amounts: Amounts, processes: int = 1, seeds: Sequence[int] = ()) -> None:
         self.folder, self.amounts, self.processes = folder, amounts, processes
         self.seeds = tuple(seeds) or tuple(range(1, amounts.seeds + 1))
+        self.until = UNTIL[-1]
         self.making: dict[str, Any] = yaml.safe_load((HERE / "making.yaml").read_text(encoding="utf-8"))
         self.seconds_path = folder / "seconds.json"
 
@@ -260,19 +261,29 @@ class Reproduction:
         if self.amounts.whole:
             self._evaluate("model before any round", folder / "model", folder / "examined" / "model", evaluation)
         for each in self._rounds():
-            base = each["train"]["model"]["rotary_base"]
-            stretched = folder / "stretched" / each["name"]
-            checkpoint = stretched.with_name(f"{each['name']}.checkpoint")
+            self._stretch(each, folder / "model", f"rope-{each['name']}", evaluation)
 
-            def stretch(base: float = base, checkpoint: Path = checkpoint, stretched: Path = stretched) -> None:
-                if not checkpoint.exists():
-                    rope = ("--rotary-base", base)
-                    self.tool("convert", "import", "--hf", folder / "model", "--output", checkpoint, *rope)
-                self.tool("convert", "export", "--checkpoint", checkpoint, "--output", stretched)
+    def examine_origins(self, seed: int) -> None:
+        """The models that the second and later rounds begin with, with the round's RoPE and nothing else."""
+        evaluation = merged(rounds_file()["defaults"]["evaluate"], self.amounts.evaluate)
+        rounds = self._rounds()
+        for before, each in pairwise(rounds):
+            origin = self.folder / "rounds" / f"seed{seed}" / before["name"] / self.amounts.methods[0] / "model"
+            self._stretch(each, origin, f"seed{seed}-rope-{each['name']}", evaluation)
 
-            self.stage(f"RoPE of {each['name']} only", stretched, stretch)
-            output = folder / "examined" / f"rope-{each['name']}"
-            self._evaluate(f"model with RoPE of {each['name']} only", stretched, output, evaluation)
+    def _stretch(self, round_: Mapping[str, Any], model: Path, name: str, evaluation: Mapping[str, Any]) -> None:
+        """Change a model's RoPE as a round does, and examine it."""
+        stretched = self.folder / "stretched" / name
+        checkpoint = stretched.with_name(f"{name}.checkpoint")
+
+        def work() -> None:
+            if not checkpoint.exists():
+                rope = ("--rotary-base", round_["train"]["model"]["rotary_base"])
+                self.tool("convert", "import", "--hf", model, "--output", checkpoint, *rope)
+            self.tool("convert", "export", "--checkpoint", checkpoint, "--output", stretched)
+
+        self.stage(f"{name}: RoPE changed, nothing else", stretched, work)
+        self._evaluate(name, stretched, self.folder / "examined" / name, evaluation)
 
     def _questions(self) -> None:
         folder = self.folder
@@ -352,9 +363,10 @@ class Reproduction:
         """NLL of the held-out dialogues of at most 512 tokens, for every model that is there."""
         folder = self.folder
         found = {"model": folder / "model"}
-        found |= {f"rope-{path.name}": path for path in sorted((folder / "stretched").glob("*")) if path.suffix == ""}
-        for path in sorted((folder / "rounds").glob("*/*/*/model")):
-            found["-".join(path.relative_to(folder / "rounds").parts[:-1])] = path
+        found |= {path.name: path for path in sorted((folder / "stretched").glob("rope-*")) if path.suffix == ""}
+        for seed in self.seeds:
+            for path in sorted((folder / "rounds" / f"seed{seed}").glob("*/*/model")):
+                found["-".join(path.relative_to(folder / "rounds").parts[:-1])] = path
         for name, model in found.items():
             output = folder / "perplexity" / name
 
@@ -405,6 +417,7 @@ class Reproduction:
         if until != "examined":
             for seed in self.seeds:
                 self.run_rounds(seed)
+                self.examine_origins(seed)
         if self.amounts.whole:
             self.perplexities()
         report.write(self.folder)

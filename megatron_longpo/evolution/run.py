@@ -434,11 +434,11 @@ def launcher(stage: Stage) -> list[str]:
 
 
 def environment(stage: Stage) -> dict[str, str]:
-    """Environment of a stage: this package comes first, whatever the working directory."""
+    """Environment of a stage on this node: this package comes first, whatever the working directory."""
     path = os.pathsep.join(filter(None, [str(_PACKAGE_ROOT), os.environ.get("PYTHONPATH", "")]))
     processes = stage.resources.nproc_per_node or 1
     # Else torchrun gives each process one thread, and prints a warning.
-    threads = os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    threads = os.environ.get("OMP_NUM_THREADS", str(max(1, _cores() // processes)))
     # Else torchrun kills processes that save 30 seconds after SIGTERM.
     grace = os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(int(_GRACE_SECONDS) - 10))
     return {
@@ -447,6 +447,12 @@ def environment(stage: Stage) -> dict[str, str]:
         "OMP_NUM_THREADS": threads,
         "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": grace,
     }
+
+
+def _cores() -> int:
+    """Cores that this process may use: of a Slurm job, which not every site binds to cores, those that it has on this node."""
+    given = os.environ.get("SLURM_CPUS_ON_NODE", "")
+    return int(given) if given.isdigit() else len(os.sched_getaffinity(0))
 
 
 def _tee(command: list[str], path: Path, variables: dict[str, str]) -> int:

@@ -7,6 +7,7 @@ the jobs of the later rounds, which depend on it, are cancelled by Slurm.
 
 from __future__ import annotations
 
+import os
 import shlex
 import shutil
 import subprocess
@@ -143,11 +144,15 @@ def _options(stage: Stage, needs: list[str], log_name: str = "slurm.txt") -> lis
 def _sbatch(stage: Stage, options: list[str], command: list[str]) -> str:
     """Submit a job; its id."""
     script = _SCRIPT.replace("COMMAND", shlex.join(command))
+    variables = environment(stage)
+    if "OMP_NUM_THREADS" not in os.environ:
+        # Each node has cores of its own, and the job finds out how many.
+        del variables["OMP_NUM_THREADS"]
     done = subprocess.run(
         ["sbatch", "--parsable", *options, f"--wrap={script}"],
         capture_output=True,
         text=True,
-        env=environment(stage),
+        env=variables,
         check=False,
     )
     if done.returncode:

@@ -490,11 +490,25 @@ def test_a_job_whose_stage_was_broken_off_is_requeued(tmp_path: Path, status: in
     assert (tmp_path / "master").read_text() == "node0\n"
 
 
+def test_threads_are_the_cores_that_the_job_has_on_its_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not those of the machine, nor those of the login node: two threads on a core that is shared wait for each other."""
+    plans = planner(tmp_path, resources={"train": {"nproc_per_node": 2}})
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    for cores, names in (("6", {"generate": "6", "train:longpo": "3"}), ("1", {"generate": "1", "train:longpo": "1"})):
+        monkeypatch.setenv("SLURM_CPUS_ON_NODE", cores)
+        for name, threads in names.items():
+            assert run.environment(stages(plans)[name])["OMP_NUM_THREADS"] == threads
+    monkeypatch.delenv("SLURM_CPUS_ON_NODE")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 3, 4})
+    assert run.environment(stages(plans)["generate"])["OMP_NUM_THREADS"] == "3"
+
+
 def test_jobs_depend_on_what_they_need(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With stand-ins for sbatch and squeue; the real ones are tried where there is a Slurm."""
     for name, body in (
         (
             "sbatch",
+            'echo "${OMP_NUM_THREADS-not set}" >"$JOBS.threads"\n'
             'n=$(wc -l <"$JOBS"); echo "$*" | tr "\\n" " " >>"$JOBS"; echo >>"$JOBS"; echo "$((n + 100));cluster"',
         ),
         ("squeue", "echo 101"),
@@ -507,7 +521,9 @@ def test_jobs_depend_on_what_they_need(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     resources = {"generate": {"array": 3}, "train": {"nodes": 2, "sbatch": ["--time=1:00:00"]}}
     plans = planner(tmp_path, evolve={"executor": "slurm"}, resources=resources)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     found = slurm.submit(plans)
+    assert (tmp_path / "jobs.threads").read_text() == "not set\n"
     lines = jobs.read_text().splitlines()
     assert "--array=0-2" in lines[0] and "--part" in lines[0] and "--finish" in lines[1]
     assert found["first/generate"] == "101" and "--dependency=afterok:100" in lines[1]
@@ -519,6 +535,8 @@ def test_jobs_depend_on_what_they_need(tmp_path: Path, monkeypatch: pytest.Monke
     assert found["first/gate"] in second and found["first/export:longpo"] in second
     # Submitted again, only what is neither done nor queued is.
     done(stages(plans)["split"])
+    monkeypatch.setenv("OMP_NUM_THREADS", "5")
     again = slurm.submit(plans)
+    assert (tmp_path / "jobs.threads").read_text() == "5\n"
     assert "first/split" not in again and again["first/generate"] == "101"
     assert len(jobs.read_text().splitlines()) == 2 * len(lines) - 3

@@ -288,6 +288,9 @@ def _copy_file(
     with _claim(locks, claim, wait=wait) as (is_ours, is_locked):
         if not is_ours:
             return False
+        # Waiting for the lock may have taken as long as a copy.
+        if is_stopped():
+            raise Stopped
         if is_locked:
             # Of processes that were killed.
             for part in locks.glob(f"{glob.escape(claim)}.*.part"):

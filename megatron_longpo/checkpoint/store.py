@@ -58,13 +58,14 @@ class Stopped(Exception):
 
 
 class _Stopping(Callback):  # type: ignore[misc]
-    """Breaks a copy off; fsspec calls it after each part of a file."""
+    """Breaks a copy off where fsspec's file system calls it between parts of a file: s3fs does, local folders do not."""
 
     def __init__(self, is_stopped: Callable[[], bool]) -> None:
         super().__init__()
         self._is_stopped = is_stopped
 
-    def relative_update(self, inc: int = 1) -> None:  # noqa: ARG002
+    def call(self, hook_name: str | None = None, **kwargs: Any) -> None:  # noqa: ARG002
+        # Both relative_update, which s3fs calls, and absolute_update, which adlfs calls, end here.
         if self._is_stopped():
             raise Stopped
 
@@ -150,7 +151,8 @@ class Store:
         Args:
             path: path relative to the URL.
             target: path of the copy.
-            is_stopped: asked between parts of a file; if it says so, the copy is broken off.
+            is_stopped: asked between parts of a file, where the store's package tells of them; if it says so, the copy is
+                broken off.
 
         Raises:
             OSError: the disk here does not take it.

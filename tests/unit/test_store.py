@@ -21,6 +21,7 @@ import s3fs
 from megatron_longpo.checkpoint import remote, store, uploading
 from megatron_longpo.checkpoint.checksums import (
     CHECKSUMS,
+    Checksum,
     Verification,
     hash_own_files,
     parse_checksums,
@@ -298,6 +299,35 @@ def test_one_failure_breaks_the_other_copies_off(
         remote.copy_here(there, prefix, tmp_path / "copy", there.files())
     got = {path for method, path in server.requests if method == "GET" and prefix in path}
     assert got == {f"/{BUCKET}/run/{prefix}{name}" for name in (CHECKSUMS, first)}
+
+
+def test_a_copy_is_broken_off_however_a_package_tells_of_its_parts() -> None:
+    """s3fs and gcsfs tell of the bytes that are new, adlfs of those so far."""
+    callback = store._Stopping(lambda: True)
+    for update in (callback.relative_update, callback.absolute_update, callback.set_size):
+        with pytest.raises(Stopped):
+            update(1000)
+    callback = store._Stopping(lambda: False)
+    callback.relative_update(1000)
+    callback.absolute_update(2000)
+
+
+def test_who_has_waited_for_another_copy_of_a_file_looks_whether_to_go_on(tmp_path: Path) -> None:
+    source, target, locks = tmp_path / "there", tmp_path / "here" / "file", tmp_path / "here" / ".copying"
+    source.mkdir()
+    (source / "file").write_bytes(b"content")
+    there, asked = Store(f"file://{source}", name="load"), []
+    checksum = Checksum(bytes=7, sha256=hashlib.sha256(b"content").hexdigest())
+
+    def is_stopped() -> bool:
+        asked.append(target.exists())
+        return True
+
+    with pytest.raises(Stopped):
+        remote._copy_file(there, "file", target, checksum, locks, wait=True, is_stopped=is_stopped)
+    assert asked == [False] and not target.exists()
+    assert remote._copy_file(there, "file", target, checksum, locks, wait=True, is_stopped=lambda: False)
+    assert target.read_bytes() == b"content"
 
 
 def test_a_copy_is_broken_off_between_two_parts_of_a_file(server: S3Server, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ import logging
 import os
 import re
 import socket
+import time
 from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -26,7 +27,7 @@ from pathlib import Path, PurePosixPath
 
 from megatron_longpo.errors import DamagedError, one_line
 from megatron_longpo.runtime.collectives import all_gather_objects, my_share, rank
-from megatron_longpo.runtime.files import HOLDER_FILE, sha256_of, write_atomically
+from megatron_longpo.runtime.files import HOLDER_FILE, is_on_local_disk, sha256_of, write_atomically
 from megatron_longpo.runtime.log import log
 from megatron_longpo.runtime.reading import parse_json, read_bytes
 
@@ -36,6 +37,9 @@ SCHEMA_VERSION = 1
 # Files up to this size are hashed at once, larger ones in threads.
 _SMALL_BYTES = 2**24
 _THREADS = 2
+# Seconds that a machine waits for files that others see, and between looks: NFS caches for 30 s what is not in a folder.
+_SECONDS_UNTIL_SEEN, _SECONDS_BETWEEN_LOOKS = 30.0, 0.5
+_MISSING = "is missing"
 _PART_PREFIX = ".checksums_rank_"
 # Files that torch.distributed.checkpoint and megatron-core read; the others serve export and the next run.
 COMMON = "common.pt"
@@ -69,16 +73,19 @@ class Damage:
         path: the file.
         reason: what is wrong with it.
         is_state: whether a run needs it to resume.
+        host: the host on whose disk it is, where there are several copies.
     """
 
     path: Path
     reason: str
     is_state: bool
+    host: str | None = None
 
     def error(self) -> DamagedError:
+        where = "" if self.host is None else f" on host {self.host}"
         return DamagedError(
-            f"{self.path}: {self.reason}, so the checkpoint is damaged; restore the file from a copy, use another checkpoint, or "
-            f"convert the model again (if it was changed on purpose, remove {CHECKSUMS})"
+            f"{self.path}: {self.reason}{where}, so the checkpoint is damaged; restore the file from a copy, use another "
+            f"checkpoint, or convert the model again (if it was changed on purpose, remove {CHECKSUMS})"
         )
 
 
@@ -170,8 +177,10 @@ def verified(folder: Path, *, state_only: bool = False) -> Iterator[None]:
 class Verification:
     """A verification that goes on in threads, the files divided among the ranks that see the same copy of them; collective.
 
-    On a disk that all nodes share, that is all ranks; where each node has a copy of its own, those of a node. A folder that was
-    verified before in this process, and whose files have not changed since, is not read again.
+    On a disk that all nodes share, that is all ranks; where each node has a copy of its own, those of a node. One rank per node
+    looks at the files to tell that. A node that does not see all of them, and still does not some seconds later, counts as one
+    with a copy of its own. A folder that was verified before in this process, and whose files have not changed since, is not
+    read again.
 
     Args:
         folder: folder of the checkpoint.
@@ -183,14 +192,15 @@ class Verification:
 
     def __init__(self, folder: Path, *, state_only: bool = False) -> None:
         self._folder = folder
-        copies = all_gather_objects(_copy_of(folder))
-        # Other nodes may see a shared folder a moment later; a rank that does not see all of its files counts as one of rank 0's.
-        copies = [copies[0] if copy is None else copy for copy in copies]
+        places = all_gather_objects(_place_of(folder))
+        views = self._views(places)
+        copies = [views[place].copy for place in places]
         mates = [number for number, copy in enumerate(copies) if copy == copies[rank()]]
         # The first of those that share a copy decides for them.
         self._is_first = mates[0] == rank()
         self._has_copies = len(set(copies)) > 1
-        looks = all_gather_objects(self._look_over(state_only) if self._is_first else (None, {}))
+        is_listed = any(view.is_listed for view in views.values())
+        looks = all_gather_objects(self._look_over(state_only, is_listed=is_listed) if self._is_first else (None, {}))
         self._raise_first([damage for damage, _ in looks])
         _, large = looks[mates[0]]
         mine = my_share(sorted(large.items()), [checksum.bytes for _, checksum in sorted(large.items())], ranks=mates)
@@ -201,9 +211,39 @@ class Verification:
             self._running = [self._threads.submit(_damage_of, folder, name, checksum) for name, checksum in mine]
             self._threads.shutdown(wait=False)
 
-    def _look_over(self, state_only: bool) -> tuple[Damage | None, dict[str, Checksum]]:
-        """Verify what takes no time; the large files that are left."""
+    def _views(self, places: Sequence[_Place]) -> dict[_Place, _View]:
+        """What the first rank of each place sees of the folder; one that does not see all of it waits and looks again.
+
+        A network file system may show a new file to other nodes some seconds later.
+
+        Args:
+            places: the places of all ranks.
+        """
+        own = _view_of(self._folder) if places.index(places[rank()]) == rank() else None
+        views = all_gather_objects(own)
+        found = [view for view in views if view is not None]
+        # What is missing in the only place, or listed in none, is not late.
+        if len(found) > 1 and any(view.is_listed for view in found) and not all(view.is_whole for view in found):
+            until = time.monotonic() + _SECONDS_UNTIL_SEEN
+            while own is not None and not own.is_whole and time.monotonic() < until:
+                time.sleep(_SECONDS_BETWEEN_LOOKS)
+                own = _view_of(self._folder)
+            views = all_gather_objects(own)
+        return {place: view for place, view in zip(places, views, strict=True) if view is not None}
+
+    def _look_over(self, state_only: bool, *, is_listed: bool) -> tuple[Damage | None, dict[str, Checksum]]:
+        """Verify what takes no time.
+
+        Args:
+            state_only: see ``verified``.
+            is_listed: whether any copy has checksums; then this one must have them, too.
+
+        Returns:
+            The first damage, and the large files that are left.
+        """
         found = _first_look(self._folder)
+        if found.large is None and is_listed:
+            return self._located(Damage(self._folder / CHECKSUMS, _MISSING, is_state=True)), {}
         for damage in found.damages:
             if damage.is_state or not state_only:
                 return self._located(damage), {}
@@ -256,7 +296,7 @@ class Verification:
         """The damage with the host whose copy it is in, where there are several copies."""
         if not self._has_copies:
             return damage
-        return dataclasses.replace(damage, reason=f"on host {socket.gethostname()} {damage.reason}")
+        return dataclasses.replace(damage, host=socket.gethostname())
 
     def _own_damage(self) -> Damage | None:
         return next((damage for damage in (future.result() for future in self._running) if damage is not None), None)
@@ -273,23 +313,66 @@ def _refusal(damage: Damage, folder: Path) -> DamagedError:
 
 def _remove_copied(damage: Damage, folder: Path) -> None:
     """Remove a damaged file from a copy of a store's checkpoint, since it would be taken for good by its size."""
-    if (folder / COPYING).is_dir():
+    # One that was missing may have appeared since.
+    if damage.reason != _MISSING and (folder / COPYING).is_dir():
         with contextlib.suppress(OSError):
             damage.path.unlink(missing_ok=True)
 
 
-def _copy_of(folder: Path) -> str | None:
-    """What tells the copies of a folder on several disks from each other: numbers and times of the files.
+# Machine, device and number of a folder, by which ranks know that they see the same files.
+_Place = tuple[str, int, int]
 
-    Returns:
-        None: not all of the files that have checksums are seen here.
-    """
+
+def _place_of(folder: Path) -> _Place:
     try:
-        names = sorted(read_checksums(folder))
-        found = [(status.st_ino, status.st_mtime_ns) for status in (os.stat(folder / name) for name in names)]
-    except (OSError, DamagedError):
-        return None
-    return hashlib.sha256(repr(found).encode()).hexdigest()
+        status = os.stat(folder)
+    except OSError:
+        return _machine(), -1, -1
+    return _machine(), status.st_dev, status.st_ino
+
+
+def _machine() -> str:
+    """Name of this machine and number of its boot, since clones may have the same name."""
+    boot = ""
+    with contextlib.suppress(OSError):
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return f"{socket.gethostname()} {boot}"
+
+
+@dataclass(frozen=True)
+class _View:
+    """What one machine sees of a folder.
+
+    Attributes:
+        copy: what tells the copies of a folder on several disks from each other.
+        is_listed: whether it has checksums.
+        is_whole: whether all files that have checksums are there, in their sizes.
+    """
+
+    copy: str
+    is_listed: bool
+    is_whole: bool
+
+
+def _view_of(folder: Path) -> _View:
+    is_listed = os.path.exists(folder / CHECKSUMS)
+    try:
+        checksums = read_checksums(folder)
+    except DamagedError:
+        checksums = None
+    # Disks that were made from one snapshot have the same numbers and times.
+    found: list[object] = [_place_of(folder)] if is_on_local_disk(folder) else []
+    is_whole = checksums is not None
+    for name, checksum in sorted((checksums or {}).items()):
+        try:
+            status = os.stat(folder / name)
+        except OSError:
+            found.append(None)
+            is_whole = False
+            continue
+        found.append((status.st_ino, status.st_size, status.st_mtime_ns))
+        is_whole = is_whole and status.st_size == checksum.bytes
+    return _View(hashlib.sha256(repr(found).encode()).hexdigest(), is_listed, is_whole)
 
 
 @contextmanager
@@ -454,7 +537,7 @@ def _wrong_size(path: Path, expected: int) -> str | None:
     try:
         size = path.stat().st_size
     except FileNotFoundError:
-        return "is missing"
+        return _MISSING
     except OSError as error:
         return f"cannot be read ({one_line(error)})"
     return None if size == expected else f"has {size} bytes instead of {expected}"

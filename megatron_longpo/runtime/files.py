@@ -8,6 +8,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import socket
 import stat
@@ -117,6 +118,38 @@ def check_checksum(path: Path, sha256: str) -> None:
             f"{path}: does not have the checksum in {beside.name}, so it was changed or damaged; make or copy it again, or "
             f"remove {beside.name} if it was changed on purpose"
         )
+
+
+# File systems of one machine. What is not here may be a network's.
+_LOCAL_FILE_SYSTEMS = re.compile(
+    r"bcachefs|btrfs|erofs|exfat|ext[234]|f2fs|fuse\.fuse-overlayfs|fuseblk|jfs|overlay|ramfs|reiserfs|squashfs|tmpfs|vfat|xfs|zfs"
+)
+_ESCAPED = re.compile(rb"\\([0-7]{3})")
+
+
+def is_on_local_disk(path: Path, *, mounts: Path = Path("/proc/self/mountinfo")) -> bool:
+    """Whether a path is known to be on a disk, or in the memory, of this machine only.
+
+    Args:
+        path: a file or folder.
+        mounts: table of the mounts, as Linux writes it. Where there is none, nothing is known.
+    """
+    try:
+        lines = mounts.read_bytes().splitlines()
+    except OSError:
+        return False
+    real, longest, kind = os.fsencode(os.path.realpath(path)) + b"/", 0, ""
+    for line in lines:
+        # "36 35 98:0 /root /mount/point rw,noatime master:1 - ext4 /dev/sda1 rw"; blanks in paths are "\040".
+        before, _, after = line.partition(b" - ")
+        fields = before.split(b" ")
+        if len(fields) < 5:
+            continue
+        point = _ESCAPED.sub(lambda found: bytes([int(found[1], 8)]), fields[4]).rstrip(b"/") + b"/"
+        # Of mounts at the same point, the last one is seen.
+        if real.startswith(point) and len(point) >= longest:
+            longest, kind = len(point), after.split(b" ")[0].decode(errors="replace")
+    return _LOCAL_FILE_SYSTEMS.fullmatch(kind) is not None
 
 
 def link_atomically(source: Path, target: Path) -> None:

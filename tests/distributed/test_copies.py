@@ -44,12 +44,14 @@ def test_a_shared_folder_is_read_once_and_each_copy_whole(found: dict[str, Any])
 @pytest.mark.parametrize("name", WEIGHTS)
 def test_damage_of_one_nodes_copy_is_named_with_the_host(found: dict[str, Any], name: str) -> None:
     said = found[name]["said"]
-    assert said[0] == said[1] and f"/node1/iter_0000001/{name}: on host {socket.gethostname()} its content" in said[0]
+    rule = f"its content differs from its checksum in checksums.json on host {socket.gethostname()}, so the checkpoint is damaged"
+    assert said[0] == said[1] and f"/node1/iter_0000001/{name}: {rule}" in said[0]
 
 
-def test_a_rank_that_does_not_see_all_files_is_one_of_those_that_share_rank_0s(found: dict[str, Any]) -> None:
-    """As on a network file system, where other nodes see a new file a moment later."""
-    assert found["late"] == {"said": ["", ""], "hashed": [[], []]}
+def test_a_copy_that_lacks_a_file_is_refused(found: dict[str, Any]) -> None:
+    said = found["incomplete"]["said"]
+    rule = f"is missing on host {socket.gethostname()}, so the checkpoint is damaged"
+    assert said[0] == said[1] and f"/node1/iter_0000001/model.json: {rule}" in said[0]
 
 
 def test_a_failure_of_one_rank_reaches_all_while_they_work(found: dict[str, Any]) -> None:

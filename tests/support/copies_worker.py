@@ -79,10 +79,13 @@ def main() -> None:
         found[name] = _verify(own)
         if rank == 1:
             _flip(own / name)
-    # A copy that has not all files here counts as that of rank 0.
+    # The second copy lacks a file, and the first one is damaged.
+    checksums._SECONDS_UNTIL_SEEN = 0.1
     if rank == 1:
         (own / "model.json").unlink()
-    found["late"] = _verify(own)
+    else:
+        _flip(own / "__0_0.distcp")
+    found["incomplete"] = _verify(own)
     collectives._POLL_SECONDS = 0.05
     found["failing"] = _failing(1, DamagedError("the file is damaged; use another"))
     found["slow"] = _said(lambda: work_on_all_ranks(lambda _: time.sleep(0.5 * rank), Path("out")))

@@ -225,13 +225,15 @@ class Activations:
         # kernel's fp32 sums and its keys' and values' gradients per query head.
         kernel = 2 * q + 2 * k * fp32 + 2 * k + q * fp32 + expanded
         if self.parallel.context_size > 1:
-            # When the last piece is computed: keys and values of all ranks, their gradients in fp32, and those of the other
-            # pieces on their way; then the kernel's own, or their gradients together and in the ranks' order.
+            # When the last piece is computed: keys and values of all ranks, their gradients in fp32, those of the other pieces on
+            # their way; what comes back of these, and what it is put into; then the kernel's own, or their gradients together and
+            # in the ranks' order.
             everywhere = k * self.parallel.context_size
-            sums = 2 * everywhere * fp32
+            sums, mine = 2 * everywhere * fp32, 2 * k + 2 * k * fp32 * (1 - 1 / pieces)
             expanded *= self.parallel.context_size
             of_kernel = (2 * q + q * fp32 + expanded + 2 * everywhere) / pieces
-            return int(self._hidden + 2 * q + 2 * everywhere / pieces + sums + max(of_kernel, 2 * sums / pieces))
+            held = self._hidden + 2 * q + 2 * everywhere / pieces + sums + mine
+            return int(held + max(of_kernel, 2 * sums / pieces))
         return int(self._hidden + q + kernel)
 
     def _ulysses_backward(self, expanded: int) -> int:

@@ -242,6 +242,22 @@ def test_short_rows_peak_in_the_embedding_s_backward(bf16: bool, on_cuda: bool, 
     assert later.total < first.total
 
 
+def test_the_backward_of_gathered_keys_holds_what_comes_back_of_their_gradients() -> None:
+    """Four query heads on four key-value heads, four pieces, two ranks: all in units of this rank's queries, of which keys and
+    values have as many numbers, in 16 bits."""
+    shape = _MISTRAL.replace(hidden_size=512, num_attention_heads=4, num_query_groups=4)
+    config = from_dict({"training": {"bf16": True}}, "test")
+    parallel = parallel_of(context_size=2, world_size=2, comm_type="allgather")
+    found = Activations(shape, config, parallel, tokens=2000, is_first=False, is_last=False, on_cuda=True)
+    # The gradient of the hidden states, those of output and queries, gathered keys and values of one piece.
+    held = 1 + 2 + 2 * 2 / 4
+    # Gradients of all ranks' keys and values in fp32, this rank's of three pieces, and the tensors that they are put into.
+    held += 2 * 2 * 2 + 2 * 2 * 3 / 4 + 2
+    # A piece's gradients as the kernel gives them, together in 16 bits, and in fp32.
+    held += 2 * 2 / 4 + 2 * 2 / 4 + 2 * 2 * 2 / 4
+    assert found._attention_backward == held * 1000 * 512 * 2
+
+
 def test_log_probs_on_a_cpu_round_gradients_of_the_weight_by_blocks() -> None:
     """In bf16 a block of 2^23 numbers in 2 bytes, and torch's copy of it in fp32 while it is added."""
 

@@ -25,6 +25,7 @@ from megatron_longpo.data.preference import Sample
 from megatron_longpo.errors import CheckpointError, ConfigError, DamagedError
 from megatron_longpo.training import checkpointer as checkpointer_module
 from megatron_longpo.training import memory, session, stopping
+from megatron_longpo.training import trainer as trainer_module
 from megatron_longpo.training.best import Best
 from megatron_longpo.training.checkpointer import Checkpointer, check_shared
 from megatron_longpo.training.held_out import HeldOut
@@ -338,3 +339,15 @@ def test_profile_settings_that_cannot_work_are_refused() -> None:
         check(from_dict({"logging": {"profile": True}}, "test"))
     with pytest.raises(ConfigError, match="profile_step_start=12 must be less than profile_step_end=12"):
         check(from_dict({"logging": {"profile_step_start": 12}}, "test"))
+
+
+def test_ranks_that_start_from_different_checkpoints_say_what_it_may_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another step, as one was completed meanwhile, or another content under the same name, as on disks of the nodes' own."""
+    own = ("iter_0000020", "sha of 20")
+    for other in (("iter_0000010", "sha of 10"), ("iter_0000020", "another")):
+        monkeypatch.setattr(trainer_module, "all_gather_objects", lambda _, other=other: [own, own, other])
+        with pytest.raises(
+            CheckpointError,
+            match=f"rank 0 chose iter_0000020 and rank 2 {other[0]}, .*nodes have different copies; run",
+        ):
+            trainer_module._check_same_choice(_plan())

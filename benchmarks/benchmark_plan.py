@@ -167,10 +167,11 @@ def main() -> None:
     a.output.mkdir(parents=True, exist_ok=True)
     cases = [case for case in CASES if a.only in case.name]
     results = a.output / "results"
+    # Before anything of a sitting of other code is removed.
+    check_code(a.output)
     if a.redo_runs:
         shutil.rmtree(results, ignore_errors=True)
     results.mkdir(exist_ok=True)
-    check_code(a.output)
     make_models(a.output)
     calibrate(a.output, a.seconds)
     predict(a.output)
@@ -190,7 +191,7 @@ def main() -> None:
 def check_code(output: Path) -> None:
     """Note the code of a sitting, or refuse to go on with one of other code."""
     path, code = output / "code.json", code_hash(script=Path(__file__))
-    if not path.exists() and not (output / "predictions.json").exists():
+    if not path.exists() and not (output / "predictions.json").exists() and not any(output.glob("cpu-*.yaml")):
         write_atomically(path, (json.dumps({"code": code}) + "\n").encode())
     began = json.loads(path.read_text(encoding="utf-8"))["code"] if path.exists() else "an earlier version"
     if began != code:

@@ -7,6 +7,7 @@ import ctypes
 import hashlib
 import os
 import platform as machine
+from importlib import metadata
 from pathlib import Path
 
 CONVERT = Path(__file__).parent.parent / "tools" / "convert_checkpoint.py"
@@ -14,7 +15,8 @@ PACKAGE = Path(__file__).parent.parent / "megatron_longpo"
 
 
 def code_hash(*without: str, script: Path | None = None, package: Path = PACKAGE) -> str:
-    """Twelve digits of the hash of the package's modules and machines: results of other code are not those of this one.
+    """Twelve digits of the hash of the package's modules and machines, and of the versions of torch and megatron-core: results of
+    other code are not those of this one.
 
     Args:
         without: files and folders that the result does not depend on, relative to the package.
@@ -22,6 +24,8 @@ def code_hash(*without: str, script: Path | None = None, package: Path = PACKAGE
         package: folder of the package.
     """
     found = hashlib.sha256(b"" if script is None else script.read_bytes())
+    for name in ("torch", "megatron-core"):
+        found.update(f"{name} {metadata.version(name)}\0".encode())
     for path in sorted(path for path in package.rglob("*") if path.suffix in (".py", ".yaml")):
         name = path.relative_to(package)
         if not any(name.is_relative_to(other) for other in without):

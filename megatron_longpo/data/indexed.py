@@ -655,7 +655,7 @@ class PreferenceData:
         if version != _INDEX_VERSION or len(content) != size or documents < 2:
             raise DataError(f"{path}: is truncated or has no modes; preprocess the data again")
         lengths = np.frombuffer(content, np.int32, pieces, _HEADER.size)
-        if int(lengths.astype(np.int64).sum()) * itemsize != bin_bytes or (len(lengths) and lengths.min() < 0):
+        if int(lengths.astype(np.int64).sum()) * itemsize != bin_bytes or (len(lengths) and np.min(lengths) < 0):
             raise DataError(f"{path}: its lengths do not add up to the .bin file; preprocess the data again")
         if documents - 1 != self.manifest.samples:
             raise DataError(

@@ -412,7 +412,7 @@ def _check_mask(name: str, mask: IntArray | None, keep: NDArray[np.bool_], label
     if mask is None:
         return
     if (mask[keep] != 1).any():
-        raise BadRow("wrong_type", f"{name} holds {int(mask[keep].max())}; a mask is 0 (padding) or 1")
+        raise BadRow("wrong_type", f"{name} holds {int(np.max(mask[keep]))}; a mask is 0 (padding) or 1")
     places = np.flatnonzero(keep)
     if len(places) and places[-1] - places[0] + 1 != len(places):
         raise BadRow(

@@ -229,6 +229,7 @@ class _GatheredAttention(torch.autograd.Function):
             work = dist.reduce_scatter_tensor(mine, total, group=plan.context_group, async_op=True)
             going.append((work, mine, total))
         for heads, (work, mine, _) in zip(of_key, going, strict=True):
+            assert work is not None
             work.wait()
             grad_key[:, heads], grad_value[:, heads] = mine.chunk(2, dim=1)
         return grad_query, grad_key, grad_value, None, None
@@ -247,6 +248,7 @@ class _Gathering:
 
     def wait(self) -> tuple[Tensor, Tensor]:
         """Wait, and return keys and values in the order of the sequence, [S, K, D] each."""
+        assert self.work is not None
         self.work.wait()
         keys, values = self.all.index_select(0, self.order).chunk(2, dim=1)
         del self.all, self.mine

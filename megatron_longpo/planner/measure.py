@@ -340,7 +340,9 @@ class Measurement:
         found: dict[str, dict[str, dict[str, float]]] = {}
         size = 2
         while size <= self.world:
-            groups = [dist.new_group(list(range(i, i + size))) for i in range(0, self.world - size + 1, size)]
+            groups: list[Any] = [
+                dist.new_group(list(range(i, i + size))) for i in range(0, self.world - size + 1, size)
+            ]
             mine = dist.get_rank() // size
             group = groups[mine] if mine < len(groups) else None
             found[str(size)] = {

@@ -70,7 +70,7 @@ class Rows:
             pairs=visible_pairs(layout, shape.window_size),
             known_losses=int(np.count_nonzero(of_nll & ~of_response)),
             later_losses=int(np.count_nonzero(of_response)),
-            longest=int(layout.positions_S.max()) + 1,
+            longest=int(np.max(layout.positions_S)) + 1,
             chosen=sample.length(Mode.CHOSEN),
             short_places=short_places,
             short_pairs=short_pairs,

@@ -341,7 +341,7 @@ def _policy_rows(samples: Sequence[Sample], *, data: DataConfig, objective: Obje
             continue
         rows += [_with_slots(row, spec.responses * slot + 2) for row in long]
         for row in short_rows(sample, slot=slot):
-            rows.append(_with_slots(row, spec.responses * slot + int(row.response_L.max()) % 2))
+            rows.append(_with_slots(row, spec.responses * slot + int(np.max(row.response_L)) % 2))
     return rows
 
 

@@ -1,4 +1,7 @@
-"""Tables and the figure of the reproduction, from the evaluations' own files: F/results.md, results.json, results.png."""
+"""Tables and figures of the reproduction, from the evaluations' own files.
+
+F/results.md, F/results.json, F/results.png (the main methods), F/results_all.png.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +19,8 @@ from megatron_longpo.evaluation.scoring import token_f1
 # Lengths up to which the model is made.
 SHORT = 512
 DRAWS = 2000
+# Methods of the short figure.
+MAIN = ("model", "rope-only", "longpo", "low-beta", "sft", "dpo")
 
 
 @dataclass(frozen=True)
@@ -87,8 +92,9 @@ def write(folder: Path) -> None:
     (folder / "results.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     (folder / "results.md").write_text(tables(found, against), encoding="utf-8")
     if found:
-        draw(found, folder / "results.png")
-    print(f"{folder / 'results.md'}, results.json, results.png: {len(found)} models", flush=True)
+        draw([result for result in found if result.method in MAIN], folder / "results.png")
+        draw(found, folder / "results_all.png")
+    print(f"{folder / 'results.md'}, results.json, results.png, results_all.png: {len(found)} models", flush=True)
 
 
 def results(folder: Path) -> list[Result]:

@@ -13,7 +13,7 @@ Each seed is a chain of its own from the model on: documents, questions that are
     F/examined/                             the model before any round, also with RoPE changed and nothing else
     F/perplexity/                           all models on the held-out dialogues
     F/rounds/seedN.yaml  F/rounds/seedN/    configuration and folder of `evolve`
-    F/results.md  F/results.json  F/results.png
+    F/results.md  F/results.json  F/results.png  F/results_all.png
 """
 
 from __future__ import annotations

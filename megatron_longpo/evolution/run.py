@@ -452,7 +452,10 @@ def environment(stage: Stage) -> dict[str, str]:
 def _cores() -> int:
     """Cores that this process may use: of a Slurm job, which not every site binds to cores, those that it has on this node."""
     given = os.environ.get("SLURM_CPUS_ON_NODE", "")
-    return int(given) if given.isdigit() else len(os.sched_getaffinity(0))
+    if given.isdigit():
+        return int(given)
+    # Linux alone tells what a process is bound to.
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _tee(command: list[str], path: Path, variables: dict[str, str]) -> int:

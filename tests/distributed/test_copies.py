@@ -9,24 +9,15 @@ from typing import Any
 
 import pytest
 
-from megatron_longpo.checkpoint.checksums import hash_own_files, write_checksums
 from tests.support.launch import run, torchrun
-
-WEIGHTS = ["__0_0.distcp", "__1_0.distcp"]
-NAMES = sorted([*WEIGHTS, ".metadata", "common.pt", "metadata.json", "model.json"])
+from tests.support.listed import NAMES, WEIGHTS, make_listed
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What two ranks found, by case."""
     folder = tmp_path_factory.mktemp("copies")
-    checkpoint = folder / "node0" / "iter_0000001"
-    checkpoint.mkdir(parents=True)
-    for number, name in enumerate(NAMES):
-        (checkpoint / name).write_bytes(bytes([number]) * 1000)
-    for writer in (0, 1):
-        hash_own_files(checkpoint, writer)
-    write_checksums(checkpoint)
+    make_listed(folder / "node0" / "iter_0000001")
     shutil.copytree(folder / "node0", folder / "node1")
     run(torchrun(2, "-m", "tests.support.copies_worker", str(folder)))
     return dict(json.loads((folder / "found.json").read_text()))
@@ -35,9 +26,9 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def test_a_shared_folder_is_read_once_and_each_copy_whole(found: dict[str, Any]) -> None:
     assert found["shared"]["said"] == ["", ""]
     shares = found["shared"]["hashed"]
-    assert sorted(shares[0] + shares[1]) == NAMES and all(len(share) == 3 for share in shares)
+    assert sorted(shares[0] + shares[1]) == list(NAMES) and all(len(share) == 3 for share in shares)
     # Rank 0 has verified its copy just now.
-    assert found["copies"] == {"said": ["", ""], "hashed": [[], NAMES]}
+    assert found["copies"] == {"said": ["", ""], "hashed": [[], [*NAMES]]}
     assert found["again"] == {"said": ["", ""], "hashed": [[], []]}
 
 

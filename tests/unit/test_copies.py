@@ -12,12 +12,11 @@ from typing import Any
 import pytest
 
 from megatron_longpo.checkpoint import checksums
-from megatron_longpo.checkpoint.checksums import CHECKSUMS, COPYING, Verification, hash_own_files, write_checksums
+from megatron_longpo.checkpoint.checksums import CHECKSUMS, COPYING, Verification
 from megatron_longpo.errors import DamagedError
 from megatron_longpo.runtime import collectives
 from megatron_longpo.runtime.files import is_on_local_disk
-
-NAMES = ("__0_0.distcp", "__1_0.distcp", ".metadata", "common.pt", "metadata.json", "model.json")
+from tests.support.listed import NAMES, make_listed
 
 
 class Ranks:
@@ -85,19 +84,9 @@ class Ranks:
         return said
 
 
-def _make(folder: Path) -> Path:
-    folder.mkdir(parents=True)
-    for number, name in enumerate(NAMES):
-        (folder / name).write_bytes(bytes([number]) * 1000)
-    for writer in (0, 1):
-        hash_own_files(folder, writer)
-    write_checksums(folder)
-    return folder
-
-
 @pytest.fixture
 def node0(tmp_path: Path) -> Path:
-    return _make(tmp_path / "node0" / "iter_0000001")
+    return make_listed(tmp_path / "node0" / "iter_0000001")
 
 
 @pytest.fixture

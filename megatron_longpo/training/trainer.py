@@ -209,6 +209,8 @@ class Trainer:
             self._collect_garbage()
         return None
 
+    # Steps --------------------------------------------------------------------------------------------
+
     @contextlib.contextmanager
     def _phase(self, name: str) -> Iterator[None]:
         """A part of a step, as profiles and the heartbeat know it."""
@@ -299,6 +301,8 @@ class Trainer:
             return record
         return {**{k: v for k, v in record.items() if math.isfinite(v)}, "skipped": len(self.guard.skipped)}
 
+    # What is said of a step ---------------------------------------------------------------------------
+
     def _straggler_metrics(self) -> dict[str, float]:
         """Figures of the slowest ranks if it is time to; collective."""
         if self.stragglers is None:
@@ -339,6 +343,8 @@ class Trainer:
             described.append({"data": prefix, "sample": inside, **dict(zip(SAMPLE_METRICS, row, strict=True))})
         return described
 
+    # Steps that are skipped ---------------------------------------------------------------------------
+
     def _skip(
         self, fault: str, numbers: Sequence[int], found: Sequence[SampleMetrics], means: dict[str, float]
     ) -> None:
@@ -377,6 +383,8 @@ class Trainer:
             return {}
         gradients = (p.main_grad for chunk in self.chunks for p in chunk.parameters() if p.requires_grad)
         return {"fingerprint/batch": fingerprint_of_batch(numbers), "fingerprint/gradients": fingerprint(gradients)}
+
+    # Evaluation and saving ----------------------------------------------------------------------------
 
     def evaluate(self) -> None:
         """Evaluate the held-out data if it is time to; collective."""
@@ -472,6 +480,8 @@ class Trainer:
         with self._phase("export"):
             self._export(folder_of(output, self.step), folder)
 
+    # Checks -------------------------------------------------------------------------------------------
+
     def _check_replicas(self) -> None:
         interval = self.config.faults.check_weight_hash_across_dp_replicas_interval
         if interval is not None and self.step % interval == 0:
@@ -509,6 +519,11 @@ def _sampler(plan: RunPlan, data: DataSet) -> BatchSampler | BlendSampler:
         return BatchSampler(len(data), plan.samples_per_step, **order)
     shares = [weight for weight in weights if weight is not None]
     return BlendSampler([len(part) for part in data.parts], shares, plan.samples_per_step, **order)
+
+
+# --------------------------------------------------------------------------------------------------
+# Starting a run
+# --------------------------------------------------------------------------------------------------
 
 
 def hold_output(output: Path | None) -> FolderLock | None:

@@ -13,7 +13,7 @@ import dataclasses
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 import torch
@@ -299,6 +299,14 @@ def step_bytes(
     return found.peak(**found.recomputed(training))
 
 
+class Recomputed(TypedDict):
+    """What is recomputed and what waits in host memory; see ``StageMemory.peak``."""
+
+    whole_layers: int
+    recompute_up: bool
+    offloaded: int
+
+
 @dataclass(frozen=True)
 class StageMemory:
     """What the estimate needs of a pipeline rank, whatever is recomputed there.
@@ -353,16 +361,16 @@ class StageMemory:
             _record_bytes(static, activations, config, parallel, layers=sum(split)) if on_cuda else 0,
         )
 
-    def recomputed(self, training: TrainingConfig) -> dict[str, Any]:
+    def recomputed(self, training: TrainingConfig) -> Recomputed:
         """What a configuration recomputes, as the arguments of ``peak`` and ``waiting``; it is decided, not ``auto``."""
         whole = 0
         if training.recompute_granularity == "full":
             whole = self.layers if training.recompute_method == "uniform" else training.recompute_num_layers
-        return {
-            "whole_layers": whole,
-            "recompute_up": training.recompute_granularity != "none" and "mlp_up" in training.recompute_modules,
-            "offloaded": training.cpu_offloading_num_layers or 0,
-        }
+        return Recomputed(
+            whole_layers=whole,
+            recompute_up=training.recompute_granularity != "none" and "mlp_up" in training.recompute_modules,
+            offloaded=training.cpu_offloading_num_layers or 0,
+        )
 
     def peak(self, *, whole_layers: int, recompute_up: bool, offloaded: int) -> StepBytes:
         """Most bytes of a step.
